@@ -1,0 +1,305 @@
+"""One episode of token generation as a Gymnasium environment."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+from gymnasium.error import InvalidAction, ResetNeeded
+
+from token_mdp.episodes import FinishReason, IntArray, episode_text
+from token_mdp.prompts import PromptQueue
+from token_mdp.rewards import RewardError, RewardFn, RewardSpec
+from token_mdp.spaces import EMPTY
+from token_mdp.task import ActionMask, TokenTask
+
+Observation = dict[str, npt.NDArray[Any]] | IntArray
+
+
+class TokenEnv(gymnasium.Env[Observation, np.int64]):
+    """A language model's completion, one token per step.
+
+    ## Description
+    The state is a prompt x and the response so far y_<t; the action is the next token; the transition appends it.
+    An episode is one response. Axes: P longest prompt, T most new tokens, V vocabulary.
+
+    ## Action Space
+    `Discrete(V)`, V being the width of the model's logits (often more than `tokenizer.vocab_size`).
+
+    ## Observation Space
+    `Dict(input_ids: (P+T,) int64, attention_mask: (P+T,) int8, prompt_length: (1,) int64, length: (1,) int64)`:
+    prompt and response side by side from column 0, zeros after them; the newest token is `input_ids[length - 1]`.
+    With `observation="flat"` one int64 `Box (P+T,)`: the prompt ends at column P-1, the response starts at column P,
+    unused cells hold -1.
+
+    ## Rewards
+    0 until the end, then `reward_fn` of the whole response; on top, where asked for, a process reward per step
+    and potential-based shaping.
+
+    ## Starting State
+    A prompt and an empty response. Prompts come from a shuffled queue, each exactly once per pass;
+    `reset(options={"prompt_index": i})` picks one and leaves the queue as it is.
+
+    ## Episode End
+    A stop token: `terminated`, finish reason STOP. After T tokens: `terminated` too, finish reason LENGTH, since the
+    limit is part of the MDP and visible in `length`. Never wrap this env in `TimeLimit` (or register or pass
+    `max_episode_steps`): an episode cut from outside is never rewarded.
+
+    ## Info
+    NumPy values. Always `prompt_index`, `prompt_length`, `prompt_tokens_cut` (tokens that a prompt longer than P lost
+    on its left); at the end `response_length`, `finish_reason` (int8, see `FinishReason`) and `reward/<name>` per
+    reward component; `reward/process`, `reward/shaping` on every step where the env pays them; `action_mask`
+    (V,) int8 on request.
+
+    ## Arguments
+    prompts: token ids of each prompt.
+    vocab_size: V.
+    stop_token_ids: tokens that end the response; may be empty.
+    max_new_tokens: T.
+    max_prompt_length: P; longer prompts lose tokens on the left. Default: the longest prompt.
+    reward_fn: `(prompts, responses, **columns) -> (n,)`, called with lists (of one episode here, of all that ended in
+        a step in `TokenVectorEnv`) of int64 arrays; the response includes its stop token. Several components: a mapping
+        from name to function or (function, weight), or a list of such.
+    columns: per name one value per prompt (answers, say); the reward function receives those of its batch.
+    process_reward_fn: same signature, called with the response so far after every token, or only after the
+        `step_boundary_ids` (a newline, say) and at the end.
+    potential_fn: Φ(s), same signature; adds γΦ(s') - Φ(s) to each step, which leaves the optimal policy unchanged.
+    gamma: γ of the shaping; must be the agent's discount.
+    limit: "terminate", or "truncate" to mark the length limit as `truncated`. Mind that agents then add γV(final
+        observation) to a reward that is already complete, at a state whose value nothing trains: returns can drift
+        far beyond the true maximum.
+    shuffle: shuffle the prompts anew for each pass, or take them in order.
+    action_mask: True puts an all-ones `action_mask` into info; a function (prompts, responses, **columns)
+        -> (n, V) bool says which tokens may come next, and any other raises `InvalidAction`. Costs O(V) per step.
+    tokenizer: anything with `decode(ids)`; for `render` and `reward_on="text"` (then also `skip_special_tokens`).
+    reward_on: "tokens", or "text" to hand decoded strings, without special tokens, to all reward functions.
+    observation: "dict" or "flat".
+    render_mode: "ansi": `render()` returns the episode as text; "human": the text streams to stdout.
+    prompt_queue: a `PromptQueue` that several envs share (in a `SyncVectorEnv`, seed only the first of them).
+
+    ## Version History
+    v0: first release.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 30}  # type: ignore[misc]
+
+    def __init__(
+        self,
+        prompts: Sequence[Any],
+        vocab_size: int,
+        stop_token_ids: Sequence[int] | int,
+        max_new_tokens: int,
+        max_prompt_length: int | None = None,
+        reward_fn: RewardSpec | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        process_reward_fn: RewardFn | None = None,
+        step_boundary_ids: Sequence[int] | int | None = None,
+        potential_fn: RewardFn | None = None,
+        gamma: float = 1.0,
+        limit: Literal["terminate", "truncate"] = "terminate",
+        shuffle: bool = True,
+        action_mask: ActionMask = None,
+        tokenizer: Any = None,
+        reward_on: Literal["tokens", "text"] = "tokens",
+        observation: Literal["dict", "flat"] = "dict",
+        render_mode: str | None = None,
+        prompt_queue: PromptQueue | None = None,
+    ) -> None:
+        self.task = TokenTask(
+            prompts=prompts,
+            vocab_size=vocab_size,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=max_new_tokens,
+            max_prompt_length=max_prompt_length,
+            reward_fn=reward_fn,
+            columns=columns,
+            process_reward_fn=process_reward_fn,
+            step_boundary_ids=step_boundary_ids,
+            potential_fn=potential_fn,
+            gamma=gamma,
+            limit=limit,
+            action_mask=action_mask,
+            tokenizer=tokenizer,
+            reward_on=reward_on,
+            observation=observation,
+        )
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(f"render_mode ({render_mode!r}) must be None or one of {self.metadata['render_modes']}")
+        if prompt_queue is not None and prompt_queue.num_prompts != len(self.task.prompts):
+            raise ValueError(
+                f"prompt_queue deals {prompt_queue.num_prompts} prompts, but there are {len(self.task.prompts)}"
+            )
+        self.observation_space = self.task.observation_space
+        self.action_space = self.task.action_space  # Discrete samples np.int64
+        self.render_mode = render_mode
+        self._queue = PromptQueue(len(self.task.prompts), shuffle) if prompt_queue is None else prompt_queue
+        self._prompt_index = -1
+        self._response: list[int] = []
+        self._finish_reason: int | None = None  # None: no episode yet; 0: running
+        self._potential = np.zeros(1)
+        self._return = 0.0
+        self._allowed: npt.NDArray[np.bool_] | None = None
+        self._shown = ""  # what "human" has printed of the response
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start the next episode; a seed also starts the prompt queue over.
+
+        Args:
+            seed: seeds `np_random`, which shuffles the prompts.
+            options: `{"prompt_index": i}` starts from prompt i without drawing from the queue.
+        """
+        super().reset(seed=seed)
+        unknown = set(options or {}) - {"prompt_index"}
+        if unknown:
+            raise ValueError(f"reset options {sorted(unknown)} are unknown; there is 'prompt_index'")
+        if seed is not None or not self._queue.started:
+            self._queue.restart(self.np_random)
+        if options and "prompt_index" in options:
+            self._prompt_index = self.task.prompts.check_index(options["prompt_index"])
+        else:
+            self._prompt_index = self._queue.draw()
+        self._response = []
+        self._finish_reason = 0
+        self._return = 0.0
+        if self.task.shapes:
+            self._potential = self.task.potentials([self._prompt_index], [self._response_ids()])
+        info = self._info()
+        self._show_prompt()
+        return self._observation(), info
+
+    def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Append a token.
+
+        Raises:
+            ResetNeeded: there is no running episode.
+            InvalidAction: the token is outside the vocabulary or not allowed by `action_mask`.
+            RewardError: a reward function failed; reset before the next step.
+        """
+        if self._finish_reason is None:
+            raise ResetNeeded("step() before reset(): there is no episode yet")
+        if self._finish_reason:
+            raise ResetNeeded(
+                f"step() after the end: the episode of prompt {self._prompt_index} ended with finish reason "
+                f"'{FinishReason(self._finish_reason).label}'; call reset()"
+            )
+        token = self._checked_token(action)
+        self._response.append(token)
+        responses = [self._response_ids()]
+        reasons = self.task.finish_reasons(np.array([token]), np.array([len(self._response)]))
+        self._finish_reason = int(reasons[0])
+        info = self._info()
+        reward = 0.0
+        try:
+            if self.task.pays_steps:
+                paid, parts, self._potential = self.task.step_rewards(
+                    [self._prompt_index], responses, reasons, self._potential
+                )
+                reward += float(paid[0])
+                info |= {f"reward/{name}": values[0] for name, values in parts.items()}
+            if self._finish_reason:
+                total, components = self.task.outcome_rewards([self._prompt_index], responses)
+                reward += float(total[0])
+                info |= {"response_length": np.int64(len(self._response)), "finish_reason": reasons[0]}
+                info |= {f"reward/{name}": values[0] for name, values in components.items()}
+        except RewardError:
+            self._finish_reason = None  # the step was taken but not paid
+            raise
+        self._return += reward
+        self._show_response()
+        terminated = bool(self.task.is_terminal(reasons)[0])
+        return self._observation(), reward, terminated, bool(self._finish_reason) and not terminated, info
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """(V,) True for each token that may come next; the name is the one that sb3-contrib calls."""
+        if self._allowed is not None and self._finish_reason == 0:
+            return self._allowed.copy()
+        return np.ones(self.task.vocab_size, dtype=np.bool_)
+
+    def render(self) -> str | None:
+        """The episode as text under "ansi"; under "human" it has been printed as it went."""
+        if self.render_mode is None:
+            gymnasium.logger.warn("render() without a render_mode; make the env with render_mode='ansi' or 'human'")
+        if self.render_mode != "ansi":
+            return None
+        if self._finish_reason is None:
+            raise ResetNeeded("render() before reset(): there is no episode yet")
+        return episode_text(self.task.prompts[self._prompt_index], self._response, self._outcome(), self.task.tokenizer)
+
+    def _checked_token(self, action: Any) -> int:
+        value = np.asarray(action)
+        if value.size != 1 or value.dtype.kind not in "iu":
+            raise InvalidAction(f"an action is one integer token id, got {action!r}")
+        token = int(value.item())
+        if not 0 <= token < self.task.vocab_size:
+            raise InvalidAction(f"token {token} is outside the vocabulary 0..{self.task.vocab_size - 1}")
+        if self._allowed is not None and not self._allowed[token]:
+            raise InvalidAction(f"token {token} is not allowed here by action_mask (prompt {self._prompt_index})")
+        return token
+
+    def _response_ids(self) -> IntArray:
+        return np.array(self._response, dtype=np.int64)
+
+    def _observation(self) -> Observation:
+        task, prompt = self.task, self.task.prompts[self._prompt_index]
+        p, n = len(prompt), len(self._response)
+        width = task.prompts.max_length + task.max_new_tokens
+        if task.flat:
+            flat = np.full(width, EMPTY, dtype=np.int64)
+            flat[task.prompts.max_length - p : task.prompts.max_length] = prompt
+            flat[task.prompts.max_length : task.prompts.max_length + n] = self._response
+            return flat
+        input_ids = np.zeros(width, dtype=np.int64)
+        input_ids[:p], input_ids[p : p + n] = prompt, self._response
+        attention_mask = np.zeros(width, dtype=np.int8)
+        attention_mask[: p + n] = 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "prompt_length": np.array([p], dtype=np.int64),
+            "length": np.array([p + n], dtype=np.int64),
+        }
+
+    def _info(self) -> dict[str, Any]:
+        info: dict[str, Any] = {
+            "prompt_index": np.int64(self._prompt_index),
+            "prompt_length": self.task.prompts.lengths[self._prompt_index],
+            "prompt_tokens_cut": self.task.prompts.tokens_cut[self._prompt_index],
+        }
+        if self.task.action_mask:
+            if callable(self.task.action_mask) and not self._finish_reason:
+                self._allowed = self.task.allowed_tokens([self._prompt_index], [self._response_ids()])[0]
+            info["action_mask"] = self.action_masks().astype(np.int8)
+        return info
+
+    def _outcome(self) -> str:
+        if not self._finish_reason:
+            return "not yet"
+        return f"{self._return:.4g} ({FinishReason(self._finish_reason).label})"
+
+    def _show_prompt(self) -> None:
+        if self.render_mode != "human":
+            return
+        self._shown = ""
+        # Everything of an episode without response but its last line, the reward.
+        head = episode_text(self.task.prompts[self._prompt_index], [], "", self.task.tokenizer)
+        sys.stdout.write(head.rsplit("\n", 1)[0])
+        sys.stdout.flush()
+
+    def _show_response(self) -> None:
+        if self.render_mode != "human":
+            return
+        tokenizer = self.task.tokenizer
+        text = " ".join(map(str, self._response)) if tokenizer is None else tokenizer.decode(list(self._response))
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character; its other tokens are to come
+            # Decoding the whole response keeps the spaces that a token alone would lose.
+            sys.stdout.write(text[len(self._shown) :])
+            self._shown = text
+        if self._finish_reason:
+            sys.stdout.write(f"\n{'reward':8} │ {self._outcome()}\n")
+        sys.stdout.flush()

@@ -1,0 +1,108 @@
+"""The prompts of a task, and the one queue from which episodes draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from token_mdp.episodes import IntArray
+
+
+class PromptStore:
+    """Checked token ids of all prompts; those longer than P lose tokens on the left, and `tokens_cut` says how many.
+
+    Args:
+        prompts: one sequence of token ids per prompt.
+        vocab_size: V; every id must lie in 0..V-1.
+        max_prompt_length: P; None takes the longest prompt.
+
+    Raises:
+        ValueError: no prompts, a prompt without tokens, one that is not integers, or an id outside the vocabulary.
+    """
+
+    def __init__(self, prompts: Sequence[Any], vocab_size: int, max_prompt_length: int | None = None) -> None:
+        if len(prompts) == 0:
+            raise ValueError("prompts is empty; the env needs at least one prompt to start an episode from")
+        if max_prompt_length is not None and max_prompt_length <= 0:
+            raise ValueError(f"max_prompt_length ({max_prompt_length}) must be at least 1")
+        rows = [_token_ids(prompt, index, vocab_size) for index, prompt in enumerate(prompts)]
+        full_lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self.max_length = int(full_lengths.max() if max_prompt_length is None else max_prompt_length)
+        self.lengths: IntArray = np.minimum(full_lengths, self.max_length)  # (N,)
+        self.tokens_cut: IntArray = full_lengths - self.lengths  # (N,)
+        self._rows = [row[-self.max_length :] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> IntArray:
+        return self._rows[index]
+
+    def check_index(self, index: Any) -> int:
+        """The index as an int, or a ValueError that names the prompts there are."""
+        if not isinstance(index, int | np.integer) or not 0 <= index < len(self):
+            raise ValueError(f"prompt_index ({index!r}) must be an integer in 0..{len(self) - 1}")
+        return int(index)
+
+
+class PromptQueue:
+    """Deals prompt indices so that each comes exactly once per pass, whichever slot asks first.
+
+    Several `TokenEnv` may share one queue; the first that is reset with a seed lends it its random generator.
+
+    Args:
+        num_prompts: number of prompts per pass.
+        shuffle: a new random order for each pass, or always 0, 1, 2, …
+    """
+
+    def __init__(self, num_prompts: int, shuffle: bool = True) -> None:
+        self.num_prompts = num_prompts
+        self.shuffle = shuffle
+        self._rng: np.random.Generator | None = None
+        self._order: list[int] = []
+        self._cursor = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether the queue has a random generator to deal by."""
+        return self._rng is not None
+
+    def restart(self, rng: np.random.Generator) -> None:
+        """Forget the current pass and deal by `rng` from now on."""
+        self._rng, self._order, self._cursor = rng, [], 0
+
+    def draw(self) -> int:
+        """The next prompt index."""
+        if self._cursor == len(self._order):
+            assert self._rng is not None, "a queue deals only after restart(rng)"
+            order = self._rng.permutation(self.num_prompts) if self.shuffle else np.arange(self.num_prompts)
+            self._order, self._cursor = order.tolist(), 0
+        self._cursor += 1
+        return self._order[self._cursor - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Order and cursor; the random generator belongs to the env, which saves it."""
+        return {"order": list(self._order), "cursor": self._cursor}
+
+    def load_state_dict(self, state: dict[str, Any], rng: np.random.Generator) -> None:
+        """Continue where `state` stopped, with later passes shuffled by `rng`."""
+        if state["order"] and len(state["order"]) != self.num_prompts:
+            raise ValueError(
+                f"the saved prompt queue deals {len(state['order'])} prompts, this env has {self.num_prompts}; "
+                "resume with the prompts that the state was saved with"
+            )
+        self._rng, self._order, self._cursor = rng, list(state["order"]), state["cursor"]
+
+
+def _token_ids(prompt: Any, index: int, vocab_size: int) -> IntArray:
+    row = np.asarray(prompt)
+    if row.size == 0:
+        raise ValueError(f"prompts[{index}] has no tokens; start it with a BOS token if it has no text")
+    if row.ndim != 1 or row.dtype.kind not in "iu":
+        raise ValueError(f"prompts[{index}] must be a flat sequence of token ids, got {prompt!r:.80}")
+    if row.min() < 0 or row.max() >= vocab_size:
+        token = int(row[(row < 0) | (row >= vocab_size)][0])
+        raise ValueError(f"prompts[{index}] contains token {token}, outside the vocabulary 0..{vocab_size - 1}")
+    return row.astype(np.int64)

@@ -1,0 +1,137 @@
+"""Calling reward functions: always batched, always checked, errors name the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium.error
+import numpy as np
+
+from token_mdp.episodes import FloatArray
+
+RewardFn = Callable[..., Any]  # (prompts, responses, **columns) -> (n,)
+RewardSpec = RewardFn | Mapping[str, Any] | Sequence[Any]
+
+
+class RewardError(gymnasium.error.Error, ValueError):
+    """A reward function raised, or returned something that is not one finite number per episode."""
+
+
+class Shared:
+    """Handle for a live object among the env's arguments, such as a reward model: copies of the handle share it.
+
+    `env.spec` deep-copies keyword arguments once per wrapper; a model handed in bare would be copied with them.
+    Calls and attributes go through: `Shared(model)(prompts, responses)`, `Shared(tokenizer).decode(ids)`.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the target."""
+        return self.target(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "target":  # pickle asks for these before the target exists
+            raise AttributeError(name)
+        return getattr(self.target, name)
+
+    def __copy__(self) -> Shared:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+    def __repr__(self) -> str:
+        return f"Shared({self.target!r})"
+
+
+class Component(NamedTuple):
+    """One term of the reward: weight · fn."""
+
+    name: str
+    fn: RewardFn
+    weight: float
+
+
+def as_components(reward_fn: RewardSpec) -> list[Component]:
+    """Components of the reward Σ weight · fn; a single unnamed function becomes one component named "".
+
+    Args:
+        reward_fn: a function, a mapping from name to function or (function, weight), or a list of such, named
+            after the functions.
+
+    Raises:
+        ValueError: no component, two of one name, a name taken by the env, something not callable, or a weight
+            that is not a finite number.
+    """
+    if callable(reward_fn):
+        return [Component("", reward_fn, 1.0)]
+    if isinstance(reward_fn, Mapping):
+        entries = [(str(name), *_with_weight(entry)) for name, entry in reward_fn.items()]
+    elif isinstance(reward_fn, Sequence) and not isinstance(reward_fn, str):
+        pairs = [_with_weight(entry) for entry in reward_fn]
+        entries = [(getattr(fn, "__name__", type(fn).__name__), fn, weight) for fn, weight in pairs]
+    else:
+        raise ValueError(
+            f"reward_fn must be a function (prompts, responses, **columns) -> (n,), or several with weights, "
+            f"got {reward_fn!r}"
+        )
+    names = [name for name, _, _ in entries]
+    if not entries or len(set(names)) < len(names) or {"", "process", "shaping"} & set(names):
+        raise ValueError(
+            f"reward_fn needs at least one component, with unique names other than '', 'process' and 'shaping'; "
+            f"got {names}; a mapping from name to (function, weight) lets you choose them"
+        )
+    for name, fn, weight in entries:
+        if not callable(fn) or not isinstance(weight, int | float) or not np.isfinite(weight):
+            raise ValueError(f"reward_fn[{name!r}] must be a function or (function, weight), got ({fn!r}, {weight!r})")
+    return [Component(*entry) for entry in entries]
+
+
+def call_batched(
+    role: str, fn: RewardFn, prompt_indices: Sequence[int], arguments: tuple[Any, ...], columns: Mapping[str, Any]
+) -> FloatArray:
+    """fn(prompts, responses, **columns) as (n,) float64.
+
+    Raises:
+        RewardError: `fn` raised, or returned None, another shape, or a number that is not finite; the message names
+            `role` and the prompt indices.
+    """
+    indices = [int(index) for index in prompt_indices]
+    try:
+        returned = fn(*arguments, **columns)
+    except Exception as error:
+        raise RewardError(f"{role} raised {type(error).__name__}: {error} (prompt indices {indices})") from error
+    values = _as_array(returned)
+    if values is None or values.shape != (len(indices),):
+        got = "None" if returned is None else _describe(returned, values)
+        raise RewardError(
+            f"{role} must return one number per response, shape ({len(indices)},), got {got} (prompt indices {indices})"
+        )
+    finite = np.isfinite(values)
+    if not finite.all():
+        wrong = {index: float(value) for index, value, fine in zip(indices, values, finite, strict=True) if not fine}
+        raise RewardError(f"{role} returned values that are not finite, by prompt index: {wrong}")
+    return values
+
+
+def _with_weight(entry: Any) -> tuple[Any, Any]:
+    if isinstance(entry, tuple | list) and len(entry) == 2:
+        return entry[0], entry[1]
+    return entry, 1.0
+
+
+def _as_array(returned: Any) -> FloatArray | None:
+    if hasattr(returned, "detach"):  # a torch tensor, perhaps bfloat16 and on a GPU; torch itself is not imported
+        returned = returned.detach().float().cpu().numpy()
+    try:
+        # A list of one-element tensors also ends up here; a copy keeps the caller's buffer apart from ours.
+        return np.array(returned, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+
+
+def _describe(returned: Any, values: FloatArray | None) -> str:
+    return f"{returned!r:.80}" if values is None else f"shape {values.shape}"

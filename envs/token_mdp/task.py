@@ -1,0 +1,234 @@
+"""What the agent is asked to do, without any state: prompts, ends, rewards and allowed tokens, for both envs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from token_mdp.episodes import FinishReason, FloatArray, IntArray
+from token_mdp.prompts import PromptStore
+from token_mdp.rewards import RewardError, RewardFn, RewardSpec, as_components, call_batched
+from token_mdp.spaces import observation_space
+
+BoolArray = npt.NDArray[np.bool_]
+ActionMask = bool | Callable[..., Any] | None  # callable: (prompts, responses, **columns) -> (n, V) bool
+
+
+class TokenTask:
+    """The arguments that both envs share, checked once.
+
+    The state is a prompt and the response so far; every function here takes a batch of states as prompt indices
+    and responses, so that one episode and many slots run through the same lines. Arguments as in `TokenVectorEnv`.
+
+    Raises:
+        ValueError: an argument out of its range, or two that contradict each other; the message has the values.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Any],
+        vocab_size: int,
+        stop_token_ids: Sequence[int] | int,
+        max_new_tokens: int,
+        max_prompt_length: int | None = None,
+        reward_fn: RewardSpec | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        process_reward_fn: RewardFn | None = None,
+        step_boundary_ids: Sequence[int] | int | None = None,
+        potential_fn: RewardFn | None = None,
+        gamma: float = 1.0,
+        limit: Literal["terminate", "truncate"] = "terminate",
+        action_mask: ActionMask = None,
+        tokenizer: Any = None,
+        reward_on: Literal["tokens", "text"] = "tokens",
+        observation: Literal["dict", "flat"] = "dict",
+    ) -> None:
+        if vocab_size <= 0:
+            raise ValueError(f"vocab_size ({vocab_size}) must be at least 1: the width of the model's logits")
+        if max_new_tokens <= 0:
+            raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
+        _check_choice("limit", limit, ("terminate", "truncate"))
+        _check_choice("reward_on", reward_on, ("tokens", "text"))
+        _check_choice("observation", observation, ("dict", "flat"))
+        if reward_fn is None:
+            raise ValueError("reward_fn is missing; hand in a function (prompts, responses, **columns) -> (n,)")
+        if reward_on == "text" and tokenizer is None:
+            raise ValueError("reward_on='text' needs a tokenizer to decode the responses with")
+        if step_boundary_ids is not None and process_reward_fn is None:
+            raise ValueError("step_boundary_ids says where process rewards are due; it needs process_reward_fn")
+        if gamma != 1.0 and potential_fn is None:
+            raise ValueError(f"gamma ({gamma}) only enters the shaping γΦ(s') - Φ(s); it needs potential_fn")
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"gamma ({gamma}) must lie in 0..1")
+        if not (action_mask is None or isinstance(action_mask, bool) or callable(action_mask)):
+            raise ValueError(f"action_mask must be None, a bool or a function -> (n, V) bool, got {action_mask!r}")
+
+        self.prompts = PromptStore(prompts, vocab_size, max_prompt_length)
+        self.vocab_size = vocab_size
+        self.max_new_tokens = max_new_tokens
+        self.is_stop = _token_table("stop_token_ids", stop_token_ids, vocab_size)  # (V,) bool
+        self.flat = observation == "flat"
+        self.observation_space = observation_space(vocab_size, self.prompts.max_length, max_new_tokens, self.flat)
+        self.action_space = spaces.Discrete(vocab_size)
+        self.tokenizer = tokenizer
+        self.action_mask = action_mask
+        self.pays_steps = process_reward_fn is not None or potential_fn is not None
+        self.shapes = potential_fn is not None
+
+        self._columns = _checked_columns(columns or {}, len(self.prompts))
+        self._components = as_components(reward_fn)
+        self._process_reward_fn = process_reward_fn
+        # (V,) bool, True where a step ends; None: every token is a step
+        self._is_boundary = (
+            None if step_boundary_ids is None else _token_table("step_boundary_ids", step_boundary_ids, vocab_size)
+        )
+        self._potential_fn = potential_fn
+        self._gamma = gamma
+        self._limit_terminates = limit == "terminate"
+        self._reward_on_text = reward_on == "text"
+
+    def finish_reasons(self, tokens: IntArray, lengths: IntArray) -> npt.NDArray[np.int8]:
+        """(n,) FinishReason of each state after `tokens` (n,) made its response `lengths` (n,) long; 0 goes on."""
+        reasons = np.zeros(len(tokens), dtype=np.int8)
+        reasons[lengths >= self.max_new_tokens] = FinishReason.LENGTH
+        reasons[self.is_stop[tokens]] = FinishReason.STOP  # also at the limit: the agent did end
+        return reasons
+
+    def is_terminal(self, reasons: npt.NDArray[np.int8]) -> BoolArray:
+        """(n,) whether an end for this reason is `terminated`; an end that is not, is `truncated`."""
+        terminal = reasons == FinishReason.STOP
+        return terminal | (reasons == FinishReason.LENGTH) if self._limit_terminates else terminal
+
+    def outcome_rewards(
+        self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]
+    ) -> tuple[FloatArray, dict[str, FloatArray]]:
+        """r(x, y) of whole responses, (n,), and the unweighted components by name (none for a single function)."""
+        total = np.zeros(len(responses))
+        values: dict[str, FloatArray] = {}
+        for name, fn, weight in self._components:
+            role = f"reward_fn[{name!r}]" if name else "reward_fn"
+            value = self._call(role, fn, prompt_indices, responses)
+            total += weight * value
+            if name:
+                values[name] = value
+        return total, values
+
+    def process_rewards(
+        self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray], ended: BoolArray
+    ) -> FloatArray:
+        """(n,) rewards of the newest steps, 0 where the newest token closes none; the end closes one in any case."""
+        rewards = np.zeros(len(responses))
+        if self._is_boundary is None:
+            due = np.arange(len(responses))
+        else:
+            newest = np.array([response[-1] for response in responses], dtype=np.int64)
+            due = np.flatnonzero(self._is_boundary[newest] | ended)
+        if self._process_reward_fn is not None and len(due):
+            indices = np.asarray(prompt_indices)[due]
+            rewards[due] = self._call(
+                "process_reward_fn", self._process_reward_fn, indices, [responses[row] for row in due]
+            )
+        return rewards
+
+    def potentials(self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]) -> FloatArray:
+        """Φ(s) of the states, (n,)."""
+        assert self._potential_fn is not None, "potentials are asked for only where there is a potential_fn"
+        return self._call("potential_fn", self._potential_fn, prompt_indices, responses)
+
+    def step_rewards(
+        self,
+        prompt_indices: Sequence[int] | IntArray,
+        responses: list[IntArray],
+        reasons: npt.NDArray[np.int8],
+        potentials: FloatArray,
+    ) -> tuple[FloatArray, dict[str, FloatArray], FloatArray]:
+        """Rewards of single steps: process rewards and the shaping γΦ(s') - Φ(s), with Φ = 0 in terminal states.
+
+        The shaping terms of an episode add up (discounted) to -Φ(s_0), whatever the agent did, so the optimal
+        policy stays what it was. Ng, Harada and Russell 1999, Theorem 1,
+        https://people.eecs.berkeley.edu/~pabbeel/cs287-fa09/readings/NgHaradaRussell-shaping-ICML1999.pdf
+
+        Args:
+            prompt_indices: (n,) prompts of the states.
+            responses: the responses, newest token included.
+            reasons: (n,) FinishReason of each, 0 where the episode goes on.
+            potentials: (n,) Φ of the states before the step.
+
+        Returns:
+            (n,) rewards; their parts by name, (n,) each; (n,) Φ of the states after the step.
+        """
+        parts: dict[str, FloatArray] = {}
+        if self._process_reward_fn is not None:
+            parts["process"] = self.process_rewards(prompt_indices, responses, reasons != 0)
+        if self.shapes:
+            after = np.zeros(len(responses))
+            alive = np.flatnonzero(~self.is_terminal(reasons))
+            if len(alive):
+                after[alive] = self.potentials(np.asarray(prompt_indices)[alive], [responses[row] for row in alive])
+            parts["shaping"] = self._gamma * after - potentials
+            potentials = after
+        return np.sum(list(parts.values()), axis=0), parts, potentials
+
+    def allowed_tokens(self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]) -> BoolArray:
+        """(n, V) which tokens may come next; all of them unless `action_mask` is a function."""
+        shape = (len(responses), self.vocab_size)
+        if not callable(self.action_mask) or not responses:
+            return np.ones(shape, dtype=np.bool_)
+        indices = [int(index) for index in prompt_indices]
+        allowed = np.asarray(self.action_mask(*self._arguments(indices, responses), **self._rows_of_columns(indices)))
+        if allowed.shape != shape or not allowed.any(axis=1).all():
+            raise ValueError(
+                f"action_mask must return shape {shape} with at least one token allowed per row, got shape "
+                f"{allowed.shape} (prompt indices {indices})"
+            )
+        return allowed.astype(np.bool_)
+
+    def _call(
+        self, role: str, fn: RewardFn, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]
+    ) -> FloatArray:
+        indices = [int(index) for index in prompt_indices]
+        return call_batched(role, fn, indices, self._arguments(indices, responses), self._rows_of_columns(indices))
+
+    def _arguments(self, indices: list[int], responses: list[IntArray]) -> tuple[list[Any], list[Any]]:
+        # Copies: a reward function may write into what it gets, and must not reach the env's own tokens.
+        prompts = [self.prompts[index].copy() for index in indices]
+        if not self._reward_on_text:
+            return prompts, [response.copy() for response in responses]
+        try:
+            return [self._text(prompt) for prompt in prompts], [self._text(response) for response in responses]
+        except Exception as error:
+            raise RewardError(f"tokenizer.decode raised {error!r} (prompt indices {indices})") from error
+
+    def _text(self, ids: IntArray) -> str:
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+    def _rows_of_columns(self, indices: list[int]) -> dict[str, list[Any]]:
+        return {name: [values[index] for index in indices] for name, values in self._columns.items()}
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} ({value!r}) must be one of {choices}")
+
+
+def _token_table(name: str, token_ids: Sequence[int] | int, vocab_size: int) -> BoolArray:
+    """(V,) True at the given tokens."""
+    ids = np.atleast_1d(np.asarray(token_ids))
+    if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size):
+        raise ValueError(f"{name} ({token_ids!r}) must be token ids inside the vocabulary 0..{vocab_size - 1}")
+    table = np.zeros(vocab_size, dtype=np.bool_)
+    table[ids.astype(np.int64)] = True
+    return table
+
+
+def _checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> dict[str, Sequence[Any]]:
+    for name, values in columns.items():
+        if name in ("prompts", "responses"):
+            raise ValueError(f"columns[{name!r}] would hide the argument {name!r} of the reward function; rename it")
+        if len(values) != num_prompts:
+            raise ValueError(f"columns[{name!r}] has {len(values)} rows, but there are {num_prompts} prompts")
+    return dict(columns)

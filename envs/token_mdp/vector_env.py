@@ -1,0 +1,423 @@
+"""B episodes of token generation at once, native NumPy: finished slots are refilled from one shared prompt queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from token_mdp.episodes import Episode, FinishReason, FloatArray, IntArray, episode_text
+from token_mdp.infos import put, slot_mask
+from token_mdp.prompts import PromptQueue
+from token_mdp.rewards import RewardFn, RewardSpec
+from token_mdp.slot_rewards import SlotRewards
+from token_mdp.slots import Slots, VectorObservation
+from token_mdp.stream import PARKED, RUNNING, WAITING, Stream
+from token_mdp.task import ActionMask, BoolArray, TokenTask
+
+
+class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
+    """`TokenEnv` in B slots; observations, rewards, flags and infos equal those of a `SyncVectorEnv` of it.
+
+    ## Description, spaces, rewards, ends
+    As in `TokenEnv`, batched: observations (B, …), rewards (B,) float64, flags (B,) bool. The prompts come from one
+    queue, each exactly once per pass, whichever slot asks first. Within a step, slots are refilled in ascending order.
+
+    ## Autoreset
+    "SameStep" (default): a finished slot starts its next prompt in the same step; its last observation and info are in
+    `final_obs`, `final_info` (there also under the observation's own keys). "NextStep": the next step's action is
+    ignored and its observation is the new prompt. "Disabled": the caller resets, all slots or those of
+    `options={"reset_mask": (B,) bool}`, with `"prompt_index"` to place prompts.
+
+    ## Streams
+    `max_episodes=N` (or the option of `reset`) ends after N complete episodes: a slot that cannot be refilled parks.
+    Its observation stays, its reward is 0, its flags are False, its action is ignored and `active` is False. When no
+    slot is active, the stream has drained. `reset()` without a seed starts the next stream where the queue stands.
+
+    ## Deferred rewards
+    With `reward_mode="deferred"` the reward of the whole response is not part of the step. Finished episodes wait until
+    `flush_rewards()` or `pop_episodes()` scores all of them in one call. Process rewards and shaping are still
+    paid by the steps.
+
+    ## Info
+    As in `TokenEnv`, with Gymnasium's `_key` masks; besides `episode_id` (B,) (counted from 0, -1 in a slot that never
+    got an episode) and `active` (B,) bool.
+
+    ## Arguments
+    Those of `TokenEnv`, and:
+    num_envs: B.
+    reward_mode: "immediate" or "deferred".
+    autoreset_mode: Gymnasium's mode, as a string or Enum.
+    max_episodes: N of every stream; None never ends.
+    copy: False returns the live observation arrays: faster, and overwritten by the next step.
+    max_episode_steps: what `gymnasium.make_vec` passes on; T becomes the smaller of it and `max_new_tokens`.
+    render_mode: "ansi": `render()` returns one text per slot; "human": each episode is printed when it ends.
+
+    ## Version History
+    v0: first release.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 30}  # type: ignore[misc]
+
+    def __init__(
+        self,
+        prompts: Sequence[Any],
+        num_envs: int,
+        vocab_size: int,
+        stop_token_ids: Sequence[int] | int,
+        max_new_tokens: int,
+        max_prompt_length: int | None = None,
+        reward_fn: RewardSpec | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        process_reward_fn: RewardFn | None = None,
+        reward_mode: Literal["immediate", "deferred"] = "immediate",
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        max_episodes: int | None = None,
+        limit: Literal["terminate", "truncate"] = "terminate",
+        shuffle: bool = True,
+        copy: bool = True,
+        action_mask: ActionMask = None,
+        tokenizer: Any = None,
+        reward_on: Literal["tokens", "text"] = "tokens",
+        render_mode: str | None = None,
+        max_episode_steps: int | None = None,
+        step_boundary_ids: Sequence[int] | int | None = None,
+        potential_fn: RewardFn | None = None,
+        gamma: float = 1.0,
+        observation: Literal["dict", "flat"] = "dict",
+    ) -> None:
+        if num_envs <= 0:
+            raise ValueError(f"num_envs ({num_envs}) must be at least 1")
+        if reward_mode not in ("immediate", "deferred"):
+            raise ValueError(f"reward_mode ({reward_mode!r}) must be 'immediate' or 'deferred'")
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(f"render_mode ({render_mode!r}) must be None or one of {self.metadata['render_modes']}")
+        if max_episode_steps is not None and max_episode_steps <= 0:
+            raise ValueError(f"max_episode_steps ({max_episode_steps}) must be at least 1")
+        self.task = TokenTask(
+            prompts=prompts,
+            vocab_size=vocab_size,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=max_new_tokens if max_episode_steps is None else min(max_new_tokens, max_episode_steps),
+            max_prompt_length=max_prompt_length,
+            reward_fn=reward_fn,
+            columns=columns,
+            process_reward_fn=process_reward_fn,
+            step_boundary_ids=step_boundary_ids,
+            potential_fn=potential_fn,
+            gamma=gamma,
+            limit=limit,
+            action_mask=action_mask,
+            tokenizer=tokenizer,
+            reward_on=reward_on,
+            observation=observation,
+        )
+        self.num_envs = num_envs
+        self.single_observation_space = self.task.observation_space
+        self.single_action_space = self.task.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.render_mode = render_mode
+        self.reward_mode = reward_mode
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
+        self._copy = copy
+        self._max_episodes = _checked_max_episodes(max_episodes)
+        self._every_slot = np.arange(num_envs)
+        self._slots = Slots(num_envs, self.task.prompts.max_length, self.task.max_new_tokens, self.task.flat)
+        self._stream = Stream(self.task.prompts, PromptQueue(len(self.task.prompts), shuffle), self._slots)
+        self._rewards = SlotRewards(self.task, self._slots, self._stream, deferred=reward_mode == "deferred")
+        self._ready = False  # before the first reset and after a failed reward function, step() is refused
+        self._finish_reason = np.zeros(num_envs, dtype=np.int8)  # (B,) 0 while the episode goes on
+        self._allowed: BoolArray | None = None  # (B, V) where action_mask is a function
+
+    @property
+    def active(self) -> BoolArray:
+        """(B,) False for slots that are parked until the next reset."""
+        return self._stream.status != PARKED
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[VectorObservation, dict[str, Any]]:
+        """Start a new stream in all slots, or new episodes in some.
+
+        Without a seed the prompt queue goes on where it stands; prompts of episodes that were cut short by the reset
+        do not come again in this pass. A seed starts everything over: queue, episode ids, episodes not yet flushed.
+
+        Args:
+            seed: seeds `np_random`, which shuffles the prompts.
+            options: `max_episodes`: length N of this stream, None for endless; `reset_mask`: (B,) bool, reset only
+                these slots, within the current stream, which counts the episodes that this cuts short;
+                `prompt_index`: int or (B,), prompts to start from instead of drawing from the queue.
+        """
+        options = options or {}
+        unknown = set(options) - {"max_episodes", "reset_mask", "prompt_index"}
+        if unknown:
+            raise ValueError(
+                f"reset options {sorted(unknown)} are unknown; there are 'max_episodes', 'reset_mask', 'prompt_index'"
+            )
+        # The mask stays in `options`: wrappers around this env look for it there after this call.
+        mask = options.get("reset_mask")
+        slots = self._every_slot if mask is None else np.flatnonzero(self._checked_reset_mask(mask))
+        prompt_indices = self._checked_prompt_indices(options.get("prompt_index"), slots)
+        if mask is not None and "max_episodes" in options:
+            raise ValueError("max_episodes starts a new stream and reset_mask continues one; pass one of them")
+        max_episodes = _checked_max_episodes(options.get("max_episodes", self._max_episodes))
+
+        super().reset(seed=seed)
+        if seed is not None or not self._stream.queue.started:
+            self._stream.queue.restart(self.np_random)
+        if mask is None:
+            self._stream.start(max_episodes)
+            if seed is not None:
+                self._stream.next_episode_id = 0
+                self._rewards.forget()
+        self._ready = False  # until all went well
+        self._begin(slots, prompt_indices)
+        infos: dict[str, Any] = {}
+        self._put_state(infos, slots)
+        self._ready = True
+        return self._slots.observation(self._copy), infos
+
+    def step(self, actions: IntArray) -> tuple[VectorObservation, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
+        """Append one token to each running slot.
+
+        Args:
+            actions: (B,) token ids; those of parked slots are ignored.
+
+        Raises:
+            ResetNeeded: before the first reset, after the stream has drained, or in "Disabled" mode with ended slots.
+            InvalidAction: a token is outside the vocabulary or not allowed by `action_mask`; names slots and tokens.
+            RewardError: a reward function failed; reset before the next step.
+        """
+        running, tokens = self._playable(actions)
+        waiting = np.flatnonzero(self._stream.status == WAITING)  # "NextStep": for them this step is the reset
+        self._slots.append(running, tokens)
+        lengths = self._slots.response_lengths(running)
+        reasons = self.task.finish_reasons(tokens, lengths)
+        self._finish_reason[running] = reasons
+        ended = reasons != 0
+        done = running[ended]
+
+        terminated = np.zeros(self.num_envs, dtype=np.bool_)
+        truncated = np.zeros(self.num_envs, dtype=np.bool_)
+        terminated[done] = self.task.is_terminal(reasons[ended])
+        truncated[done] = ~terminated[done]
+        self._ready = False  # until all rewards are paid
+        rewards, step_infos, end_infos = self._rewards.pay(running, lengths, reasons)
+        self._show(done)
+
+        infos: dict[str, Any] = {}
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and len(done):
+            self._put_final(infos, done, {name: values[ended] for name, values in step_infos.items()} | end_infos)
+            self._begin(done)
+            put(infos, self.num_envs, running[~ended], {name: value[~ended] for name, value in step_infos.items()})
+        else:
+            put(infos, self.num_envs, running, step_infos)
+            put(infos, self.num_envs, done, end_infos)
+            self._begin(waiting)
+            self._stream.wait(done)
+        self._put_state(infos, self._every_slot)
+        self._ready = True
+        return self._slots.observation(self._copy), rewards, terminated, truncated, infos
+
+    def flush_rewards(self) -> tuple[IntArray, FloatArray]:
+        """Score the finished episodes in one call: (episode_ids, rewards), (n,) each, ascending in episode id.
+
+        Raises:
+            RewardError: the reward function failed; the episodes are still there.
+            ValueError: `reward_mode` is not "deferred".
+        """
+        episodes = self.pop_episodes()
+        ids = np.array([episode.episode_id for episode in episodes], dtype=np.int64)
+        return ids, np.array([episode.reward for episode in episodes], dtype=np.float64)
+
+    def pop_episodes(self, score: bool = True) -> list[Episode]:
+        """Hand over the finished episodes, ascending in episode id, scored in one call of the reward function.
+
+        Args:
+            score: False leaves `reward` NaN, for a caller that scores the episodes itself.
+
+        Raises:
+            RewardError: the reward function failed; the episodes are still there.
+            ValueError: `reward_mode` is not "deferred".
+        """
+        if self.reward_mode != "deferred":
+            raise ValueError("episodes are kept with reward_mode='deferred' only; this env pays rewards in step()")
+        return self._rewards.take(score)
+
+    def action_masks(self) -> BoolArray:
+        """(B, V) True for each token that may come next; the name is the one that sb3-contrib calls."""
+        if self._allowed is not None:
+            return self._allowed.copy()
+        return np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
+
+    def render(self) -> tuple[str, ...] | None:
+        """One text per slot under "ansi"; under "human" each episode has been printed when it ended."""
+        if self.render_mode is None:
+            gymnasium.logger.warn("render() without a render_mode; make the env with render_mode='ansi' or 'human'")
+        if self.render_mode != "ansi":
+            return None
+        if not self._ready:
+            raise ResetNeeded("render() before reset(): there are no episodes yet")
+        return tuple(self._text(slot) for slot in range(self.num_envs))
+
+    def observe(self) -> tuple[VectorObservation, dict[str, Any]]:
+        """What the agent sees now, as `reset` returns it, without a step; to go on after `load_state_dict`."""
+        if not self._ready:
+            raise ResetNeeded("observe() before reset(): there are no episodes yet")
+        infos: dict[str, Any] = {}
+        self._put_state(infos, self._every_slot)
+        return self._slots.observation(self._copy), infos
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides how the env goes on, running and unflushed episodes included, as plain Python values."""
+        return {
+            "np_random": self.np_random.bit_generator.state,
+            "np_random_seed": self._np_random_seed,
+            "ready": self._ready,
+            "stream": self._stream.state_dict(),
+            "finish_reason": self._finish_reason.tolist(),
+            "rewards": self._rewards.state_dict(),
+            "max_new_tokens": self.task.max_new_tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly as the env that gave `state`: `reset()` for the next stream, or `observe()` and `step()`.
+
+        Raises:
+            ValueError: the state is of an env with other prompts, or another number of slots or of new tokens.
+        """
+        if state["max_new_tokens"] != self.task.max_new_tokens:
+            raise ValueError(
+                f"the saved state has max_new_tokens={state['max_new_tokens']}, this env {self.task.max_new_tokens}"
+            )
+        self._stream.load_state_dict(state["stream"], self.np_random)
+        self.np_random.bit_generator.state = state["np_random"]
+        self._np_random_seed = state["np_random_seed"]
+        self._rewards.load_state_dict(state["rewards"])
+        self._finish_reason[:] = state["finish_reason"]
+        self._ready = state["ready"]
+        if self._ready:
+            self.observe()  # which also asks action_mask about the restored states
+
+    def _playable(self, actions: IntArray) -> tuple[IntArray, IntArray]:
+        """The running slots and their tokens, (n,) each, once all is found in order."""
+        if not self._ready:
+            raise ResetNeeded("step() without an episode: call reset() first, also after a reward function has failed")
+        tokens = np.asarray(actions)
+        if tokens.shape != (self.num_envs,) or tokens.dtype.kind not in "iu":
+            raise InvalidAction(
+                f"actions must be {self.num_envs} integer token ids, got shape {tokens.shape} of {tokens.dtype}"
+            )
+        tokens = tokens.astype(np.int64, copy=False)
+        status = self._stream.status
+        running = np.flatnonzero(status == RUNNING)
+        if len(running) < self.num_envs:
+            if (status == PARKED).all():
+                raise ResetNeeded(f"all {self.num_envs} slots are parked: the stream has drained; call reset()")
+            if self.autoreset_mode == AutoresetMode.DISABLED and (status == WAITING).any():
+                raise ResetNeeded(
+                    f"the episodes of slots {np.flatnonzero(status == WAITING).tolist()} have ended; "
+                    "reset them with options={'reset_mask': ...}"
+                )
+            tokens = tokens[running]
+        # One comparison for both bounds: seen as unsigned, a negative token is a huge one.
+        bad = tokens.view(np.uint64) >= self.task.vocab_size
+        if bad.any():
+            raise InvalidAction(
+                f"tokens {tokens[bad].tolist()} in slots {running[bad].tolist()} are outside the vocabulary "
+                f"0..{self.task.vocab_size - 1}"
+            )
+        if self._allowed is not None and not self._allowed[running, tokens].all():
+            bad = ~self._allowed[running, tokens]
+            raise InvalidAction(
+                f"tokens {tokens[bad].tolist()} in slots {running[bad].tolist()} are not allowed there by action_mask"
+            )
+        return running, tokens
+
+    def _begin(self, slots: IntArray, prompt_indices: list[int] | None = None) -> None:
+        started = self._stream.begin(slots, prompt_indices)
+        self._finish_reason[started] = 0
+        self._rewards.begin(started)
+
+    def _put_state(self, infos: dict[str, Any], slots: IntArray) -> None:
+        """Infos of the states that `slots` are in; `episode_id` and `active` tell about all slots at any time."""
+        stream = self._stream
+        values = stream.infos(slots)
+        if self.task.action_mask:
+            if callable(self.task.action_mask):
+                self._allowed = np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
+                running = np.flatnonzero(stream.status == RUNNING)
+                self._allowed[running] = self.task.allowed_tokens(
+                    stream.prompt_index[running], self._slots.responses(running)
+                )
+            values["action_mask"] = self.action_masks()[slots].astype(np.int8)
+        put(infos, self.num_envs, slots, values)
+        put(infos, self.num_envs, self._every_slot, {"episode_id": stream.episode_id.copy(), "active": self.active})
+
+    def _put_final(self, infos: dict[str, Any], done: IntArray, at_end: dict[str, npt.NDArray[Any]]) -> None:
+        """`final_obs` and `final_info` of the slots that are about to be refilled."""
+        final_obs = np.full(self.num_envs, None, dtype=object)
+        for slot in done.tolist():
+            final_obs[slot] = self._slots.observation_of(slot)
+        values = self._stream.infos(done) | {"episode_id": self._stream.episode_id[done]}
+        if self.task.action_mask:
+            values["action_mask"] = np.ones((len(done), self.task.vocab_size), dtype=np.int8)
+        final_info: dict[str, Any] = {}
+        # The observation's own keys are for TorchRL, whose reader of a Dict looks for them here and nowhere else.
+        # `prompt_length`, a key of both, stays (B,) as in every info; the reader broadcasts it.
+        put(final_info, self.num_envs, done, self._slots.rows_of_observation(done) | values | at_end)
+        infos |= {"final_obs": final_obs, "_final_obs": slot_mask(self.num_envs, done)}
+        infos |= {"final_info": final_info, "_final_info": slot_mask(self.num_envs, done)}
+
+    def _text(self, slot: int) -> str:
+        reason = self._finish_reason[slot]
+        outcome = "not yet"
+        if self._stream.episode_id[slot] < 0:
+            outcome = "none: this slot has no episode"
+        elif reason:
+            score = "deferred" if self.reward_mode == "deferred" else f"{self._rewards.totals[slot]:.4g}"
+            outcome = f"{score} ({FinishReason(reason).label})"
+        return episode_text(
+            self._slots.prompt(slot), self._slots.response(slot), outcome, self.task.tokenizer, title=f"slot {slot}"
+        )
+
+    def _show(self, done: IntArray) -> None:
+        if self.render_mode == "human":
+            for slot in done.tolist():
+                print(self._text(slot), flush=True)
+
+    def _checked_reset_mask(self, mask: Any) -> BoolArray:
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (self.num_envs,):
+            raise ValueError(
+                f"options['reset_mask'] must be a bool array of shape ({self.num_envs},), got {mask!r:.80}"
+            )
+        if not mask.any():
+            raise ValueError("options['reset_mask'] is False everywhere; at least one slot must be reset")
+        if not self._ready and not mask.all():
+            raise ResetNeeded("reset all slots before resetting some of them with options['reset_mask']")
+        return mask
+
+    def _checked_prompt_indices(self, prompt_index: Any, slots: IntArray) -> list[int] | None:
+        if prompt_index is None:
+            return None
+        indices = np.asarray(prompt_index)
+        if indices.shape not in ((), (self.num_envs,)):
+            raise ValueError(
+                f"options['prompt_index'] must be one index or {self.num_envs} of them, got shape {indices.shape}"
+            )
+        chosen = np.broadcast_to(indices, (self.num_envs,))[slots]
+        return [self.task.prompts.check_index(index) for index in chosen.tolist()]
+
+
+def _checked_max_episodes(max_episodes: int | None) -> int | None:
+    if max_episodes is not None and max_episodes <= 0:
+        raise ValueError(f"max_episodes ({max_episodes}) must be at least 1, or None for a stream without end")
+    return max_episodes

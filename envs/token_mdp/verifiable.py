@@ -1,0 +1,130 @@
+"""Rewards that can be checked by rule: the right answer, a pattern, code that parses. For `reward_on="text"`.
+
+Each is a class whose instance is a reward function (prompts, responses, **columns) -> (n,) of 0.0 and 1.0, so that a
+YAML file can name it, and several combine with weights:
+`reward_fn={"answer": ExactAnswer(), "form": (RegexMatch("<think>.*</think>"), 0.2)}`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import numpy as np
+
+from token_mdp.episodes import FloatArray
+
+FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+
+
+class ExactAnswer:
+    r"""1 where the answer in the response equals the one in a column of the prompts, else 0.
+
+    Two answers are equal if they are the same number ("1,234", "$1234" and "1234.0"), or the same text up to case,
+    spaces around it and a full stop at its end.
+
+    Args:
+        column: name of the column that holds the right answers.
+        pattern: regular expression with one group around the answer, as r"####\s*(.+)"; its last match counts.
+            It is applied to the column too where it matches there. None takes the whole response.
+
+    Raises:
+        ValueError: the pattern has no group or more than one.
+    """
+
+    def __init__(self, column: str = "answer", pattern: str | None = None) -> None:
+        self.column = column
+        self.pattern = None if pattern is None else re.compile(pattern)
+        if self.pattern is not None and self.pattern.groups != 1:
+            raise ValueError(
+                f"pattern ({pattern!r}) must have one group, around the answer; it has {self.pattern.groups}"
+            )
+
+    def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> FloatArray:
+        """(n,) 1.0 where the answers are equal."""
+        if self.column not in columns:
+            raise KeyError(f"there is no column {self.column!r} with the right answers; there are {sorted(columns)}")
+        right = [self._extract(str(answer)) or str(answer) for answer in columns[self.column]]
+        given = [self._extract(_text(response)) for response in responses]
+        return np.array([float(a is not None and _same(a, b)) for a, b in zip(given, right, strict=True)])
+
+    def _extract(self, text: str) -> str | None:
+        if self.pattern is None:
+            return text
+        found = self.pattern.findall(text)
+        return found[-1] if found else None
+
+
+class RegexMatch:
+    """1 where the pattern is found in the response, else 0.
+
+    Args:
+        pattern: regular expression; `.` also matches line breaks.
+        whole: the pattern must match the whole response.
+    """
+
+    def __init__(self, pattern: str, whole: bool = False) -> None:
+        self.pattern = re.compile(pattern, re.DOTALL)
+        self.whole = whole
+
+    def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> FloatArray:
+        """(n,) 1.0 where the pattern matches."""
+        match = self.pattern.fullmatch if self.whole else self.pattern.search
+        return np.array([float(match(_text(response)) is not None) for response in responses])
+
+
+class PythonParses:
+    """1 where the response is Python code that parses, else 0; the code is never run.
+
+    Where the response has fenced blocks, all of them must parse and the text around them is ignored; without a fence
+    the whole response is code. Empty code is 0.
+    """
+
+    def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> FloatArray:
+        """(n,) 1.0 where the code parses."""
+        return np.array([float(all(map(_parses, _code_blocks(_text(response))))) for response in responses])
+
+
+def _code_blocks(text: str) -> list[str]:
+    return FENCE.findall(text) or [text]
+
+
+def _parses(code: str) -> bool:
+    if not code.strip():
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as for "\d" in a string: odd, but it parses
+            ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes; brackets nested too deeply
+        return False
+    return True
+
+
+def _same(left: str, right: str) -> bool:
+    left_number, right_number = _number(left), _number(right)
+    if left_number is not None and right_number is not None:
+        return left_number == right_number
+    return _plain(left) == _plain(right)
+
+
+def _number(text: str) -> Decimal | None:
+    digits = _plain(text).lstrip("$€£").rstrip("%").replace(",", "")
+    try:
+        number = Decimal(digits)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").strip().casefold()
+
+
+def _text(response: Any) -> str:
+    if not isinstance(response, str):
+        raise TypeError(f"this reward reads text, got {type(response).__name__}; make the env with reward_on='text'")
+    return response

@@ -1,0 +1,204 @@
+"""From scores and values to advantages: token rewards, GAE, whitening.
+
+Axes: B episodes, T response cells, right-padded; `response_mask` (B, T) bool, True = a real response token, end token
+included. False cells count nowhere: not at the end and not in the middle, where another speaker's tokens stand between
+two turns. Packed (M,) tensors become rows by `pad_rows` and come back by `unpad_rows`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def pad_rows(flat: Tensor, row_mask: Tensor) -> Tensor:
+    """Packed tokens to rows: (M,) -> (B, T), 0 in the padding.
+
+    Args:
+        flat: (M,) one value per response token, row after row.
+        row_mask: (B, T) bool with M cells True; `make_row_mask` makes it from sequence ids.
+
+    Returns:
+        (B, T) with the dtype of `flat`.
+
+    Raises:
+        ValueError: the mask is no (B, T) bool, or has not M cells True.
+    """
+    if flat.ndim != 1 or row_mask.dtype != torch.bool or row_mask.ndim != 2:
+        raise ValueError(f"expected (M,) values and a (B, T) bool mask, got {_form(flat)} and {_form(row_mask)}")
+    if (cells := int(row_mask.sum())) != len(flat):
+        raise ValueError(f"row_mask has {cells} cells True for {len(flat)} values")
+    return flat.new_zeros(row_mask.shape).masked_scatter(row_mask, flat)
+
+
+def unpad_rows(rows: Tensor, row_mask: Tensor) -> Tensor:
+    """Rows to packed tokens: (B, T) -> (M,), the inverse of `pad_rows`.
+
+    Args:
+        rows: (B, T) one value per cell.
+        row_mask: (B, T) bool with M cells True.
+
+    Returns:
+        (M,) the values of the True cells, row after row.
+    """
+    _check_mask(row_mask, rows, "rows", "row_mask")
+    return rows[row_mask]
+
+
+def make_row_mask(sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """The mask of right-padded rows that hold packed tokens.
+
+    Args:
+        sequence_ids: (M,) int64, the sequence of each token, ascending.
+        num_sequences: B; a sequence without tokens gets a row without True cells.
+
+    Returns:
+        (B, T) bool, True in the first n cells of a row for a sequence of n tokens; T is the longest.
+
+    Example:
+        >>> make_row_mask(torch.tensor([0, 0, 0, 2]), 3).int().tolist()
+        [[1, 1, 1], [0, 0, 0], [1, 0, 0]]
+    """
+    lengths = torch.bincount(sequence_ids, minlength=num_sequences)
+    longest = int(lengths.max()) if num_sequences else 0
+    return torch.arange(longest, device=lengths.device) < lengths[:, None]
+
+
+def token_rewards(scores: Tensor, kl: Tensor, kl_coef: float, response_mask: Tensor) -> Tensor:
+    """Reward of each token: -kl_coef * kl_t, plus the score on the last response token.
+
+    Ziegler et al. 2019, Eq. 2, https://arxiv.org/abs/1909.08593; Ouyang et al. 2022, Eq. 2. The last response token is
+    the action that ended the episode (the end token, if there is one), not the cell after it.
+
+    Args:
+        scores: (B,) verdict on each whole response.
+        kl: (B, T) estimate of each token's KL to the reference, in nats.
+        kl_coef: weight of the penalty.
+        response_mask: (B, T) bool; each row needs at least one True.
+
+    Returns:
+        (B, T), 0 outside of the mask.
+
+    Raises:
+        ValueError: a mask that would broadcast, or a response with no token, which no action could be paid for.
+    """
+    _check_mask(response_mask, kl, "kl", "response_mask")
+    if scores.shape != kl.shape[:1]:
+        raise ValueError(f"scores must be one per row, ({kl.shape[0]},), got {_form(scores)}")
+    empty = (~response_mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"responses {empty[:8]} have no token to carry their score; drop them from the rollout")
+
+    rewards = torch.where(response_mask, -kl_coef * kl, 0.0)
+    last = response_mask.shape[1] - 1 - response_mask.int().flip(1).argmax(dim=1)
+    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+
+
+def gae(
+    token_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} - V_t.
+
+    Schulman et al. 2016, Eq. 16, https://arxiv.org/abs/1506.02438. Time runs over the True cells of the mask alone:
+    t + 1 is the row's next response token, so a gap between two turns is no step, and V after the last one is 0. What
+    stands in False cells, a reward included, changes nothing.
+
+    Args:
+        token_rewards: (B, T) r.
+        values: (B, T) V of the state in which each token was taken.
+        response_mask: (B, T) bool.
+        gamma: discount, 1 in RLHF.
+        gae_lambda: 1 is Monte Carlo (no bias from V), 0 is one-step TD (least variance).
+
+    Returns:
+        advantages (B, T) and returns (B, T) = advantages + values; both 0 outside of the mask.
+    """
+    _check_mask(response_mask, values, "values", "response_mask")
+    _check_mask(response_mask, token_rewards, "token_rewards", "response_mask")
+    advantages = torch.zeros_like(values)
+    next_value = values.new_zeros(values.shape[0])
+    next_advantage = torch.zeros_like(next_value)
+    for t in reversed(range(values.shape[1])):
+        here = response_mask[:, t]
+        delta = token_rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(here, delta + gamma * gae_lambda * next_advantage, next_advantage)
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages[:, t] = torch.where(here, next_advantage, 0.0)
+    return advantages, torch.where(response_mask, advantages + values, 0.0)
+
+
+class Moments(NamedTuple):
+    """Sums over the cells that count; sums of several ranks add up to those of the whole."""
+
+    sum: Tensor  # () float64
+    sum_of_squares: Tensor  # () float64
+    size: Tensor  # () float64: how many cells
+
+    @property
+    def mean(self) -> Tensor:
+        """() mean; 0 if nothing counts."""
+        return self.sum / self.size.clamp(min=1)
+
+    @property
+    def variance(self) -> Tensor:
+        """() population variance; 0 if nothing counts."""
+        return (self.sum_of_squares / self.size.clamp(min=1) - self.mean.square()).clamp(min=0)
+
+
+def masked_moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+    """Sum, sum of squares and number of the cells that count.
+
+    Over ranks: `Moments(*all_reduce_sum(torch.stack(masked_moments(x, mask))))`.
+
+    Args:
+        x: any shape.
+        mask: bool of the same shape, True = counts; None if every cell counts, as in packed tensors.
+
+    Returns:
+        The moments, each a scalar in float64 (float32 on MPS, which has no other), where sums of squares do not cancel.
+    """
+    if mask is not None:
+        _check_mask(mask, x, "x", "mask")
+        x = x[mask]
+    x = x.to(torch.float32 if x.is_mps else torch.float64)
+    return Moments(x.sum(), x.square().sum(), x.new_tensor(x.numel()))
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    moments: Moments | None = None,
+    keep_mean: bool = False,
+    epsilon: float = 1e-8,
+) -> Tensor:
+    """Mean 0 and variance 1 over the cells that count: (x - mean) / √(variance + epsilon).
+
+    Args:
+        x: any shape; the advantages of a whole rollout.
+        mask: bool of the same shape, True = counts; None if every cell counts, as in packed tensors.
+        moments: of x over all ranks; of this x alone if None.
+        keep_mean: scale only, around the mean; for rewards, whose sign means something.
+        epsilon: keeps a constant x finite (it becomes 0).
+
+    Returns:
+        The same shape and dtype, 0 outside of the mask.
+    """
+    moments = masked_moments(x, mask) if moments is None else moments
+    whitened = (x - moments.mean) * torch.rsqrt(moments.variance + epsilon)
+    if keep_mean:
+        whitened = whitened + moments.mean
+    whitened = whitened.to(x.dtype)
+    if mask is None:
+        return whitened
+    _check_mask(mask, x, "x", "mask")
+    return torch.where(mask, whitened, 0.0)
+
+
+def _form(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype}"
+
+
+def _check_mask(mask: Tensor, x: Tensor, name: str, mask_name: str) -> None:
+    """A mask of another shape would broadcast without a word; one of 0 and 1 would index instead of select."""
+    if mask.shape != x.shape or mask.dtype != torch.bool:
+        raise ValueError(f"{mask_name} must be bool and of the shape of {name}, {tuple(x.shape)}, got {_form(mask)}")

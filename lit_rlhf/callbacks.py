@@ -1,0 +1,201 @@
+"""What a run leaves behind and shows: Hugging Face export, sample tables, throughput, completions, a summary."""
+
+import itertools
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.module import AlignmentModule
+from lit_rlhf.sharding import full_state_dict
+
+
+class HuggingFaceExport(Callback):
+    """Write the trained model and its tokenizer as a Hugging Face folder when `fit` ends.
+
+    Args:
+        folder: where, relative to the Trainer's `default_root_dir`; null = no export.
+    """
+
+    def __init__(self, folder: str | None = "model") -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export on rank 0; all ranks join to collect sharded weights."""
+        if self.folder is None:
+            return
+        assert isinstance(pl_module, AlignmentModule)
+        weights = full_state_dict(pl_module.exportable())
+        if trainer.is_global_zero:
+            target = Path(trainer.default_root_dir) / self.folder
+            export(pl_module, weights, target)
+            rank_zero_info(f"exported {type(pl_module).__name__} to {target}")
+
+
+def export(module: AlignmentModule, weights: dict[str, torch.Tensor], target: Path) -> None:
+    """Write a Hugging Face folder aside and rename it into place: a reader never meets half of one.
+
+    Args:
+        module: knows the model and the tokenizer.
+        weights: whole state dict of `module.exportable()`.
+        target: the folder; one that is there is replaced.
+
+    Raises:
+        UserError: the disk is full or may not be written to; nothing is left behind, an older export stays.
+    """
+    aside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        module.exportable().save_pretrained(aside, state_dict=weights)
+        module.tokenizer.save_pretrained(aside)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise UserError(f"the export to {target} failed and left nothing there: {error}") from error
+
+
+class SampleTable(Callback):
+    """Show prompts, completions and scores as a table in TensorBoard at each validation.
+
+    Args:
+        num_prompts: rows of the table; 0 = none.
+    """
+
+    def __init__(self, num_prompts: int = 8) -> None:
+        self.num_prompts = num_prompts
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the table; all ranks complete the prompts, since sharded weights need them all."""
+        assert isinstance(pl_module, AlignmentModule)
+        data = getattr(trainer, "datamodule", None)
+        if self.num_prompts == 0 or trainer.sanity_checking or not hasattr(data, "sample_prompts"):
+            return
+        prompts = data.sample_prompts(self.num_prompts)
+        rows = [] if prompts is None else pl_module.sample_table(prompts)
+        for logger in trainer.loggers:
+            if rows and isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", markdown_table(rows), trainer.global_step)
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of equal keys as Markdown; cell text stays on one line."""
+
+    def cell(value: Any) -> str:
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        return text.replace("|", "\\|").replace("\n", "<br>")
+
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(cell(value) for value in row.values()) + " |" for row in rows])
+
+
+class Throughput(Callback):
+    """Log `perf/tokens_per_second`: real tokens trained on per second of wall time, rollouts and waiting included."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count; log with the other metrics."""
+        self.tokens += batch.packed.input_ids.numel() * trainer.world_size
+        if trainer.global_step and (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            now = time.perf_counter()
+            pl_module.log("perf/tokens_per_second", self.tokens / (now - self.since))
+            self.tokens, self.since = 0, now
+
+
+class RunSummary(Callback):
+    """Write summary.json into the run's folder when `fit` ends: time, peak memory, models held, last metrics."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.since = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the summary."""
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, AlignmentModule)
+        data = getattr(trainer, "datamodule", None)
+        reward_networks = [n for reward in (getattr(data, "reward", None),) if reward for n in reward.networks()]
+        summary = {
+            "seconds": time.perf_counter() - self.since,
+            "peak_memory_mb": peak_memory_mb(pl_module.device),
+            "models_in_memory": len(list(pl_module.networks())) + len(reward_networks),
+            "steps": trainer.global_step,
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        }
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: on the GPU as the allocator counts, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+class CompletionWriter(BasePredictionWriter):
+    """Write what `predict` made as JSON Lines, in the order of the prompts.
+
+    Args:
+        file: where, relative to the Trainer's `default_root_dir`.
+    """
+
+    def __init__(self, file: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="epoch")
+        self.file = file
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Collect the rows of all ranks and write them aside, then rename."""
+        mine = list(predictions)
+        ranks: list[list[Any]] = [mine] * trainer.world_size
+        if dist.is_available() and dist.is_initialized():
+            dist.all_gather_object(ranks, mine)
+        if trainer.is_global_zero:
+            # The k-th batch of rank r among n is batch k n + r of the data.
+            batches = [batch for kth in itertools.zip_longest(*ranks, fillvalue=()) for batch in kth]
+            rows = [row for batch in batches for row in batch]
+            target = Path(trainer.default_root_dir) / self.file
+            write_jsonl(rows, target)
+            rank_zero_info(f"wrote {len(rows)} rows to {target}")
+
+
+@rank_zero_only
+def write_jsonl(rows: Sequence[dict[str, Any]], target: Path) -> None:
+    """Write rows aside and rename into place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.new")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    aside.rename(target)

@@ -1,0 +1,61 @@
+"""The command line: `lit-rlhf fit|validate|test|predict --config X.yaml` and `lit-rlhf compare`.
+
+LightningCLI with no class given: the YAML names model and data by `class_path`, their constructors are the schema.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable, Throughput
+from lit_rlhf.errors import UserError
+from lit_rlhf.module import AlignmentModule
+from token_mdp import RewardError
+
+
+class AlignmentCLI(LightningCLI):
+    """Adds what every run has: the tokenizer from model to data, exports, samples, throughput."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of the callbacks that every run has."""
+        parser.add_lightning_class_args(HuggingFaceExport, "export")
+        parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_lightning_class_args(CompletionWriter, "predictions")
+        parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
+        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(RunSummary, "summary")
+        parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; what the user can mend is said in one message, with exit status 2."""
+    argv = list(sys.argv[1:] if args is None else args)
+    try:
+        if argv[:1] == ["compare"]:
+            from lit_rlhf.compare import compare
+
+            auto_cli(compare, args=argv[1:], as_positional=False)
+        else:
+            run(argv)
+    except (UserError, RewardError, MisconfigurationException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run(argv: list[str]) -> Any:
+    """One LightningCLI run."""
+    return AlignmentCLI(
+        AlignmentModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        args=argv,
+    )

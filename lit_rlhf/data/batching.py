@@ -1,0 +1,252 @@
+"""Micro-batches by token budget: planned over lengths, equal in number on each rank, resumable.
+
+Axes: n examples, W ranks, A accumulation steps. Micro-batch j of an epoch goes to rank j mod W; A consecutive ones of
+each rank make one optimiser step.
+"""
+
+import bisect
+import heapq
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lit_rlhf.errors import UserError
+
+ATTEMPTS = 4  # at an epoch's plan in random order before the examples are placed longest first
+
+
+class MicroBatch(NamedTuple):
+    """Which examples a micro-batch holds; `dataset[micro_batch]` packs them."""
+
+    indices: np.ndarray  # (B,) int64
+    denominator: float  # divides the sum of its losses
+
+
+class TokenBudgetSampler(DistributedSampler):
+    """Deals every example exactly once per epoch, in micro-batches of at most `max_tokens` tokens.
+
+    The gradient of an optimiser step is the mean over the items of that step on all ranks: Lightning divides each loss
+    by A (in the shorter last step of an epoch too) and the strategy averages over W ranks, so each micro-batch's sum of
+    losses is divided by items of the step / (A W). Without shuffling, when nothing is learnt, the whole pass counts as
+    one step: the mean of the micro-batches' losses is the mean over all items.
+
+    The number of micro-batches is the same on each rank, where synchronising strategies would hang, and in each epoch,
+    where the Trainer counts on it. It subclasses `DistributedSampler`, which Lightning does not replace.
+
+    Args:
+        lengths: (n,) tokens of each example.
+        items: (n,) what the loss is a mean over: response tokens; pairs (1 each) if None.
+        max_tokens: of a micro-batch; None = no limit.
+        batch_size: examples of a micro-batch at most; None = no limit. Where the number of examples does not divide
+            among the ranks, up to W - 1 micro-batches hold one more.
+        shuffle: deal in an order drawn from (seed, epoch); else in the order of the data if only `batch_size` limits,
+            or by length.
+        seed: of the order.
+        num_replicas: W.
+        rank: this one.
+        accumulate_grad_batches: A.
+        limit_batches: micro-batches of each rank that the Trainer will take in an epoch; None = all.
+
+    Raises:
+        UserError: no example, fewer examples than ranks, an example longer than `max_tokens`.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        items: np.ndarray | None = None,
+        max_tokens: int | None = None,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        accumulate_grad_batches: int = 1,
+        limit_batches: int | None = None,
+    ) -> None:
+        n = len(lengths)
+        if n < num_replicas:
+            raise UserError(f"{n} examples are too few for {num_replicas} ranks: each needs one; use fewer devices")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size ({batch_size}) must be 1 or more, or null for no limit")
+        if max_tokens is not None and (longest := int(lengths.max())) > max_tokens:
+            raise UserError(
+                f"example {int(lengths.argmax())} has {longest} tokens, more than max_tokens ({max_tokens}) allows in "
+                f"a micro-batch; raise max_tokens to {longest} or lower max_length"
+            )
+        super().__init__(lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.items = np.ones(n) if items is None else np.asarray(items, dtype=np.float64)
+        self.max_tokens = max_tokens
+        self.batch_size = batch_size
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.limit_batches = limit_batches
+        self.start = 0  # micro-batches to skip when next iterated
+        self.longest_first = self._fill(self._by_length(np.random.default_rng(seed)))
+        first = len(self._fill(self._order(0))) if shuffle else 0
+        count = max(first, len(self.longest_first))
+        self.num_batches = min(-(-count // num_replicas), n // num_replicas)  # on each rank
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank in an epoch."""
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        start, self.start = self.start, 0
+        plan = self.plan(self.epoch)
+        yield from plan[self.rank :: self.num_replicas][start:]
+
+    def plan(self, epoch: int) -> list[MicroBatch]:
+        """The micro-batches of all ranks in an epoch."""
+        total = self.num_batches * self.num_replicas
+        batches = self.longest_first
+        if self.shuffle:
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            for attempt in range(ATTEMPTS):
+                if len(drawn := self._fill(self._order(epoch, attempt))) <= total:
+                    batches = drawn
+                    break
+            else:  # too many micro-batches in each order tried; longest first needs the fewest
+                batches = self._fill(self._by_length(rng))
+            batches = self._adjust(batches, total)
+            batches = [batches[j] for j in rng.permutation(total)]
+        elif self.max_tokens is None:
+            batches = [chunk.tolist() for chunk in np.array_split(np.arange(len(self.lengths)), total)]
+        else:
+            batches = self._adjust(batches, total)
+        return self._with_denominators(batches)
+
+    def fingerprint(self) -> int:
+        """Changes with anything that changes the plan."""
+        settings = (self.max_tokens, self.batch_size, self.shuffle, self.seed, self.num_replicas)
+        return zlib.crc32(repr(settings).encode(), zlib.crc32(self.lengths.tobytes()))
+
+    def _order(self, epoch: int, attempt: int = 0) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch, 0, attempt]).permutation(len(self.lengths))
+
+    def _by_length(self, rng: np.random.Generator) -> np.ndarray:
+        shuffled = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+        return shuffled[np.argsort(-self.lengths[shuffled], kind="stable")]
+
+    def _fill(self, order: np.ndarray) -> list[list[int]]:
+        """Place each example in the fullest micro-batch that has room, or in a new one (best fit)."""
+        budget = int(self.lengths.sum()) if self.max_tokens is None else self.max_tokens
+        size = len(order) if self.batch_size is None else self.batch_size
+        shortest = int(self.lengths.min())
+        batches: list[list[int]] = []
+        rooms: list[tuple[int, int]] = []  # (tokens left, micro-batch), ascending; only those that can take more
+        for example, length in zip(order.tolist(), self.lengths[order].tolist(), strict=True):
+            at = bisect.bisect_left(rooms, (length, -1))
+            room, batch = rooms.pop(at) if at < len(rooms) else (budget, len(batches))
+            if batch == len(batches):
+                batches.append([])
+            batches[batch].append(example)
+            if room - length >= shortest and len(batches[batch]) < size:
+                bisect.insort(rooms, (room - length, batch))
+        return batches
+
+    def _adjust(self, batches: list[list[int]], total: int) -> list[list[int]]:
+        """Split the largest micro-batches, or join the smallest, until there are `total`."""
+
+        def tokens(batch: list[int]) -> int:
+            return int(self.lengths[batch].sum())
+
+        if len(batches) > total:  # only where each holds one example
+            queue = [(tokens(batch), batch) for batch in batches]
+            heapq.heapify(queue)
+            while len(queue) > total:
+                (_, one), (_, other) = heapq.heappop(queue), heapq.heappop(queue)
+                heapq.heappush(queue, (tokens(one + other), one + other))
+                if self.max_tokens is not None and tokens(one + other) > self.max_tokens:
+                    raise UserError(
+                        f"{len(self.lengths)} examples do not divide among {self.num_replicas} ranks while one fits "
+                        f"into max_tokens ({self.max_tokens}); raise it to {tokens(one + other)}"
+                    )
+            return [batch for _, batch in queue]
+        done = [batch for batch in batches if len(batch) == 1]
+        queue = [(-tokens(batch), batch) for batch in batches if len(batch) > 1]
+        heapq.heapify(queue)
+        while len(done) + len(queue) < total:
+            largest = sorted(heapq.heappop(queue)[1], key=lambda example: -self.lengths[example])
+            for half in (largest[::2], largest[1::2]):
+                if len(half) > 1:
+                    heapq.heappush(queue, (-tokens(half), half))
+                else:
+                    done.append(half)
+        return done + [batch for _, batch in queue]
+
+    def _with_denominators(self, batches: list[list[int]]) -> list[MicroBatch]:
+        taken = min(self.num_batches, self.limit_batches or self.num_batches)
+        steps = self.accumulate_grad_batches if self.shuffle else taken
+        local = np.arange(len(batches)) // self.num_replicas
+        step = local // steps
+        items = np.array([self.items[batch].sum() for batch in batches])
+        # Micro-batches beyond the Trainer's limit are never learnt from; a step that the limit cuts is shorter.
+        totals = np.bincount(
+            step, weights=np.where((local < taken) | (local // steps > (taken - 1) // steps), items, 0)
+        )
+        denominators = totals[step] / (steps * self.num_replicas)
+        return [
+            MicroBatch(np.array(batch, dtype=np.int64), float(denominator))
+            for batch, denominator in zip(batches, denominators, strict=True)
+        ]
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader over a `TokenBudgetSampler` that goes on in mid-epoch where its state was taken.
+
+    Lightning saves and restores the state with the checkpoint. It counts the micro-batches handed out, not those that
+    workers have fetched ahead.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: TokenBudgetSampler, num_workers: int = 0, **kwargs: Any) -> None:
+        kwargs = {"batch_size": None, "collate_fn": as_it_is, **kwargs}
+        super().__init__(dataset, sampler=sampler, num_workers=num_workers, **kwargs)
+        self._taken = (0, 0)  # epoch, micro-batches handed out in it
+        self._resume: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator: nothing is planned or fetched before the first batch is wanted. The Trainer creates the iterator
+        # before it says which epoch a resumed run is in.
+        sampler = self.sampler
+        assert isinstance(sampler, TokenBudgetSampler), "the sampler of a ResumableLoader was replaced"
+        epoch, start = sampler.epoch, 0
+        if self._resume is not None and self._resume[0] == epoch:
+            start = self._resume[1]
+        self._resume = None
+        self._taken = (epoch, start)
+        sampler.start = start
+        for batch in super().__iter__():
+            self._taken = (epoch, self._taken[1] + 1)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, the micro-batches of it that were handed out, and what they were planned from."""
+        assert isinstance(self.sampler, TokenBudgetSampler)
+        epoch, taken = self._taken if self._resume is None else self._resume
+        return {"epoch": epoch, "taken": taken, "length": len(self), "plan": self.sampler.fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            UserError: in mid-epoch, if data, budget or ranks are others now.
+        """
+        sampler = self.sampler
+        assert isinstance(sampler, TokenBudgetSampler)
+        if 0 < state["taken"] < state["length"] and state["plan"] != sampler.fingerprint():
+            raise UserError(
+                f"the checkpoint stopped after {state['taken']} micro-batches of epoch {state['epoch']}, but data, "
+                "max_tokens, batch_size, seed or the number of ranks have changed, so what is left is unknown; resume "
+                "with the same, or from a checkpoint of an epoch's end"
+            )
+        sampler.set_epoch(state["epoch"])
+        self._resume = (state["epoch"], state["taken"])
+
+
+def as_it_is(batch: Any) -> Any:
+    """The collate function of batches that come packed."""
+    return batch

@@ -1,0 +1,238 @@
+"""Tokenised examples: made once, cached on disk by `datasets`, packed into typed batches when asked for."""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.batches import PreferenceBatch, SFTBatch
+from lit_rlhf.data import tokenize
+from lit_rlhf.data.batching import MicroBatch
+from lit_rlhf.data.formats import EXPECTED, Kind, Sources
+from lit_rlhf.data.report import Report
+from lit_rlhf.data.sources import DEMO, Role, Source, fingerprint, iterate_rows, parse_sources, weighted
+from lit_rlhf.data.tokenize import Options
+from lit_rlhf.errors import UserError
+from lit_rlhf.packing import Example, pack
+
+CACHE_VERSION = 1  # raise it when checks or masks change, so that no older cache is used
+_IDS = datasets.List(datasets.Value("int32"))
+FEATURES = {
+    "sft": datasets.Features(
+        {"input_ids": _IDS, "loss_mask": datasets.List(datasets.Value("bool")), "status": datasets.Value("uint8")}
+    ),
+    "preference": datasets.Features(
+        {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS}
+        | {"margin": datasets.Value("float32"), "status": datasets.Value("uint8")}
+    ),
+}
+
+
+class PackedDataset(Dataset):
+    """Examples of one role; indexed by a `MicroBatch`, it gives a typed batch.
+
+    Args:
+        table: tokenised rows of all sources, dropped ones included, without an indices mapping.
+        rows: (n,) the rows of `table` that an epoch takes.
+        reports: of each source.
+    """
+
+    def __init__(self, table: datasets.Dataset, rows: np.ndarray, reports: list[Report]) -> None:
+        self.table = table.with_format("arrow")
+        self.rows = rows
+        self.reports = reports
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens that each example puts into a packed batch."""
+        raise NotImplementedError  # pragma: no cover
+
+    def items(self) -> np.ndarray:
+        """(n,) what the loss of each example is a mean over."""
+        raise NotImplementedError  # pragma: no cover
+
+    def __getitem__(self, batch: MicroBatch) -> Any:
+        raise NotImplementedError  # pragma: no cover
+
+    def _take(self, batch: MicroBatch) -> pa.Table:
+        return self.table[self.rows[batch.indices]]
+
+    def _list_lengths(self, column: str) -> np.ndarray:
+        return pc.list_value_length(self.table.data.column(column)).to_numpy()[self.rows]
+
+
+class SFTDataset(PackedDataset):
+    """Demonstrations."""
+
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens."""
+        return self._list_lengths("input_ids")
+
+    def items(self) -> np.ndarray:
+        """(n,) response tokens."""
+        masks = self.table.data.column("loss_mask").combine_chunks()
+        sums = np.concatenate([[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False))])
+        ends = np.cumsum(pc.list_value_length(masks).to_numpy())
+        return np.diff(sums[np.concatenate([[0], ends])])[self.rows]
+
+    def __getitem__(self, batch: MicroBatch) -> SFTBatch:
+        table = self._take(batch)
+        # The first token has no predictor: it is the prompt of the rest.
+        examples = [
+            Example(ids[:1], (ids[1:],), (mask[1:],))
+            for ids, mask in zip(ragged(table["input_ids"]), ragged(table["loss_mask"]), strict=True)
+        ]
+        return SFTBatch(pack(examples), torch.tensor(batch.denominator, dtype=torch.float32))
+
+
+class PreferenceDataset(PackedDataset):
+    """Pairs."""
+
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of the prompt and both responses."""
+        return sum(self._list_lengths(column) for column in ("prompt_ids", "chosen_ids", "rejected_ids"))  # type: ignore[return-value]
+
+    def items(self) -> np.ndarray:
+        """(n,) ones: a loss for each pair."""
+        return np.ones(len(self), dtype=np.int64)
+
+    def __getitem__(self, batch: MicroBatch) -> PreferenceBatch:
+        table = self._take(batch)
+        columns = [ragged(table[column]) for column in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        examples = [Example(prompt, (chosen, rejected)) for prompt, chosen, rejected in zip(*columns, strict=True)]
+        return PreferenceBatch(
+            packed=pack(examples),
+            row_ids=torch.from_numpy(batch.indices),
+            margin=torch.tensor(table["margin"].to_numpy(), dtype=torch.float32),
+            denominator=torch.tensor(batch.denominator, dtype=torch.float32),
+        )
+
+
+def ragged(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """A column of lists as arrays, views of one buffer where the type allows; token ids as int64."""
+    lists = column.combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    if values.dtype != bool:
+        values = values.astype(np.int64)
+    return np.split(values, np.cumsum(pc.list_value_length(lists).to_numpy())[:-1])
+
+
+def load_examples(
+    sources: Sources,
+    kind: Kind,
+    role: Role,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Options,
+    num_proc: int | None = None,
+    seed: int = 0,
+) -> PackedDataset:
+    """Read, check, tokenise and count; from the cache on disk where nothing has changed.
+
+    Args:
+        sources: see `sources.parse_sources`.
+        kind: `sft` or `preference`.
+        role: what the rows are for; chooses splits and files.
+        tokenizer: makes ids, by its chat template where rows are messages.
+        options: of tokenisation.
+        num_proc: processes that tokenise; None = this one.
+        seed: of the share that a weight below 1 takes.
+
+    Raises:
+        UserError: bad rows or sources, or no row left.
+    """
+    tables, rows, reports, offset = [], [], [], 0
+    for source in parse_sources(sources):
+        table = _tokenized(source, kind, role, tokenizer, options, num_proc)
+        statuses = table.data.column("status").to_numpy()
+        report = Report.of(f"{role} data {source.name}", statuses)
+        rank_zero_info(str(report))
+        if report.kept == 0:
+            raise UserError(f"no row is left to use. {report}. The length limit is {options.max_length} tokens")
+        rows.append(weighted(np.flatnonzero(statuses <= tokenize.TRUNCATED), source.weight, seed) + offset)
+        tables.append(table)
+        reports.append(report)
+        offset += len(table)
+    dataset = SFTDataset if kind == "sft" else PreferenceDataset
+    return dataset(datasets.concatenate_datasets(tables), np.concatenate(rows), reports)
+
+
+def _tokenized(
+    source: Source,
+    kind: Kind,
+    role: Role,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Options,
+    num_proc: int | None,
+) -> datasets.Dataset:
+    if kind == "prompts":
+        raise ValueError("prompts are read by load_prompts")
+    raw = _raw_rows(source, kind, role)
+    function = tokenize.tokenize_sft if kind == "sft" else tokenize.tokenize_preference
+    key = [CACHE_VERSION, raw._fingerprint, kind, list(options), *_tokenizer_key(tokenizer)]
+    return raw.map(
+        functools.partial(_tokenize_json, function=function, tokenizer=tokenizer, options=options),
+        input_columns="row",
+        batched=True,
+        num_proc=None if num_proc is None else min(num_proc, len(raw)),
+        remove_columns=["row"],
+        features=FEATURES[kind],
+        new_fingerprint=Hasher.hash(key),
+        desc=f"Tokenizing {source.name}",
+    )
+
+
+def _tokenize_json(rows: Sequence[str], function: Any, **arguments: Any) -> dict[str, Any]:
+    columns: dict[str, Any] = function([json.loads(row) for row in rows], **arguments)
+    return columns
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    tokenize.require_offsets(tokenizer)
+    # What a call leaves behind in the backend changes nothing here.
+    state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
+    return [json.dumps(state, sort_keys=True), tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]
+
+
+def _raw_rows(source: Source, kind: Kind, role: Role) -> datasets.Dataset:
+    """Checked rows as JSON in one column: messages of any shape fit, and Arrow infers nothing."""
+    features = datasets.Features({"row": datasets.Value("large_string")})
+    if source.name == DEMO:
+        rows = list(_json_rows(source, kind, role))
+        return datasets.Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features)
+    try:
+        raw = datasets.Dataset.from_generator(
+            _json_rows,
+            features=features,
+            gen_kwargs={
+                "source": source,
+                "kind": kind,
+                "role": role,
+                "key": (CACHE_VERSION, fingerprint(source, role)),
+            },
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    if len(raw) == 0:
+        raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
+    return raw
+
+
+def _json_rows(source: Source, kind: Kind, role: Role, key: Any = None) -> Iterator[dict[str, str]]:
+    # `key` is there for the cache: `datasets` hashes the arguments.
+    for row in iterate_rows(source, kind, role):
+        yield {"row": json.dumps(row, ensure_ascii=False)}

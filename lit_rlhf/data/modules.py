@@ -1,0 +1,269 @@
+"""The LightningDataModules of SFT, and of reward models and DPO."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.batches import PromptBatch
+from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
+from lit_rlhf.data.examples import PackedDataset, load_examples
+from lit_rlhf.data.formats import Kind, Sources, as_prompt
+from lit_rlhf.data.prompts import PromptDataset, encode_prompts, load_prompts, to_columns
+from lit_rlhf.data.sources import DEMO, Role, iterate_rows, parse_sources
+from lit_rlhf.data.tokenize import LossOn, Options, Truncation
+from lit_rlhf.errors import UserError
+
+__all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
+
+PREDICT_BATCH = 256  # prompts handed to `predict_step` at once; how many are played together is the model's affair
+STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+ROLES: dict[str, Role] = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+
+
+class ExamplesDataModule(LightningDataModule):
+    """Base of the data modules that learn from rows.
+
+    Args:
+        train: rows to learn from: a JSON Lines (.gz, .zst) or Parquet file, a folder of them, the name of a dataset,
+            "demo" for the embedded text, or a list of {source, weight, split}.
+        validation: held-out rows; null = no validation.
+        test: rows of `test`; null = the validation rows.
+        predict: prompts of `predict` and of the sample tables; null = the prompts of the validation rows.
+        max_length: tokens of a prompt with a response; null = the model's context.
+        truncation: what to do with longer rows: drop them, or truncate responses on the right.
+        max_prompt_length: longer prompts of `predict` lose tokens on the left; null = half of max_length.
+        max_tokens: of a micro-batch, counting a shared prompt once; null = no limit.
+        batch_size: examples of a micro-batch at most; null = as many as max_tokens takes.
+        shuffle: deal the training rows in another order in each epoch.
+        num_workers: processes that pack batches beside the training.
+        num_proc: processes that tokenise, once; null = one.
+        seed: of the order of examples, and of the share that a weight below 1 takes.
+        chat_template: a Jinja template or a file that holds one; null = the tokenizer's own. Exported with the model.
+        tokenizer: the model's; linked by the CLI.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(
+        self,
+        train: Sources = DEMO,
+        validation: Sources | None = DEMO,
+        test: Sources | None = None,
+        predict: Sources | None = None,
+        max_length: int | None = None,
+        truncation: Truncation = "drop",
+        max_prompt_length: int | None = None,
+        max_tokens: int | None = 4096,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        seed: int = 0,
+        chat_template: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        if validation == DEMO and not any(source.name == DEMO for source in parse_sources(train)):
+            raise UserError(
+                f"validation is still {DEMO!r} while train is {train!r}; name held-out rows of your own, or null"
+            )
+        if max_tokens is None and batch_size is None:
+            raise UserError("max_tokens and batch_size are both null: one of them must limit a micro-batch")
+        self.sources: dict[str, Sources | None] = {"train": train, "validation": validation, "test": test or validation}
+        self.predict = predict
+        self.max_length = max_length
+        self.truncation: Truncation = truncation
+        self.loss_on: LossOn = "response"
+        self.max_prompt_length = max_prompt_length
+        self.max_tokens = max_tokens
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.num_workers = num_workers
+        self.num_proc = num_proc
+        self.seed = seed
+        self.chat_template = chat_template
+        self.tokenizer = tokenizer
+        self.datasets: dict[str, PackedDataset] = {}
+        self.prompts: PromptDataset | None = None
+
+    def prepare_data(self) -> None:
+        """Tokenise on one process per machine; the others find the cache."""
+        assert self.trainer is not None and self.trainer.state.fn is not None
+        self.setup(self.trainer.state.fn.value)
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise what this stage needs.
+
+        Raises:
+            UserError: no tokenizer, or bad data.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"{type(self).__name__} needs the model's tokenizer: pass tokenizer=model.tokenizer")
+        if self.chat_template is not None:
+            self.tokenizer.chat_template = _read_template(self.chat_template)
+        for name in STAGES[stage]:
+            if name == "predict":
+                self.prompts = self.prompts or self._load_prompts()
+            elif (sources := self.sources[name]) is not None and name not in self.datasets:
+                options = Options(self.length_limit, self.truncation, self.loss_on)
+                self.datasets[name] = load_examples(
+                    sources, self.kind, ROLES[name], self.tokenizer, options, self.num_proc, self.seed
+                )
+
+    @property
+    def length_limit(self) -> int | None:
+        """`max_length`, or the model's context; None where neither is known."""
+        assert self.tokenizer is not None
+        context = int(self.tokenizer.model_max_length)
+        known = context < 10**9  # transformers writes 10^30 for "unknown"
+        if self.max_length is not None and known and self.max_length > context:
+            raise UserError(f"max_length ({self.max_length}) is more than the model's context of {context} tokens")
+        return self.max_length if self.max_length is not None else context if known else None
+
+    def train_dataloader(self) -> ResumableLoader:
+        """This rank's micro-batches; goes on in mid-epoch after a resume.
+
+        Raises:
+            UserError: a Trainer option that would change the batches behind the plan's back.
+        """
+        trainer: Any = self.trainer
+        if trainer.overfit_batches:
+            raise UserError(
+                f"overfit_batches ({trainer.overfit_batches}) would replace the sampler that plans the micro-batches; "
+                "use limit_train_batches, with shuffle: false"
+            )
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+            raise UserError(
+                "GradientAccumulationScheduler changes the accumulation behind the loss's denominator; use "
+                "accumulate_grad_batches"
+            )
+        return self._loader("train", self.shuffle, trainer.limit_train_batches, trainer.accumulate_grad_batches)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """This rank's share of the held-out rows, each exactly once."""
+        assert self.trainer is not None
+        limit = self.trainer.limit_val_batches
+        return self._loader("validation", False, limit) if "validation" in self.datasets else []
+
+    def test_dataloader(self) -> DataLoader | list:
+        """This rank's share of the test rows, each exactly once."""
+        assert self.trainer is not None
+        return self._loader("test", False, self.trainer.limit_test_batches) if "test" in self.datasets else []
+
+    def predict_dataloader(self) -> DataLoader | list:
+        """Prompts, in the order of the data: the k-th batch of rank r is batch k W + r of all."""
+        if self.prompts is None:
+            return []
+        lengths = np.array([len(ids) for ids in self.prompts.prompt_ids])
+        ranks: dict[str, Any] = self._ranks()
+        sampler = TokenBudgetSampler(lengths, batch_size=PREDICT_BATCH, shuffle=False, **ranks)
+        return DataLoader(self.prompts, sampler=sampler, batch_size=None, collate_fn=as_it_is)
+
+    def rows_dataloader(self, split: str) -> DataLoader | None:
+        """This rank's share of all rows of "train", "val" or "test", unshuffled; None where there are none."""
+        name = ROLES[split]
+        return self._loader(name, False, None) if name in self.datasets else None
+
+    def num_rows(self, split: str) -> int:
+        """How many rows of "train", "val" or "test" an epoch takes: `row_ids` are below it."""
+        return len(self.datasets[ROLES[split]])
+
+    def sample_prompts(self, count: int) -> PromptBatch | None:
+        """The first held-out prompts, for sample tables; None where the data has none."""
+        assert self.tokenizer is not None
+        if self.prompts is None and (self.predict or self.sources["validation"]) is not None:
+            self.prompts = self._load_prompts(optional=True)
+        if self.prompts is None:
+            return None
+        columns = {name: values[:count] for name, values in self.prompts.columns.items()}
+        return PromptBatch(self.prompts.prompt_ids[:count], columns)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Prompts stay on the CPU, where the environment is."""
+        if isinstance(batch, PromptBatch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def _ranks(self) -> dict[str, int]:
+        # Not world_size: ranks of one tensor-parallel group see the same data.
+        ranks = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return ranks or {"num_replicas": 1, "rank": 0}
+
+    def _loader(self, name: str, shuffle: bool, limit: float | None, accumulate: int = 1) -> ResumableLoader:
+        dataset = self.datasets[name]
+        sampler = TokenBudgetSampler(
+            dataset.lengths(),
+            dataset.items(),
+            max_tokens=self.max_tokens,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            accumulate_grad_batches=accumulate,
+            **self._ranks(),
+        )
+        if limit is not None:  # an int counts micro-batches, a float is a share of them
+            sampler.limit_batches = limit if isinstance(limit, int) else int(limit * len(sampler))
+        return ResumableLoader(dataset, sampler, num_workers=self.num_workers, persistent_workers=self.num_workers > 0)
+
+    def _load_prompts(self, optional: bool = False) -> PromptDataset | None:
+        assert self.tokenizer is not None
+        limit = self.max_prompt_length or (self.length_limit // 2 if self.length_limit is not None else None)
+        if self.predict is not None:
+            return PromptDataset(*load_prompts(self.predict, "test", self.tokenizer, limit, self.seed))
+        held_out = self.sources["validation"]
+        if held_out is None:
+            raise UserError("predict needs prompts: set predict, or validation")
+        rows = [
+            as_prompt(row)
+            for source in parse_sources(held_out)
+            for row in iterate_rows(source, self.kind, "validation")
+        ]
+        prompts = [row for row in rows if row is not None]
+        if not prompts and optional:
+            return None
+        prompt_ids, kept = encode_prompts(prompts, self.tokenizer, limit, "prompts of the validation data")
+        return PromptDataset([prompt_ids[row] for row in kept], to_columns([prompts[row] for row in kept]))
+
+
+class SFTDataModule(ExamplesDataModule):
+    """Demonstrations: rows with `messages`, or `prompt` and `completion`, or `text`.
+
+    Args:
+        truncation: what to do with rows longer than max_length: truncate them on the right, without an end token, or
+            drop them.
+        loss_on: learn the assistant's turns or the completion only ("response"), or every token ("all").
+        kwargs: see `ExamplesDataModule`.
+    """
+
+    kind = "sft"
+
+    def __init__(self, truncation: Truncation = "truncate", loss_on: LossOn = "response", **kwargs: Any) -> None:
+        super().__init__(truncation=truncation, **kwargs)
+        self.loss_on = loss_on
+
+
+class PreferenceDataModule(ExamplesDataModule):
+    """Pairs: rows with `chosen` and `rejected`, a `prompt` unless both repeat it, and perhaps a `margin`.
+
+    Args:
+        kwargs: see `ExamplesDataModule`.
+    """
+
+    kind = "preference"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+def _read_template(template: str) -> str:
+    if "{" in template:
+        return template
+    path = Path(template).expanduser().absolute()
+    if not path.is_file():
+        raise UserError(f"chat_template: neither a Jinja template nor a file ({path} does not exist)")
+    return path.read_text(encoding="utf-8")

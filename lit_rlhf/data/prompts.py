@@ -1,0 +1,86 @@
+"""Prompts to complete: ids, and the other columns of their rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.batches import PromptBatch
+from lit_rlhf.data import tokenize
+from lit_rlhf.data.batching import MicroBatch
+from lit_rlhf.data.formats import EXPECTED, Row, Sources
+from lit_rlhf.data.report import Report
+from lit_rlhf.data.sources import Role, iterate_rows, parse_sources, weighted
+from lit_rlhf.errors import UserError
+
+
+class PromptDataset(Dataset):
+    """Prompts and the other columns of their rows."""
+
+    def __init__(self, prompt_ids: list[np.ndarray], columns: dict[str, list[Any]]) -> None:
+        self.prompt_ids = prompt_ids
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def __getitem__(self, batch: MicroBatch) -> PromptBatch:
+        return PromptBatch(
+            [self.prompt_ids[index] for index in batch.indices],
+            {name: [values[index] for index in batch.indices] for name, values in self.columns.items()},
+        )
+
+
+def load_prompts(
+    sources: Sources,
+    role: Role,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int | None = None,
+    seed: int = 0,
+) -> tuple[list[np.ndarray], dict[str, list[Any]]]:
+    """Prompts as ids, and all columns of their rows as they are.
+
+    Args:
+        sources: see `sources.parse_sources`.
+        role: what the prompts are for.
+        tokenizer: makes ids; message lists end with its template's generation prompt.
+        max_prompt_length: longer prompts lose tokens on the left; None = no limit.
+        seed: of the share that a weight below 1 takes.
+
+    Returns:
+        n arrays (P,) int64, and n values for each column; None where a row lacks it.
+
+    Raises:
+        UserError: bad rows or sources, or no prompt left.
+    """
+    prompt_ids: list[np.ndarray] = []
+    rows: list[Row] = []
+    for source in parse_sources(sources):
+        read = list(iterate_rows(source, "prompts", role))
+        tokenized, kept = encode_prompts(read, tokenizer, max_prompt_length, f"{role} prompts {source.name}")
+        for row in weighted(kept, source.weight, seed):
+            prompt_ids.append(tokenized[row])
+            rows.append(read[row])
+    return prompt_ids, to_columns(rows)
+
+
+def encode_prompts(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None, name: str
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Ids of all prompts, and which of them can be used; the rest is reported under `name`."""
+    if not rows:
+        raise UserError(f"{name}: there are no rows; expected {EXPECTED['prompts']}")
+    prompt_ids, statuses = tokenize.tokenize_prompts(rows, tokenizer, max_prompt_length)
+    report = Report.of(name, np.array(statuses))
+    rank_zero_info(str(report))
+    if report.kept == 0:
+        raise UserError(f"no prompt is left to use. {report}")
+    return prompt_ids, np.flatnonzero(np.array(statuses) <= tokenize.TRUNCATED)
+
+
+def to_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Rows to columns, None where a row lacks one."""
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}

@@ -1,0 +1,235 @@
+"""The slot KV cache and sampling: how a policy acts in a vector environment.
+
+Each slot of the environment keeps one row of keys and values. A slot whose observation extends the cached row by
+exactly one token decodes that token; any other slot is prefilled, all such prompts packed into one row. The cache needs
+no reset signal from the environment. Slots that are parked drop out: the rows in use stay contiguous at the front, so a
+step costs what its active slots cost.
+
+Axes: S slots, n active slots, L cached length, V vocabulary.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from lit_rlhf.packing import Layout, make_layout
+from lit_rlhf.policy import Policy
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, (S, H_kv, L_max, D) each, written at a row and position per token."""
+
+    def __init__(self, num_slots: int, max_length: int) -> None:
+        super().__init__()
+        self.num_slots, self.max_length = num_slots, max_length
+        self.rows = self.positions = torch.empty(0, dtype=torch.int64)  # where the coming tokens go
+        self.window: tuple[int, int] | None = None  # (n, L) in use when decoding; None while prompts are prefilled
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate on the first update, when dtype, device and head count are known."""
+        shape = (self.num_slots, key_states.shape[1], self.max_length)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values; return what the queries attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        if self.window is None:  # packed prompts attend among themselves, by their layout
+            self.keys[self.rows, :, self.positions] = key_states[0].transpose(0, 1)
+            self.values[self.rows, :, self.positions] = value_states[0].transpose(0, 1)
+            return key_states, value_states
+        self.keys[self.rows, :, self.positions] = key_states[:, :, 0]
+        self.values[self.rows, :, self.positions] = value_states[:, :, 0]
+        n, L = self.window
+        return self.keys[:n, :, :L], self.values[:n, :, :L]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a row's first `length` keys and values to another row."""
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            self.keys[target, :, :length] = self.keys[source, :, :length]
+            self.values[target, :, :length] = self.values[source, :, :length]
+
+    def get_seq_length(self) -> int:
+        """No length is common to all rows; positions are always given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Never used to build a mask: a 4-D mask or a layout is always given."""
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        """L_max."""
+        return self.max_length
+
+
+class SlotDecoder:
+    """Next-token logits for the observations of a vector environment.
+
+    Args:
+        policy: its weights must not change between `clear()` calls.
+        num_slots: S.
+        max_length: the longest prompt plus response.
+    """
+
+    def __init__(self, policy: Policy, num_slots: int, max_length: int) -> None:
+        self.policy = policy
+        layers = [
+            SlotLayer(num_slots, max_length) for _ in range(policy.model.config.get_text_config().num_hidden_layers)
+        ]
+        self.layers = layers
+        self.cache = Cache(layers=list(layers))
+        self.cached_ids = np.zeros((num_slots, max_length), dtype=np.int64)  # by slot
+        self.cached_lengths = np.zeros(num_slots, dtype=np.int64)  # by slot; 0 = nothing cached
+        self.rows = np.arange(num_slots)  # the cache row of each slot
+
+    def clear(self) -> None:
+        """Forget everything: call it after each weight update."""
+        self.cached_lengths[:] = 0
+
+    @torch.no_grad()
+    def logits(self, input_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> Tensor:
+        """Logits of the next token of each active slot.
+
+        Args:
+            input_ids: (S, P+T) int64 right-padded observations.
+            lengths: (S,) tokens that are real.
+            active: (S,) bool; parked slots are skipped. None = all.
+
+        Returns:
+            (n, V) logits of the active slots, in slot order.
+        """
+        slots = np.arange(len(lengths)) if active is None else np.flatnonzero(active)
+        self._compact(slots)
+        extends = self._extends(input_ids, lengths)[slots]
+        parts: list[tuple[np.ndarray, Tensor]] = []
+        if not extends.all():
+            parts.append((np.flatnonzero(~extends), self._prefill(slots[~extends], input_ids, lengths)))
+        if extends.any():
+            parts.append((np.flatnonzero(extends), self._decode(slots[extends], len(slots), input_ids, lengths)))
+        self.cached_ids[slots] = input_ids[slots, : self.cached_ids.shape[1]]
+        self.cached_lengths[slots] = lengths[slots]
+        if len(parts) == 1:
+            return parts[0][1]
+        order = np.argsort(np.concatenate([where for where, _ in parts]))
+        return torch.cat([logits for _, logits in parts])[torch.from_numpy(order)]
+
+    def _extends(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """(S,) bool: the observation is the cached row and exactly one token more."""
+        L = self.cached_ids.shape[1]
+        differs = (self.cached_ids != input_ids[:, :L]) & (np.arange(L) < self.cached_lengths[:, None])
+        return (self.cached_lengths > 0) & (lengths == self.cached_lengths + 1) & ~differs.any(1)
+
+    def _prefill(self, slots: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray) -> Tensor:
+        device = self.policy.model.device
+        lengths = lengths[slots]
+        ends = lengths.cumsum()
+        nodes_of = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        ids = np.concatenate([input_ids[slot, :length] for slot, length in zip(slots, lengths, strict=True)])
+        positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
+        self._place(np.repeat(self.rows[slots], lengths), positions, window=None)
+        layout = make_layout(nodes_of, num_nodes=int(ends[-1]))
+        return self.policy.decode(
+            torch.from_numpy(ids).to(device)[None],
+            positions[None],
+            self.cache,
+            layout=Layout(tuple(bucket.to(device) for bucket in layout.buckets), layout.source.to(device)),
+            nodes=torch.from_numpy(ends - 1).to(device),
+        )
+
+    def _decode(self, slots: np.ndarray, num_active: int, input_ids: np.ndarray, lengths: np.ndarray) -> Tensor:
+        device = self.policy.model.device
+        # Rows 0..n-1 are the active slots. Those prefilled just now go along: their newest token is written again with
+        # the same key and value, and its logits are dropped.
+        slot_of_row = np.argsort(self.rows)[:num_active]
+        newest = lengths[slot_of_row] - 1
+        positions = torch.from_numpy(newest).to(device)
+        L = int(newest.max()) + 1
+        self._place(np.arange(num_active), positions, window=(num_active, L))
+        attend = torch.arange(L, device=device) <= positions[:, None]
+        logits = self.policy.decode(
+            torch.from_numpy(input_ids[slot_of_row, newest]).to(device)[:, None],
+            positions[:, None],
+            self.cache,
+            attend[:, None, None],
+        )
+        return logits[torch.from_numpy(self.rows[slots]).to(device)]
+
+    def _place(self, rows: np.ndarray, positions: Tensor, window: tuple[int, int] | None) -> None:
+        where = torch.from_numpy(rows).to(positions.device)
+        for layer in self.layers:
+            layer.rows, layer.positions, layer.window = where, positions, window
+
+    def _compact(self, slots: np.ndarray) -> None:
+        """Move active rows into the places of dropped ones, so that rows 0..n-1 are the active ones."""
+        n = len(slots)
+        behind = [slot for slot in slots if self.rows[slot] >= n]
+        if not behind:
+            return
+        taken = set(self.rows[slots].tolist())
+        free = [row for row in range(n) if row not in taken]
+        slot_of_row = np.argsort(self.rows)
+        for slot, target in zip(behind, free, strict=True):
+            source, dropped = int(self.rows[slot]), int(slot_of_row[target])
+            for layer in self.layers:
+                layer.move(source, target, int(self.cached_lengths[slot]))
+            self.rows[slot], self.rows[dropped] = target, source
+            self.cached_lengths[dropped] = 0
+
+
+def sample(
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Draw a token from each row by inverting its cumulative distribution.
+
+    Args:
+        logits: (n, V).
+        uniforms: (n,) draws from [0, 1).
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the k most likely tokens.
+        top_p: keep the smallest set of tokens of at least this mass (Holtzman et al. 2020,
+            https://arxiv.org/abs/1904.09751).
+        min_p: keep tokens at least this times as likely as the most likely one (https://arxiv.org/abs/2407.01082).
+
+    Returns:
+        (n,) tokens and (n,) float32 log-probs under the distribution sampled from: after temperature and filters.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, torch.zeros_like(uniforms, dtype=torch.float32)
+    logits = filter_logits(logits / temperature, top_k, top_p, min_p)
+    probs = torch.softmax(logits, dim=-1)
+    cumulative = probs.cumsum(-1)
+    # Just below 1, so that rounding never lands past the last token of positive probability.
+    target = (uniforms.to(cumulative) * cumulative[:, -1]).clamp(max=1 - 2**-20) * (1 - 2**-20)
+    tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float, min_p: float) -> Tensor:
+    """Set the logits of tokens that may not be sampled to -inf; the most likely token always stays."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1.0:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probs = torch.softmax(ordered, dim=-1)
+        drop = probs.cumsum(-1) - probs >= top_p  # the mass before this token is enough already
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), float("-inf"))
+    if min_p > 0.0:
+        floor = logits.max(-1, keepdim=True).values + np.log(min_p)
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    return logits

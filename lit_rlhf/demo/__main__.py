@@ -1,0 +1,62 @@
+"""`make demo`: all four stages on the embedded default, then the comparison; `python -m lit_rlhf.demo --help`."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+CONFIGS = next(
+    folder
+    for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+    if folder.is_dir()
+)
+ACHIEVED = {  # stage -> metrics of its summary that say what it achieved
+    "sft": ("val/loss",),
+    "reward_model": ("val/accuracy", "val/loss"),
+    "ppo": ("val/score", "val/gold", "val/kl"),
+    "dpo": ("val/reward_accuracy", "val/reward_margin"),
+}
+
+
+def demo(root: str = "runs/demo", seed: int = 0) -> None:
+    """SFT from scratch, reward model, PPO, and DPO from the same SFT model and pairs; then compare the policies.
+
+    Args:
+        root: folder of the runs and of results.json.
+        seed: of weights, data order and sampling.
+    """
+    model = {stage: f"{root}/{stage}/model" for stage in ACHIEVED}
+    options = {
+        "sft": [],
+        "reward_model": [f"--model.policy={model['sft']}"],
+        "ppo": [
+            f"--model.policy={model['sft']}",
+            f"--model.critic={model['reward_model']}",
+            f"--model.seed={seed}",
+            f"--data.reward.init_args.model={model['reward_model']}",
+        ],
+        "dpo": [f"--model.policy={model['sft']}"],
+    }
+    for stage, extra in options.items():
+        run_stage(stage, root, seed, [*extra, f"--data.seed={seed}"])
+    subprocess.run([sys.executable, "-m", "lit_rlhf", "compare", f"--root={root}"], check=True)
+
+
+def run_stage(stage: str, root: str, seed: int, extra: list[str]) -> None:
+    """One stage in a process of its own, so that its peak memory is its own; one line of what it achieved."""
+    start = time.perf_counter()
+    print(f"── {stage} ──", flush=True)
+    command = [sys.executable, "-m", "lit_rlhf", "fit", f"--config={CONFIGS / stage}.yaml", f"--seed_everything={seed}"]
+    finished = subprocess.run([*command, f"--trainer.default_root_dir={root}/{stage}", *extra])
+    if finished.returncode:
+        raise SystemExit(finished.returncode)  # the stage has said why
+    metrics = json.loads(Path(root, stage, "summary.json").read_text())["metrics"]
+    achieved = ", ".join(f"{name} {metrics[name]:.3f}" for name in ACHIEVED[stage] if name in metrics)
+    print(f"{stage}: {achieved} in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    auto_cli(demo, as_positional=False)

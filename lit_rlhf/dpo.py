@@ -1,0 +1,179 @@
+"""Direct preference optimisation: the policy is its own reward model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_rlhf.batches import PreferenceBatch, PromptBatch
+from lit_rlhf.errors import UserError
+from lit_rlhf.losses import dpo_loss
+from lit_rlhf.module import AlignmentModule
+from lit_rlhf.packing import PackedBatch
+from lit_rlhf.policy import Policy, freeze, frozen_copy, load_policy, load_tokenizer
+from lit_rlhf.reward_model import agreement
+from lit_rlhf.rollout import GenerationSettings, completion_rows
+
+
+class DPO(AlignmentModule):
+    """Direct preference optimisation: minimise -log σ(β[log π/π_ref(y_w) - log π/π_ref(y_l)]).
+
+    Rafailov et al. 2023, Eq. 7, https://arxiv.org/abs/2305.18290
+
+    Args:
+        policy: folder or hub name of the causal LM to start from, normally the SFT model.
+        reference: folder or hub name of π_ref; None = the policy as it is before the first step.
+        beta: strength of the pull towards the reference; the paper uses 0.1 to 0.5.
+        loss: any of the preference losses in `lit_rlhf.losses`, by its import path.
+        cache_reference: compute the reference log-probs of all pairs before the first step, instead of holding a
+            second model in memory and running it each step.
+        trust_remote_code: run model code that comes with the weights.
+        generation: how `predict` and the sample tables write completions.
+        kwargs: the optimiser's settings, see `AlignmentModule`.
+    """
+
+    def __init__(
+        self,
+        policy: str = "demo",
+        reference: str | None = None,
+        beta: float = 0.1,
+        loss: Callable[..., Tensor] = dpo_loss,
+        cache_reference: bool = False,
+        trust_remote_code: bool = False,
+        generation: GenerationSettings = GenerationSettings(),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not beta > 0:
+            raise UserError(f"beta ({beta}) must be more than 0; at 0 every policy has the same loss")
+        if cache_reference and reference is not None:
+            raise UserError(
+                f"cache_reference computes log-probs with the policy before its first step; drop reference "
+                f"({reference}), or set cache_reference: false"
+            )
+        self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
+        if reference is not None:
+            self.frozen["reference"] = freeze(load_policy(reference, trust_remote_code=trust_remote_code))
+        elif not cache_reference:
+            self.frozen["reference"] = frozen_copy(self.policy)
+        self.beta = beta
+        self.loss = loss
+        self.cache_reference = cache_reference
+        self.reference_cache: dict[str, Tensor] = {}  # split -> (pairs, 2): log π_ref of chosen and rejected
+        self.generation = generation
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """One micro-batch: the preference loss of its pairs."""
+        chosen, rejected = sequence_logprobs(self.policy, batch.packed)
+        ref_chosen, ref_rejected = self.reference_logprobs(batch, "train")
+        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta)
+        self.log_dpo("train", losses, chosen - ref_chosen, rejected - ref_rejected, chosen)
+        return losses.sum() / batch.denominator
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Loss and implicit rewards on held-out pairs."""
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """As validation, on the test data."""
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+        """Log loss, implicit rewards and their accuracy, as means over all pairs."""
+        chosen, rejected = sequence_logprobs(self.policy, batch.packed)
+        ref_chosen, ref_rejected = self.reference_logprobs(batch, stage)
+        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta)
+        self.log_dpo(stage, losses, chosen - ref_chosen, rejected - ref_rejected, chosen)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, Tensor]:
+        """(B,) log π_ref of chosen and rejected: from the cache, or from the frozen reference."""
+        if self.cache_reference:
+            cached = self.reference_cache[split].to(self.device)[batch.row_ids]
+            return cached[:, 0], cached[:, 1]
+        return sequence_logprobs(self.frozen_network("reference"), batch.packed)
+
+    def log_dpo(self, stage: str, losses: Tensor, chosen: Tensor, rejected: Tensor, logprobs: Tensor) -> None:
+        """Log the loss, the implicit rewards r̂ = β log π/π_ref and why they moved.
+
+        Args:
+            stage: train, val or test.
+            losses: (B,).
+            chosen: (B,) log-ratios of the chosen responses.
+            rejected: (B,) log-ratios of the rejected responses.
+            logprobs: (B,) log π of the chosen responses; they may fall while the margin grows.
+        """
+        chosen_reward, rejected_reward = self.beta * chosen.detach(), self.beta * rejected.detach()
+        agrees = agreement(chosen_reward, rejected_reward)
+        prefix = "dpo" if stage == "train" else stage
+        metrics = {
+            "loss": losses.detach().mean(),
+            f"{prefix}/reward_accuracy": agrees["accuracy"],
+            f"{prefix}/reward_margin": agrees["margin"],
+            f"{prefix}/chosen_reward": chosen_reward.mean(),
+            f"{prefix}/rejected_reward": rejected_reward.mean(),
+            f"{prefix}/chosen_logprobs": logprobs.detach().mean(),
+        }
+        self.log_mean(stage, metrics, weight=len(losses))
+
+    def on_fit_start(self) -> None:
+        """Fill the cache of reference log-probs, unless a checkpoint brought it along."""
+        if self.cache_reference and not self.reference_cache:
+            self.fill_cache(("train", "val"))
+
+    def on_validation_start(self) -> None:
+        """Validation alone starts from the policy as loaded: it is the reference."""
+        if self.cache_reference and not self.reference_cache:
+            self.fill_cache(("val",))
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        if self.cache_reference and "test" not in self.reference_cache:
+            self.fill_cache(("test",))
+
+    @torch.no_grad()
+    def fill_cache(self, splits: tuple[str, ...]) -> None:
+        """Log-probs of every pair under the present policy, each rank doing its share."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        for split in splits:
+            loader = datamodule.rows_dataloader(split)
+            if loader is None:
+                continue
+            rank_zero_info(f"computing reference log-probs of {datamodule.num_rows(split)} {split} pairs")
+            cache = torch.zeros(datamodule.num_rows(split), 2, device=self.device)
+            for host_batch in loader:
+                batch = self.transfer_batch_to_device(host_batch, self.device, 0)
+                cache[batch.row_ids] = torch.stack(sequence_logprobs(self.policy, batch.packed), dim=1)
+            self.reference_cache[split] = self.trainer.strategy.reduce(cache, reduce_op="sum").cpu()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the cache: after a resume, the policy is no longer the reference."""
+        checkpoint["reference_cache"] = self.reference_cache
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the cache of the run that goes on."""
+        self.reference_cache = checkpoint["reference_cache"]
+
+    @torch.no_grad()
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Complete each prompt."""
+        return completion_rows(self.policy, self.tokenizer, batch, self.generation)
+
+    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
+        """Completions of held-out prompts."""
+        return self.predict_step(prompts, 0)
+
+    def exportable(self) -> PreTrainedModel:
+        """The aligned causal LM."""
+        return self.policy.model
+
+
+def sequence_logprobs(policy: Policy | torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """(B,) log π(y|x) of chosen and of rejected responses, summed over their tokens."""
+    token_logprobs, _ = policy(batch)
+    chosen, rejected = batch.sum_by_sequence(token_logprobs).chunk(2)
+    return chosen, rejected

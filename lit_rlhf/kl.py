@@ -1,0 +1,172 @@
+"""KL(π‖π_ref) from samples, and the coefficient that weighs it.
+
+The estimators are elementwise in the log-probabilities (nats) of tokens that were sampled from π; their mean over
+samples estimates the divergence. Any shape, the same for all tensors: (M,) in packed batches.
+
+Which to use where:
+- In the reward (`-kl_coef * kl`): k1. The policy gradient of the sum of k1 is the exact gradient of the sequence KL.
+- In the loss: the *gradient* of the estimate matters, not its mean. E_π[∇k1] = 0, E_π[∇k2] = ∇KL(π‖π_ref) and
+  E_π[∇k3] = ∇KL(π_ref‖π): k2 is the right one; `with_k2_gradient` keeps the value of another.
+- To report: k3, unbiased like k1, never negative, and of far lower variance while π is near π_ref (far off, of more).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# exp(20) = 4.9e8: far from overflow in float32 and far from any ratio that a sane update makes.
+MAX_LOGRATIO = 20.0
+
+
+def clamped_logratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+    """Log-ratio log π - log π_other, held within ±20 so that `exp` of it and its gradient are finite.
+
+    Args:
+        logprobs: log π of the tokens.
+        other_logprobs: log π_other of them.
+
+    Returns:
+        Log-ratios of the same shape; past the clamp the gradient is 0.
+    """
+    return (logprobs - other_logprobs).clamp(-MAX_LOGRATIO, MAX_LOGRATIO)
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Unbiased, high variance, may be negative: k1 = log π - log π_ref.
+
+    Schulman 2020, http://joschu.net/blog/kl-approx.html
+
+    Args:
+        logprobs: log π of tokens sampled from π.
+        ref_logprobs: log π_ref of them.
+
+    Returns:
+        Estimates of the same shape. No `exp`, so no clamp.
+    """
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Biased in value, unbiased in gradient, never negative: k2 = ½ (log π - log π_ref)².
+
+    Schulman 2020, http://joschu.net/blog/kl-approx.html
+
+    Args:
+        logprobs: log π of tokens sampled from π.
+        ref_logprobs: log π_ref of them.
+
+    Returns:
+        Estimates of the same shape. No `exp`, so no clamp.
+    """
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Unbiased, never negative, low variance near π_ref: k3 = r - 1 - log r with r = π_ref/π.
+
+    Schulman 2020, http://joschu.net/blog/kl-approx.html. log r is clamped from above only, where `exp` would overflow;
+    below, exp(log r) goes to 0 by itself and the linear part keeps its gradient.
+
+    Args:
+        logprobs: log π of tokens sampled from π.
+        ref_logprobs: log π_ref of them.
+
+    Returns:
+        Estimates of the same shape.
+    """
+    log_r = (ref_logprobs - logprobs).clamp(max=MAX_LOGRATIO)
+    return torch.expm1(log_r) - log_r
+
+
+def with_k2_gradient(estimate: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The value of `estimate` with the gradient of k2: on tokens of π, an unbiased gradient of KL(π‖π_ref).
+
+    The gradient is that of each token's KL given its prefix; what a token does to later states is seen only by KL in
+    the reward. Tang & Munos 2025, https://arxiv.org/abs/2506.09477, derive which estimators differentiate to what.
+
+    Args:
+        estimate: k1, k2 or k3 of the same tokens, for its value.
+        logprobs: log π of tokens sampled from the present π.
+        ref_logprobs: log π_ref of them.
+
+    Returns:
+        Estimates of the same shape.
+    """
+    surrogate = k2(logprobs, ref_logprobs)
+    return estimate.detach() + surrogate - surrogate.detach()
+
+
+class FixedKL:
+    """A KL coefficient that stays: β.
+
+    Args:
+        kl_coef: weight of the KL penalty in the reward; 0 switches it off.
+    """
+
+    def __init__(self, kl_coef: float = 0.05) -> None:
+        if not kl_coef >= 0:
+            raise ValueError(f"kl_coef ({kl_coef}) must be 0 or more")
+        self.kl_coef = kl_coef
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Nothing to adapt.
+
+        Args:
+            kl: mean KL per episode of the last rollout, in nats.
+            num_episodes: episodes in that rollout, over all ranks.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient, for the checkpoint."""
+        return {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore: a fixed coefficient is the config's, also when a run is resumed with another value."""
+
+
+class AdaptiveKL:
+    """A KL coefficient that steers KL to a target: err = clip(kl/target - 1, ±0.2), β ← β (1 + err n/horizon).
+
+    Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593
+
+    Args:
+        init_kl_coef: β of the first rollout; more than 0, or it could never grow.
+        target: mean KL per episode to hold, in nats; more than 0.
+        horizon: episodes over which β changes by at most a factor of about exp(0.2).
+    """
+
+    def __init__(self, init_kl_coef: float = 0.05, target: float = 6.0, horizon: int = 10_000) -> None:
+        if not init_kl_coef > 0:
+            raise ValueError(f"init_kl_coef ({init_kl_coef}) must be more than 0; for no KL penalty use FixedKL(0)")
+        if not target > 0:
+            raise ValueError(f"target ({target}) must be more than 0: the error is kl / target - 1")
+        if not horizon > 0:
+            raise ValueError(f"horizon ({horizon}) must be more than 0 episodes")
+        self.kl_coef = init_kl_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Adapt β after a rollout.
+
+        Args:
+            kl: mean KL per episode of the last rollout, in nats.
+            num_episodes: n, episodes in that rollout, over all ranks.
+
+        Raises:
+            ValueError: `kl` is NaN, which would stay in β for ever.
+        """
+        if kl != kl:
+            raise ValueError("kl is NaN: log-probabilities of policy or reference are not finite")
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        # A rollout of more than 5 horizons could turn β negative for good: no single rollout may more than halve it.
+        self.kl_coef *= max(1 + error * num_episodes / self.horizon, 0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient as adapted so far, for the checkpoint."""
+        return {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the coefficient of a checkpoint."""
+        self.kl_coef = state["kl_coef"]

@@ -1,0 +1,60 @@
+"""Losses as pure functions of tensors: no model, config, logger or device in this folder.
+
+Each is elementwise: tokens give losses per token, pairs give losses per pair, and the caller sums and divides by the
+denominator of the *global* batch (`losses.sum() / batch.denominator`), so that no split into micro-batches, ranks or
+padded rows changes the mean. The AOT losses alone compare ranks within the batch they are given.
+
+Axes: B pairs, M response tokens of all sequences of a packed batch. Log-probabilities are in nats.
+"""
+
+from lit_rlhf.losses.divergences import (
+    alpha_link,
+    f_dpo_loss,
+    forward_kl_link,
+    jensen_shannon_link,
+    reverse_kl_link,
+)
+from lit_rlhf.losses.ppo import clip_fraction, ppo_policy_loss, value_loss
+from lit_rlhf.losses.preference import (
+    conservative_dpo_loss,
+    discopop_loss,
+    dpo_loss,
+    exo_pair_loss,
+    hinge_loss,
+    ipo_loss,
+    length_normalized_dpo_loss,
+    robust_dpo_loss,
+    rpo_loss,
+)
+from lit_rlhf.losses.rating import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
+from lit_rlhf.losses.supervised import bradley_terry_loss, nll
+from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
+
+__all__ = [
+    "alpha_link",
+    "aot_loss",
+    "aot_unpaired_loss",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_pair_loss",
+    "bradley_terry_loss",
+    "clip_fraction",
+    "conservative_dpo_loss",
+    "discopop_loss",
+    "dpo_loss",
+    "exo_pair_loss",
+    "f_dpo_loss",
+    "forward_kl_link",
+    "hinge_loss",
+    "ipo_loss",
+    "jensen_shannon_link",
+    "length_normalized_dpo_loss",
+    "nca_pair_loss",
+    "nll",
+    "ppo_policy_loss",
+    "reverse_kl_link",
+    "robust_dpo_loss",
+    "rpo_loss",
+    "sppo_hard_loss",
+    "value_loss",
+]

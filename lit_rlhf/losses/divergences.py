@@ -1,0 +1,97 @@
+"""DPO under other divergences than the reverse KL: the implicit reward becomes β f'(π/π_ref).
+
+Wang et al. 2023, "Beyond Reverse KL", https://arxiv.org/abs/2309.16240. A *link* is u ↦ f'(u), u = π/π_ref, as a
+function of the log-ratio log u. Constants cancel between chosen and rejected and are left out.
+
+Axes: B pairs. Log-probabilities are in nats, summed over the response tokens.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_rlhf.kl import MAX_LOGRATIO
+
+
+def reverse_kl_link(logratio: Tensor) -> Tensor:
+    """KL(π‖π_ref): f'(u) = log u (+ 1). `f_dpo_loss` with it is `dpo_loss`.
+
+    Args:
+        logratio: any shape, log π - log π_ref.
+
+    Returns:
+        The same shape.
+    """
+    return logratio
+
+
+def forward_kl_link(logratio: Tensor) -> Tensor:
+    """KL(π_ref‖π): f'(u) = -1/u, Table 1. The log-ratio is clamped before `exp`.
+
+    Args:
+        logratio: any shape, log π - log π_ref.
+
+    Returns:
+        The same shape, negative.
+    """
+    return -torch.exp(-logratio.clamp(min=-MAX_LOGRATIO))
+
+
+def jensen_shannon_link(logratio: Tensor) -> Tensor:
+    """Jensen-Shannon: f'(u) = log(2u/(1 + u)) = log 2 + log σ(log u), Table 1; without log 2, which cancels.
+
+    Args:
+        logratio: any shape, log π - log π_ref.
+
+    Returns:
+        The same shape, negative: no response can earn more than a bounded reward.
+    """
+    return F.logsigmoid(logratio)
+
+
+def alpha_link(alpha: float) -> Callable[[Tensor], Tensor]:
+    """The α-divergence between reverse KL (α → 0) and forward KL (α = 1): f'(u) = (1 - u^(-α))/α, Table 1.
+
+    Args:
+        alpha: in (0, 1].
+
+    Returns:
+        The link.
+    """
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha ({alpha}) must be in (0, 1]; its limit 0 is reverse_kl_link")
+
+    def link(logratio: Tensor) -> Tensor:
+        return -torch.expm1((-alpha * logratio).clamp(max=MAX_LOGRATIO)) / alpha
+
+    return link
+
+
+def f_dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float,
+    link: Callable[[Tensor], Tensor] = reverse_kl_link,
+) -> Tensor:
+    """f-DPO: -log σ(β f'(π(y_w)/π_ref(y_w)) - β f'(π(y_l)/π_ref(y_l))).
+
+    Wang et al. 2023, https://arxiv.org/abs/2309.16240
+
+    Args:
+        chosen_logprobs: (B,) as in `dpo_loss`.
+        rejected_logprobs: (B,) likewise.
+        ref_chosen_logprobs: (B,) likewise.
+        ref_rejected_logprobs: (B,) likewise.
+        beta: as in `dpo_loss`.
+        link: f' as a function of the log-ratio: one of this module, or your own.
+
+    Returns:
+        (B,) losses; log 2 for each pair when policy and reference agree.
+    """
+    chosen_reward = beta * link(chosen_logprobs - ref_chosen_logprobs)
+    rejected_reward = beta * link(rejected_logprobs - ref_rejected_logprobs)
+    return -F.logsigmoid(chosen_reward - rejected_reward)

@@ -1,0 +1,33 @@
+"""Losses with a target in the data: demonstrations and preferences. Axes: B pairs; any shape for tokens."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def nll(logprobs: Tensor) -> Tensor:
+    """Negative log-likelihood of each token: -log π(y_t|x, y_<t).
+
+    Args:
+        logprobs: any shape, log π of the tokens that the loss counts.
+
+    Returns:
+        Losses of the same shape; log V for each token when π is uniform over V tokens.
+    """
+    return -logprobs
+
+
+def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """Loss of each pair: -log σ(r(x, y_w) - r(x, y_l) - margin).
+
+    Bradley & Terry 1952; Ouyang et al. 2022, Eq. 1, https://arxiv.org/abs/2203.02155. The margin is that of
+    Touvron et al. 2023, Eq. 2, https://arxiv.org/abs/2307.09288.
+
+    Args:
+        chosen_scores: (B,) scalar reward r of the preferred response.
+        rejected_scores: (B,) r of the other.
+        margin: (B,) or a number: by how much chosen should beat rejected; 0 is the plain model.
+
+    Returns:
+        (B,) losses; log 2 where the scores differ by exactly the margin.
+    """
+    return -F.logsigmoid(chosen_scores - rejected_scores - margin)

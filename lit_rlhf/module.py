@@ -1,0 +1,131 @@
+"""What the algorithms share: the policy and its tokenizer, the optimiser, frozen networks, sharding."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel, get_scheduler
+
+from lit_rlhf.batches import PromptBatch
+from lit_rlhf.errors import UserError
+from lit_rlhf.sharding import shard, total_norm
+
+
+class AlignmentModule(LightningModule):
+    """Base of SFT, RewardModel, PPO and DPO.
+
+    Args:
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: decoupled decay of matrices; norms, biases and other vectors are not decayed.
+        adam_betas: decay rates of AdamW's moments.
+        adam_eps: AdamW's epsilon.
+        lr_scheduler: what follows the warm-up: constant, or a cosine or linear fall to 0 at the last step.
+        warmup_steps: optimiser steps of linear warm-up; below 1, that share of all steps.
+    """
+
+    policy_name: str
+
+    def __init__(
+        self,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.0,
+        adam_betas: tuple[float, float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+        lr_scheduler: Literal["constant", "cosine", "linear"] = "cosine",
+        warmup_steps: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0:
+            raise UserError(f"warmup_steps ({warmup_steps}) must be a number of steps, or a share of them below 1")
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.adam_betas = adam_betas
+        self.adam_eps = adam_eps
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
+        # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
+        self.frozen: dict[str, nn.Module] = {}
+
+    def frozen_network(self, name: str) -> nn.Module:
+        """A frozen network, on this module's device and in its networks' dtype."""
+        network, trained = self.frozen[name], next(self.parameters())
+        held = next(network.parameters())
+        if held.device != self.device or held.dtype != trained.dtype:
+            network.to(device=self.device, dtype=trained.dtype)
+        return network
+
+    def networks(self) -> Iterator[nn.Module]:
+        """Every network, trained and frozen: the models held in memory."""
+        yield from self.children()
+        yield from self.frozen.values()
+
+    def exportable(self) -> PreTrainedModel:
+        """The Hugging Face model that this stage is about: its weights become the artefact."""
+        raise NotImplementedError(f"{type(self).__name__} says which model it exports")  # pragma: no cover
+
+    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
+        """Rows of text that show a person what the model does on these prompts."""
+        raise NotImplementedError(f"{type(self).__name__} says what its samples are")  # pragma: no cover
+
+    def configure_model(self) -> None:
+        """Shard every network under FSDP2 (`ModelParallelStrategy`); other strategies need nothing."""
+        mesh = cast(DeviceMesh | None, self.device_mesh)
+        if mesh is not None:
+            for network in self.networks():
+                shard(network, mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with decay on matrices only, and the schedule stepped after each optimiser step."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.adam_betas, eps=self.adam_eps)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            if self.lr_scheduler != "constant" or 0 < self.warmup_steps < 1:
+                raise UserError(
+                    f"lr_scheduler {self.lr_scheduler!r} and a warm-up share need an end: set trainer.max_epochs or "
+                    "trainer.max_steps, or use lr_scheduler: constant with warmup_steps in steps"
+                )
+            total = 0
+        warmup = math.ceil(self.warmup_steps * total) if self.warmup_steps < 1 else int(self.warmup_steps)
+        name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient norm before clipping; refuse a step that would write NaN into the weights."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = total_norm(gradients)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # fp16: inf means "scale down"
+        if not scaled and not torch.isfinite(norm):
+            raise UserError(
+                f"the gradient norm is {norm.item()} at step {self.global_step}: no step was taken and the weights are "
+                "as they were. Lower learning_rate, set trainer.gradient_clip_val, or look for outliers in the data"
+            )
+        self.log("train/grad_norm", norm)
+
+    def log_mean(self, stage: str, metrics: dict[str, Tensor], weight: int) -> None:
+        """Log means of a micro-batch; validation averages them over the epoch and all ranks by their weight."""
+        validating = stage != "train"
+        self.log_dict(
+            {(name if "/" in name else f"{stage}/{name}"): value for name, value in metrics.items()},
+            batch_size=weight,
+            on_step=not validating,
+            on_epoch=validating,
+            sync_dist=validating,
+            prog_bar=False,
+        )
+
+
+def as_text(tokenizer: Any, ids: np.ndarray) -> str:
+    """Tokens as a person reads them, without special tokens."""
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()

@@ -1,0 +1,175 @@
+"""The closed form, values by backward induction, and a policy's distance to both. Axes as in the package docstring."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.oracle.tree import LogprobFn, TokenTree
+
+# prompt_ids (P,), completions (C, T) with 0 past their ends, lengths (C,) -> (C,) rewards
+RewardFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Values(NamedTuple):
+    """Tables of what is to come: the score at the end minus β times the KL of tokens yet to be taken."""
+
+    values: list[Tensor]  # (K^t,) V(s): before a token is taken
+    action_values: list[Tensor]  # (K^t, V) Q(s, a): after it is taken; its own KL is not subtracted
+
+    @property
+    def advantages(self) -> list[Tensor]:
+        """(K^t, V) Q - V. With KL in the reward, GAE estimates this minus β log π/π_ref of the token."""
+        return [q - v[:, None] for q, v in zip(self.action_values, self.values, strict=True)]
+
+
+def optimal_values(tree: TokenTree, ref_table: Sequence[Tensor], rewards: Tensor, beta: float) -> Values:
+    """V*(s) = β log Σ_a π_ref(a|s) exp(Q*(s, a)/β), by backward induction; V* of the root is β log Z.
+
+    The optimal policy is π*(a|s) = π_ref(a|s) exp((Q* - V*)/β): `advantages` = β log π*/π_ref.
+    Ziebart 2010; in this form Levine 2018, section 2, https://arxiv.org/abs/1805.00909
+
+    Args:
+        tree: of the completions.
+        ref_table: of π_ref, by `tree.tabulate`.
+        rewards: (C,) of the completions.
+        beta: weight of the KL, more than 0.
+    """
+    return _backward_induction(tree, rewards, lambda t, q: beta * torch.logsumexp(ref_table[t] + q / beta, dim=-1))
+
+
+def policy_values(
+    tree: TokenTree, table: Sequence[Tensor], ref_table: Sequence[Tensor], rewards: Tensor, beta: float
+) -> Values:
+    """V^π(s) = Σ_a π(a|s) (Q^π(s, a) - β log π/π_ref): what a critic learns when KL is in the reward.
+
+    Args:
+        tree: of the completions.
+        table: of π, by `tree.tabulate`.
+        ref_table: of π_ref.
+        rewards: (C,) of the completions.
+        beta: weight of the KL; 0 for the plain value.
+    """
+    return _backward_induction(
+        tree, rewards, lambda t, q: (table[t].exp() * q).sum(-1) - beta * kl_divergence(table[t], ref_table[t])
+    )
+
+
+def kl_divergence(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+    """KL(π‖π_other) = Σ_y π(y) log π(y)/π_other(y) over the last axis, where outcomes are listed: (..., C) -> (...)."""
+    impossible = logprobs == -torch.inf  # 0 log 0 = 0
+    logratio = torch.where(impossible, 0.0, logprobs - other_logprobs)
+    return (logprobs.exp() * logratio).sum(-1)
+
+
+def log_partition(ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """Log Z(x) = log Σ_y π_ref(y|x) exp(r(x, y)/β): (..., C) -> (...)."""
+    return torch.logsumexp(ref_logprobs + rewards / beta, dim=-1)
+
+
+def optimal_logprobs(ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """Log π*(y|x) = log π_ref(y|x) + r(x, y)/β - log Z(x): (..., C) -> (..., C)."""
+    return ref_logprobs + rewards / beta - log_partition(ref_logprobs, rewards, beta)[..., None]
+
+
+def objective(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """J(π) = E_π[r] - β KL(π‖π_ref): (..., C) -> (...)."""
+    return (logprobs.exp() * rewards).sum(-1) - beta * kl_divergence(logprobs, ref_logprobs)
+
+
+def bayes_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """() accuracy that no reward model can beat in the mean on preferences drawn by Bradley-Terry: mean of σ(|Δr|).
+
+    Args:
+        chosen_rewards: (N,) true rewards of one response of each pair; which one is called chosen does not matter.
+        rejected_rewards: (N,) of the other.
+    """
+    return (chosen_rewards - rejected_rewards).abs().sigmoid().mean()
+
+
+class Evaluation(NamedTuple):
+    """What a policy attains; means over the prompts."""
+
+    reward: float  # E_π[r]
+    kl: float  # KL(π‖π_ref), nats per completion
+    objective: float  # J(π)
+    gap: float  # (J* - J)/(J* - J_ref): 0 optimal, 1 the reference; NaN where the reference is optimal already
+    kl_to_optimum: float  # KL(π‖π*), nats per completion
+
+
+class Oracle:
+    """The solved problem: a reference, a reward and β on a set of prompts.
+
+    Args:
+        tree: of the completions, the same for all prompts.
+        prompts: each (P,) int64.
+        reference: π_ref, as `causal_lm(model)` or any function of a prompt and prefixes.
+        reward_fn: scores all completions of a prompt at once.
+        beta: weight of the KL, more than 0.
+
+    Attributes:
+        ref_tables: for each prompt, the table of π_ref.
+        ref_logprobs: (len(prompts), C) log π_ref(y|x).
+        rewards: (len(prompts), C) r(x, y).
+        log_partition: (len(prompts),) log Z(x).
+        optimal_logprobs: (len(prompts), C) log π*(y|x).
+        optimal_objective: J(π*), mean over prompts.
+        reference_objective: J(π_ref) = E_ref[r], likewise.
+    """
+
+    def __init__(
+        self, tree: TokenTree, prompts: Sequence[Tensor], reference: LogprobFn, reward_fn: RewardFn, beta: float
+    ) -> None:
+        if not beta > 0:
+            raise ValueError(f"beta ({beta}) must be more than 0: without KL the optimum is the best completion alone")
+        self.tree, self.prompts, self.beta = tree, prompts, beta
+        with torch.no_grad():
+            self.ref_tables = [tree.tabulate(reference, prompt_ids) for prompt_ids in prompts]
+            self.ref_logprobs = torch.stack([tree.completion_logprobs(table) for table in self.ref_tables])
+            rewards = [reward_fn(prompt_ids, tree.completions, tree.lengths) for prompt_ids in prompts]
+        for values in rewards:
+            if values.shape != (tree.num_completions,) or not values.isfinite().all():
+                raise ValueError(
+                    f"reward_fn must give ({tree.num_completions},) finite rewards, got {tuple(values.shape)}"
+                )
+        self.rewards = torch.stack(rewards).cpu().double()
+        self.log_partition = log_partition(self.ref_logprobs, self.rewards, beta)
+        self.optimal_logprobs = optimal_logprobs(self.ref_logprobs, self.rewards, beta)
+        self.optimal_objective = beta * self.log_partition.mean().item()
+        self.reference_objective = (self.ref_logprobs.exp() * self.rewards).sum(-1).mean().item()
+
+    def logprobs(self, policy: LogprobFn) -> Tensor:
+        """(len(prompts), C) log π(y|x) of all completions."""
+        tables = [self.tree.tabulate(policy, prompt_ids) for prompt_ids in self.prompts]
+        return torch.stack([self.tree.completion_logprobs(table) for table in tables])
+
+    def evaluate(self, policy: LogprobFn) -> Evaluation:
+        """Reward, KL, objective and the distance to the optimum of a policy, all exact."""
+        with torch.no_grad():
+            logprobs = self.logprobs(policy)
+            reward = (logprobs.exp() * self.rewards).sum(-1).mean().item()
+            kl = kl_divergence(logprobs, self.ref_logprobs).mean().item()
+            kl_to_optimum = kl_divergence(logprobs, self.optimal_logprobs).mean().item()
+        attained, room = reward - self.beta * kl, self.optimal_objective - self.reference_objective
+        # A constant reward leaves no room but rounding, and a ratio of roundings means nothing.
+        gap = (self.optimal_objective - attained) / room if room > 1e-12 else float("nan")
+        return Evaluation(reward, kl, attained, gap, kl_to_optimum)
+
+    def optimal_values(self, prompt: int) -> Values:
+        """V*, Q* and advantages of the prompt of this number; see `optimal_values`."""
+        return optimal_values(self.tree, self.ref_tables[prompt], self.rewards[prompt], self.beta)
+
+
+def _backward_induction(tree: TokenTree, rewards: Tensor, state_value: Callable[[int, Tensor], Tensor]) -> Values:
+    """From the last level to the first; `state_value(level, action_values)` is the Bellman operator."""
+    values: list[Tensor] = []
+    action_values: list[Tensor] = []
+    for level, closed in reversed(list(enumerate(tree.by_level(rewards.double())))):
+        q = closed.new_empty(len(closed), tree.vocab_size)
+        if values:
+            q[:, tree.open_ids] = values[-1].view(len(closed), len(tree.open_ids))
+        q[:, tree.closing_ids(level)] = closed
+        action_values.append(q)
+        values.append(state_value(level, q))
+    return Values(values[::-1], action_values[::-1])

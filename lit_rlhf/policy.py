@@ -1,0 +1,322 @@
+"""Hugging Face models in their roles: a causal LM as policy or reference, a one-label classifier as reward or critic.
+
+Both take packed batches (`packing.py`) and do all their work inside `forward` (or a method registered like it), so that
+FSDP2 and DDP see every parameter where they expect it. Weights are loaded in float32; the Trainer's `precision` decides
+what is computed in.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.logprobs import token_logprobs
+from lit_rlhf.packing import IMPLEMENTATION, Layout, PackedBatch
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+
+
+class Policy(nn.Module):
+    """A causal LM that gives the log-probs of response tokens; also the frozen reference."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, batch: PackedBatch, temperature: float = 1.0, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(M,) float32 log-probs of the response tokens, and (M,) entropies if asked for."""
+        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
+        return token_logprobs(self.head, hidden[batch.predictors], batch.target_ids, temperature, with_entropy)
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cache: Any,
+        attention_mask: Tensor | None = None,
+        layout: Layout | None = None,
+        nodes: Tensor | None = None,
+    ) -> Tensor:
+        """Next-token logits from the slot cache: one new token per row, or whole prompts packed into one row.
+
+        Args:
+            input_ids: (B, 1) newest token of each row, or (1, N) packed prompts.
+            position_ids: likewise.
+            cache: the slot cache, which knows where the new keys and values go.
+            attention_mask: (B, 1, 1, L) bool, True = a cached key of this row; None for packed prompts.
+            layout: of the packed prompts.
+            nodes: of the packed prompts, the last node of each.
+
+        Returns:
+            (B, V) logits.
+        """
+        hidden = backbone(self.model)(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            layout=layout,
+        ).last_hidden_state
+        hidden = hidden[:, -1] if nodes is None else hidden[0, nodes]
+        return cast(Tensor, self.head(hidden))
+
+    @property
+    def head(self) -> nn.Module:
+        """Hidden states to logits."""
+        return cast(nn.Module, self.model.get_output_embeddings())
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V, the width of the logits: not always `len(tokenizer)`."""
+        return int(self.head.out_features)  # type: ignore[arg-type]
+
+
+class Scorer(nn.Module):
+    """A sequence classifier with one label: a reward model (read at last tokens) or a critic (read at every state)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch, nodes: Tensor) -> Tensor:
+        """Score at each of the given nodes: (len(nodes),) float32."""
+        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
+        return cast(Tensor, self.model.score(hidden[nodes]).squeeze(-1).float())  # type: ignore[operator]
+
+
+def packed_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+    """(N, d) last hidden states of a packed row."""
+    outputs = backbone(model)(
+        input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), layout=layout, use_cache=False
+    )
+    return cast(Tensor, outputs.last_hidden_state[0])
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head, adapters included."""
+    return cast(nn.Module, model.base_model)
+
+
+def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code: bool = False) -> Policy:
+    """Load a causal LM for packed batches.
+
+    Args:
+        name: folder or hub name of a Hugging Face causal LM, or "demo" for the embedded model.
+        from_scratch: random weights in the shape of its config instead of the stored weights.
+        trust_remote_code: run model code that comes with the weights.
+
+    Raises:
+        UserError: no such model, or attention or a head that packed batches cannot reproduce.
+    """
+    model = _load(AutoModelForCausalLM, name, from_scratch, trust_remote_code)
+    check_packed_logits(model, str(name))
+    return Policy(model)
+
+
+def load_scorer(name: str | Path, fresh_head: bool = False, trust_remote_code: bool = False) -> Scorer:
+    """Load a one-label sequence classifier, from a reward model's folder or on top of a causal LM.
+
+    Args:
+        name: folder or hub name of a Hugging Face model, or "demo".
+        fresh_head: draw the scalar head anew, N(0, 1/(d+1)) in variance (Stiennon et al. 2020,
+            https://arxiv.org/abs/2009.01325; "N+ details", https://arxiv.org/abs/2403.17031), rather than load it.
+        trust_remote_code: run model code that comes with the weights.
+
+    Raises:
+        UserError: no such model, or no trained scalar head in it and `fresh_head` is off.
+    """
+    model = _load(AutoModelForSequenceClassification, name, False, trust_remote_code, num_labels=1)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; its architecture is not supported")
+    if fresh_head:
+        initialize_score_head(model)
+    elif not any("ForSequenceClassification" in architecture for architecture in stored_architectures(name)):
+        raise UserError(f"{name} holds no trained reward head: its config names {stored_architectures(name)}")
+    return Scorer(model)
+
+
+def initialize_score_head(model: PreTrainedModel) -> None:
+    """Draw the scalar head from N(0, 1/√(d+1)) and set its bias, if any, to 0."""
+    head = cast(nn.Linear, model.score)
+    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+
+
+def scorer_from_policy(policy: Policy) -> Scorer:
+    """A scorer on a copy of the policy's trunk, with a fresh head."""
+    config = copy.deepcopy(policy.model.config)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=IMPLEMENTATION)
+    backbone(model).load_state_dict(backbone(policy.model).state_dict())
+    disable_dropout(model)
+    initialize_score_head(model)
+    return Scorer(model)
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """The reference: a copy of the policy as it is in memory, without gradients, in eval mode for good."""
+    return freeze(copy.deepcopy(policy))
+
+
+def freeze(module: ModuleT) -> ModuleT:
+    """Switch off gradients and training mode."""
+    module.requires_grad_(False)
+    return module.eval()
+
+
+def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model, its `model_max_length` cut to the model's context.
+
+    Raises:
+        UserError: no tokenizer there, no end-of-sequence token, or more tokens than the model has embeddings.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_resolve(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no tokenizer could be loaded there ({_first_line(error)})") from error
+    check_vocabulary(tokenizer, model_config.vocab_size, str(name))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, name: str) -> None:
+    """Refuse a tokenizer that can make ids which the model has no embedding for."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocabulary_size:
+        raise UserError(
+            f"{name}: the tokenizer has ids up to {highest}, the model embeds {vocabulary_size} (0 to "
+            f"{vocabulary_size - 1}); use the tokenizer the model was trained with, or resize its embeddings first"
+        )
+
+
+def pad_token_id_for(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """A pad token that cannot be mistaken for the end of a response.
+
+    Our own batches have no padding; transformers finds a padded row's score at the last token that is not pad, and
+    would read it one token early where pad is eos. Then the unknown or beginning token serves instead, if there is one.
+    """
+    eos = tokenizer.eos_token_id
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+        if candidate is not None and candidate != eos:
+            return int(candidate)
+    return None
+
+
+def check_packed_logits(model: PreTrainedModel, name: str, tolerance: float = 1e-3) -> None:
+    """Honour or refuse: compare packed log-probs with the model's own forward on two short sequences.
+
+    Attention or heads with extras (soft caps, sinks, logit scales) that this engine does not reproduce show up here
+    rather than as a silently different policy.
+    """
+    config = model.config.get_text_config()
+    for option in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, option, None) is not None:
+            raise UserError(f"{name}: {option} is not supported by packed batches ({type(model).__name__})")
+    from lit_rlhf.packing import Example, pack
+
+    length = 8
+    ids = torch.arange(2 * length).remainder(config.vocab_size).numpy()
+    batch = pack([Example(ids[:1], (ids[1:length],)), Example(ids[length : length + 1], (ids[length + 1 :],))])
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        try:
+            packed, _ = Policy(model)(batch)
+            # A batch of one has no padding, hence needs no mask but the causal one that the eager path builds.
+            model.set_attn_implementation("eager")
+            plain = [
+                torch.log_softmax(
+                    model(torch.as_tensor(part)[None], use_cache=False).logits[0, :-1].float(), -1
+                ).gather(-1, torch.as_tensor(part[1:])[:, None])
+                for part in (ids[:length], ids[length:])
+            ]
+        finally:
+            model.set_attn_implementation(IMPLEMENTATION)
+            model.train(was_training)
+    error = (packed - torch.cat(plain).squeeze(-1)).abs().max().item()
+    if not error <= tolerance:
+        raise UserError(
+            f"{name}: {type(model).__name__} gives other log-probs in packed batches than by itself (largest "
+            f"difference {error:.2g}); its attention or head does something that packed batches do not support"
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the ratio of new to old policy needs the same network twice."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_code: bool, **kwargs: Any) -> Any:
+    source = _resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        for key, value in kwargs.items():
+            setattr(config, key, value)
+        if from_scratch:
+            model = auto_class.from_config(
+                config, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
+            )
+        else:
+            model = auto_class.from_pretrained(
+                source,
+                config=config,
+                attn_implementation=IMPLEMENTATION,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: no model could be loaded there ({_first_line(error)}). Expected a folder with config.json and "
+            f"model.safetensors, or a name on the Hugging Face hub{_hint(source)}"
+        ) from error
+    disable_dropout(model)
+    return model
+
+
+def stored_architectures(name: str | Path) -> list[str]:
+    """The classes that a folder's weights were saved from, by its config."""
+    return list(AutoConfig.from_pretrained(_resolve(name)).architectures or [])
+
+
+def _resolve(name: str | Path) -> str:
+    return str(DEMO_MODEL) if str(name) == "demo" else str(name)
+
+
+def _hint(source: str) -> str:
+    if source == str(DEMO_MODEL):
+        return "; the embedded demo model has no weights, train it with from_scratch: true"
+    if Path(source).is_dir():
+        return f"; the folder holds {sorted(p.name for p in Path(source).iterdir())[:8]}"
+    return f"; there is no folder {Path(source).absolute()}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

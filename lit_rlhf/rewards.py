@@ -1,0 +1,115 @@
+"""Reward functions: a reward model, or a Python callable on text.
+
+Each is called by the environment with token ids, `reward(prompts, responses, **columns) -> (n,)`, and bound once to the
+policy's tokenizer and device before the first call.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.module import as_text
+from lit_rlhf.packing import Example, pack
+from lit_rlhf.policy import freeze, load_scorer, load_tokenizer
+
+
+class Reward:
+    """What a reward function offers; subclass it, or wrap a plain function in `TextReward`."""
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        """Called once before the first score, with the policy's tokenizer and device."""
+
+    def networks(self) -> Iterator[nn.Module]:
+        """Models that this reward holds in memory."""
+        yield from ()
+
+    def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
+        """Score n responses.
+
+        Args:
+            prompts: n of (P,) token ids.
+            responses: n of (T,) token ids, end token included where there is one.
+            columns: the other columns of the prompts' rows, n values each.
+
+        Returns:
+            (n,) finite numbers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say how it scores")  # pragma: no cover
+
+
+class RewardModelReward(Reward):
+    """Scores of a trained reward model, read at the last response token.
+
+    Args:
+        model: folder or hub name of a sequence classifier with one label, such as `RewardModel` exports.
+        max_tokens: tokens per forward pass; responses are scored in order of length.
+        trust_remote_code: run model code that comes with the weights.
+    """
+
+    def __init__(self, model: str, max_tokens: int = 16_384, trust_remote_code: bool = False) -> None:
+        self.name = model
+        self.max_tokens = max_tokens
+        self.scorer = freeze(load_scorer(model, trust_remote_code=trust_remote_code))
+        self.tokenizer = load_tokenizer(model, self.scorer.model.config, trust_remote_code)
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        """Move to the policy's device; refuse a policy whose tokens mean something else.
+
+        Raises:
+            UserError: the two tokenizers differ.
+        """
+        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
+            differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
+            raise UserError(
+                f"reward model {self.name} was trained with another tokenizer than the policy ({len(ours)} against "
+                f"{len(theirs)} tokens; for example {differing}): it would read other words than the policy wrote. "
+                "Train the reward model from the same SFT model, or wrap it in a TextReward that re-tokenises"
+            )
+        self.scorer.to(device)
+
+    def networks(self) -> Iterator[nn.Module]:
+        """The reward model."""
+        yield self.scorer
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
+        """(n,) scores."""
+        lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
+        scores = np.zeros(len(lengths))
+        order = np.argsort(lengths, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(lengths[order].cumsum() // self.max_tokens)) + 1):
+            batch = move_data_to_device(
+                pack([Example(prompts[i], (responses[i],)) for i in rows]), self.scorer.model.device
+            )
+            scores[rows] = self.scorer(batch, batch.last_nodes).double().cpu().numpy()
+        return scores
+
+
+class TextReward(Reward):
+    """A Python function of text as the reward.
+
+    Args:
+        function: called as function(prompts, responses, **columns) with lists of n strings, without special tokens;
+            returns n numbers. In YAML, its import path.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        """Keep the tokenizer that turns ids into text."""
+        self.tokenizer = tokenizer
+
+    def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
+        """(n,) what the function returns; the environment checks it."""
+        prompt_texts = [as_text(self.tokenizer, ids) for ids in prompts]
+        response_texts = [as_text(self.tokenizer, ids) for ids in responses]
+        return np.asarray(self.function(prompt_texts, response_texts, **columns))

@@ -1,0 +1,73 @@
+"""Supervised fine-tuning: imitate demonstrations."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_rlhf.batches import PromptBatch, SFTBatch
+from lit_rlhf.losses import nll
+from lit_rlhf.module import AlignmentModule
+from lit_rlhf.policy import load_policy, load_tokenizer
+from lit_rlhf.rollout import GenerationSettings, completion_rows
+
+
+class SFT(AlignmentModule):
+    """Supervised fine-tuning: minimise -Σ log π(y_t | x, y_<t) over the response tokens.
+
+    Ouyang et al. 2022, step 1, https://arxiv.org/abs/2203.02155
+
+    Args:
+        policy: folder or hub name of a Hugging Face causal LM; "demo" is the embedded one.
+        from_scratch: start from random weights in the shape of that model's config.
+        trust_remote_code: run model code that comes with the weights.
+        generation: how `predict` and the sample tables write completions.
+        kwargs: the optimiser's settings, see `AlignmentModule`.
+    """
+
+    def __init__(
+        self,
+        policy: str = "demo",
+        from_scratch: bool = False,
+        trust_remote_code: bool = False,
+        generation: GenerationSettings = GenerationSettings(),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.policy = load_policy(policy, from_scratch, trust_remote_code)
+        self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
+        self.generation = generation
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        """One micro-batch: the negative log-likelihood of the demonstrated tokens."""
+        logprobs, _ = self.policy(batch.packed)
+        losses = nll(logprobs)
+        self.log_mean("train", {"loss": losses.detach().mean()}, weight=len(losses))
+        return losses.sum() / batch.denominator
+
+    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        """Loss per token of held-out demonstrations."""
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        """As validation, on the test data."""
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: SFTBatch, stage: str) -> None:
+        """Log loss and accuracy of the most likely token, as means over all response tokens."""
+        logprobs, _ = self.policy(batch.packed)
+        self.log_mean(stage, {"loss": nll(logprobs).mean()}, weight=len(logprobs))
+
+    @torch.no_grad()
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Complete each prompt."""
+        return completion_rows(self.policy, self.tokenizer, batch, self.generation)
+
+    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
+        """Completions of held-out prompts."""
+        return self.predict_step(prompts, 0)
+
+    def exportable(self) -> PreTrainedModel:
+        """The fine-tuned causal LM."""
+        return self.policy.model

@@ -1,0 +1,135 @@
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from token_tasks import END, task
+
+from token_mdp import RewardError, Shared, TokenEnv, TokenVectorEnv
+
+
+def ends_of_all_slots(**changes):
+    """One step that ends the episodes of prompts 0, 1 and 2."""
+    env = TokenVectorEnv(num_envs=3, **task(shuffle=False, **changes))
+    env.reset()
+    return env.step(np.full(3, END))
+
+
+def lengths(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def prompt_lengths(prompts, responses):
+    return np.array([len(prompt) for prompt in prompts])
+
+
+def raising(prompts, responses):
+    raise KeyError("answer")
+
+
+@pytest.mark.parametrize(
+    ("reward_fn", "message"),
+    [
+        (lambda p, r: None, r"got None \(prompt indices \[0, 1, 2\]\)"),
+        (lambda p, r: 1.0, r"shape \(3,\), got shape \(\)"),
+        (lambda p, r: np.ones((3, 1)), r"shape \(3,\), got shape \(3, 1\)"),
+        (lambda p, r: [1.0, 2.0], r"shape \(3,\), got shape \(2,\)"),
+        (lambda p, r: ["good", "bad", "ugly"], r"got \['good', 'bad', 'ugly'\]"),
+        (lambda p, r: [1.0, float("nan"), 2.0], r"not finite, by prompt index: \{1: nan\}"),
+        (lambda p, r: [1.0, None, 2.0], r"not finite, by prompt index: \{1: nan\}"),
+        (lambda p, r: [float("-inf"), 1.0, 2.0], r"not finite, by prompt index: \{0: -inf\}"),
+        (raising, r"reward_fn raised KeyError: 'answer' \(prompt indices \[0, 1, 2\]\)"),
+        (lambda p: [1.0], r"reward_fn raised TypeError.*prompt indices \[0, 1, 2\]"),
+        ({"style": raising}, r"reward_fn\['style'\] raised KeyError"),
+    ],
+)
+def test_a_bad_reward_names_the_function_the_fault_and_the_prompts(reward_fn, message):
+    with pytest.raises(RewardError, match=message):
+        ends_of_all_slots(reward_fn=reward_fn)
+
+
+def test_the_cause_of_a_raising_reward_function_is_kept():
+    with pytest.raises(RewardError) as error:
+        ends_of_all_slots(reward_fn=raising)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+class BFloat16OnAGpu:
+    """What a torch tensor looks like to the env, which does not know torch."""
+
+    def detach(self):
+        return self
+
+    float = cpu = detach
+
+    def numpy(self):
+        return np.array([0.5, 1.5, 2.5], dtype=np.float32)
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.5, 2.5], np.array([0.5, 1.5, 2.5], dtype=np.float16), BFloat16OnAGpu()])
+def test_rewards_may_be_lists_arrays_or_tensors(values):
+    rewards = ends_of_all_slots(reward_fn=lambda p, r: values)[1]
+    assert rewards.dtype == np.float64
+    np.testing.assert_array_equal(rewards, [0.5, 1.5, 2.5])
+
+
+def test_all_slots_that_end_in_a_step_are_scored_in_one_call():
+    batches = []
+
+    def reward(prompts, responses):
+        batches.append(len(responses))
+        return np.zeros(len(responses))
+
+    ends_of_all_slots(reward_fn=reward)
+    assert batches == [3]
+
+
+def test_components_add_up_by_their_weights_and_each_is_in_info():
+    reward_fn = {"lengths": (lengths, 2.0), "prompts": prompt_lengths}
+    *_, infos = transition = ends_of_all_slots(reward_fn=reward_fn)
+    np.testing.assert_array_equal(transition[1], [3.0, 4.0, 5.0])  # 2·1 + (1, 2, 3)
+    np.testing.assert_array_equal(infos["final_info"]["reward/lengths"], [1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(infos["final_info"]["reward/prompts"], [1.0, 2.0, 3.0])
+
+
+def test_a_list_of_components_is_named_after_its_functions():
+    *_, infos = transition = ends_of_all_slots(reward_fn=[lengths, (prompt_lengths, 0.5)])
+    np.testing.assert_array_equal(transition[1], [1.5, 2.0, 2.5])
+    assert {"reward/lengths", "reward/prompt_lengths"} <= infos["final_info"].keys()
+
+
+@pytest.mark.parametrize(
+    ("reward_fn", "message"),
+    [
+        ([], "at least one component"),
+        ({}, "at least one component"),
+        ([lengths, lengths], "unique names"),
+        ({"process": lengths}, "'process'"),
+        ({"a": 3.0}, r"reward_fn\['a'\]"),
+        ({"a": (lengths, "much")}, r"reward_fn\['a'\]"),
+        ({"a": (lengths, float("nan"))}, r"reward_fn\['a'\]"),
+    ],
+)
+def test_bad_components_are_refused(reward_fn, message):
+    with pytest.raises(ValueError, match=message):
+        TokenEnv(**task(reward_fn=reward_fn))
+
+
+class Model:
+    def __init__(self, bias):
+        self.bias = bias
+
+    def __call__(self, prompts, responses):
+        return [self.bias] * len(responses)
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("the model was copied")
+
+
+def test_copies_of_a_shared_model_are_the_same_model():
+    model = Model(2.0)
+    shared = Shared(model)
+    assert copy.deepcopy({"reward_fn": shared})["reward_fn"].target is model
+    assert copy.copy(shared).target is model
+    assert shared([], [1, 2]) == [2.0, 2.0] and shared.bias == 2.0
+    assert pickle.loads(pickle.dumps(shared)).bias == 2.0

@@ -1,0 +1,71 @@
+"""What the constructors of both envs refuse."""
+
+import numpy as np
+import pytest
+from token_tasks import task
+
+from token_mdp import TokenEnv, TokenVectorEnv
+
+
+def envs_of(**changes):
+    return [lambda: TokenEnv(**task(**changes)), lambda: TokenVectorEnv(num_envs=2, **task(**changes))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] has no tokens"),
+        ({"prompts": [[1], [2, 8]]}, r"prompts\[1\] contains token 8, outside the vocabulary 0..7"),
+        ({"prompts": [[-1]]}, r"prompts\[0\] contains token -1"),
+        ({"prompts": ["text"]}, r"prompts\[0\] must be a flat sequence of token ids, got 'text'"),
+        ({"prompts": [[0.5]]}, r"prompts\[0\] must be a flat sequence"),
+        ({"prompts": [[[1]]]}, r"prompts\[0\] must be a flat sequence"),
+        ({"vocab_size": 0}, r"vocab_size \(0\)"),
+        ({"stop_token_ids": [8]}, r"stop_token_ids \(\[8\]\) must be token ids inside the vocabulary 0..7"),
+        ({"stop_token_ids": [-1]}, r"stop_token_ids \(\[-1\]\)"),
+        ({"stop_token_ids": ["eos"]}, r"stop_token_ids \(\['eos'\]\)"),
+        ({"max_new_tokens": 0}, r"max_new_tokens \(0\) must be at least 1"),
+        ({"max_prompt_length": 0}, r"max_prompt_length \(0\) must be at least 1"),
+        ({"reward_fn": None}, "reward_fn is missing"),
+        ({"reward_fn": "score"}, "reward_fn must be a function"),
+        ({"columns": {"answer": [1, 2]}}, r"columns\['answer'\] has 2 rows, but there are 3 prompts"),
+        ({"columns": {"prompts": [1, 2, 3]}}, r"columns\['prompts'\] would hide"),
+        ({"limit": "stop"}, r"limit \('stop'\) must be one of"),
+        ({"observation": "text"}, r"observation \('text'\) must be one of"),
+        ({"reward_on": "words"}, r"reward_on \('words'\) must be one of"),
+        ({"reward_on": "text"}, "reward_on='text' needs a tokenizer"),
+        ({"action_mask": "all"}, "action_mask must be None, a bool or a function"),
+        ({"render_mode": "rgb_array"}, r"render_mode \('rgb_array'\) must be None or one of"),
+        ({"step_boundary_ids": [1]}, "needs process_reward_fn"),
+        ({"step_boundary_ids": [9], "process_reward_fn": len}, r"step_boundary_ids \(\[9\]\)"),
+        ({"gamma": 0.9}, r"gamma \(0.9\).*needs potential_fn"),
+        ({"gamma": 1.5, "potential_fn": len}, r"gamma \(1.5\) must lie in 0..1"),
+    ],
+)
+def test_bad_arguments_are_refused_with_their_values(changes, message):
+    for make in envs_of(**changes):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_envs": 0}, r"num_envs \(0\)"),
+        ({"reward_mode": "later"}, r"reward_mode \('later'\)"),
+        ({"autoreset_mode": "Sometimes"}, "Sometimes"),
+        ({"max_episodes": 0}, r"max_episodes \(0\)"),
+        ({"max_episode_steps": 0}, r"max_episode_steps \(0\)"),
+    ],
+)
+def test_bad_arguments_of_the_vector_env_are_refused_with_their_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TokenVectorEnv(**{"num_envs": 2} | task(**changes))
+
+
+def test_prompts_may_be_lists_or_integer_arrays_and_one_stop_token_may_be_an_int():
+    env = TokenEnv(**task(prompts=[np.array([1], dtype=np.int32), (2, 3)], stop_token_ids=7))
+    observation, _ = env.reset(options={"prompt_index": 1})
+    assert observation["input_ids"].dtype == np.int64
+    assert env.step(7)[2]

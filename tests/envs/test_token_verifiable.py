@@ -1,0 +1,92 @@
+import pytest
+from token_tasks import END, task
+
+from token_mdp import RewardError, TokenEnv
+from token_mdp.verifiable import ExactAnswer, PythonParses, RegexMatch
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("42", "42", 1),
+        (" 42.\n", "42", 1),
+        ("42.0", 42, 1),
+        ("1,234", "1234", 1),
+        ("$18", "18", 1),
+        ("-3", "3", 0),
+        ("Paris", "paris", 1),
+        ("Paris, France", "Paris", 0),
+        ("", "42", 0),
+        ("nan", "NaN", 1),  # a word like any other
+        ("420", "42", 0),
+    ],
+)
+def test_exact_answer_compares_numbers_as_numbers_and_words_up_to_case(response, answer, right):
+    assert ExactAnswer()(["?"], [response], answer=[answer]).tolist() == [right]
+
+
+def test_exact_answer_takes_the_last_match_of_its_pattern_from_response_and_column():
+    reward = ExactAnswer(column="solution", pattern=r"####\s*(.+)")
+    responses = ["#### 1\nno, wait\n#### 2", "2", "#### 2.0"]
+    columns = ["so 1 + 1 is 2\n#### 2", "#### 2", "2"]
+    assert reward(["?"] * 3, responses, solution=columns).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_exact_answer_wants_one_group_and_its_column():
+    with pytest.raises(ValueError, match="must have one group"):
+        ExactAnswer(pattern=r"\d+")
+    with pytest.raises(KeyError, match=r"no column 'answer'.*\['reply'\]"):
+        ExactAnswer()(["?"], ["1"], reply=["1"])
+
+
+def test_regex_match_searches_or_wants_the_whole_response():
+    responses = ["<think>a\nb</think> 3", "3 <think></think>", "3"]
+    assert RegexMatch("<think>.*</think>")([], responses).tolist() == [1, 1, 0]
+    assert RegexMatch(r"<think>.*</think>\s*\d", whole=True)([], responses).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("response", "parses"),
+    [
+        ("def f(x):\n    return x", 1),
+        ("def f(x) return x", 0),
+        ("Sure!\n```python\nprint(1)\n```\nDone.", 1),
+        ("```python\nprint(1)\n```\n```\nprint(\n```", 0),  # one of two blocks is broken
+        ("", 0),
+        ("```python\n```", 0),
+        ("pattern = '\\d'", 1),  # an odd escape warns, but parses
+        ("x = 1\0", 0),
+        ("(" * 10_000, 0),
+    ],
+)
+def test_python_parses_reads_fenced_blocks_or_the_whole_response(response, parses):
+    assert PythonParses()([], [response]).tolist() == [parses]
+
+
+def test_python_parses_never_runs_the_code():
+    assert PythonParses()([], ["raise SystemExit(1)"]).tolist() == [1.0]
+
+
+class Digits:
+    """Token t is the digit t; the end token has no text."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join("" if token == END else str(token) for token in ids)
+
+
+def test_verifiable_rewards_combine_with_weights_in_an_env():
+    rewards = {"answer": ExactAnswer(), "form": (RegexMatch(r"\d\d", whole=True), 0.25)}
+    env = TokenEnv(**task(reward_fn=rewards, columns={"answer": [42, 0, 0]}, reward_on="text", tokenizer=Digits()))
+    env.reset(options={"prompt_index": 0})
+    env.step(4)
+    env.step(2)
+    _, reward, *_, info = env.step(END)
+    assert reward == 1.25
+    assert info["reward/answer"] == info["reward/form"] == 1.0
+
+
+def test_on_tokens_they_say_what_they_need():
+    env = TokenEnv(**task(reward_fn=PythonParses()))
+    env.reset()
+    with pytest.raises(RewardError, match="reward_on='text'"):
+        env.step(END)

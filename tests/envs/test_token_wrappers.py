@@ -1,0 +1,130 @@
+"""Gymnasium's own wrappers, vectorisers and a plain tabular agent on the env."""
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import wrappers
+from gymnasium.wrappers import vector as vector_wrappers
+from token_tasks import END, VOCAB, task, weighted_sum
+
+from token_mdp import TokenEnv, TokenVectorEnv
+from token_mdp.toy import echo_reward, toy_task
+
+
+def finish(env, token=END):
+    env.reset(seed=0, options={"prompt_index": 1})
+    env.step(1)
+    return env.step(token)
+
+
+def test_record_episode_statistics_sees_return_and_length():
+    env = wrappers.RecordEpisodeStatistics(gymnasium.make("LitRLHF/Token-v0", **task()))
+    *_, info = finish(env)
+    assert info["episode"]["r"] == 100 * 5 + 1 + 2 * END and info["episode"]["l"] == 2
+
+
+def test_flatten_observation_gives_one_box():
+    env = wrappers.FlattenObservation(TokenEnv(**task()))
+    observation, *_ = finish(env)
+    assert observation.shape == env.observation_space.shape == (7 + 7 + 1 + 1,)
+    assert observation in env.observation_space
+
+
+def test_normalize_and_transform_reward_leave_the_rest_alone():
+    env = wrappers.NormalizeReward(TokenEnv(**task(reward_fn=weighted_sum)))
+    _, reward, terminated, _, info = finish(env)
+    assert terminated and np.isfinite(reward) and info["finish_reason"] == 1
+    env = wrappers.TransformReward(TokenEnv(**task()), lambda reward: -reward)
+    assert finish(env)[1] == -(100 * 5 + 1 + 2 * END)
+
+
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+def test_vector_record_episode_statistics_sees_every_episode(mode):
+    env = TokenVectorEnv(num_envs=2, shuffle=False, autoreset_mode=mode, **task())
+    wrapped = vector_wrappers.RecordEpisodeStatistics(env)
+    wrapped.reset(seed=0)
+    for actions in ([1, END], [END, 1], [1, 1], [1, 1]):
+        wrapped.step(np.array(actions))
+    assert wrapped.episode_count == 2
+    assert list(wrapped.length_queue) == [1, 2]
+    assert list(wrapped.return_queue) == [507.0, 115.0]  # prompt 1: 500 + 7; prompt 0: 100 + 1 + 2·7
+
+
+def test_vector_record_episode_statistics_finds_the_reset_mask():
+    env = TokenVectorEnv(num_envs=2, shuffle=False, autoreset_mode="Disabled", **task())
+    wrapped = vector_wrappers.RecordEpisodeStatistics(env)
+    wrapped.reset()
+    wrapped.step(np.array([1, END]))
+    wrapped.reset(options={"reset_mask": np.array([False, True])})
+    np.testing.assert_array_equal(wrapped.episode_lengths, [1, 0])
+
+
+def test_vector_observation_reward_and_info_wrappers_run():
+    env = TokenVectorEnv(num_envs=3, autoreset_mode="NextStep", **task())  # Gymnasium's flattening refuses SameStep
+    env = vector_wrappers.FlattenObservation(vector_wrappers.NormalizeReward(env))
+    env = vector_wrappers.DictInfoToList(env)
+    observations, infos = env.reset(seed=0)
+    assert observations in env.observation_space and len(infos) == 3
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        observations, rewards, *_, infos = env.step(rng.integers(VOCAB, size=3))
+        assert observations in env.observation_space and np.isfinite(rewards).all()
+        assert all(info["active"] for info in infos)
+
+
+def rollout(env, steps=12):
+    history = [env.reset(seed=5)[0]]
+    for step in range(steps):
+        observations, rewards, *_ = env.step(np.array([step % 6, 0]))
+        history += [observations, rewards.copy()]
+    env.close()
+    return history
+
+
+def test_spawned_workers_play_the_same_episodes_as_a_loop_in_this_process():
+    spawned = gymnasium.make_vec(
+        "token_mdp:LitRLHF/TokenFlat-v0", 2, vectorization_mode="async", vector_kwargs={"context": "spawn"}
+    )
+    looped = gymnasium.make_vec("LitRLHF/TokenFlat-v0", 2, vectorization_mode="sync")
+    for left, right in zip(rollout(spawned), rollout(looped), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_a_tabular_agent_solves_the_toy_task():
+    """Monte Carlo control with ε-greedy exploration: nothing but the env's arrays and a table of mean returns."""
+    env = TokenVectorEnv(num_envs=32, **toy_task())
+    rng = np.random.default_rng(0)
+    values: dict[bytes, np.ndarray] = {}
+    counts: dict[bytes, np.ndarray] = {}
+    paths: list[list[tuple[bytes, int]]] = [[] for _ in range(32)]
+    observations, _ = env.reset(seed=0)
+    for _ in range(2500):
+        states = [row.tobytes() for row in observations["input_ids"]]
+        greedy = [int(np.argmax(values.get(state, np.ones(1)))) for state in states]
+        actions = np.where(rng.random(32) < 0.2, rng.integers(6, size=32), greedy)
+        for path, state, action in zip(paths, states, actions, strict=True):
+            path.append((state, int(action)))
+        observations, rewards, terminated, _, _ = env.step(actions)
+        for slot in np.flatnonzero(terminated):
+            for state, action in paths[slot]:
+                mean, count = values.setdefault(state, np.ones(6)), counts.setdefault(state, np.zeros(6))
+                count[action] += 1
+                mean[action] += (rewards[slot] - mean[action]) / min(count[action], 20)
+            paths[slot] = []
+
+    scores = []
+    single = TokenEnv(**toy_task())
+    for prompt_index in range(20):
+        observation, _ = single.reset(options={"prompt_index": prompt_index})
+        terminated = False
+        while not terminated:
+            best = values.get(observation["input_ids"].tobytes(), np.zeros(6))
+            observation, reward, terminated, _, _ = single.step(int(np.argmax(best)))
+        scores.append(reward)
+    assert np.mean(scores) > 0.9
+
+
+def test_the_best_return_of_the_toy_task_is_one_for_every_prompt():
+    prompts = [np.array(prompt) for prompt in toy_task()["prompts"]]
+    answers = [np.append(prompt[:-1], 0) for prompt in prompts]
+    np.testing.assert_array_equal(echo_reward(prompts, answers), np.ones(20))

@@ -1,0 +1,48 @@
+"""Small tasks and comparisons that the tests of the token environment share."""
+
+from typing import Any
+
+import numpy as np
+
+VOCAB = 8
+END = 7
+
+
+def weighted_sum(prompts, responses):
+    """A reward that tells apart any two prompts and responses that these tests play."""
+    return [
+        100.0 * prompt.sum() + (response * np.arange(1, len(response) + 1)).sum()
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def task(**changes: Any) -> dict[str, Any]:
+    """Arguments of a task with three prompts of one, two and three tokens; the end token is 7."""
+    return {
+        "prompts": [[1], [2, 3], [4, 5, 6]],
+        "vocab_size": VOCAB,
+        "stop_token_ids": [END],
+        "max_new_tokens": 4,
+        "reward_fn": weighted_sum,
+    } | changes
+
+
+def assert_same(left: Any, right: Any, where: str = "") -> None:
+    """Equal values, types, dtypes and shapes, all the way down."""
+    assert type(left) is type(right), f"{where}: {type(left)} against {type(right)}"
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), f"{where}: {sorted(left)} against {sorted(right)}"
+        for key in left:
+            assert_same(left[key], right[key], f"{where}/{key}")
+    elif isinstance(left, tuple | list):
+        assert len(left) == len(right), where
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(left, np.ndarray):
+        assert left.dtype == right.dtype and left.shape == right.shape, f"{where}: {left!r} against {right!r}"
+        if left.dtype == object:
+            assert_same(left.tolist(), right.tolist(), where)
+        else:
+            np.testing.assert_array_equal(left, right, err_msg=where)
+    else:
+        assert left == right or (left != left and right != right), f"{where}: {left} against {right}"

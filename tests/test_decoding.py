@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+
+from lit_rlhf.decoding import SlotDecoder, sample
+from tests.tiny import ARCHITECTURES, VOCABULARY, plain_logits, tiny_policy
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_slot_cache_equals_the_full_forward_through_refills_and_parking(architecture):
+    policy = tiny_policy(architecture)
+    rng = np.random.default_rng(0)
+    S, L = 4, 30
+    decoder = SlotDecoder(policy, S, L)
+    ids, lengths, active = np.zeros((S, L), np.int64), np.zeros(S, np.int64), np.ones(S, bool)
+
+    def refill(slot):
+        lengths[slot] = rng.integers(2, 9)
+        ids[slot] = 0
+        ids[slot, : lengths[slot]] = rng.integers(3, VOCABULARY, lengths[slot])
+
+    for slot in range(S):
+        refill(slot)
+    for step in range(20):
+        logits = decoder.logits(ids, lengths, active)
+        with torch.no_grad():
+            expected = torch.stack(
+                [plain_logits(policy.model, ids[s, : lengths[s]])[-1] for s in np.flatnonzero(active)]
+            )
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        for slot in np.flatnonzero(active):
+            if rng.random() < 0.15:
+                refill(slot)
+            else:
+                ids[slot, lengths[slot]] = rng.integers(3, VOCABULARY)
+                lengths[slot] += 1
+        if step in (6, 10, 15):  # three of four slots park, one after the other
+            active[rng.choice(np.flatnonzero(active))] = False
+
+
+def test_a_refill_that_is_one_token_longer_than_the_cached_row_is_prefilled():
+    policy = tiny_policy()
+    decoder = SlotDecoder(policy, 1, 8)
+    ids = np.array([[5, 6, 7, 0, 0, 0, 0, 0]])
+    decoder.logits(ids, np.array([3]))
+    other = np.array([[9, 6, 7, 8, 0, 0, 0, 0]])  # length 4 = 3 + 1, but another prompt
+    with torch.no_grad():
+        expected = plain_logits(policy.model, other[0, :4])[-1:]
+    torch.testing.assert_close(decoder.logits(other, np.array([4])), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_clear_forgets_keys_of_old_weights():
+    policy = tiny_policy()
+    decoder = SlotDecoder(policy, 1, 8)
+    ids = np.array([[5, 6, 7, 8, 0, 0, 0, 0]])
+    decoder.logits(ids, np.array([3]))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.1)
+    decoder.clear()
+    with torch.no_grad():
+        expected = plain_logits(policy.model, ids[0, :4])[-1:]
+    torch.testing.assert_close(decoder.logits(ids, np.array([4])), expected, rtol=1e-4, atol=1e-4)
+
+
+LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+
+def frequencies(**settings):
+    """Shares of each token over evenly spread draws: exact up to the grid."""
+    n = 20_000
+    uniforms = (torch.arange(n) + 0.5) / n
+    tokens, logprobs = sample(LOGITS.expand(n, 4), uniforms, **settings)
+    return torch.bincount(tokens, minlength=4) / n, tokens, logprobs
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),  # p^2 / sum
+        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.75}, [0.625, 0.375, 0, 0]),  # 0.5 is not enough, 0.8 is
+        ({"min_p": 0.2}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),  # 0.05 < 0.2 * 0.5
+        ({"temperature": 0}, [1, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_from_the_distribution_that_their_logprobs_name(settings, expected):
+    shares, tokens, logprobs = frequencies(**settings)
+    torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=2e-4)
+    torch.testing.assert_close(logprobs.exp(), torch.tensor(expected, dtype=torch.float32)[tokens])
+
+
+def test_a_draw_at_the_very_end_never_lands_on_a_forbidden_token():
+    logits = torch.tensor([[0.0, 1.0, float("-inf")]])
+    for uniform in (0.0, 1 - 2**-24):
+        tokens, logprobs = sample(logits, torch.tensor([uniform]))
+        assert tokens.item() < 2
+        assert logprobs.isfinite().all()

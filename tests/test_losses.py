@@ -1,0 +1,123 @@
+import math
+
+import pytest
+import torch
+
+from lit_rlhf.losses import bradley_terry_loss, clip_fraction, nll, ppo_policy_loss, value_loss
+
+
+def randoms(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class TestSupervised:
+    def test_nll_of_a_uniform_policy_over_four_tokens_is_log_4(self):
+        logprobs = torch.log_softmax(torch.zeros(5, 4), dim=-1)[:, 0]
+        assert torch.allclose(nll(logprobs), torch.full((5,), math.log(4)))
+
+    def test_bradley_terry_loss_is_log_2_where_scores_are_equal(self):
+        scores = randoms(7)
+        assert torch.allclose(bradley_terry_loss(scores, scores), torch.full((7,), math.log(2), dtype=torch.float64))
+
+    def test_bradley_terry_loss_is_the_surprise_at_the_label(self):
+        # Odds e^(2-1) : 1 for chosen, so P(chosen) = e/(e + 1) = 0.731059 and -log of it is 0.313262.
+        assert bradley_terry_loss(torch.tensor([2.0]), torch.tensor([1.0])).item() == pytest.approx(0.313262, abs=1e-6)
+
+    def test_bradley_terry_margin_is_the_difference_that_counts_as_a_tie(self):
+        chosen, rejected = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 0.5])
+        assert torch.allclose(bradley_terry_loss(chosen, rejected, chosen - rejected), torch.full((2,), math.log(2)))
+
+    def test_bradley_terry_ignores_a_constant_added_to_both_scores(self):
+        chosen, rejected = randoms(6), randoms(6, seed=1)
+        assert torch.allclose(bradley_terry_loss(chosen + 5, rejected + 5), bradley_terry_loss(chosen, rejected))
+
+    def test_bradley_terry_stays_finite_for_hopeless_pairs(self):
+        chosen = torch.tensor([-500.0], requires_grad=True)
+        loss = bradley_terry_loss(chosen, torch.tensor([500.0]))
+        loss.sum().backward()
+        assert loss.item() == 1000.0 and chosen.grad.item() == -1.0
+
+
+class TestPPOPolicyLoss:
+    def test_it_is_minus_the_advantage_where_policy_and_old_policy_agree(self):
+        logprobs, advantages = randoms(9), randoms(9, seed=1)
+        assert torch.equal(ppo_policy_loss(logprobs, logprobs, advantages, 0.2), -advantages)
+
+    def test_its_first_gradient_is_the_policy_gradient(self):
+        logprobs, advantages = randoms(9).requires_grad_(), randoms(9, seed=1)
+        ppo_policy_loss(logprobs, logprobs.detach(), advantages, 0.2).sum().backward()
+        assert torch.allclose(logprobs.grad, -advantages)
+
+    def test_hand_worked_numbers(self):
+        ratios = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1])
+        advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 3.0])
+        # ratio 1.5, A = +2: min(3, 1.2 * 2) = 2.4; A = -2: min(-3, -2.4) = -3
+        # ratio 0.5, A = +2: min(1, 0.8 * 2) = 1.0; A = -2: min(-1, -1.6) = -1.6
+        # ratio 1.1, A = +3: inside, 3.3
+        losses = ppo_policy_loss(ratios.log(), torch.zeros(5), advantages, 0.2)
+        assert torch.allclose(losses, -torch.tensor([2.4, -3.0, 1.0, -1.6, 3.3]))
+
+    def test_it_has_no_gradient_past_the_clip_and_the_full_one_on_the_way_back(self):
+        # ratios 1.5, 0.5, 1.5, 0.5 with advantages of a sign that pays (first two) and that costs (last two)
+        logprobs = torch.tensor([1.5, 0.5, 1.5, 0.5]).log().requires_grad_()
+        advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])
+        ppo_policy_loss(logprobs, torch.zeros(4), advantages, 0.2).sum().backward()
+        assert torch.allclose(logprobs.grad, torch.tensor([0.0, 0.0, 1.5, -0.5]))
+
+    def test_it_agrees_with_a_loop_over_tokens(self):
+        logprobs, old, advantages = randoms(50), randoms(50, seed=1), randoms(50, seed=2)
+        expected = []
+        for new_p, old_p, a in zip(logprobs.exp().tolist(), old.exp().tolist(), advantages.tolist(), strict=True):
+            ratio = new_p / old_p
+            if a >= 0:  # a good token pays until the ratio is 1.3
+                expected.append(-a * (ratio if ratio < 1.3 else 1.3))
+            else:  # a bad one stops costing at 0.7
+                expected.append(-a * (ratio if ratio > 0.7 else 0.7))
+        actual = ppo_policy_loss(logprobs, old, advantages, 0.3)
+        assert actual.tolist() == pytest.approx(expected)
+
+    @pytest.mark.parametrize("logratio", [-100.0, 100.0])
+    @pytest.mark.parametrize("advantage", [-1.0, 1.0])
+    def test_value_and_gradient_are_finite_at_log_ratios_of_100(self, logratio, advantage):
+        logprobs = torch.tensor([logratio], requires_grad=True)
+        loss = ppo_policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), 0.2)
+        loss.sum().backward()
+        assert loss.isfinite().all() and logprobs.grad.isfinite().all()
+
+    def test_clip_fraction_counts_ratios_outside_of_the_range(self):
+        ratios = torch.tensor([1.25, 1.15, 0.75, 0.85])  # both sides, in and out of 1 ± 0.2
+        flags = clip_fraction(ratios.log().requires_grad_(), torch.zeros(4), 0.2)
+        assert flags.tolist() == [1, 0, 1, 0] and not flags.requires_grad
+
+
+class TestValueLoss:
+    def test_it_is_half_the_squared_error_without_a_clip_range(self):
+        # (2 - 5)² / 2 = 4.5
+        loss = value_loss(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([5.0]), None)
+        assert loss.item() == 4.5
+
+    def test_it_is_zero_where_the_critic_was_and_is_right(self):
+        values = randoms(5)
+        assert torch.equal(value_loss(values, values, values, 0.2), torch.zeros(5, dtype=torch.float64))
+
+    def test_hand_worked_numbers(self):
+        # V_old = 0, clip 1. V = 3, R = 5: clipped to 1, errors 4 and 16, ½ 16 = 8.   V = 3, R = 0: errors 9 and 1, 4.5
+        # V = 0.5, R = 2: inside, both errors 2.25, 1.125
+        values, returns = torch.tensor([3.0, 3.0, 0.5]), torch.tensor([5.0, 0.0, 2.0])
+        assert value_loss(values, torch.zeros(3), returns, 1.0).tolist() == [8.0, 4.5, 1.125]
+
+    def test_it_has_no_gradient_for_moving_past_the_clip_towards_the_return(self):
+        values = torch.tensor([3.0, 3.0], requires_grad=True)
+        value_loss(values, torch.zeros(2), torch.tensor([5.0, 0.0]), 1.0).sum().backward()
+        assert values.grad.tolist() == [0.0, 3.0]  # towards 5: nothing more to win; away from 0: the full V - R
+
+    def test_a_wide_clip_range_changes_nothing(self):
+        values, old, returns = randoms(20), randoms(20, seed=1), randoms(20, seed=2)
+        assert torch.allclose(value_loss(values, old, returns, 1e6), value_loss(values, old, returns, None))
+
+
+def test_a_sum_over_any_split_is_the_sum_over_the_whole():
+    logprobs, old, advantages = randoms(12), randoms(12, seed=1), randoms(12, seed=2)
+    whole = ppo_policy_loss(logprobs, old, advantages, 0.2).sum()
+    parts = [slice(0, 1), slice(1, 8), slice(8, 12)]
+    assert torch.allclose(sum(ppo_policy_loss(logprobs[p], old[p], advantages[p], 0.2).sum() for p in parts), whole)

@@ -1,0 +1,429 @@
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lit_rlhf.advantages import gae, token_rewards
+from lit_rlhf.kl import k1
+from lit_rlhf.oracle import (
+    Oracle,
+    TokenTree,
+    bayes_accuracy,
+    causal_lm,
+    kl_divergence,
+    log_partition,
+    objective,
+    optimal_logprobs,
+    optimal_values,
+    policy_values,
+)
+from lit_rlhf.packing import IMPLEMENTATION
+
+PROMPT = torch.tensor([1, 2])
+
+
+def random_policy(vocab_size, seed):
+    """A table policy that depends on prompt and prefix, through a hash that a loop and a batch compute alike."""
+    weights = torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def logprob_fn(prompt_ids, prefixes):
+        key = torch.full((len(prefixes),), int(prompt_ids.sum()))
+        for column in prefixes.T:
+            key = (5 * key + column + 1) % 64
+        return torch.log_softmax(weights[key], dim=-1)
+
+    return logprob_fn
+
+
+def random_reward(prompt_ids, completions, lengths):
+    return torch.sin(3.0 * completions.double().cumsum(1).sum(1) + lengths + prompt_ids.sum())
+
+
+class SlowTree:
+    """The same by recursion over Python tuples, one completion at a time."""
+
+    def __init__(self, vocab_size, stop_ids, max_new_tokens):
+        self.V, self.stops, self.T = vocab_size, set(stop_ids), max_new_tokens
+
+    def ended(self, prefix):
+        return len(prefix) == self.T or (len(prefix) > 0 and prefix[-1] in self.stops)
+
+    def completions(self, prefix=()):
+        if self.ended(prefix):
+            return [prefix]
+        return [y for token in range(self.V) for y in self.completions((*prefix, token))]
+
+    def step(self, policy, prefix):
+        return policy(PROMPT, torch.tensor([prefix], dtype=torch.int64).view(1, -1))[0].tolist()
+
+    def logprob(self, policy, completion):
+        return sum(self.step(policy, completion[:t])[completion[t]] for t in range(len(completion)))
+
+    def optimal_value(self, reference, reward, beta, prefix=()):
+        if self.ended(prefix):
+            return reward[prefix]
+        logprobs = self.step(reference, prefix)
+        children = [self.optimal_value(reference, reward, beta, (*prefix, token)) for token in range(self.V)]
+        return beta * math.log(sum(math.exp(lp + q / beta) for lp, q in zip(logprobs, children, strict=True)))
+
+    def policy_value(self, policy, reference, reward, beta, prefix=()):
+        if self.ended(prefix):
+            return reward[prefix]
+        total = 0.0
+        for token, (lp, ref) in enumerate(zip(self.step(policy, prefix), self.step(reference, prefix), strict=True)):
+            child = self.policy_value(policy, reference, reward, beta, (*prefix, token))
+            total += math.exp(lp) * (child - beta * (lp - ref))
+        return total
+
+
+def as_tuples(tree):
+    return [tuple(row[:n]) for row, n in zip(tree.completions.tolist(), tree.lengths.tolist(), strict=True)]
+
+
+SHAPES = [(4, [0], 3), (4, [1, 3], 3), (2, [], 4), (3, [0, 1, 2], 2), (5, [4], 1)]
+every_shape = pytest.mark.parametrize(("vocab_size", "stop_ids", "max_new_tokens"), SHAPES)
+
+
+class TestTokenTree:
+    @every_shape
+    def test_it_lists_each_completion_once(self, vocab_size, stop_ids, max_new_tokens):
+        tree, slow = TokenTree(vocab_size, stop_ids, max_new_tokens), SlowTree(vocab_size, stop_ids, max_new_tokens)
+        listed = as_tuples(tree)
+        assert len(listed) == tree.num_completions == len(set(listed))
+        assert set(listed) == set(slow.completions())
+
+    def test_the_order_by_hand(self):
+        # stop token 0, at most two tokens: [0] has ended; 1 and 2 go on
+        assert as_tuples(TokenTree(3, [0], 2)) == [(0,), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+
+    @every_shape
+    def test_index_finds_each_completion(self, vocab_size, stop_ids, max_new_tokens):
+        tree = TokenTree(vocab_size, stop_ids, max_new_tokens)
+        assert [tree.index(y) for y in as_tuples(tree)] == list(range(tree.num_completions))
+
+    @pytest.mark.parametrize("tokens", [[], [1], [0, 1], [1, 0, 0], [1, 1, 1, 1], [7, 0], [1, 1, 9]])
+    def test_index_refuses_what_is_no_completion(self, tokens):
+        with pytest.raises(ValueError, match="is no completion"):
+            TokenTree(3, [0], 3).index(tokens)
+
+    @every_shape
+    def test_probabilities_sum_to_one_and_agree_with_a_slow_recursion(self, vocab_size, stop_ids, max_new_tokens):
+        tree, slow = TokenTree(vocab_size, stop_ids, max_new_tokens), SlowTree(vocab_size, stop_ids, max_new_tokens)
+        policy = random_policy(vocab_size, seed=0)
+        logprobs = tree.completion_logprobs(tree.tabulate(policy, PROMPT))
+        assert logprobs.exp().sum().item() == pytest.approx(1)
+        assert logprobs.tolist() == pytest.approx([slow.logprob(policy, y) for y in as_tuples(tree)])
+
+    @every_shape
+    def test_along_follows_each_completion_through_states_and_actions(self, vocab_size, stop_ids, max_new_tokens):
+        tree, slow = TokenTree(vocab_size, stop_ids, max_new_tokens), SlowTree(vocab_size, stop_ids, max_new_tokens)
+        policy = random_policy(vocab_size, seed=0)
+        table = tree.tabulate(policy, PROMPT)
+        actions, states = tree.along(table), tree.along([level[:, 0] for level in table])
+        for row, y in enumerate(as_tuples(tree)):
+            own = [slow.step(policy, y[:t]) for t in range(len(y))]
+            padding = [0.0] * (max_new_tokens - len(y))
+            assert actions[row].tolist() == pytest.approx([own[t][y[t]] for t in range(len(y))] + padding)
+            assert states[row].tolist() == pytest.approx([step[0] for step in own] + padding)
+
+    def test_a_million_completions_take_seconds(self):
+        tree = TokenTree(8, [0], 7)
+        assert tree.num_completions == sum(7**t for t in range(6)) + 7**6 * 8  # ended early, and at full length
+        oracle = Oracle(tree, [PROMPT], random_policy(8, 0), random_reward, beta=0.1)
+        assert oracle.optimal_logprobs.exp().sum().item() == pytest.approx(1)
+
+    def test_too_many_completions_are_refused_before_memory_is(self):
+        with pytest.raises(ValueError, match=r"vocab_size \(32000\) and max_new_tokens \(64\)"):
+            TokenTree(32_000, [2], 64)
+
+    @pytest.mark.parametrize("stop_ids", [[3], [-1]])
+    def test_stop_ids_out_of_the_vocabulary_are_refused(self, stop_ids):
+        with pytest.raises(ValueError, match="stop_ids"):
+            TokenTree(3, stop_ids, 2)
+
+    def test_logits_in_place_of_log_probs_are_refused(self):
+        with pytest.raises(ValueError, match="do not sum to one"):
+            TokenTree(3, [0], 2).tabulate(lambda prompt, prefixes: torch.zeros(len(prefixes), 3), PROMPT)
+
+    def test_nan_is_refused(self):
+        with pytest.raises(ValueError, match="do not sum to one"):
+            TokenTree(3, [0], 2).tabulate(lambda prompt, prefixes: torch.full((len(prefixes), 3), torch.nan), PROMPT)
+
+    def test_another_vocabulary_is_refused(self):
+        with pytest.raises(ValueError, match=r"gave \(1, 4\) for level 0, expected \(1, 3\)"):
+            TokenTree(3, [0], 2).tabulate(random_policy(4, 0), PROMPT)
+
+
+def one_prompt(vocab_size, stop_ids, max_new_tokens):
+    tree = TokenTree(vocab_size, stop_ids, max_new_tokens)
+    ref_table = tree.tabulate(random_policy(vocab_size, 0), PROMPT)
+    table = tree.tabulate(random_policy(vocab_size, 1), PROMPT)
+    return tree, ref_table, table, random_reward(PROMPT, tree.completions, tree.lengths)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.5, 2.0])
+class TestClosedForm:
+    def solve(self, beta):
+        tree, ref_table, table, rewards = one_prompt(4, [0], 4)
+        reference, policy = tree.completion_logprobs(ref_table), tree.completion_logprobs(table)
+        return reference, policy, rewards, optimal_logprobs(reference, rewards, beta)
+
+    def test_the_optimum_sums_to_one(self, beta):
+        *_, optimum = self.solve(beta)
+        assert optimum.exp().sum().item() == pytest.approx(1)
+
+    def test_its_objective_is_beta_log_z(self, beta):
+        reference, _, rewards, optimum = self.solve(beta)
+        assert objective(optimum, reference, rewards, beta).item() == pytest.approx(
+            beta * log_partition(reference, rewards, beta).item()
+        )
+
+    def test_kl_to_the_optimum_is_the_loss_of_objective_over_beta(self, beta):
+        reference, policy, rewards, optimum = self.solve(beta)
+        best = objective(optimum, reference, rewards, beta)
+        for other in (policy, reference, optimum):
+            lost = best - objective(other, reference, rewards, beta)
+            assert kl_divergence(other, optimum).item() == pytest.approx(lost.item() / beta, abs=1e-9)
+
+    def test_the_implicit_reward_is_the_reward_up_to_a_constant(self, beta):
+        reference, _, rewards, optimum = self.solve(beta)
+        difference = beta * (optimum - reference) - rewards
+        assert torch.allclose(difference, difference[0].expand_as(difference))
+
+    def test_z_is_the_mean_of_exponentiated_rewards(self, beta):
+        reference, _, rewards, _ = self.solve(beta)
+        slow = sum(
+            math.exp(lp) * math.exp(r / beta) for lp, r in zip(reference.tolist(), rewards.tolist(), strict=True)
+        )
+        assert log_partition(reference, rewards, beta).item() == pytest.approx(math.log(slow))
+
+    def test_the_gradient_of_the_objective_vanishes_at_the_optimum_alone(self, beta):
+        tree, ref_table, table, rewards = one_prompt(3, [0], 3)
+        reference = tree.completion_logprobs(ref_table)
+        values = optimal_values(tree, ref_table, rewards, beta)
+        optimum = [ref + a / beta for ref, a in zip(ref_table, values.advantages, strict=True)]
+        for start, vanishes in ((optimum, True), (table, False)):
+            logits = [level.clone().requires_grad_() for level in start]
+            logprobs = tree.completion_logprobs([torch.log_softmax(level, -1) for level in logits])
+            objective(logprobs, reference, rewards, beta).backward()
+            steepest = max(level.grad.abs().max().item() for level in logits)
+            assert (steepest < 1e-9) == vanishes
+
+
+def test_kl_counts_impossible_outcomes_as_zero_and_impossible_references_as_infinite():
+    half, sure = torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log()
+    assert kl_divergence(sure, half).item() == pytest.approx(math.log(2))
+    assert kl_divergence(half, sure).item() == math.inf
+    assert kl_divergence(sure, sure).item() == 0
+
+
+class TestValues:
+    @pytest.mark.parametrize("beta", [0.1, 1.0])
+    @every_shape
+    def test_they_agree_with_a_slow_recursion(self, vocab_size, stop_ids, max_new_tokens, beta):
+        tree, ref_table, table, rewards = one_prompt(vocab_size, stop_ids, max_new_tokens)
+        slow = SlowTree(vocab_size, stop_ids, max_new_tokens)
+        reward = dict(zip(as_tuples(tree), rewards.tolist(), strict=True))
+        reference, policy = random_policy(vocab_size, 0), random_policy(vocab_size, 1)
+        optimal, actual = (
+            optimal_values(tree, ref_table, rewards, beta),
+            policy_values(tree, table, ref_table, rewards, beta),
+        )
+        for level in range(max_new_tokens):
+            for i, prefix in enumerate(map(tuple, tree.prefixes(level).tolist())):
+                best = slow.optimal_value(reference, reward, beta, prefix)
+                assert optimal.values[level][i].item() == pytest.approx(best)
+                value = slow.policy_value(policy, reference, reward, beta, prefix)
+                assert actual.values[level][i].item() == pytest.approx(value)
+                for token in range(vocab_size):
+                    q = slow.optimal_value(reference, reward, beta, (*prefix, token))
+                    assert optimal.action_values[level][i, token].item() == pytest.approx(q)
+
+    def test_the_value_of_the_root_is_the_objective(self):
+        tree, ref_table, table, rewards = one_prompt(4, [0], 4)
+        reference, policy = tree.completion_logprobs(ref_table), tree.completion_logprobs(table)
+        root = optimal_values(tree, ref_table, rewards, 0.3).values[0].item()
+        assert root == pytest.approx(0.3 * log_partition(reference, rewards, 0.3).item())
+        root = policy_values(tree, table, ref_table, rewards, 0.3).values[0].item()
+        assert root == pytest.approx(objective(policy, reference, rewards, 0.3).item())
+
+    def test_the_policy_of_the_optimal_advantages_is_the_optimum(self):
+        tree, ref_table, _, rewards = one_prompt(4, [0], 4)
+        values = optimal_values(tree, ref_table, rewards, 0.3)
+        table = [ref + a / 0.3 for ref, a in zip(ref_table, values.advantages, strict=True)]
+        assert all(torch.allclose(level.exp().sum(-1), torch.ones((), dtype=torch.float64)) for level in table)
+        optimum = optimal_logprobs(tree.completion_logprobs(ref_table), rewards, 0.3)
+        assert torch.allclose(tree.completion_logprobs(table), optimum)
+
+    def test_no_policy_has_a_larger_value_anywhere(self):
+        tree, ref_table, table, rewards = one_prompt(4, [0], 4)
+        best = optimal_values(tree, ref_table, rewards, 0.3).values
+        actual = policy_values(tree, table, ref_table, rewards, 0.3).values
+        assert all((b >= a).all() for b, a in zip(best, actual, strict=True))
+
+    @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
+    def test_gae_of_the_optimal_policy_and_critic_is_zero_on_every_completion(self, gae_lambda):
+        tree, ref_table, _, rewards = one_prompt(4, [0], 4)
+        optimal = optimal_values(tree, ref_table, rewards, 0.3)
+        table = [ref + a / 0.3 for ref, a in zip(ref_table, optimal.advantages, strict=True)]
+        advantages, returns, mask = self.gae_on_all(tree, table, ref_table, rewards, optimal.values, gae_lambda)
+        assert torch.allclose(advantages, torch.zeros_like(advantages), atol=1e-9)
+        assert torch.allclose(returns, tree.along(optimal.values) * mask)
+
+    @pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+    def test_gae_has_the_exact_advantage_as_its_mean(self, gae_lambda):
+        tree, ref_table, table, rewards = one_prompt(4, [0], 4)
+        values = policy_values(tree, table, ref_table, rewards, 0.3)
+        advantages, _, mask = self.gae_on_all(tree, table, ref_table, rewards, values.values, gae_lambda)
+        exact = tree.along(
+            [a - 0.3 * (lp - ref) for a, lp, ref in zip(values.advantages, table, ref_table, strict=True)]
+        )
+        probabilities = tree.completion_logprobs(table).exp()
+        if gae_lambda == 0:  # transitions are sure: one-step TD with the exact critic has no variance at all
+            assert torch.allclose(advantages, exact)
+        for t in range(tree.max_new_tokens):  # the mean over what follows a state and action
+            groups = {}
+            for row, y in enumerate(as_tuples(tree)):
+                if mask[row, t]:
+                    groups.setdefault(y[: t + 1], []).append(row)
+            for rows in groups.values():
+                weights = probabilities[rows] / probabilities[rows].sum()
+                assert (weights * advantages[rows, t]).sum().item() == pytest.approx(exact[rows[0], t].item())
+
+    @staticmethod
+    def gae_on_all(tree, table, ref_table, rewards, values, gae_lambda):
+        mask = torch.arange(tree.max_new_tokens) < tree.lengths[:, None]
+        kl = k1(tree.along(table), tree.along(ref_table))
+        advantages, returns = gae(
+            token_rewards(rewards, kl, 0.3, mask), tree.along(values), mask, gamma=1.0, gae_lambda=gae_lambda
+        )
+        return advantages, returns, mask
+
+
+class TestOracle:
+    tree = TokenTree(4, [0], 4)
+    prompts = (torch.tensor([1, 2]), torch.tensor([3]))
+
+    def oracle(self, beta=0.3, reward_fn=random_reward):
+        return Oracle(self.tree, self.prompts, random_policy(4, 0), reward_fn, beta)
+
+    def test_the_reference_has_gap_one_and_no_kl(self):
+        evaluation = self.oracle().evaluate(random_policy(4, 0))
+        assert (evaluation.gap, evaluation.kl) == pytest.approx((1.0, 0.0))
+
+    def test_the_optimum_has_gap_zero(self):
+        oracle = self.oracle()
+        tables = {}
+        for i, prompt in enumerate(self.prompts):
+            values = oracle.optimal_values(i)
+            advantages = zip(oracle.ref_tables[i], values.advantages, strict=True)
+            tables[tuple(prompt.tolist())] = [ref + a / 0.3 for ref, a in advantages]
+        evaluation = oracle.evaluate(lambda prompt, prefixes: tables[tuple(prompt.tolist())][prefixes.shape[1]])
+        assert evaluation.gap == pytest.approx(0, abs=1e-9)
+        assert evaluation.kl_to_optimum == pytest.approx(0, abs=1e-9)
+        assert evaluation.objective == pytest.approx(oracle.optimal_objective)
+
+    def test_an_evaluation_is_the_mean_over_prompts_of_the_exact_quantities(self):
+        oracle, policy = self.oracle(), random_policy(4, 1)
+        evaluation = oracle.evaluate(policy)
+        rewards = []
+        for prompt in self.prompts:
+            logprobs = self.tree.completion_logprobs(self.tree.tabulate(policy, prompt))
+            all_rewards = random_reward(prompt, self.tree.completions, self.tree.lengths)
+            rewards.append(sum(math.exp(lp) * r for lp, r in zip(logprobs.tolist(), all_rewards.tolist(), strict=True)))
+        assert evaluation.reward == pytest.approx(sum(rewards) / 2)
+        assert evaluation.objective == pytest.approx(evaluation.reward - 0.3 * evaluation.kl)
+        assert evaluation.kl_to_optimum == pytest.approx((oracle.optimal_objective - evaluation.objective) / 0.3)
+
+    def test_a_constant_reward_leaves_no_gap_to_measure(self):
+        oracle = self.oracle(reward_fn=lambda prompt, completions, lengths: torch.ones(len(completions)))
+        evaluation = oracle.evaluate(random_policy(4, 0))
+        assert math.isnan(evaluation.gap) and evaluation.kl_to_optimum == pytest.approx(0, abs=1e-9)
+
+    def test_a_beta_of_zero_is_refused_by_name(self):
+        with pytest.raises(ValueError, match=r"beta \(0.0\)"):
+            self.oracle(beta=0.0)
+
+    def test_rewards_of_another_shape_or_nan_are_refused(self):
+        for bad in (torch.zeros(3), torch.full((self.tree.num_completions,), torch.nan)):
+            with pytest.raises(ValueError, match="finite rewards"):
+                self.oracle(reward_fn=lambda prompt, completions, lengths, bad=bad: bad)
+
+
+def test_bayes_accuracy_is_what_the_true_reward_attains_on_sampled_preferences():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 100_000, generator=generator)
+    first_wins = torch.rand(100_000, generator=generator) < (first - second).sigmoid()
+    chosen, rejected = torch.where(first_wins, first, second), torch.where(first_wins, second, first)
+    attained = (chosen > rejected).double().mean().item()
+    assert bayes_accuracy(chosen, rejected).item() == pytest.approx(attained, abs=0.006)  # four standard errors
+
+
+def test_bayes_accuracy_of_ties_is_one_half():
+    assert bayes_accuracy(torch.ones(3), torch.ones(3)).item() == 0.5
+
+
+def tiny_llama(**kwargs):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM._from_config(config, **kwargs).eval()
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=5, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=None, eos_token_id=None
+    )
+    return GPT2LMHeadModel(config)
+
+
+class TestCausalLM:
+    @pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2])
+    def test_it_agrees_with_one_forward_per_completion(self, make_model):
+        model, tree = make_model(), TokenTree(5, [0], 3)
+        logprobs = tree.completion_logprobs(tree.tabulate(causal_lm(model), PROMPT))
+        assert logprobs.exp().sum().item() == pytest.approx(1)
+        model.eval()
+        for row in range(0, tree.num_completions, 7):
+            y = tree.completions[row, : tree.lengths[row]]
+            with torch.no_grad():
+                logits = model(input_ids=torch.cat([PROMPT, y])[None]).logits[0].double()
+            steps = torch.log_softmax(logits, -1)[len(PROMPT) - 1 : -1]
+            assert logprobs[row].item() == pytest.approx(steps.gather(1, y[:, None]).sum().item(), abs=1e-5)
+
+    def test_chunks_change_nothing(self):
+        model, prefixes = tiny_llama(), torch.tensor(list(itertools.product(range(5), repeat=2)))
+        whole = causal_lm(model)(PROMPT, prefixes)
+        assert torch.allclose(causal_lm(model, max_tokens=12)(PROMPT, prefixes), whole, atol=1e-6)
+
+    def test_dropout_is_off_during_the_call_and_the_mode_is_given_back(self):
+        model = tiny_gpt2().train()
+        model.transformer.h[0].eval()
+        prefixes = torch.tensor([[1], [2]])
+        assert torch.equal(causal_lm(model)(PROMPT, prefixes), causal_lm(model)(PROMPT, prefixes))
+        assert model.training and model.transformer.h[1].training and not model.transformer.h[0].training
+
+    def test_a_model_loaded_for_packed_batches_gives_the_same_and_stays_packed(self):
+        prefixes = torch.tensor([[1, 2], [3, 4]])
+        packed = tiny_llama(attn_implementation=IMPLEMENTATION)
+        assert torch.allclose(causal_lm(packed)(PROMPT, prefixes), causal_lm(tiny_llama())(PROMPT, prefixes), atol=1e-6)
+        assert packed.config._attn_implementation == IMPLEMENTATION
+
+    def test_temperature_divides_the_logits(self):
+        model, prefixes = tiny_llama(), torch.tensor([[1]])
+        cold, warm = causal_lm(model, temperature=0.5), causal_lm(model)
+        expected = torch.log_softmax(2 * warm(PROMPT, prefixes), -1)
+        assert torch.allclose(cold(PROMPT, prefixes), expected)
+
+    def test_the_exact_gradient_reaches_the_weights_only_if_asked_for(self):
+        model, tree = tiny_llama(), TokenTree(5, [0], 2)
+        rewards = random_reward(PROMPT, tree.completions, tree.lengths)
+        assert not tree.tabulate(causal_lm(model), PROMPT)[0].requires_grad
+        logprobs = tree.completion_logprobs(tree.tabulate(causal_lm(model, requires_grad=True), PROMPT))
+        objective(logprobs, logprobs.detach(), rewards, 0.1).backward()
+        assert model.lm_head.weight.grad.abs().max() > 0

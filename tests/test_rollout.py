@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+
+from lit_rlhf.batches import PromptBatch
+from lit_rlhf.errors import UserError
+from lit_rlhf.packing import Example, pack
+from lit_rlhf.rollout import GenerationSettings, complete, play
+from tests.tiny import EOS, VOCABULARY, random_examples, tiny_policy, tiny_tokenizer
+from token_mdp import FinishReason, TokenVectorEnv
+
+PROMPTS = [example.prompt_ids for example in random_examples(11, seed=5)]
+
+
+def make_env(num_envs=4):
+    return TokenVectorEnv(
+        prompts=PROMPTS,
+        num_envs=num_envs,
+        vocab_size=VOCABULARY,
+        stop_token_ids=[EOS, 7],
+        max_new_tokens=10,
+        reward_fn=lambda prompts, responses: np.array([len(r) for r in responses], float),
+        reward_mode="deferred",
+        copy=False,
+    )
+
+
+def test_each_prompt_is_played_exactly_once_per_pass_and_the_queue_goes_on():
+    env, policy = make_env(), tiny_policy()
+    played = [play(policy, env, GenerationSettings(), n, env_seed=s).episodes for n, s in ((4, 0), (7, None))]
+    indices = [episode.prompt_index for episodes in played for episode in episodes]
+    assert [len(episodes) for episodes in played] == [4, 7]
+    assert sorted(indices) == list(range(11))
+
+
+def test_sampled_logprobs_are_those_of_the_full_forward_at_the_temperature():
+    policy = tiny_policy()
+    played = play(policy, make_env(), GenerationSettings(temperature=0.8), 11, env_seed=0)
+    batch = pack([Example(e.prompt_ids, (e.response_ids,)) for e in played.episodes])
+    logprobs, _ = policy(batch, 0.8)
+    torch.testing.assert_close(
+        torch.from_numpy(np.concatenate(played.sampled_logprobs)), logprobs, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 11])
+def test_a_completion_does_not_depend_on_slots_or_neighbours(num_slots):
+    policy, tokenizer = tiny_policy(), tiny_tokenizer()
+    settings = GenerationSettings(max_new_tokens=12, num_slots=num_slots, seed=3)
+    episodes = complete(policy, tokenizer, PromptBatch(PROMPTS, {}), settings)
+    expected = complete(policy, tokenizer, PromptBatch(PROMPTS, {}), GenerationSettings(max_new_tokens=12, seed=3))
+    assert [e.response_ids.tolist() for e in episodes] == [e.response_ids.tolist() for e in expected]
+    assert [e.prompt_ids.tolist() for e in episodes] == [p.tolist() for p in PROMPTS]
+
+
+def test_other_seeds_and_other_ranks_give_other_episodes():
+    policy = tiny_policy()
+    first, again, other_seed, other_rank = (
+        [
+            e.response_ids.tolist()
+            for e in play(policy, make_env(), GenerationSettings(seed=seed), 11, rank, env_seed=0).episodes
+        ]
+        for seed, rank in ((0, 0), (0, 0), (1, 0), (0, 1))
+    )
+    assert first == again
+    assert first != other_seed
+    assert first != other_rank
+
+
+def test_any_stop_token_ends_a_response_and_stays_in_it():
+    policy = tiny_policy()
+    episodes = play(policy, make_env(), GenerationSettings(), 60, env_seed=0).episodes
+    stopped = [e for e in episodes if e.finish_reason is FinishReason.STOP]
+    assert {int(e.response_ids[-1]) for e in stopped} == {EOS, 7}
+    assert all(not set(e.response_ids[:-1].tolist()) & {EOS, 7} for e in episodes)
+    assert all(len(e.response_ids) == 10 for e in episodes if e.finish_reason is FinishReason.LENGTH)
+
+
+def test_pad_equal_to_eos_changes_no_episode():
+    policy = tiny_policy()
+    plain, pad_is_eos = (
+        [e.response_ids.tolist() for e in complete(policy, tokenizer, PromptBatch(PROMPTS, {}), GenerationSettings(20))]
+        for tokenizer in (tiny_tokenizer(), tiny_tokenizer(pad_is_eos=True))
+    )
+    assert plain == pad_is_eos
+
+
+def test_prompts_that_leave_no_room_in_the_context_are_refused_with_the_numbers():
+    with pytest.raises(UserError, match=r"\(11 tokens\) and max_new_tokens \(60\) do not fit .* context of 64"):
+        complete(tiny_policy(), tiny_tokenizer(), PromptBatch([np.arange(3, 14)], {}), GenerationSettings(60))
+
+
+def test_settings_that_mean_nothing_are_refused():
+    with pytest.raises(UserError, match="top_p"):
+        GenerationSettings(top_p=0.0)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        GenerationSettings(max_new_tokens=0)

@@ -1,0 +1,116 @@
+"""Tiny random models and a tokenizer for tests: a few thousand parameters, any of the supported architectures."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from lit_rlhf.packing import IMPLEMENTATION, Example
+from lit_rlhf.policy import Policy
+
+VOCABULARY = 40  # <pad> <s> </s>, then words w3 ... w39
+PAD, BOS, EOS = 0, 1, 2
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    ),
+    "qwen3": Qwen3Config(**_SHAPE, num_key_value_heads=2, head_dim=8),
+    "gpt_neox": GPTNeoXConfig(**_SHAPE),
+    "mistral": MistralConfig(**_SHAPE, num_key_value_heads=2, sliding_window=5),
+}
+ARCHITECTURES = sorted(CONFIGS)
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0) -> torch.nn.Module:
+    """A random causal LM with logits spread enough that mistakes show."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation=IMPLEMENTATION)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+def tiny_policy(architecture: str = "llama", seed: int = 0) -> Policy:
+    """A tiny model in the role of a policy."""
+    return Policy(tiny_model(architecture, seed))
+
+
+def tiny_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per word: the text of token i is `w<i>`."""
+    vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="</s>" if pad_is_eos else "<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=64,
+    )
+
+
+def save_tiny(folder: Path, architecture: str = "llama", seed: int = 0, pad_is_eos: bool = False) -> Path:
+    """A Hugging Face folder with model and tokenizer."""
+    tiny_model(architecture, seed).save_pretrained(folder)
+    tiny_tokenizer(pad_is_eos).save_pretrained(folder)
+    return folder
+
+
+def random_examples(count: int, responses: int = 1, seed: int = 0, longest: int = 12) -> list[Example]:
+    """Prompts of 1 to `longest` tokens with responses of as many."""
+    rng = np.random.default_rng(seed)
+
+    def ids() -> np.ndarray:
+        return rng.integers(3, VOCABULARY, rng.integers(1, longest + 1))
+
+    return [Example(ids(), tuple(ids() for _ in range(responses))) for _ in range(count)]
+
+
+def plain_logits(model: torch.nn.Module, ids: np.ndarray) -> torch.Tensor:
+    """(S, V) logits of one sequence by transformers' own eager attention: the independent reference."""
+    model.set_attn_implementation("eager")
+    try:
+        return model(torch.as_tensor(ids)[None], use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(IMPLEMENTATION)
+
+
+def plain_response_logprobs(model: torch.nn.Module, prompt_ids: np.ndarray, response_ids: np.ndarray) -> torch.Tensor:
+    """(T,) log-probs of a response, one sequence at a time."""
+    ids = np.concatenate([prompt_ids, response_ids])
+    logprobs = torch.log_softmax(plain_logits(model, ids)[:-1].float(), -1)
+    taken = logprobs.gather(-1, torch.as_tensor(ids[1:])[:, None])[:, 0]
+    return taken[len(prompt_ids) - 1 :]

@@ -66,6 +66,22 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert dealt(0, 0) != dealt(0, 1) != dealt(1, 1)
 
 
+def test_the_micro_batch_of_what_is_left_over_has_no_fixed_place():
+    places = set()
+    for epoch in range(6):
+        [batches] = all_ranks(1, epoch, lengths=LENGTHS, max_tokens=300)
+        places.add(int(np.argmin([LENGTHS[batch.indices].sum() for batch in batches])))
+    assert len(places) > 2
+
+
+def test_an_epoch_has_room_where_longest_first_needs_more_micro_batches_than_another_order():
+    # Best fit packs these into 5 micro-batches in the order of epoch 0, and longest first into 6.
+    lengths = np.array([3, 11, 16, 3, 9, 5, 8, 16, 3, 5])
+    for epoch in range(4):
+        [batches] = all_ranks(1, epoch, lengths=lengths, max_tokens=16)
+        assert len(batches) == 6
+
+
 def test_a_batch_size_alone_gives_the_usual_number_of_batches():
     for n, expected in ((64, 8), (65, 9)):
         for shuffle in (True, False):
@@ -122,12 +138,12 @@ def trainer(tmp_path, **options):
     return Trainer(default_root_dir=tmp_path, **{"enable_checkpointing": False, **quiet, **options})
 
 
-@pytest.mark.parametrize("limit", [None, 6])
+@pytest.mark.parametrize("limit", [None, 7])
 def test_each_gradient_is_the_mean_over_the_items_of_its_step(tmp_path, limit):
     items = LENGTHS[:25]
     sampler = TokenBudgetSampler(LENGTHS[:25], items, max_tokens=60, accumulate_grad_batches=4, limit_batches=limit)
     data, learner = Squares(items), Learner()
-    assert len(sampler) % 4, "the last step of the epoch must be a shorter one"
+    assert len(sampler) % 4 and len(sampler) > 7, "the last step of the epoch must be a shorter one"
     trainer(tmp_path, max_epochs=1, accumulate_grad_batches=4, limit_train_batches=limit).fit(
         learner, ResumableLoader(data, sampler)
     )

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -272,6 +272,7 @@ TEXT = st.text(alphabet="ab é🙂\n .", max_size=12)
 
 
 @given(prompt=TEXT, first=TEXT, second=TEXT)
+@example(prompt="", first=" ", second=" a")
 def test_tokens_of_prompt_and_responses_are_those_of_the_whole_texts(prompt, first, second):
     tokenizer = BYTES
     ids, chosen, rejected, status = preference({"prompt": prompt, "chosen": first, "rejected": second}, tokenizer)

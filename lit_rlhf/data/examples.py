@@ -209,11 +209,13 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 def _raw_rows(source: Source, kind: Kind, role: Role) -> datasets.Dataset:
     """Checked rows as JSON in one column: messages of any shape fit, and Arrow infers nothing."""
     features = datasets.Features({"row": datasets.Value("large_string")})
+    if next(iterate_rows(source, kind, role), None) is None:
+        raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
     if source.name == DEMO:
         rows = list(_json_rows(source, kind, role))
         return datasets.Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features)
     try:
-        raw = datasets.Dataset.from_generator(
+        return datasets.Dataset.from_generator(
             _json_rows,
             features=features,
             gen_kwargs={
@@ -227,9 +229,6 @@ def _raw_rows(source: Source, kind: Kind, role: Role) -> datasets.Dataset:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    if len(raw) == 0:
-        raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
-    return raw
 
 
 def _json_rows(source: Source, kind: Kind, role: Role, key: Any = None) -> Iterator[dict[str, str]]:

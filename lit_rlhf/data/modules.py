@@ -234,30 +234,33 @@ class SFTDataModule(ExamplesDataModule):
     """Demonstrations: rows with `messages`, or `prompt` and `completion`, or `text`.
 
     Args:
+        train: rows to learn from: a JSON Lines (.gz, .zst) or Parquet file, a folder of them, the name of a dataset,
+            "demo" for the embedded text, or a list of {source, weight, split}.
+        validation: held-out rows; null = no validation.
         truncation: what to do with rows longer than max_length: truncate them on the right, without an end token, or
             drop them.
         loss_on: learn the assistant's turns or the completion only ("response"), or every token ("all").
-        kwargs: see `ExamplesDataModule`.
+        kwargs: as in `ExamplesDataModule`.
     """
 
     kind = "sft"
 
-    def __init__(self, truncation: Truncation = "truncate", loss_on: LossOn = "response", **kwargs: Any) -> None:
-        super().__init__(truncation=truncation, **kwargs)
+    def __init__(
+        self,
+        train: Sources = DEMO,
+        validation: Sources | None = DEMO,
+        truncation: Truncation = "truncate",
+        loss_on: LossOn = "response",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(train, validation, truncation=truncation, **kwargs)
         self.loss_on = loss_on
 
 
 class PreferenceDataModule(ExamplesDataModule):
-    """Pairs: rows with `chosen` and `rejected`, a `prompt` unless both repeat it, and perhaps a `margin`.
-
-    Args:
-        kwargs: see `ExamplesDataModule`.
-    """
+    """Pairs: rows with `chosen` and `rejected`, a `prompt` unless both repeat it, and perhaps a `margin`."""
 
     kind = "preference"
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
 
 
 def _read_template(template: str) -> str:

@@ -39,7 +39,7 @@ class Options(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """A tokenised text; tokens that stand for no characters have start = end = 0."""
+    """A tokenised text; tokens added to it have start = end = 0."""
 
     text: str
     ids: np.ndarray  # (S,) int64
@@ -63,18 +63,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], stops: Seq
             [texts[number].text for number in members],
             add_special_tokens=not rendered,
             return_offsets_mapping=True,
+            return_special_tokens_mask=True,
             return_attention_mask=False,
             verbose=False,
         )
-        for number, ids, offsets in zip(members, output["input_ids"], output["offset_mapping"], strict=True):
+        outputs = zip(output["input_ids"], output["offset_mapping"], output["special_tokens_mask"], strict=True)
+        for number, (ids, offsets, added) in zip(members, outputs, strict=True):
             length = len(ids)
             # An end token that the tokenizer adds by itself would count as part of a prompt.
-            while length > 1 and tuple(offsets[length - 1]) == (0, 0) and ids[length - 1] in stops:
+            while length > 1 and added[length - 1] and ids[length - 1] in stops:
                 length -= 1
             bounds = np.array(offsets[:length], dtype=np.int64).reshape(-1, 2)
-            encodings[number] = Encoding(
-                texts[number].text, np.array(ids[:length], dtype=np.int64), bounds[:, 0], bounds[:, 1]
-            )
+            # A space that begins the text loses its offsets to byte-level trimming; only added tokens have none.
+            ends = np.maximum(bounds[:, 1], 1 - np.array(added[:length], dtype=np.int64))
+            encodings[number] = Encoding(texts[number].text, np.array(ids[:length], dtype=np.int64), bounds[:, 0], ends)
     return [encodings[number] for number in range(len(texts))]
 
 

@@ -224,15 +224,26 @@ def test_an_action_mask_of_the_wrong_shape_or_without_a_token_is_refused(bad):
         env.reset(options={"prompt_index": 2})
 
 
-def test_a_failed_reward_leaves_an_env_that_wants_a_reset():
-    env = TokenEnv(**task(reward_fn=lambda prompts, responses: None))
+@pytest.mark.parametrize("failing", ["reward_fn", "process_reward_fn"])
+def test_a_failed_reward_leaves_an_env_that_wants_a_reset(failing):
+    results = [None, [0.0]]
+    env = TokenEnv(**task(**{failing: lambda prompts, responses: results.pop(0)}, max_new_tokens=1))
     env.reset()
-    with pytest.raises(RewardError):
-        env.step(END)
+    with pytest.raises(RewardError, match=f"{failing} must return"):
+        env.step(1)
     with pytest.raises(ResetNeeded):
         env.step(1)
     env.reset()
-    env.step(1)
+    assert env.step(1)[2]
+
+
+def test_a_failed_process_reward_in_mid_episode_wants_a_reset_too():
+    env = TokenEnv(**task(process_reward_fn=lambda prompts, responses: None))
+    env.reset()
+    with pytest.raises(RewardError, match="process_reward_fn must return"):
+        env.step(1)
+    with pytest.raises(ResetNeeded):
+        env.step(1)
 
 
 def test_rewards_on_text_get_decoded_strings_without_special_tokens():

@@ -213,6 +213,29 @@ def test_a_failed_flush_keeps_the_episodes():
     assert env.flush_rewards()[1].tolist() == [1.0] * 4
 
 
+def test_a_seeded_reset_drops_episodes_that_were_not_flushed_and_another_keeps_them():
+    env = make(num_envs=1, max_episodes=2, reward_mode="deferred")
+    drain(env, np.random.default_rng(0), seed=0)
+    env.reset()
+    assert [episode.episode_id for episode in env.pop_episodes()] == [0, 1]
+    drain(env, np.random.default_rng(0), seed=0)
+    env.reset(seed=0)
+    assert env.pop_episodes() == []
+
+
+def test_reward_functions_cannot_reach_the_records():
+    def vandal(prompts, responses):
+        for ids in prompts + responses:
+            ids[:] = 0
+        return np.zeros(len(responses))
+
+    env = make(num_envs=1, shuffle=False, max_episodes=1, reward_mode="deferred", reward_fn=vandal)
+    env.reset()
+    env.step(np.array([END]))
+    (episode,) = env.pop_episodes()
+    assert episode.prompt_ids.tolist() == [1] and episode.response_ids.tolist() == [END]
+
+
 def test_immediate_mode_keeps_no_episodes():
     env = make()
     with pytest.raises(ValueError, match="reward_mode='deferred'"):
@@ -405,13 +428,24 @@ def test_render_shows_every_slot():
     assert parked.endswith("none: this slot has no episode")
 
 
+def test_render_shows_the_new_episode_of_a_refilled_slot():
+    env = make(num_envs=1, shuffle=False, render_mode="ansi")
+    env.reset()
+    env.step(np.array([END]))
+    assert env.render() == ("slot 0\nprompt   │ 2 3\nresponse │ \nreward   │ not yet",)
+
+
 def test_human_prints_each_episode_when_it_ends():
     env = make(num_envs=2, shuffle=False, render_mode="human")
     with redirect_stdout(io.StringIO()) as shown:
         env.reset()
         env.step(np.array([1, END]))
+        env.step(np.array([1, END]))
         assert env.render() is None
-    assert shown.getvalue() == "slot 1\nprompt   │ 2 3\nresponse │ 7\nreward   │ 507 (stop)\n"
+    assert shown.getvalue() == (
+        "slot 1\nprompt   │ 2 3\nresponse │ 7\nreward   │ 507 (stop)\n"
+        "slot 1\nprompt   │ 4 5 6\nresponse │ 7\nreward   │ 1507 (stop)\n"
+    )
 
 
 def test_single_and_vector_env_have_equal_spaces():

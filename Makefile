@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The embedded jobs are small: more threads than cores only wait for each other.
+# Forked tokenizers would only warn.
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup demo test test-slow check format format-check lint types build clean
@@ -18,8 +18,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m lit_rlhf.demo
 
+test: export OMP_NUM_THREADS = 1
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "not gpu"

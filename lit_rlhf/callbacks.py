@@ -86,7 +86,7 @@ class SampleTable(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table; all ranks complete the prompts, since sharded weights need them all."""
         assert isinstance(pl_module, AlignmentModule)
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if self.num_prompts == 0 or trainer.sanity_checking or not hasattr(data, "sample_prompts"):
             return
         prompts = data.sample_prompts(self.num_prompts)
@@ -123,7 +123,8 @@ class Throughput(Callback):
     ) -> None:
         """Count; log with the other metrics."""
         self.tokens += batch.packed.input_ids.numel() * trainer.world_size
-        if trainer.global_step and (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step and (batch_idx + 1) % every == 0:
             now = time.perf_counter()
             pl_module.log("perf/tokens_per_second", self.tokens / (now - self.since))
             self.tokens, self.since = 0, now

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.errors import UserError
@@ -29,7 +28,7 @@ class AlignmentModule(LightningModule):
         warmup_steps: optimiser steps of linear warm-up; below 1, that share of all steps.
     """
 
-    policy_name: str
+    tokenizer: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -75,7 +74,7 @@ class AlignmentModule(LightningModule):
 
     def configure_model(self) -> None:
         """Shard every network under FSDP2 (`ModelParallelStrategy`); other strategies need nothing."""
-        mesh = cast(DeviceMesh | None, self.device_mesh)
+        mesh = self.device_mesh
         if mesh is not None:
             for network in self.networks():
                 shard(network, mesh["data_parallel"])

@@ -105,7 +105,8 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
     """
     num_responses = len(examples[0].responses)
     nodes_of: list[np.ndarray] = [np.empty(0)] * (num_responses * len(examples))
-    input_ids, position_ids, parts = [], [], [[] for _ in nodes_of]
+    input_ids, position_ids = [], []
+    parts: list[list[np.ndarray]] = [[] for _ in nodes_of]
     start = 0
     for i, example in enumerate(examples):
         if len(example.responses) != num_responses:

@@ -80,7 +80,7 @@ class Policy(nn.Module):
     @property
     def head(self) -> nn.Module:
         """Hidden states to logits."""
-        return cast(nn.Module, self.model.get_output_embeddings())
+        return self.model.get_output_embeddings()
 
     @property
     def vocabulary_size(self) -> int:
@@ -111,7 +111,7 @@ def packed_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids
 
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The model without its head, adapters included."""
-    return cast(nn.Module, model.base_model)
+    return model.base_model
 
 
 def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code: bool = False) -> Policy:

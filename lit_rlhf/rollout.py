@@ -104,6 +104,7 @@ def play(
     device = policy.model.device
 
     with gathered(policy):
+        observation: Any
         observation, info = env.reset(seed=env_seed, options={"max_episodes": num_episodes})
         while (active := info["active"]).any():
             slots = np.flatnonzero(active)

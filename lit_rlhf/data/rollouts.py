@@ -14,8 +14,10 @@ from lit_rlhf.batches import PromptBatch, RolloutBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.formats import Sources
 from lit_rlhf.data.prompts import load_prompts
+from lit_rlhf.data.sources import Role
 from lit_rlhf.data.tokenize import stop_token_ids
 from lit_rlhf.errors import UserError
+from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import Reward
 from lit_rlhf.rollout import check_context, play
 from token_mdp import TokenVectorEnv
@@ -88,6 +90,7 @@ class RolloutDataModule(LightningDataModule):
             raise UserError("RolloutDataModule needs the policy's tokenizer: pass tokenizer=model.tokenizer")
         trainer = self.trainer
         assert trainer is not None
+        agent: Any = trainer.lightning_module
         limit = self.max_prompt_length or self.tokenizer.model_max_length - self.max_new_tokens
         if limit < 1:
             raise UserError(
@@ -98,10 +101,10 @@ class RolloutDataModule(LightningDataModule):
         for split in splits:
             source = self.sources[split]
             if source is not None and split not in self.prompts:
-                name = "train" if split == "train" else "validation"
+                name: Role = "train" if split == "train" else "validation"
                 prompt_ids, columns = load_prompts(source, name, self.tokenizer, limit)
                 self.prompts[split] = PromptBatch(prompt_ids, columns)
-                check_context(trainer.lightning_module.policy, prompt_ids, self.max_new_tokens)
+                check_context(agent.policy, prompt_ids, self.max_new_tokens)
         for reward in (self.reward, *self.monitors.values()):
             reward.bind(self.tokenizer, trainer.strategy.root_device)
 
@@ -140,7 +143,8 @@ class RolloutDataModule(LightningDataModule):
             raise UserError(f"{count} {split} prompts are too few for {ranks} ranks")
         bounds = np.linspace(0, count, rounds * ranks + 1).astype(int).tolist()
         batches = [take(prompts, slice(start, end)) for start, end in itertools.pairwise(bounds)]
-        return DataLoader(batches[self.trainer.global_rank :: ranks], batch_size=None, collate_fn=as_it_is)
+        mine: Any = batches[self.trainer.global_rank :: ranks]
+        return DataLoader(mine, batch_size=None, collate_fn=as_it_is)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Prompts stay on the CPU, where the environment is."""
@@ -158,7 +162,8 @@ class RolloutDataModule(LightningDataModule):
         trainer, tokenizer = self.trainer, self.tokenizer
         assert trainer is not None and tokenizer is not None
         rank, ranks = trainer.global_rank, trainer.world_size
-        policy = trainer.lightning_module.policy
+        agent: Any = trainer.lightning_module
+        policy: Policy = agent.policy
         mine = take(self.prompts["train"], slice(rank, None, ranks))
         if not mine.prompt_ids:
             raise UserError(f"{len(self.prompts['train'].prompt_ids)} training prompts are too few for {ranks} ranks")
@@ -186,14 +191,14 @@ class RolloutLoader:
         assert data.trainer is not None
         self.data = data
         self.trainer = data.trainer
-        self.agent = data.trainer.lightning_module
+        self.agent: Any = data.trainer.lightning_module
         self.env = data.make_env()
         self.env_seed: int | None = data.seed + data.trainer.global_rank  # until the first rollout
         self.experience: Any = None  # of the iteration under way
         self.done = 0  # its micro-batches handed out so far
 
     def __len__(self) -> int:
-        return self.agent.ppo_epochs * self.agent.num_minibatches * self.trainer.accumulate_grad_batches
+        return int(self.agent.ppo_epochs * self.agent.num_minibatches * self.trainer.accumulate_grad_batches)
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         if self.experience is None or self.done == len(self):

@@ -298,7 +298,7 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
             f"model.safetensors, or a name on the Hugging Face hub{_hint(source)}"
         ) from error
     disable_dropout(model)
-    return model
+    return model.train()  # from_pretrained leaves it in eval mode
 
 
 def stored_architectures(name: str | Path) -> list[str]:

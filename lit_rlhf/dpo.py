@@ -156,6 +156,7 @@ class DPO(AlignmentModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the cache of the run that goes on."""
+        super().on_load_checkpoint(checkpoint)
         self.reference_cache = checkpoint["reference_cache"]
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """A scored rollout and its cut into minibatches."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,27 @@ class Experience(NamedTuple):
                 denominator=torch.tensor(denominator, dtype=torch.float32),
                 **{name: torch.cat([column[i] for i in rows]) for name, column in self.tokens.items()},
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, lists and numbers only, so that a checkpoint loads without unpickling code."""
+        return {
+            "prompt_ids": [torch.from_numpy(ids) for ids in self.prompt_ids],
+            "response_ids": [torch.from_numpy(ids) for ids in self.response_ids],
+            "tokens": {name: [tensor.clone() for tensor in column] for name, column in self.tokens.items()},
+            "plan": [[torch.from_numpy(rows) for rows in step] for step in self.plan],
+            "step_tokens": self.step_tokens,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "Experience":
+        """The experience that gave `state`."""
+        return cls(
+            prompt_ids=[ids.numpy() for ids in state["prompt_ids"]],
+            response_ids=[ids.numpy() for ids in state["response_ids"]],
+            tokens=state["tokens"],
+            plan=[[rows.numpy() for rows in step] for step in state["plan"]],
+            step_tokens=state["step_tokens"],
+        )
 
 
 def pack_episodes(

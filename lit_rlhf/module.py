@@ -50,6 +50,7 @@ class AlignmentModule(LightningModule):
         self.warmup_steps = warmup_steps
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
         self.frozen: dict[str, nn.Module] = {}
+        self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
 
     def frozen_network(self, name: str) -> nn.Module:
         """A frozen network, on this module's device and in its networks' dtype."""
@@ -99,6 +100,20 @@ class AlignmentModule(LightningModule):
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
         schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep where the data stood; see `on_train_start`."""
+        self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+
+    def on_train_start(self) -> None:
+        """Put the training data back to where the checkpoint was taken.
+
+        Lightning does it when it sets up the loader; but `estimated_stepping_batches` sets it up for the schedule
+        before the checkpoint's loops are restored, and then it does not.
+        """
+        for state in self.loader_states:
+            self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
+        self.loader_states = []
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient norm before clipping; refuse a step that would write NaN into the weights."""

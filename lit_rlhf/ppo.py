@@ -231,6 +231,7 @@ class PPO(AlignmentModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the KL coefficient of the run that goes on."""
+        super().on_load_checkpoint(checkpoint)
         self.kl.load_state_dict(checkpoint["kl"])
 
     @torch.no_grad()

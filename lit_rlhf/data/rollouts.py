@@ -17,6 +17,7 @@ from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.sources import Role
 from lit_rlhf.data.tokenize import stop_token_ids
 from lit_rlhf.errors import UserError
+from lit_rlhf.experience import Experience
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import Reward
 from lit_rlhf.rollout import check_context, play
@@ -194,7 +195,7 @@ class RolloutLoader:
         self.agent: Any = data.trainer.lightning_module
         self.env = data.make_env()
         self.env_seed: int | None = data.seed + data.trainer.global_rank  # until the first rollout
-        self.experience: Any = None  # of the iteration under way
+        self.experience: Experience | None = None  # of the iteration under way
         self.done = 0  # its micro-batches handed out so far
 
     def __len__(self) -> int:
@@ -223,7 +224,7 @@ class RolloutLoader:
         under_way = self.done < len(self)
         mine = {
             "env": None if self.env_seed is not None else self.env.state_dict(),
-            "experience": tuple(self.experience) if under_way and self.experience is not None else None,
+            "experience": self.experience.state_dict() if under_way and self.experience is not None else None,
             "done": self.done if under_way else 0,
         }
         states: list[Any] = [mine] * self.trainer.world_size
@@ -238,13 +239,11 @@ class RolloutLoader:
                 f"the checkpoint was written by {len(state['ranks'])} ranks, this run has {self.trainer.world_size}: "
                 "prompts and rollouts cannot be divided anew; resume with as many ranks"
             )
-        from lit_rlhf.experience import Experience
-
         mine = state["ranks"][self.trainer.global_rank]
         if mine["env"] is not None:
             self.env.load_state_dict(mine["env"])
             self.env_seed = None
-        self.experience = None if mine["experience"] is None else Experience(*mine["experience"])
+        self.experience = None if mine["experience"] is None else Experience.from_state_dict(mine["experience"])
         self.done = mine["done"]
 
 

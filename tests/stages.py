@@ -1,0 +1,80 @@
+"""The four stages on tiny models and files, for tests that run them all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule, Trainer
+
+from lit_rlhf import (
+    DPO,
+    PPO,
+    SFT,
+    AdaptiveKL,
+    PreferenceDataModule,
+    RewardModel,
+    RolloutDataModule,
+    SFTDataModule,
+    TextReward,
+)
+from lit_rlhf.module import AlignmentModule
+from tests.tiny import VOCABULARY, save_tiny
+
+STAGES = ("sft", "reward_model", "dpo", "ppo")
+
+
+def write_inputs(folder: Path, rows: int = 24) -> None:
+    """A tiny model and files of each format, with texts of unequal length."""
+    save_tiny(folder / "model")
+    rng = np.random.default_rng(0)
+
+    def text() -> str:
+        return " ".join(f"w{i}" for i in rng.integers(3, VOCABULARY, rng.integers(2, 9)))
+
+    files = {
+        "sft": [{"prompt": text(), "completion": " " + text()} for _ in range(rows)],
+        "preference": [{"prompt": text(), "chosen": " " + text(), "rejected": " " + text()} for _ in range(rows)],
+        "prompts": [{"prompt": text()} for _ in range(rows)],
+    }
+    for name, content in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+def share_of_w9(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    """A reward that a person can check."""
+    return [response.split().count("w9") / max(len(response.split()), 1) for response in responses]
+
+
+def make_stage(stage: str, folder: Path, **options: Any) -> tuple[AlignmentModule, LightningDataModule]:
+    """Module and data of a stage; `options` go to the module."""
+    model = str(folder / "model")
+    options = {"learning_rate": 1e-2, "lr_scheduler": "linear", "warmup_steps": 2} | options
+    if stage == "ppo":
+        kl = AdaptiveKL(0.1, target=0.5, horizon=100)
+        module: AlignmentModule = PPO(model, kl=kl, ppo_epochs=2, num_minibatches=2, **options)
+        prompts = str(folder / "prompts.jsonl")
+        data: LightningDataModule = RolloutDataModule(
+            TextReward(share_of_w9),
+            train=prompts,
+            validation=prompts,
+            tokenizer=module.tokenizer,
+            rollout_size=16,
+            num_slots=4,
+            max_new_tokens=8,
+        )
+        return module, data
+    if stage == "sft":
+        module = SFT(model, **options)
+        source, kind = str(folder / "sft.jsonl"), SFTDataModule
+    else:
+        module = {"reward_model": RewardModel, "dpo": DPO}[stage](model, **options)
+        source, kind = str(folder / "preference.jsonl"), PreferenceDataModule
+    return module, kind(train=source, validation=source, max_tokens=100, tokenizer=module.tokenizer)
+
+
+def make_trainer(folder: Path, **options: Any) -> Trainer:
+    """A quiet Trainer on the CPU."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    defaults = {"accelerator": "cpu", "enable_checkpointing": False, "limit_val_batches": 0}
+    return Trainer(default_root_dir=folder, **(quiet | defaults | options))

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    write_inputs(folder)
+    return folder
+
+
+def fit(stage, inputs, folder, ckpt_path=None, **options):
+    """Three epochs, with a checkpoint after each step."""
+    module, data = make_stage(stage, inputs, **options)
+    saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(folder, max_epochs=3, callbacks=[saver], enable_checkpointing=True)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+# The folder of the checkpoints moves, so that both runs can be told apart.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+# Steps of a run: SFT 3 x 5, preferences 3 x 9 or so, PPO 3 iterations of 2 x 2: 2 is mid-iteration, 4 the end of one.
+@pytest.mark.parametrize(
+    ("stage", "step", "options"),
+    [
+        *((stage, 2, {}) for stage in STAGES),
+        ("ppo", 4, {}),
+        ("ppo", 6, {}),
+        ("dpo", 2, {"cache_reference": True}),
+    ],
+)
+def test_a_resumed_run_has_the_bits_of_a_run_never_stopped(inputs, tmp_path, stage, step, options):
+    whole, trainer = fit(stage, inputs, tmp_path / "whole", **options)
+    checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
+    resumed, resumed_trainer = fit(stage, inputs, tmp_path / "resumed", ckpt_path=checkpoint, **options)
+
+    assert resumed_trainer.global_step == trainer.global_step > step
+    for (name, ours), (_, theirs) in zip(resumed.named_parameters(), whole.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    if stage == "ppo":
+        assert resumed.kl.kl_coef == whole.kl.kl_coef != 0.1
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_frozen_weights_stay_out_of_checkpoints(inputs, tmp_path, stage):
+    module, _ = fit(stage, inputs, tmp_path)
+    content = torch.load(tmp_path / "step=2.ckpt", weights_only=False)
+    assert set(content["state_dict"]) == set(module.state_dict())
+    assert not any("reference" in name for name in content["state_dict"])
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_the_reference_is_the_same_before_and_after_training(inputs, tmp_path, stage):
+    module, data = make_stage(stage, inputs)
+    before = {name: p.clone() for name, p in module.frozen["reference"].named_parameters()}
+    start = {name: p.clone() for name, p in module.policy.named_parameters()}
+    make_trainer(tmp_path, max_epochs=1).fit(module, data)
+    assert any(not torch.equal(p, start[name]) for name, p in module.policy.named_parameters())
+    for name, p in module.frozen["reference"].named_parameters():
+        assert torch.equal(p, before[name])

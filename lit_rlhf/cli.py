@@ -43,9 +43,19 @@ def main(args: Sequence[str] | None = None) -> None:
             auto_cli(compare, args=argv[1:], as_positional=False)
         else:
             run(argv)
-    except (UserError, RewardError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        mistake = users_mistake(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def users_mistake(error: BaseException | None) -> BaseException | None:
+    """What the user can mend among an error and its causes: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, UserError | RewardError | MisconfigurationException):
+        error = error.__cause__
+    return error
 
 
 def run(argv: list[str]) -> Any:

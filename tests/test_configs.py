@@ -1,0 +1,106 @@
+"""Every shipped YAML runs; what a user gets wrong is answered by one message."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lit_rlhf import SFT, RewardModel
+from lit_rlhf.callbacks import export
+from lit_rlhf.cli import main
+from lit_rlhf.sharding import full_state_dict
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A folder in which the models that later configs start from have been exported."""
+    folder = tmp_path_factory.mktemp("configs")
+    torch.manual_seed(0)
+    for module, name in ((SFT("demo", from_scratch=True), "sft"), (None, "reward_model")):
+        module = module or RewardModel(str(folder / "runs/sft/model"))
+        export(module, full_state_dict(module.exportable()), folder / "runs" / name / "model")
+    return folder
+
+
+def run(*args):
+    """The command line in this process; returns the exit status."""
+    try:
+        main([str(arg) for arg in args])
+    except SystemExit as exit:
+        return exit.code
+    return 0
+
+
+@pytest.mark.filterwarnings("ignore")  # a user's run warns where it likes; here it must only work
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_each_config_runs_two_steps_and_exports_a_model_that_transformers_loads(config, workdir, monkeypatch):
+    config = config.absolute()
+    monkeypatch.chdir(workdir)
+    root = Path("out") / config.stem
+    small = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", f"--trainer.default_root_dir={root}"]
+    if config.stem.startswith("ppo"):
+        small += ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8"]
+    assert run("fit", "--config", config, *QUICK, *small) == 0
+
+    kind = AutoModelForSequenceClassification if config.stem == "reward_model" else AutoModelForCausalLM
+    model = kind.from_pretrained(root / "model")
+    summary = json.loads((root / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["peak_memory_mb"] > 0
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(workdir, monkeypatch):
+    config = Path("configs/dpo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    prompts = [{"prompt": f"Hello number {i}"} for i in range(5)]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    options = ["--data.predict=prompts.jsonl", "--trainer.default_root_dir=out/predict"]
+    assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=4") == 0
+    rows = [json.loads(line) for line in Path("out/predict/predictions.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompts]
+    assert all(row["finish_reason"] in ("stop", "length") for row in rows)
+
+
+NO_VALIDATION = "--data.validation=null"
+MISTAKES = {  # what users get wrong -> options, and words that must be in the answer
+    "unknown option": (["--model.betta=3"], "betta"),
+    "missing data": ([NO_VALIDATION, "--data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    "malformed row": ([NO_VALIDATION, "--data.train=malformed.jsonl"], "malformed.jsonl, line 2"),
+    "JSON syntax": ([NO_VALIDATION, "--data.train=syntax.jsonl"], "syntax.jsonl, line 1"),
+    "empty data": ([NO_VALIDATION, "--data.train=empty.jsonl"], "empty.jsonl"),
+    "missing model": (
+        ["--model.policy=runs/nowhere/model", "--model.from_scratch=false"],
+        "runs/nowhere/model: no model",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, workdir, monkeypatch, capsys):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    Path("malformed.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')
+    Path("syntax.jsonl").write_text('{"prompt": "a", "completion": "b"\n')
+    Path("empty.jsonl").write_text("")
+    options, words = MISTAKES[mistake]
+    assert run("fit", "--config", config, *QUICK, "--trainer.default_root_dir=out/broken", *options) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+    assert not Path("out/broken/model").exists()
+
+
+def test_the_module_is_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "lit_rlhf", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "fit" in done.stdout

@@ -1,0 +1,42 @@
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.stages import STAGES, write_inputs
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
+    write_inputs(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    script = str(Path(__file__).with_name("strategy_script.py"))
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root}/envs"}
+    done = subprocess.run(
+        [*command, script, str(tmp_path), strategy], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    results = json.loads((tmp_path / f"{strategy}.json").read_text())
+    assert set(results) == set(STAGES)
+    for stage, result in results.items():
+        assert result["steps"] > 0
+        assert all(math.isfinite(value) for value in result["metrics"].values()), (stage, result)
+        kind = AutoModelForSequenceClassification if stage == "reward_model" else AutoModelForCausalLM
+        model = kind.from_pretrained(tmp_path / strategy / stage / "model")
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert "val/score" in results["ppo"]["metrics"]
+    assert "val/loss" in results["sft"]["metrics"]

@@ -1,0 +1,140 @@
+"""What holds for the LightningModules: first losses, splits of a batch, exports, rewards."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lit_rlhf import DPO, RewardModel, RewardModelReward, TextReward, UserError
+from lit_rlhf.callbacks import export, markdown_table
+from lit_rlhf.sharding import full_state_dict
+from tests.stages import make_stage, make_trainer, write_inputs
+from tests.tiny import EOS, save_tiny, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modules")
+    write_inputs(folder)
+    return folder
+
+
+class Watch(Callback):
+    """Keeps the losses and the gradients of the first optimiser step."""
+
+    def __init__(self):
+        self.losses, self.gradients = [], None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(trainer.callback_metrics["train/loss"].item())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.gradients is None:
+            self.gradients = {name: p.grad.clone() for name, p in pl_module.named_parameters()}
+
+
+def watch(stage, inputs, folder, data=None, trainer=None, **options):
+    watcher = Watch()
+    module, datamodule = make_stage(stage, inputs, **options)
+    for name, value in (data or {}).items():
+        setattr(datamodule, name, value)
+    make_trainer(folder, max_epochs=1, callbacks=[watcher], **(trainer or {})).fit(module, datamodule)
+    return watcher
+
+
+@pytest.mark.parametrize("cache_reference", [False, True])
+def test_dpo_starts_at_log_2(inputs, tmp_path, cache_reference):
+    watcher = watch("dpo", inputs, tmp_path, cache_reference=cache_reference)
+    assert watcher.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_cached_and_live_reference_give_the_same_losses(inputs, tmp_path):
+    live, cached = (watch("dpo", inputs, tmp_path, cache_reference=cache).losses for cache in (False, True))
+    assert cached == pytest.approx(live, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_gradients_do_not_depend_on_the_split_into_micro_batches(inputs, tmp_path, stage):
+    torch.manual_seed(0)  # the reward model's head is drawn at random
+    whole = watch(stage, inputs, tmp_path, {"max_tokens": None, "batch_size": 24})
+    torch.manual_seed(0)
+    split = watch(stage, inputs, tmp_path, {"max_tokens": None, "batch_size": 5}, {"accumulate_grad_batches": 5})
+    assert len(whole.losses) == 1 and len(split.losses) == 5
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(split.gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_an_export_loads_in_transformers_and_a_failing_one_leaves_the_old_one(inputs, tmp_path, monkeypatch):
+    module, _ = make_stage("sft", inputs)
+    weights, target = full_state_dict(module.exportable()), tmp_path / "model"
+    export(module, weights, target)
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert torch.equal(loaded.get_output_embeddings().weight, module.policy.head.weight)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.tokenizer, "save_pretrained", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        export(module, weights, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    AutoModelForCausalLM.from_pretrained(target)
+
+
+def test_reward_model_scores_are_the_same_in_transformers_with_pad_equal_to_eos(tmp_path):
+    module = RewardModel(str(save_tiny(tmp_path / "lm", pad_is_eos=True)))
+    export(module, full_state_dict(module.exportable()), tmp_path / "rm")
+    reward = RewardModelReward(str(tmp_path / "rm"))
+    reward.bind(tiny_tokenizer(pad_is_eos=True), torch.device("cpu"))
+    prompts = [np.array([5, 6, 7]), np.array([8])]
+    responses = [np.array([9, EOS]), np.array([10, 11, 12, 13, EOS])]
+    scores = reward(prompts, responses)
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    pad = model.config.pad_token_id
+    assert pad != EOS
+    with torch.no_grad():
+        padded = model(torch.tensor([[5, 6, 7, 9, EOS, pad], [8, 10, 11, 12, 13, EOS]])).logits[:, 0]
+    np.testing.assert_allclose(scores, padded.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_token_budget(tmp_path):
+    module = RewardModel(str(save_tiny(tmp_path / "lm")))
+    export(module, full_state_dict(module.exportable()), tmp_path / "rm")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 40, rng.integers(1, 9)) for _ in range(7)]
+    small, large = (
+        RewardModelReward(str(tmp_path / "rm"), max_tokens=budget)(prompts, prompts[::-1]) for budget in (10, 10_000)
+    )
+    np.testing.assert_allclose(small, large, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
+    module = RewardModel(str(save_tiny(tmp_path / "lm")))
+    export(module, full_state_dict(module.exportable()), tmp_path / "rm")
+    other = tiny_tokenizer()
+    other.add_tokens(["extra"])
+    with pytest.raises(UserError, match="was trained with another tokenizer than the policy"):
+        RewardModelReward(str(tmp_path / "rm")).bind(other, torch.device("cpu"))
+
+
+def test_a_text_reward_reads_text_without_special_tokens():
+    reward = TextReward(lambda prompts, responses, topic: [len(r.split()) for r in responses])
+    reward.bind(tiny_tokenizer(), torch.device("cpu"))
+    assert reward([np.array([1, 5])], [np.array([6, 7, EOS])], topic=["any"]).tolist() == [2]
+
+
+def test_dpo_refuses_a_beta_of_zero_and_a_cache_of_another_reference(inputs):
+    model = str(inputs / "model")
+    with pytest.raises(UserError, match=r"beta \(0.0\) must be more than 0"):
+        DPO(model, beta=0.0)
+    with pytest.raises(UserError, match="drop reference"):
+        DPO(model, reference=model, cache_reference=True)
+
+
+def test_a_sample_table_is_one_line_per_row_whatever_the_text():
+    table = markdown_table([{"prompt": "a|b", "completion": "c\nd", "score": 0.5}])
+    assert table == "| prompt | completion | score |\n| --- | --- | --- |\n| a\\|b | c<br>d | 0.500 |"

@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
             auto_cli(compare, args=argv[1:], as_positional=False)
         else:
-            run(argv)
+            run(None if args is None else argv)  # LightningCLI warns when it is handed the process's own arguments
     except Exception as error:
         mistake = users_mistake(error)
         if mistake is None:
@@ -58,8 +58,8 @@ def users_mistake(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def run(argv: list[str]) -> Any:
-    """One LightningCLI run."""
+def run(argv: list[str] | None) -> Any:
+    """One LightningCLI run; None reads the process's own arguments."""
     return AlignmentCLI(
         AlignmentModule,
         LightningDataModule,

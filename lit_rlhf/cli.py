@@ -66,6 +66,7 @@ def run(argv: list[str] | None) -> Any:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
+        auto_configure_optimizers=False,  # the modules configure their own
         save_config_kwargs={"overwrite": True},
         args=argv,
     )

@@ -5,7 +5,7 @@ LightningCLI with no class given: the YAML names model and data by `class_path`,
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +17,27 @@ from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, 
 from lit_rlhf.errors import UserError
 from lit_rlhf.module import AlignmentModule
 from token_mdp import RewardError
+
+
+class Parser(LightningArgumentParser):
+    """Answers a mistake with what is wrong, not with two screens of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and where to look; exit with status 2."""
+        # jsonargparse lists every type that a value failed to be, and repeats the whole value.
+        noise = (
+            "Does not validate against",
+            "Subtypes:",
+            "Errors:",
+            "- Expected a <class 'NoneType'>",
+            "Given value type",
+        )
+        lines = [line for line in message.splitlines() if not line.strip().startswith(noise)]
+        lines = [
+            line for line in lines if not line.strip().startswith(("Given value: Namespace", "Given value: Nested"))
+        ]
+        print("error: " + "\n".join(lines) + "\nFor all options: lit-rlhf fit --help", file=sys.stderr)
+        raise SystemExit(2)
 
 
 class AlignmentCLI(LightningCLI):
@@ -63,6 +84,7 @@ def run(argv: list[str] | None) -> Any:
     return AlignmentCLI(
         AlignmentModule,
         LightningDataModule,
+        parser_class=Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,

@@ -45,7 +45,7 @@ def demonstrations() -> list[dict]:
 
 def test_rows_are_the_same_on_every_machine():
     everything = json.dumps([rows(kind, split) for kind, split in SIZES], sort_keys=True)
-    assert hashlib.sha256(everything.encode()).hexdigest()[:16] == "26e40459374c5bc0"
+    assert hashlib.sha256(everything.encode()).hexdigest()[:16] == "584c71837cb24758"
 
 
 @pytest.mark.parametrize(("kind", "split"), SIZES)
@@ -89,7 +89,7 @@ def test_the_better_reply_is_chosen_as_often_as_bradley_terry_says():
         prompts, [p["rejected"] for p in pairs]
     )
     right = np.mean(difference > 0) + np.mean(difference == 0) / 2
-    # 3000 coin tosses of about 0.88: the standard error is 0.006
+    # 5000 coin tosses of about 0.9: the standard error is 0.004
     assert right == pytest.approx(bayes_accuracy(pairs), abs=0.025)
 
 
@@ -133,9 +133,6 @@ def test_the_best_reply_has_nothing_to_improve():
         BEST.replace(" The kettle will arrive on Friday.", ""),  # one step instead of two
         BEST.replace("403", "426"),  # someone else's order
         BEST.replace("The kettle will", "The lamp will"),  # another product
-        BEST.replace("The kettle will arrive on Friday.", "We will repair the kettle under warranty."),  # off-topic
-        BEST.replace("The kettle will arrive on Friday.", "These things take time."),  # vague
-        BEST.replace("The kettle will arrive on Friday.", "That is not my problem."),  # rude
         BEST.replace("The kettle will", "The kettle"),  # no verb
         BEST.replace("I have asked", "I have have asked"),  # doubled word
         BEST.replace("I am", "i am"),  # small first letter
@@ -145,12 +142,28 @@ def test_the_best_reply_has_nothing_to_improve():
         BEST + " Have a nice day!",  # a polite sentence said twice
         BEST + " Take care!",  # another closing
         BEST.replace("Hello!", "Hello! Hi there!"),  # another greeting
-        BEST + " We are a family business with many years of experience.",  # filler
     ],
 )
 def test_each_defect_costs(worse):
     assert worse != BEST
     assert gold(worse) <= gold(BEST) - 0.3
+
+
+@pytest.mark.parametrize(
+    ("sentence", "cost"),
+    [
+        ("We will repair the kettle under warranty.", 0.8),  # answers another question
+        ("The lamp will arrive on Friday.", 0.5),  # another product
+        ("These things take time.", 0.4),
+        ("That is not my problem.", 1.3),
+        ("We are a family business.", 0.5 + 5 * 0.1),  # outside the language: by the word
+        ("Courier order kettle refund help Friday please soon.", 0.5 + 8 * 0.1),
+    ],
+)
+def test_a_sentence_that_does_not_belong_costs_what_the_table_says(sentence, cost):
+    short = "Hello! The kettle will arrive on Friday. Have a nice day!"
+    worse = short.replace("Friday. ", f"Friday. {sentence} ")
+    assert gold(short) - gold(worse) == pytest.approx(cost)
 
 
 def test_an_apology_is_apt_for_complaints_and_thanks_for_the_others():
@@ -166,6 +179,7 @@ def test_an_apology_is_apt_for_complaints_and_thanks_for_the_others():
 def test_repeating_a_sentence_gets_worse_with_each_time(phrase):
     rewards = [sum(quality(PROMPT, " ".join([BEST] + [phrase] * n)).values()) for n in (1, 2, 3, 4)]
     assert all(np.diff(rewards) < -0.5)
+    assert all(np.diff(rewards, 2) < -0.5)  # no sum of small gains pays for it
 
 
 @pytest.mark.parametrize(
@@ -191,7 +205,7 @@ def test_gold_reads_texts_and_messages_alike_and_ignores_markers_and_columns():
     as_messages = gold_reward(
         [[{"role": "user", "content": PROMPT}]], [[{"role": "assistant", "content": BEST}]], topic=["late"]
     )
-    as_template = gold_reward([f"<|user|>{PROMPT}<|assistant|>"], [BEST + "<|end|>"])
+    as_template = gold_reward([f"<|user|>{PROMPT}<|assistant|>"], [BEST + "<|end|><|pad|>"])
     assert as_messages == as_template == gold(BEST)
 
 

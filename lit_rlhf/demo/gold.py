@@ -46,7 +46,7 @@ def gold_reward(prompts: Sequence[str | Messages], responses: Sequence[str | Mes
 def quality(prompt: str, response: str) -> dict[str, float]:
     """The four parts of the quality of one reply, before the clip: helpful, polite, well_formed, concise."""
     topic, bound = read_question(prompt)
-    text = _MARKER.sub(" ", response).strip()
+    text = response.strip()
     parts = {"helpful": 0.0, "polite": 0.0, "well_formed": 0.0, "concise": 0.0}
     if not text:
         return parts | {"helpful": -2.0, "concise": -2.0}
@@ -113,6 +113,6 @@ def _politeness(roles: list[str], apology_is_apt: bool) -> float:
 
 
 def _text(messages: str | Messages, role: str) -> str:
-    if isinstance(messages, str):
-        return _MARKER.sub(" ", messages).strip()
-    return next((message["content"] for message in reversed(messages) if message["role"] == role), "")
+    if not isinstance(messages, str):
+        messages = next((message["content"] for message in reversed(messages) if message["role"] == role), "")
+    return _MARKER.sub(" ", messages).strip()

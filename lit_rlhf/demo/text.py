@@ -20,12 +20,12 @@ Split = Literal["train", "validation"]
 SIZES: dict[tuple[str, str], int] = {
     ("sft", "train"): 3000,
     ("sft", "validation"): 256,
-    ("preference", "train"): 3000,
+    ("preference", "train"): 5000,
     ("preference", "validation"): 512,
     ("prompts", "train"): 2500,
     ("prompts", "validation"): 256,
 }
-TEMPERATURE = 0.5  # of the preferences: the annotators' noise, in units of gold reward
+TEMPERATURE = 0.4  # of the preferences: the annotators' noise, in units of gold reward
 MAX_REPLY = 47  # words, numbers and stops; with the end token 48 tokens
 
 _VERBS = ("am", "is", "are", "have", "has", "will", "can", "should")

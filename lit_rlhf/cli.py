@@ -5,6 +5,7 @@ LightningCLI with no class given: the YAML names model and data by `class_path`,
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
@@ -18,9 +19,18 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.module import AlignmentModule
 from token_mdp import RewardError
 
+COMPARE = "compare"  # the one subcommand that is no LightningCLI run
+DESCRIPTION = (
+    "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side."
+)
+HINT = f"For all options: lit-rlhf fit --help, lit-rlhf fit --model.help lit_rlhf.DPO, lit-rlhf {COMPARE} --help"
+
 
 class Parser(LightningArgumentParser):
-    """Answers a mistake with what is wrong, not with two screens of usage."""
+    """Answers a mistake with what is wrong, not with two screens of usage; takes no abbreviated option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and where to look; exit with status 2."""
@@ -36,7 +46,7 @@ class Parser(LightningArgumentParser):
         lines = [
             line for line in lines if not line.strip().startswith(("Given value: Namespace", "Given value: Nested"))
         ]
-        print("error: " + "\n".join(lines) + "\nFor all options: lit-rlhf fit --help", file=sys.stderr)
+        print("error: " + "\n".join(lines) + f"\n{HINT}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -53,15 +63,30 @@ class AlignmentCLI(LightningCLI):
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
+    def instantiate_classes(self) -> None:
+        """A value that a constructor refuses is the user's to mend, whoever wrote the constructor."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def before_fit(self) -> None:
+        """Look for the checkpoint before any data is read."""
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if checkpoint not in (None, "best", "last", "hpc") and not Path(checkpoint).exists():
+            raise UserError(f"ckpt_path: there is no checkpoint {Path(checkpoint).absolute()}")
+
+    before_validate = before_test = before_predict = before_fit
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; what the user can mend is said in one message, with exit status 2."""
     argv = list(sys.argv[1:] if args is None else args)
     try:
-        if argv[:1] == ["compare"]:
+        if argv[:1] == [COMPARE]:
             from lit_rlhf.compare import compare
 
-            auto_cli(compare, args=argv[1:], as_positional=False)
+            auto_cli(compare, args=argv[1:], as_positional=False, parser_class=Parser, prog=f"lit-rlhf {COMPARE}")
         else:
             run(None if args is None else argv)  # LightningCLI warns when it is handed the process's own arguments
     except Exception as error:
@@ -90,5 +115,6 @@ def run(argv: list[str] | None) -> Any:
         seed_everything_default=0,
         auto_configure_optimizers=False,  # the modules configure their own
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "lit-rlhf", "description": DESCRIPTION},
         args=argv,
     )

@@ -59,6 +59,8 @@ def compare(
     Returns:
         The measured figures by run.
     """
+    if not policies:
+        raise UserError("policies is empty: name at least the baseline")
     folders = {name: run_folder(root, name) for name in policies}
     baseline, *_ = policies
     tokenizer = load_tokenizer(*model_and_config(folders[baseline]))

@@ -73,6 +73,12 @@ def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(wo
 NO_VALIDATION = "--data.validation=null"
 MISTAKES = {  # what users get wrong -> options, and words that must be in the answer
     "unknown option": (["--model.betta=3"], "betta"),
+    "abbreviated option": (["--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
+    "value of a wrong type": (["--model.learning_rate=abc"], "learning_rate"),
+    "unknown accelerator": (["--trainer.accelerator=cpuu"], "cpuu"),
+    "unknown strategy": (["--trainer.strategy=ddpp"], "ddpp"),
+    "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    "micro-batch too small": (["--data.max_tokens=3"], "raise max_tokens"),
     "missing data": ([NO_VALIDATION, "--data.train=nowhere.jsonl"], "nowhere.jsonl"),
     "malformed row": ([NO_VALIDATION, "--data.train=malformed.jsonl"], "malformed.jsonl, line 2"),
     "JSON syntax": ([NO_VALIDATION, "--data.train=syntax.jsonl"], "syntax.jsonl, line 1"),
@@ -98,6 +104,24 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, workdir, mon
     assert words in said
     assert "Traceback" not in said
     assert not Path("out/broken/model").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "subcommand"),
+        (["fti"], "'fti'"),
+        (["compare", "--polices=[sft]"], "--polices"),
+        (["compare", "--policies=[]"], "policies is empty"),
+        (["compare", "--root=nowhere"], "nowhere/sft/model"),
+    ],
+)
+def test_a_mistake_outside_of_a_config_is_answered_by_one_message_too(arguments, words, capsys):
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) <= 2
 
 
 def test_the_module_is_the_command_line():

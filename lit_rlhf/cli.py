@@ -3,7 +3,9 @@
 LightningCLI with no class given: the YAML names model and data by `class_path`, their constructors are the schema.
 """
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable, Throughput
 from lit_rlhf.errors import UserError
@@ -82,6 +85,7 @@ class AlignmentCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; what the user can mend is said in one message, with exit status 2."""
     argv = list(sys.argv[1:] if args is None else args)
+    quiet_libraries()
     try:
         if argv[:1] == [COMPARE]:
             from lit_rlhf.compare import compare
@@ -95,6 +99,14 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def quiet_libraries() -> None:
+    """Keep advertisements, bars for the reading of a file, and warnings about Lightning's own code off the terminal."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
 
 
 def users_mistake(error: BaseException | None) -> BaseException | None:

@@ -15,6 +15,8 @@ from lit_rlhf.batches import PromptBatch
 from lit_rlhf.errors import UserError
 from lit_rlhf.sharding import shard, total_norm
 
+PROGRESS = ("loss", "accuracy", "score")  # what the progress bar shows; TensorBoard has everything
+
 
 class AlignmentModule(LightningModule):
     """Base of SFT, RewardModel, PPO and DPO.
@@ -130,14 +132,16 @@ class AlignmentModule(LightningModule):
     def log_mean(self, stage: str, metrics: dict[str, Tensor], weight: int) -> None:
         """Log means of a micro-batch; validation averages them over the epoch and all ranks by their weight."""
         validating = stage != "train"
-        self.log_dict(
-            {(name if "/" in name else f"{stage}/{name}"): value for name, value in metrics.items()},
-            batch_size=weight,
-            on_step=not validating,
-            on_epoch=validating,
-            sync_dist=validating,
-            prog_bar=False,
-        )
+        for name, value in metrics.items():
+            self.log(
+                name if "/" in name else f"{stage}/{name}",
+                value,
+                batch_size=weight,
+                on_step=not validating,
+                on_epoch=validating,
+                sync_dist=validating,
+                prog_bar=name in PROGRESS,
+            )
 
 
 def as_text(tokenizer: Any, ids: np.ndarray) -> str:

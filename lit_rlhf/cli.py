@@ -3,6 +3,7 @@
 LightningCLI with no class given: the YAML names model and data by `class_path`, their constructors are the schema.
 """
 
+import errno
 import logging
 import sys
 import warnings
@@ -27,6 +28,8 @@ DESCRIPTION = (
     "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side."
 )
 HINT = f"For all options: lit-rlhf fit --help, lit-rlhf fit --model.help lit_rlhf.DPO, lit-rlhf {COMPARE} --help"
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Parser(LightningArgumentParser):
@@ -111,9 +114,13 @@ def quiet_libraries() -> None:
 
 def users_mistake(error: BaseException | None) -> BaseException | None:
     """What the user can mend among an error and its causes: jsonargparse wraps what a constructor raises."""
-    while error is not None and not isinstance(error, UserError | RewardError | MisconfigurationException):
+    while error is not None:
+        if isinstance(error, UserError | RewardError | MisconfigurationException):
+            return error
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
         error = error.__cause__
-    return error
+    return None
 
 
 def run(argv: list[str] | None) -> Any:

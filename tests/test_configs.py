@@ -1,5 +1,6 @@
 """Every shipped YAML runs; what a user gets wrong is answered by one message."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_rlhf import SFT, RewardModel
 from lit_rlhf.callbacks import export
-from lit_rlhf.cli import main
+from lit_rlhf.cli import main, users_mistake
 from lit_rlhf.sharding import full_state_dict
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -122,6 +123,14 @@ def test_a_mistake_outside_of_a_config_is_answered_by_one_message_too(arguments,
     said = capsys.readouterr().err
     assert words in said
     assert len(said.splitlines()) <= 2
+
+
+def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback():
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/sft/last.ckpt")
+    wrapped = RuntimeError("while saving")
+    wrapped.__cause__ = full
+    assert users_mistake(wrapped) is full
+    assert users_mistake(RuntimeError("a mistake of ours")) is None
 
 
 def test_the_module_is_the_command_line():

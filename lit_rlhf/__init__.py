@@ -7,12 +7,13 @@ from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
 from lit_rlhf.data.rollouts import RolloutDataModule
 from lit_rlhf.dpo import DPO
 from lit_rlhf.errors import UserError
-from lit_rlhf.kl import AdaptiveKL, FixedKL
+from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty
 from lit_rlhf.ppo import PPO
 from lit_rlhf.reward_model import RewardModel
 from lit_rlhf.rewards import Reward, RewardModelReward, TextReward
 from lit_rlhf.rollout import GenerationSettings
 from lit_rlhf.sft import SFT
+from lit_rlhf.shaping import RewardShaping
 
 __all__ = [
     "DPO",
@@ -21,10 +22,12 @@ __all__ = [
     "AdaptiveKL",
     "FixedKL",
     "GenerationSettings",
+    "KLPenalty",
     "PreferenceDataModule",
     "Reward",
     "RewardModel",
     "RewardModelReward",
+    "RewardShaping",
     "RolloutDataModule",
     "SFTDataModule",
     "TextReward",

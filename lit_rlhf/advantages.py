@@ -164,6 +164,19 @@ def masked_moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     return Moments(x.sum(), x.square().sum(), x.new_tensor(x.numel()))
 
 
+def explained_variance(residuals: Moments, returns: Moments) -> Tensor:
+    """How much of the returns a critic foresaw: 1 - Var(R - V)/Var(R).
+
+    Args:
+        residuals: moments of R - V over all ranks.
+        returns: moments of R, likewise.
+
+    Returns:
+        () 1 for a perfect critic, 0 for one that knows the mean or any constant, less for one that misleads.
+    """
+    return 1 - residuals.variance / returns.variance.clamp(min=1e-8)
+
+
 def whiten(
     x: Tensor,
     mask: Tensor | None = None,

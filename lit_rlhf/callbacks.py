@@ -37,6 +37,7 @@ class HuggingFaceExport(Callback):
         if self.folder is None:
             return
         assert isinstance(pl_module, AlignmentModule)
+        pl_module.before_export()
         weights = full_state_dict(pl_module.exportable())
         if trainer.is_global_zero:
             target = Path(trainer.default_root_dir) / self.folder

@@ -1,6 +1,6 @@
 """A scored rollout and its cut into minibatches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +9,10 @@ from torch import Tensor
 
 from lit_rlhf.batches import RolloutBatch
 from lit_rlhf.errors import UserError
+from lit_rlhf.kl import k1
 from lit_rlhf.packing import Example, PackedBatch, pack
+from lit_rlhf.rollout import Play
+from token_mdp import Episode, FinishReason
 
 
 class Experience(NamedTuple):
@@ -21,19 +24,15 @@ class Experience(NamedTuple):
     plan: list[list[np.ndarray]]  # per optimiser step, the episodes of each of its micro-batches
     step_tokens: list[float]  # per optimiser step, its response tokens over all ranks
 
-    def minibatches(self, num_ranks: int, start: int = 0) -> Iterator[RolloutBatch]:
-        """The micro-batches of all passes, from the one numbered `start`."""
-        micro_batches = [
-            (rows, total / (len(step) * num_ranks))
-            for step, total in zip(self.plan, self.step_tokens, strict=True)
-            for rows in step
-        ]
-        for rows, denominator in micro_batches[start:]:
-            yield RolloutBatch(
-                packed=pack_episodes(self.prompt_ids, self.response_ids, rows),
-                denominator=torch.tensor(denominator, dtype=torch.float32),
-                **{name: torch.cat([column[i] for i in rows]) for name, column in self.tokens.items()},
-            )
+    def micro_batch(self, number: int, num_ranks: int, limit: int | None = None) -> RolloutBatch:
+        """The micro-batch of this number among those of all passes; with a limit, only its first episodes."""
+        step, part = divmod(number, len(self.plan[0]))
+        rows = self.plan[step][part][:limit]
+        return RolloutBatch(
+            packed=pack_episodes(self.prompt_ids, self.response_ids, rows),
+            denominator=torch.tensor(self.step_tokens[step] / (len(self.plan[step]) * num_ranks), dtype=torch.float32),
+            **{name: torch.cat([column[i] for i in rows]) for name, column in self.tokens.items()},
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, lists and numbers only, so that a checkpoint loads without unpickling code."""
@@ -62,6 +61,49 @@ def pack_episodes(
 ) -> PackedBatch:
     """Some episodes as a packed batch, in the order of `rows`."""
     return pack([Example(prompt_ids[i], (response_ids[i],)) for i in rows])
+
+
+def split_by_episode(
+    columns: Mapping[str, Tensor], order: np.ndarray, response_ids: Sequence[np.ndarray]
+) -> dict[str, list[Tensor]]:
+    """(M,) columns over the tokens of episodes in `order` -> for each, (T,) per episode, by episode number."""
+    lengths = [len(response_ids[i]) for i in order]
+    row_of = np.argsort(order)
+    rows = {name: column.split(lengths) for name, column in columns.items()}
+    return {name: [parts[row] for row in row_of] for name, parts in rows.items()}
+
+
+def rollout_means(
+    played: Play, order: np.ndarray, scores: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor
+) -> dict[str, Tensor]:
+    """What to log of a rollout, as means over its episodes or tokens.
+
+    Args:
+        played: the episodes of this rank.
+        order: (B,) the order of the episodes in the tensors.
+        scores: (B,) shaped rewards.
+        old_logprobs: (M,) log π_old of the response tokens.
+        ref_logprobs: (M,) log π_ref of them.
+    """
+    sampled = torch.from_numpy(np.concatenate([played.sampled_logprobs[i] for i in order]))
+    means = {
+        "shaped_score": scores.mean(),
+        "kl": k1(old_logprobs, ref_logprobs).sum() / len(order),
+        "sampler_gap": (sampled - old_logprobs).abs().mean(),
+        **episode_means(played.episodes),
+    }
+    return {f"rollout/{name}": mean for name, mean in means.items()}
+
+
+def episode_means(episodes: Sequence[Episode]) -> dict[str, Tensor]:
+    """What a person asks of episodes: reward and its components, length, how many ended by themselves."""
+    means = {
+        "score": np.mean([e.reward for e in episodes]),
+        "response_length": np.mean([len(e.response_ids) for e in episodes]),
+        "eos_fraction": np.mean([e.finish_reason is FinishReason.STOP for e in episodes]),
+        **{name: np.mean([e.components[name] for e in episodes]) for name in episodes[0].components},
+    }
+    return {name: torch.tensor(float(mean)) for name, mean in means.items()}
 
 
 def plan_minibatches(

@@ -6,14 +6,18 @@ samples estimates the divergence. Any shape, the same for all tensors: (M,) in p
 Which to use where:
 - In the reward (`-kl_coef * kl`): k1. The policy gradient of the sum of k1 is the exact gradient of the sequence KL.
 - In the loss: the *gradient* of the estimate matters, not its mean. E_π[∇k1] = 0, E_π[∇k2] = ∇KL(π‖π_ref) and
-  E_π[∇k3] = ∇KL(π_ref‖π): k2 is the right one; `with_k2_gradient` keeps the value of another.
+  E_π[∇k3] = ∇KL(π_ref‖π): k2 is the right one; `with_k2_gradient` keeps the value of another. `KLPenalty` knows both.
 - To report: k3, unbiased like k1, never negative, and of far lower variance while π is near π_ref (far off, of more).
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from lit_rlhf.errors import UserError
 
 # exp(20) = 4.9e8: far from overflow in float32 and far from any ratio that a sane update makes.
 MAX_LOGRATIO = 20.0
@@ -95,6 +99,56 @@ def with_k2_gradient(estimate: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -
     """
     surrogate = k2(logprobs, ref_logprobs)
     return estimate.detach() + surrogate - surrogate.detach()
+
+
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """Where KL(π‖π_ref) is charged, and by which estimator.
+
+    In the reward, what a token does to the KL of later ones counts too: PPO then climbs E[r] - β KL of whole responses.
+    In the loss, each token's distribution is pulled to the reference's given its prefix alone, with less variance.
+
+    Args:
+        place: "reward" subtracts kl_coef * estimate from each token's reward (Ziegler et al. 2019); "loss" adds it to
+            each token's loss.
+        estimator: k1, k2 or k3. In the reward, k1 alone has the gradient of the KL: the others, as in peers that offer
+            them, have another optimum. In the loss, the gradient is that of the KL whichever gives the value.
+    """
+
+    place: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+
+    def __post_init__(self) -> None:
+        """Refuse other words."""
+        if self.place not in ("reward", "loss") or self.estimator not in ESTIMATORS:
+            raise UserError(
+                f"KLPenalty's place ({self.place!r}) must be 'reward' or 'loss', and its estimator "
+                f"({self.estimator!r}) one of {sorted(ESTIMATORS)}"
+            )
+
+    def estimate(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        """Estimates of the chosen kind, of the same shape."""
+        return ESTIMATORS[self.estimator](logprobs, ref_logprobs)
+
+    def loss(self, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        """Estimates for the loss: ρ k with ρ = π/π_old, and the gradient ρ ∇k2 = ρ log(π/π_ref) ∇log π.
+
+        Unbiased in value (k1, k3) and in gradient also once π has left the π_old that the tokens were sampled from:
+        E_old[ρ f] = E_π[f].
+
+        Args:
+            logprobs: log π of the tokens, now.
+            old_logprobs: log π_old of them, at rollout; carries no gradient.
+            ref_logprobs: log π_ref of them; carries no gradient.
+
+        Returns:
+            Estimates of the same shape.
+        """
+        ratio = torch.exp(clamped_logratio(logprobs, old_logprobs)).detach()
+        return ratio * with_k2_gradient(self.estimate(logprobs, ref_logprobs), logprobs, ref_logprobs)
 
 
 class FixedKL:

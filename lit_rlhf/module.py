@@ -1,7 +1,7 @@
 """What the algorithms share: the policy and its tokenizer, the optimiser, frozen networks, sharding."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from lit_rlhf.advantages import Moments, masked_moments
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.errors import UserError
 from lit_rlhf.sharding import shard, total_norm
@@ -71,6 +72,9 @@ class AlignmentModule(LightningModule):
         """The Hugging Face model that this stage is about: its weights become the artefact."""
         raise NotImplementedError(f"{type(self).__name__} says which model it exports")  # pragma: no cover
 
+    def before_export(self) -> None:
+        """What the artefact needs besides training; called on all ranks before its weights are read for an export."""
+
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Rows of text that show a person what the model does on these prompts."""
         raise NotImplementedError(f"{type(self).__name__} says what its samples are")  # pragma: no cover
@@ -84,12 +88,7 @@ class AlignmentModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only, and the schedule stepped after each optimiser step."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.adam_betas, eps=self.adam_eps)
+        optimizer = AdamW(self.parameter_groups(), betas=self.adam_betas, eps=self.adam_eps)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             if self.lr_scheduler != "constant" or 0 < self.warmup_steps < 1:
@@ -102,6 +101,19 @@ class AlignmentModule(LightningModule):
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
         schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What AdamW optimises, with learning rates and decay."""
+        return self.decay_groups(self.parameters(), self.learning_rate)
+
+    def decay_groups(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:
+        """Trained matrices, which decay, and trained vectors, which do not."""
+        trained = [p for p in parameters if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+        return [
+            {"params": matrices, "lr": learning_rate, "weight_decay": self.weight_decay},
+            {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+        ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep where the data stood; see `on_train_start`."""
@@ -128,6 +140,19 @@ class AlignmentModule(LightningModule):
                 "as they were. Lower learning_rate, set trainer.gradient_clip_val, or look for outliers in the data"
             )
         self.log("train/grad_norm", norm)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks, back on the CPU."""
+        return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
+
+    def mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Means of scalars over all ranks, which weigh alike."""
+        sums = self.sum_over_ranks(torch.stack([value.double() for value in metrics.values()]))
+        return dict(zip(metrics, (sums / self.trainer.world_size).tolist(), strict=True))
+
+    def moments_over_ranks(self, values: Tensor) -> Moments:
+        """Sum, sum of squares and number of the values of all ranks."""
+        return Moments(*self.sum_over_ranks(torch.stack(masked_moments(values))))
 
     def log_mean(self, stage: str, metrics: dict[str, Tensor], weight: int) -> None:
         """Log means of a micro-batch; validation averages them over the epoch and all ranks by their weight."""

@@ -98,7 +98,19 @@ class Scorer(nn.Module):
     def forward(self, batch: PackedBatch, nodes: Tensor) -> Tensor:
         """Score at each of the given nodes: (len(nodes),) float32."""
         hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
-        return cast(Tensor, self.model.score(hidden[nodes]).squeeze(-1).float())  # type: ignore[operator]
+        return cast(Tensor, self.model.score(hidden[nodes]).squeeze(-1).float()) + self.bias  # type: ignore[operator]
+
+    @property
+    def bias(self) -> float:
+        """Added to the head's scores; in the config, since the head of transformers' classifiers has no bias."""
+        return float(getattr(self.model.config, "score_bias", 0.0))
+
+    @torch.no_grad()
+    def rescale(self, gain: float, shift: float) -> None:
+        """Turn each score r into gain r + shift."""
+        for parameter in self.model.score.parameters():  # type: ignore[union-attr]
+            parameter.mul_(gain)
+        self.model.config.score_bias = gain * self.bias + shift
 
 
 def packed_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
@@ -155,6 +167,7 @@ def load_scorer(name: str | Path, fresh_head: bool = False, trust_remote_code: b
 def initialize_score_head(model: PreTrainedModel) -> None:
     """Draw the scalar head from N(0, 1/√(d+1)) and set its bias, if any, to 0."""
     head = cast(nn.Linear, model.score)
+    model.config.score_bias = 0.0
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if head.bias is not None:
         nn.init.zeros_(head.bias)

@@ -7,18 +7,27 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lit_rlhf.advantages import Moments, gae, make_row_mask, masked_moments, pad_rows, token_rewards, unpad_rows, whiten
+from lit_rlhf.advantages import explained_variance, gae, make_row_mask, pad_rows, token_rewards, unpad_rows, whiten
 from lit_rlhf.batches import PromptBatch, RolloutBatch
 from lit_rlhf.errors import UserError
-from lit_rlhf.experience import Experience, pack_episodes, plan_minibatches
-from lit_rlhf.kl import AdaptiveKL, FixedKL, k1, k3
+from lit_rlhf.experience import (
+    Experience,
+    episode_means,
+    pack_episodes,
+    plan_minibatches,
+    rollout_means,
+    split_by_episode,
+)
+from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, k1, k3
 from lit_rlhf.losses import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.packing import Example, PackedBatch, pack
 from lit_rlhf.policy import frozen_copy, load_policy, load_scorer, load_tokenizer, scorer_from_policy
 from lit_rlhf.rollout import GenerationSettings, Play, complete, completion_rows, episode_rows
+from lit_rlhf.shaping import RewardShaping
 from token_mdp import Episode, FinishReason
 
 
@@ -34,7 +43,9 @@ class PPO(AlignmentModule):
     Args:
         policy: folder or hub name of the causal LM to start from, normally the SFT model; also the reference.
         critic: folder or hub name of a reward model to start the critic from; None = the policy's trunk, fresh head.
-        kl: the coefficient of the KL penalty in the reward, fixed or adaptive; None = FixedKL(0.05).
+        kl: β, the coefficient of the KL penalty, fixed or adaptive; None = FixedKL(0.05).
+        kl_penalty: whether the KL is charged in the reward or in the loss, and its estimator.
+        shaping: normalisation, clipping, length and missing-end penalties of rewards; None = rewards as they come.
         clip_range: ε of the clipped policy ratio.
         value_clip_range: the critic may move this far from its value at rollout; null = no clipping.
         value_coef: weight of the critic's loss.
@@ -43,9 +54,12 @@ class PPO(AlignmentModule):
         gae_lambda: λ of generalised advantage estimation.
         ppo_epochs: passes over a rollout.
         num_minibatches: optimiser steps per pass; with accumulate_grad_batches, each takes several micro-batches.
-        missing_end_penalty: subtracted from the score of a response that the length limit ended.
+        target_kl: end an iteration's learning before the step whose minibatch shows a mean KL per token from the
+            rollout's policy, k3 over all ranks, beyond this; null = never.
+        critic_warmup: first iterations in which the critic alone learns.
         temperature: divides the logits in sampling and in training alike.
         critic_learning_rate: peak rate of the critic; null = learning_rate.
+        adam_eps: AdamW's epsilon; PPO's customary 1e-5 damps the steps of parameters that get hardly any gradient.
         seed: of sampling and of minibatches.
         trust_remote_code: run model code that comes with the weights.
         generation: how `predict` and the sample tables write completions.
@@ -57,6 +71,8 @@ class PPO(AlignmentModule):
         policy: str = "demo",
         critic: str | None = None,
         kl: FixedKL | AdaptiveKL | None = None,
+        kl_penalty: KLPenalty = KLPenalty(),
+        shaping: RewardShaping | None = None,
         clip_range: float = 0.2,
         value_clip_range: float | None = 0.2,
         value_coef: float = 0.1,
@@ -65,24 +81,33 @@ class PPO(AlignmentModule):
         gae_lambda: float = 0.95,
         ppo_epochs: int = 4,
         num_minibatches: int = 4,
-        missing_end_penalty: float = 0.0,
+        target_kl: float | None = None,
+        critic_warmup: int = 0,
         temperature: float = 1.0,
         critic_learning_rate: float | None = None,
+        adam_eps: float = 1e-5,
         seed: int = 0,
         trust_remote_code: bool = False,
         generation: GenerationSettings = GenerationSettings(),
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(adam_eps=adam_eps, **kwargs)
         if temperature <= 0:
             raise UserError(f"temperature ({temperature}) must be more than 0: PPO learns from sampled responses")
-        if min(ppo_epochs, num_minibatches) < 1:
-            raise UserError(f"ppo_epochs ({ppo_epochs}) and num_minibatches ({num_minibatches}) must be 1 or more")
+        if min(ppo_epochs, num_minibatches) < 1 or critic_warmup < 0:
+            raise UserError(
+                f"ppo_epochs ({ppo_epochs}) and num_minibatches ({num_minibatches}) must be 1 or more, critic_warmup "
+                f"({critic_warmup}) 0 or more"
+            )
+        if target_kl is not None and not target_kl > 0:
+            raise UserError(f"target_kl ({target_kl}) must be more than 0, or null to take every step")
         self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
         self.frozen["reference"] = frozen_copy(self.policy)
         self.critic = scorer_from_policy(self.policy) if critic is None else load_scorer(critic)
         self.kl = FixedKL() if kl is None else kl
+        self.kl_penalty = kl_penalty
+        self.shaping = RewardShaping() if shaping is None else shaping
         self.clip_range = clip_range
         self.value_clip_range = value_clip_range
         self.value_coef = value_coef
@@ -91,12 +116,15 @@ class PPO(AlignmentModule):
         self.gae_lambda = gae_lambda
         self.ppo_epochs = ppo_epochs
         self.num_minibatches = num_minibatches
-        self.missing_end_penalty = missing_end_penalty
+        self.target_kl = target_kl
+        self.critic_warmup = critic_warmup
         self.temperature = temperature
         self.critic_learning_rate = critic_learning_rate
         self.seed = seed
         self.generation = generation
         self.rollout_metrics: dict[str, float] = {}
+        self.step_kl: list[Tensor] = []  # approximate KL of the optimiser step's micro-batches so far
+        self.stopped = False  # by target_kl, for the rest of this iteration
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         """One micro-batch of the current rollout."""
@@ -104,20 +132,53 @@ class PPO(AlignmentModule):
         values = self.critic(batch.packed, batch.packed.predictors)
         policy_losses = ppo_policy_loss(logprobs, batch.old_logprobs, batch.advantages, self.clip_range)
         value_losses = value_loss(values, batch.old_values, batch.returns, self.value_clip_range)
+        approx_kl = k3(batch.old_logprobs, logprobs.detach())
+
         losses = policy_losses + self.value_coef * value_losses
         metrics = {
-            "loss": losses,
             "ppo/policy_loss": policy_losses,
             "ppo/value_loss": value_losses,
-            "ppo/approx_kl": k3(batch.old_logprobs, logprobs),
+            "ppo/approx_kl": approx_kl,
             "ppo/clip_fraction": clip_fraction(logprobs, batch.old_logprobs, self.clip_range),
             "ppo/ratio": (logprobs - batch.old_logprobs).exp(),
         }
+        if self.kl_penalty.place == "loss":
+            metrics["ppo/kl_loss"] = self.kl_penalty.loss(logprobs, batch.old_logprobs, batch.ref_logprobs)
+            losses = losses + self.kl.kl_coef * metrics["ppo/kl_loss"]
         if entropy is not None:
-            losses = losses - self.entropy_coef * entropy
             metrics["ppo/entropy"] = entropy
-        self.log_mean("train", {name: x.detach().mean() for name, x in metrics.items()}, weight=len(losses))
+            losses = losses - self.entropy_coef * entropy
+        self.step_kl.append(approx_kl.sum() / batch.denominator)
+        if not self.stopped:
+            means = {name: x.detach().mean() for name, x in (metrics | {"loss": losses}).items()}
+            self.log_mean("train", means, weight=len(losses))
         return losses.sum() / batch.denominator
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Drop the gradients that this step shall not use: AdamW leaves parameters without one as they are.
+
+        All after a stop by target_kl; the policy's while the critic warms up. The steps themselves are taken as
+        planned, so that schedule, validation, `max_steps` and the ranks' exchange of gradients stay in step.
+        """
+        if self.target_kl is not None:
+            mean_kl = self.trainer.strategy.reduce(torch.stack(self.step_kl).mean(), reduce_op="mean")
+            self.stopped = self.stopped or mean_kl.item() > self.target_kl
+            self.log("ppo/stopped", float(self.stopped))
+        self.step_kl = []
+        if self.stopped:
+            optimizer.zero_grad()
+        elif self.warming_up:
+            self.policy.zero_grad()
+        super().on_before_optimizer_step(optimizer)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the critic learns alone in this iteration."""
+        return self.trainer.current_epoch < self.critic_warmup
+
+    def on_train_epoch_end(self) -> None:
+        """Log the rollout that this iteration learnt from."""
+        self.log_dict(self.rollout_metrics, sync_dist=True)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Play held-out prompts."""
@@ -132,12 +193,8 @@ class PPO(AlignmentModule):
         episodes = self.play_prompts(prompts)
         packed = pack([Example(e.prompt_ids, (e.response_ids,)) for e in episodes])
         old_logprobs, ref_logprobs, _ = self.forward_rollout(packed)
-        metrics = {
-            "score": torch.tensor(np.mean([e.reward for e in episodes])),
-            "kl": packed.sum_by_sequence(k1(old_logprobs, ref_logprobs)).mean(),
-            **episode_means(episodes),
-        }
-        self.log_mean(stage, {name: value.float() for name, value in metrics.items()}, weight=len(episodes))
+        kl = packed.sum_by_sequence(k1(old_logprobs, ref_logprobs)).mean()
+        self.log_mean(stage, {"kl": kl, **episode_means(episodes)}, weight=len(episodes))
 
     def play_prompts(self, prompts: PromptBatch) -> list[Episode]:
         """One scored episode per prompt, within the limits of training."""
@@ -150,13 +207,21 @@ class PPO(AlignmentModule):
         """The policy as it is trained: the whole distribution at this temperature."""
         return GenerationSettings(temperature=self.temperature, seed=self.seed)
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The critic's learning rate is its own."""
+        critic_rate = self.learning_rate if self.critic_learning_rate is None else self.critic_learning_rate
+        return [
+            *self.decay_groups(self.policy.parameters(), self.learning_rate),
+            *self.decay_groups(self.critic.parameters(), critic_rate),
+        ]
+
     def experience(self, played: Play) -> Experience:
         """Score a rollout once: log-probs, KL, token rewards, values, advantages.
 
         The forward passes run on the micro-batches of the first pass, as they will be trained on: the first ratio of
         new to old policy is exactly 1.
         """
-        episodes, ranks = played.episodes, self.trainer.world_size
+        episodes = played.episodes
         prompt_ids, response_ids = [e.prompt_ids for e in episodes], [e.response_ids for e in episodes]
         rng = np.random.default_rng([self.seed, self.trainer.current_epoch, self.global_rank])
         accumulation = self.trainer.accumulate_grad_batches
@@ -169,42 +234,45 @@ class PPO(AlignmentModule):
 
         lengths = torch.tensor([len(response_ids[i]) for i in order])
         row_mask = make_row_mask(torch.arange(len(order)).repeat_interleave(lengths), len(order))
-        kl = pad_rows(k1(old_logprobs, ref_logprobs), row_mask)
-        rewards = token_rewards(self.scores(episodes)[order], kl, self.kl.kl_coef, row_mask)
+        scores = self.scores([episodes[i] for i in order], lengths)
+        kl_coef = self.kl.kl_coef if self.kl_penalty.place == "reward" else 0.0
+        penalty = pad_rows(self.kl_penalty.estimate(old_logprobs, ref_logprobs), row_mask)
+        rewards = token_rewards(scores, penalty, kl_coef, row_mask)
+        if self.shaping.whiten:
+            moments = self.moments_over_ranks(unpad_rows(rewards, row_mask))
+            rewards = whiten(rewards, row_mask, moments, keep_mean=True)
         values = pad_rows(old_values, row_mask)
         advantages, returns = (
             unpad_rows(rows, row_mask) for rows in gae(rewards, values, row_mask, self.gamma, self.gae_lambda)
         )
-        moments = Moments(*self.sum_over_ranks(torch.stack(masked_moments(advantages))))
         columns = {
             "old_logprobs": old_logprobs,
             "ref_logprobs": ref_logprobs,
             "old_values": old_values,
-            "advantages": whiten(advantages, moments=moments),
+            "advantages": whiten(advantages, moments=self.moments_over_ranks(advantages)),
             "returns": returns,
         }
-        sampled = torch.from_numpy(np.concatenate([played.sampled_logprobs[i] for i in order]))
-        self.rollout_metrics = self.mean_over_ranks(
-            {
-                "rollout/score": torch.tensor(np.mean([e.reward for e in episodes])),
-                "rollout/kl": kl.sum(1).mean(),
-                "rollout/sampler_gap": (sampled - old_logprobs).abs().mean(),
-                "ppo/explained_variance": 1 - (returns - old_values).var() / returns.var().clamp(min=1e-8),
-                **{f"rollout/{name}": value for name, value in episode_means(episodes).items()},
-            }
-        ) | {"rollout/kl_coef": self.kl.kl_coef}
-        self.kl.update(self.rollout_metrics["rollout/kl"], num_episodes=len(episodes) * ranks)
 
-        row_of = np.argsort(order)
-        split = {name: column.split(lengths.tolist()) for name, column in columns.items()}
-        tokens = {name: [parts[row] for row in row_of] for name, parts in split.items()}
+        foresight = explained_variance(self.moments_over_ranks(returns - old_values), self.moments_over_ranks(returns))
+        self.rollout_metrics = {
+            **self.mean_over_ranks(rollout_means(played, order, scores, old_logprobs, ref_logprobs)),
+            "rollout/kl_coef": self.kl.kl_coef,
+            "ppo/explained_variance": foresight.item(),
+        }
+        if not self.warming_up:
+            self.kl.update(self.rollout_metrics["rollout/kl"], len(episodes) * self.trainer.world_size)
+        self.stopped, self.step_kl = False, []
+
         counts = torch.tensor([float(sum(len(response_ids[i]) for i in np.concatenate(step))) for step in plan])
+        tokens = split_by_episode(columns, order, response_ids)
         return Experience(prompt_ids, response_ids, tokens, plan, self.sum_over_ranks(counts).tolist())
 
-    def scores(self, episodes: list[Episode]) -> Tensor:
-        """(B,) rewards, less the penalty where the length limit and no stop token ended the response."""
+    def scores(self, episodes: list[Episode], lengths: Tensor) -> Tensor:
+        """(B,) rewards of a rollout, shaped."""
+        rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
         cut = torch.tensor([e.finish_reason is FinishReason.LENGTH for e in episodes])
-        return torch.tensor([e.reward for e in episodes], dtype=torch.float32) - self.missing_end_penalty * cut
+        self.shaping.observe(self.moments_over_ranks(rewards))
+        return self.shaping.scores(rewards, lengths, cut)
 
     @torch.no_grad()
     def forward_rollout(self, packed: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,23 +284,22 @@ class PPO(AlignmentModule):
             values = self.critic(batch, batch.predictors)
         return logprobs.cpu(), ref_logprobs.cpu(), values.cpu()
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over all ranks, back on the CPU."""
-        return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
-
-    def mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Means of scalars over all ranks, each of which plays equally many episodes."""
-        sums = self.sum_over_ranks(torch.stack([value.double() for value in metrics.values()]))
-        return dict(zip(metrics, (sums / self.trainer.world_size).tolist(), strict=True))
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the KL coefficient; the data module keeps prompts and rollout."""
-        checkpoint["kl"] = self.kl.state_dict()
+        """Keep what the iteration has come to; the data module keeps prompts and rollout."""
+        checkpoint["ppo"] = {
+            "kl": self.kl.state_dict(),
+            "shaping": self.shaping.state_dict(),
+            "rollout_metrics": self.rollout_metrics,
+            "stopped": self.stopped,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the KL coefficient of the run that goes on."""
+        """Go on where the checkpoint was taken."""
         super().on_load_checkpoint(checkpoint)
-        self.kl.load_state_dict(checkpoint["kl"])
+        state = checkpoint["ppo"]
+        self.kl.load_state_dict(state["kl"])
+        self.shaping.load_state_dict(state["shaping"])
+        self.rollout_metrics, self.stopped = state["rollout_metrics"], state["stopped"]
 
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -250,13 +317,3 @@ class PPO(AlignmentModule):
     def exportable(self) -> PreTrainedModel:
         """The aligned causal LM."""
         return self.policy.model
-
-
-def episode_means(episodes: list[Episode]) -> dict[str, Tensor]:
-    """What a person asks of episodes besides their score: length, how many ended by themselves, reward components."""
-    means = {
-        "response_length": np.mean([len(e.response_ids) for e in episodes]),
-        "eos_fraction": np.mean([e.finish_reason is FinishReason.STOP for e in episodes]),
-        **{name: np.mean([e.components[name] for e in episodes]) for name in episodes[0].components},
-    }
-    return {name: torch.tensor(float(mean)) for name, mean in means.items()}

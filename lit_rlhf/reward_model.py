@@ -1,18 +1,21 @@
 """Reward model: learn a scalar score from pairwise preferences."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.batches import PreferenceBatch, PromptBatch
+from lit_rlhf.calibration import Calibration, calibration
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import bradley_terry_loss
 from lit_rlhf.module import AlignmentModule, as_text
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import load_scorer, load_tokenizer, pad_token_id_for
+from lit_rlhf.sharding import gathered
 
 
 class RewardModel(AlignmentModule):
@@ -21,22 +24,35 @@ class RewardModel(AlignmentModule):
     Christiano et al. 2017, https://arxiv.org/abs/1706.03741; Ouyang et al. 2022, Eq. 1, https://arxiv.org/abs/2203.02155
 
     The score is read at the last token of prompt and response. Exported and loaded as
-    `AutoModelForSequenceClassification` with one label.
+    `AutoModelForSequenceClassification` with one label. Preferences leave a constant of the score open: the export is
+    shifted so that held-out responses score 0 in the mean. That head has no bias in transformers' models: the shift is
+    `score_bias` in config.json, which our rewards and critics add and others may leave out.
 
     Args:
         policy: folder or hub name of the causal LM to start from, normally the SFT model; or of a reward model.
+        normalize: what the export is shifted and scaled to over the responses of the held-out pairs (of the training
+            pairs, if there are none): "mean" 0, "mean_and_std" 0 and 1, or null = scores as learnt.
         fresh_head: draw the scalar head anew from N(0, 1/√(d+1)); False goes on training a stored reward model.
         trust_remote_code: run model code that comes with the weights.
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
 
     def __init__(
-        self, policy: str = "demo", fresh_head: bool = True, trust_remote_code: bool = False, **kwargs: Any
+        self,
+        policy: str = "demo",
+        normalize: Literal["mean", "mean_and_std"] | None = "mean",
+        fresh_head: bool = True,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if normalize not in (None, "mean", "mean_and_std"):
+            raise UserError(f"normalize ({normalize!r}) must be 'mean', 'mean_and_std' or null")
+        self.normalize = normalize
         self.reward_model = load_scorer(policy, fresh_head=fresh_head, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(policy, self.reward_model.model.config, trust_remote_code)
         self.reward_model.model.config.pad_token_id = pad_token_id_for(self.tokenizer)
+        self.bins: Tensor | None = None  # of the evaluation under way, see `calibration`
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the Bradley-Terry loss of its pairs."""
@@ -46,18 +62,56 @@ class RewardModel(AlignmentModule):
         return losses.sum() / batch.denominator
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Accuracy on held-out pairs."""
+        """Accuracy and calibration on held-out pairs."""
         self.evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how far confidence is from accuracy."""
+        self.report("val")
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """As validation, on the test data."""
         self.evaluate(batch, "test")
 
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self.report("test")
+
     def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
-        """Log loss, accuracy and margin, as means over all pairs."""
+        """Log loss, accuracy, margin and confidence, as means over all pairs."""
         chosen, rejected = self.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
         loss = bradley_terry_loss(chosen, rejected, batch.margin).mean()
-        self.log_mean(stage, {"loss": loss, **agreement(chosen, rejected)}, weight=len(chosen))
+        confidence = (chosen - rejected).abs().sigmoid().mean()
+        metrics = {"loss": loss, "confidence": confidence, **agreement(chosen, rejected)}
+        self.log_mean(stage, metrics, weight=len(chosen))
+        bins = torch.stack(calibration(chosen - rejected))
+        self.bins = bins if self.bins is None else self.bins + bins
+
+    def report(self, stage: str) -> None:
+        """Log the expected calibration error over the pairs of all ranks."""
+        if self.bins is not None:
+            error = Calibration(*self.sum_over_ranks(self.bins)).error
+            self.log(f"{stage}/calibration_error", error, sync_dist=True)  # the same on all ranks
+        self.bins = None
+
+    @torch.no_grad()
+    def before_export(self) -> None:
+        """Normalise the scores over reference responses: the gain into the head, the shift into the config."""
+        if self.normalize is None:
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise UserError(f"normalize: {self.normalize} reads held-out pairs of a data module; set normalize: null")
+        scores = []
+        with gathered(self.reward_model), self.trainer.precision_plugin.forward_context():
+            for batch in data.rows_dataloader("val") or data.rows_dataloader("train"):
+                packed = move_data_to_device(batch, self.device).packed
+                scores.append(self.reward_model(packed, packed.last_nodes))
+        moments = self.moments_over_ranks(torch.cat(scores))
+        std = moments.variance.sqrt().item() if self.normalize == "mean_and_std" else 1.0
+        if not std > 0:
+            raise UserError("normalize: mean_and_std cannot scale scores that are all equal; has the model learnt?")
+        self.reward_model.rescale(1 / std, -moments.mean.item() / std)
 
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -6,22 +6,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+import torch.distributed as dist
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from lit_rlhf import KLPenalty, RewardShaping
 from lit_rlhf.callbacks import HuggingFaceExport
 from lit_rlhf.sharding import full_state_dict
 from tests.stages import STAGES, make_stage
+
+STOPPED_PPO = {  # in its second iteration, after the critic has warmed up, at the second step
+    "target_kl": 1e-6,
+    "critic_warmup": 1,
+    "kl_penalty": KLPenalty("loss", "k3"),
+    "shaping": RewardShaping(normalize="standardize", whiten=True),
+}
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{stage: (stage, {}) for stage in STAGES},
+    "reward_model": ("reward_model", {"normalize": "mean_and_std"}),
+    "stopped_ppo": ("ppo", STOPPED_PPO),
+}
+
+
+def gather(mine: Any) -> list[Any]:
+    """What each rank has."""
+    ranks: list[Any] = [None, None]
+    dist.all_gather_object(ranks, mine)
+    return ranks
 
 
 def main(folder: Path, name: str) -> None:
     """Fit each stage; rank 0 prints what came out."""
     results: dict[str, Any] = {}
-    for stage in STAGES:
-        strategy: Any = "ddp" if name == "ddp" else ModelParallelStrategy(process_group_backend="gloo")
-        module, data = make_stage(stage, folder)
+    for run, (stage, options) in RUNS.items():
+        seed_everything(0, verbose=False)  # FSDP2 shards what each rank has drawn, as the CLI's runs do
+        # Left to itself, this strategy takes both processes for one tensor-parallel group and shards nothing.
+        sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        strategy: Any = "ddp" if name == "ddp" else sharded
+        module, data = make_stage(stage, folder, **options)
         trainer = Trainer(
-            default_root_dir=folder / name / stage,
+            default_root_dir=folder / name / run,
             accelerator="cpu",
             devices=2,
             strategy=strategy,
@@ -37,7 +61,12 @@ def main(folder: Path, name: str) -> None:
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         weights = full_state_dict(module.exportable())
         checksum = torch.tensor(sum(float(w.double().abs().sum()) for w in weights.values()))
-        results[stage] = {"metrics": metrics, "steps": trainer.global_step, "checksum": float(checksum)}
+        results[run] = {"metrics": metrics, "steps": trainer.global_step, "checksum": float(checksum)}
+        if stage == "ppo":
+            loader: Any = trainer.train_dataloader
+            results[run]["advantages"] = gather(torch.cat(loader.experience.tokens["advantages"]).tolist())
+            own_weights = sum(float(w.double().sum()) for w in module.state_dict().values())
+            results[run]["own_weights"] = gather(own_weights) if name == "ddp" else None
     if trainer.is_global_zero:
         (folder / f"{name}.json").write_text(json.dumps(results))
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from lit_rlhf.advantages import (
     Moments,
+    explained_variance,
     gae,
     make_row_mask,
     masked_moments,
@@ -214,6 +215,36 @@ class TestWhiten:
 
     def test_the_dtype_stays(self):
         assert whiten(torch.ones(3)).dtype == torch.float32
+
+
+class TestExplainedVariance:
+    RETURNS = randoms(50)
+
+    def of(self, values, parts=1):
+        """Over ranks that hold so many tokens each."""
+        moments = [
+            Moments(*torch.stack([torch.stack(masked_moments(part)) for part in x.chunk(parts)]).sum(dim=0))
+            for x in (self.RETURNS - values, self.RETURNS)
+        ]
+        return explained_variance(*moments).item()
+
+    def test_it_is_1_for_a_perfect_critic_and_0_for_a_constant(self):
+        assert self.of(self.RETURNS) == pytest.approx(1)
+        assert self.of(torch.full_like(self.RETURNS, 7.0)) == pytest.approx(0)
+
+    def test_a_critic_that_misleads_is_below_0(self):
+        assert self.of(-self.RETURNS) == pytest.approx(-3)  # Var(2 R) / Var(R) = 4
+
+    def test_half_the_spread_foreseen_is_three_quarters_of_the_variance(self):
+        assert self.of(0.5 * self.RETURNS) == pytest.approx(0.75)
+
+    def test_it_does_not_depend_on_the_split_over_ranks(self):
+        values = randoms(50, seed=1)
+        assert self.of(values, parts=4) == pytest.approx(self.of(values))
+
+    def test_equal_returns_do_not_divide_by_zero(self):
+        zero = masked_moments(torch.zeros(3))
+        assert explained_variance(zero, zero).item() == 1
 
 
 BROADCASTING = {

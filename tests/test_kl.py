@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from lit_rlhf.kl import AdaptiveKL, FixedKL, clamped_logratio, k1, k2, k3, with_k2_gradient
+from lit_rlhf.errors import UserError
+from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, clamped_logratio, k1, k2, k3, with_k2_gradient
 
 # A categorical policy and reference over 8 tokens; expectations below are sums over all tokens, no sampling.
 GENERATOR = torch.Generator().manual_seed(0)
@@ -125,6 +126,46 @@ class TestGradients:
         # The score-function estimator: E_π[k1 ∇log π], k1 as a reward without gradient.
         gradient = mean_gradient(lambda logprobs, ref: k1(logprobs, ref).detach() * logprobs)
         assert torch.allclose(gradient, exact_gradient(lambda logprobs: exact_kl(logprobs, REF_LOGPROBS)))
+
+
+class TestPenalty:
+    """In the loss, also from tokens of an older policy: expectations are over π_old, here another categorical."""
+
+    OLD_LOGPROBS = torch.log_softmax(LOGITS + randn_like_logits(), dim=0)
+
+    @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+    def test_in_the_loss_every_estimator_has_the_gradient_of_the_kl(self, estimator):
+        logits = LOGITS.clone().requires_grad_()
+        losses = KLPenalty("loss", estimator).loss(torch.log_softmax(logits, dim=0), self.OLD_LOGPROBS, REF_LOGPROBS)
+        (gradient,) = torch.autograd.grad((self.OLD_LOGPROBS.exp() * losses).sum(), logits)
+        assert torch.allclose(gradient, exact_gradient(lambda logprobs: exact_kl(logprobs, REF_LOGPROBS)))
+
+    @pytest.mark.parametrize("estimator", ["k1", "k3"])
+    def test_in_the_loss_the_value_is_the_exact_kl(self, estimator):
+        losses = KLPenalty("loss", estimator).loss(LOGPROBS, self.OLD_LOGPROBS, REF_LOGPROBS)
+        kl = (self.OLD_LOGPROBS.exp() * losses).sum().item()
+        assert kl == pytest.approx(exact_kl(LOGPROBS, REF_LOGPROBS).item())
+
+    @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+    def test_in_the_reward_k1_alone_has_the_gradient_of_the_kl(self, estimator):
+        estimate = KLPenalty("reward", estimator).estimate
+        gradient = mean_gradient(lambda logprobs, ref: estimate(logprobs, ref).detach() * logprobs)
+        exact = exact_gradient(lambda logprobs: exact_kl(logprobs, REF_LOGPROBS))
+        assert torch.allclose(gradient, exact) == (estimator == "k1")
+
+    @pytest.mark.parametrize("logratio", [-100.0, 100.0])
+    @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+    def test_value_and_gradient_are_finite_at_log_ratios_of_100(self, estimator, logratio):
+        logprobs = torch.tensor([logratio], requires_grad=True)
+        for other in (torch.zeros(1), torch.tensor([logratio])):
+            loss = KLPenalty("loss", estimator).loss(logprobs, other, torch.zeros(1))
+            loss.sum().backward()
+            assert loss.isfinite().all() and logprobs.grad.isfinite().all()
+
+    @pytest.mark.parametrize("wrong", [{"place": "advantage"}, {"estimator": "k4"}])
+    def test_other_words_are_refused_by_name(self, wrong):
+        with pytest.raises(UserError, match=next(iter(wrong.values()))):
+            KLPenalty(**wrong)
 
 
 class TestControllers:

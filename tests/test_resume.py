@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_rlhf import KLPenalty, RewardShaping
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
 
 
@@ -14,7 +17,7 @@ def inputs(tmp_path_factory):
 
 def fit(stage, inputs, folder, ckpt_path=None, **options):
     """Three epochs, with a checkpoint after each step."""
-    module, data = make_stage(stage, inputs, **options)
+    module, data = make_stage(stage, inputs, **copy.deepcopy(options))  # some have a state
     saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = make_trainer(folder, max_epochs=3, callbacks=[saver], enable_checkpointing=True)
     trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -30,6 +33,9 @@ def fit(stage, inputs, folder, ckpt_path=None, **options):
         *((stage, 2, {}) for stage in STAGES),
         ("ppo", 4, {}),
         ("ppo", 6, {}),
+        ("ppo", 3, {"target_kl": 1e-6, "shaping": RewardShaping(normalize="standardize", clip=2.0)}),
+        ("ppo", 7, {"target_kl": 1e-6, "shaping": RewardShaping(normalize="scale", whiten=True)}),
+        ("ppo", 2, {"critic_warmup": 2, "critic_learning_rate": 1e-3, "kl_penalty": KLPenalty("loss", "k3")}),
         ("dpo", 2, {"cache_reference": True}),
     ],
 )
@@ -43,6 +49,9 @@ def test_a_resumed_run_has_the_bits_of_a_run_never_stopped(inputs, tmp_path, sta
         assert torch.equal(ours, theirs), name
     if stage == "ppo":
         assert resumed.kl.kl_coef == whole.kl.kl_coef != 0.1
+        assert resumed.rollout_metrics == whole.rollout_metrics
+        assert resumed.shaping.state_dict() == whole.shaping.state_dict()
+        assert torch.load(checkpoint, weights_only=False)["ppo"]["stopped"] == ("target_kl" in options)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.stages import STAGES, write_inputs
+from lit_rlhf import RewardModel
+from tests.stages import STAGES, make_stage, make_trainer, write_inputs
 
 
 def free_port():
@@ -31,7 +33,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
 
     results = json.loads((tmp_path / f"{strategy}.json").read_text())
-    assert set(results) == set(STAGES)
+    assert set(results) == {*STAGES, "stopped_ppo"}
     for stage, result in results.items():
         assert result["steps"] > 0
         assert all(math.isfinite(value) for value in result["metrics"].values()), (stage, result)
@@ -40,3 +42,26 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert "val/score" in results["ppo"]["metrics"]
     assert "val/loss" in results["sft"]["metrics"]
+
+    # Advantages are whitened over all ranks, not on each.
+    ranks = [torch.tensor(rank) for rank in results["ppo"]["advantages"]]
+    assert torch.cat(ranks).mean().item() == pytest.approx(0, abs=1e-5)
+    assert torch.cat(ranks).var(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert abs(ranks[0].mean().item()) > 0.01
+
+    # All ranks stopped together, and went on together.
+    stopped = results["stopped_ppo"]
+    assert stopped["metrics"]["ppo/stopped"] == 1
+    assert stopped["steps"] == results["ppo"]["steps"] == 2 * 2 * 2
+    if strategy == "ddp":
+        assert stopped["own_weights"][0] == stopped["own_weights"][1]
+
+    # The export of the reward model is normalised over the held-out responses of all ranks.
+    module = RewardModel(str(tmp_path / strategy / "reward_model" / "model"), fresh_head=False)
+    _, data = make_stage("reward_model", tmp_path)
+    make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
+    with torch.no_grad():
+        packed = [batch.packed for batch in data.rows_dataloader("val")]
+        scores = torch.cat([module.reward_model(batch, batch.last_nodes) for batch in packed])
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)

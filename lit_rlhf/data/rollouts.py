@@ -215,9 +215,10 @@ class RolloutLoader:
                 )
             self.env_seed = None
             self.experience, self.done = self.agent.experience(played), 0
-        for batch in self.experience.minibatches(self.trainer.world_size, start=self.done):
+        for number in range(self.done, len(self)):
             self.done += 1
-            yield batch
+            # After a stop, steps are taken for form's sake alone (see `PPO.on_before_optimizer_step`): one episode.
+            yield self.experience.micro_batch(number, self.trainer.world_size, limit=1 if self.agent.stopped else None)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks."""

@@ -1,0 +1,38 @@
+"""Whether a reward model earns its confidence: P(chosen beats rejected) = σ(margin), against how often that is so."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NUM_BINS = 10
+
+
+class Calibration(NamedTuple):
+    """Pairs in bins of confidence max(p, 1 - p), from 0.5 to 1; sums of micro-batches and ranks add up."""
+
+    size: Tensor  # (NUM_BINS,) pairs
+    confidence: Tensor  # (NUM_BINS,) sum of their confidences
+    correct: Tensor  # (NUM_BINS,) how many the preferred response won; a tie is half
+
+    @property
+    def error(self) -> Tensor:
+        """() expected calibration error: mean over pairs of the |accuracy - confidence| of their bin.
+
+        Naeini et al. 2015; Guo et al. 2017, Eq. 3, https://arxiv.org/abs/1706.04599
+        """
+        return (self.correct - self.confidence).abs().sum() / self.size.sum()
+
+
+def calibration(margins: Tensor) -> Calibration:
+    """Bins of pairs.
+
+    Args:
+        margins: (B,) r(x, y_w) - r(x, y_l).
+    """
+    confidence = margins.abs().sigmoid()
+    correct = (margins > 0).float() + 0.5 * (margins == 0).float()
+    bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    empty = torch.zeros(NUM_BINS, device=margins.device)
+    columns = (torch.ones_like(confidence), confidence, correct)
+    return Calibration(*(empty.index_add(0, bins, column.float()) for column in columns))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lit_rlhf.batches import PromptBatch
@@ -149,7 +150,9 @@ def print_table(results: dict[str, dict[str, Any]], baseline: str) -> None:
         table.add_column(name, justify="right")
     for key, (heading, form) in FIGURES.items():
         if key in results[baseline]:
-            table.add_row(heading.format(baseline=baseline), *(format(row[key], form) for row in results.values()))
+            table.add_row(
+                escape(heading.format(baseline=baseline)), *(format(row[key], form) for row in results.values())
+            )
     Console().print(table)
 
 

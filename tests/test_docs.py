@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lit_rlhf.cli import main
+from tests.test_configs import QUICK
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -34,6 +37,28 @@ def test_commands_name_targets_and_configs_that_exist(text):
             assert all((ROOT / word).exists() for word in words if word.endswith(".yaml")), line
         else:
             assert program in ("tensorboard", "pip"), line
+
+
+SMALL = {  # appended to the commands of the README, so that they take seconds
+    "fit": [*QUICK, "--trainer.max_steps=2", "--trainer.limit_val_batches=1"],
+    "predict": QUICK,
+    "compare": ["--max_prompts=4", "--generation.max_new_tokens=4"],
+}
+SMALL_PPO = ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_lines_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    commands = [line.split() for block in blocks for line in block.splitlines() if line.startswith("lit-rlhf")]
+    assert commands
+    for _, subcommand, *options in commands:
+        small = SMALL_PPO if "configs/ppo.yaml" in options and subcommand == "fit" else []
+        main([subcommand, *options, *SMALL[subcommand], *small])
+    assert (tmp_path / "runs" / "results.json").exists()
 
 
 def test_the_readme_tree_names_every_file_of_the_package():

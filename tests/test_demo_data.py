@@ -45,7 +45,7 @@ def demonstrations() -> list[dict]:
 
 def test_rows_are_the_same_on_every_machine():
     everything = json.dumps([rows(kind, split) for kind, split in SIZES], sort_keys=True)
-    assert hashlib.sha256(everything.encode()).hexdigest()[:16] == "584c71837cb24758"
+    assert hashlib.sha256(everything.encode()).hexdigest()[:16] == "fbb8ad79c73f616d"
 
 
 @pytest.mark.parametrize(("kind", "split"), SIZES)
@@ -131,7 +131,7 @@ def test_the_best_reply_has_nothing_to_improve():
         BEST.replace("I am sorry that the kettle is late. ", ""),  # no apology to a complaint
         BEST.replace(" Let me know if you have any questions.", ""),  # no offer
         BEST.replace(" The kettle will arrive on Friday.", ""),  # one step instead of two
-        BEST.replace("403", "426"),  # someone else's order
+        BEST.replace("403", "449"),  # someone else's order
         BEST.replace("The kettle will", "The lamp will"),  # another product
         BEST.replace("The kettle will", "The kettle"),  # no verb
         BEST.replace("I have asked", "I have have asked"),  # doubled word

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 VALUES: dict[str, tuple[str, ...]] = {
     "product": ("kettle", "lamp", "toaster", "camera", "printer", "phone", "jacket", "tent", "bicycle", "guitar"),
-    "order": tuple(str(number) for number in range(104, 1000, 23)),
+    "order": tuple(str(number) for number in range(127, 1000, 46)),
     "plan": ("music", "film", "news", "fitness", "language", "cooking"),
     "city": ("Leeds", "York", "Oslo", "Paris", "Berlin", "Madrid", "Dublin", "Vienna"),
     "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),

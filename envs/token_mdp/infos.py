@@ -20,7 +20,7 @@ def put(infos: dict[str, Any], num_slots: int, slots: IntArray, values: Mapping[
         return
     if len(slots) == num_slots:
         for key, rows in values.items():
-            infos[key], infos[f"_{key}"] = rows, np.ones(num_slots, dtype=np.bool_)
+            infos[key], infos[f"_{key}"] = rows, ~np.zeros(num_slots, dtype=np.bool_)  # np.ones takes 1 µs more
         return
     for key, rows in values.items():
         array = np.zeros((num_slots, *rows.shape[1:]), dtype=rows.dtype)

@@ -127,8 +127,8 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self.reward_mode = reward_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
-        self._copy = copy
-        self._max_episodes = _checked_max_episodes(max_episodes)
+        self.copy = copy
+        self.max_episodes = _checked_max_episodes(max_episodes)
         self._every_slot = np.arange(num_envs)
         self._slots = Slots(num_envs, self.task.prompts.max_length, self.task.max_new_tokens, self.task.flat)
         self._stream = Stream(self.task.prompts, PromptQueue(len(self.task.prompts), shuffle), self._slots)
@@ -168,7 +168,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         prompt_indices = self._checked_prompt_indices(options.get("prompt_index"), slots)
         if mask is not None and "max_episodes" in options:
             raise ValueError("max_episodes starts a new stream and reset_mask continues one; pass one of them")
-        max_episodes = _checked_max_episodes(options.get("max_episodes", self._max_episodes))
+        max_episodes = _checked_max_episodes(options.get("max_episodes", self.max_episodes))
 
         super().reset(seed=seed)
         if seed is not None or not self._stream.queue.started:
@@ -183,7 +183,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         infos: dict[str, Any] = {}
         self._put_state(infos, slots)
         self._ready = True
-        return self._slots.observation(self._copy), infos
+        return self._slots.observation(self.copy), infos
 
     def step(self, actions: IntArray) -> tuple[VectorObservation, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
         """Append one token to each running slot.
@@ -207,8 +207,9 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
 
         terminated = np.zeros(self.num_envs, dtype=np.bool_)
         truncated = np.zeros(self.num_envs, dtype=np.bool_)
-        terminated[done] = self.task.is_terminal(reasons[ended])
-        truncated[done] = ~terminated[done]
+        if len(done):
+            terminated[done] = self.task.is_terminal(reasons[ended])
+            truncated[done] = ~terminated[done]
         self._ready = False  # until all rewards are paid
         rewards, step_infos, end_infos = self._rewards.pay(running, lengths, reasons)
         self._show(done)
@@ -225,7 +226,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             self._stream.wait(done)
         self._put_state(infos, self._every_slot)
         self._ready = True
-        return self._slots.observation(self._copy), rewards, terminated, truncated, infos
+        return self._slots.observation(self.copy), rewards, terminated, truncated, infos
 
     def flush_rewards(self) -> tuple[IntArray, FloatArray]:
         """Score the finished episodes in one call: (episode_ids, rewards), (n,) each, ascending in episode id.
@@ -274,7 +275,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             raise ResetNeeded("observe() before reset(): there are no episodes yet")
         infos: dict[str, Any] = {}
         self._put_state(infos, self._every_slot)
-        return self._slots.observation(self._copy), infos
+        return self._slots.observation(self.copy), infos
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides how the env goes on, running and unflushed episodes included, as plain Python values."""

@@ -24,7 +24,7 @@ def test_importing_the_package_loads_neither_torch_nor_lit_rlhf():
     )
     loaded = set(json.loads(done.stdout))
     assert {"token_mdp", "gymnasium", "numpy"} <= loaded
-    assert not {"torch", "lit_rlhf", "transformers", "lightning"} & loaded
+    assert not {"torch", "lit_rlhf", "transformers", "lightning", "stable_baselines3"} & loaded
 
 
 @pytest.mark.parametrize("env_id", IDS)

@@ -1,8 +1,12 @@
 """Small tasks and comparisons that the tests of the token environment share."""
 
+from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import numpy as np
+
+import token_mdp  # noqa: F401 (registers the ids)
 
 VOCAB = 8
 END = 7
@@ -46,3 +50,14 @@ def assert_same(left: Any, right: Any, where: str = "") -> None:
             np.testing.assert_array_equal(left, right, err_msg=where)
     else:
         assert left == right or (left != left and right != right), f"{where}: {left} against {right}"
+
+
+def toy_score(act: Callable[[Any], Any], env_id: str = "LitRLHF/Token-v0") -> float:
+    """Mean reward of a policy (observations -> (B,) tokens) over the toy task's 20 prompts, each exactly once."""
+    env = gymnasium.make_vec(env_id, num_envs=20, max_episodes=20, shuffle=False)
+    observations, infos = env.reset()
+    total = 0.0
+    while infos["active"].any():
+        observations, rewards, _, _, infos = env.step(np.asarray(act(observations)))
+        total += rewards.sum()
+    return total / 20

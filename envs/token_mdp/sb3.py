@@ -1,0 +1,122 @@
+"""A Gymnasium vector env as Stable-Baselines3 wants it; the one file here that needs `stable_baselines3`.
+
+    from token_mdp.sb3 import SB3VecEnv
+    model = PPO("MultiInputPolicy", SB3VecEnv(gymnasium.make_vec("LitRLHF/Token-v0", num_envs=64)))
+
+Also for sb3-contrib: MaskablePPO finds `action_masks`, RecurrentPPO needs nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+NO_PARKING = "must be None: Stable-Baselines3 would train on slots that are parked"
+
+
+class SB3VecEnv(VecEnv):
+    """`env` with the interface of Stable-Baselines3: what a `DummyVecEnv` of single envs returns, at native speed.
+
+    Args:
+        env: a vector env in the autoreset mode "SameStep", such as `TokenVectorEnv`, perhaps in wrappers.
+
+    Raises:
+        ValueError: `env` is set up in a way that would hand wrong transitions to the agent, silently.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        _check_setup(env)
+        self.env = env
+        self._actions = np.empty(0, dtype=np.int64)
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+
+    def reset(self) -> VecEnvObs:
+        """First observations; the seed and the options set before are those of the whole vector env, and used once."""
+        observations, infos = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
+        self.reset_infos = _rows(infos, self.num_envs)
+        self._reset_seeds()
+        self._reset_options()
+        return observations
+
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """Options of the next reset, in the form that the vector env takes."""
+        if isinstance(options, list):
+            raise ValueError("options must be one dict for all slots, as {'prompt_index': (B,) indices}; got a list")
+        if "max_episodes" in (options or {}):
+            raise ValueError(f"max_episodes ({options}) {NO_PARKING}")
+        super().set_options(options)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Keep the actions for `step_wait`."""
+        self._actions = actions
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Observations, float32 rewards, dones and one info per slot, with `terminal_observation` where it ended."""
+        observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
+        rows = _rows(infos, self.num_envs)
+        dones = terminated | truncated
+        if dones.any():
+            ends = _rows(infos["final_info"], self.num_envs)
+            for slot in np.flatnonzero(dones).tolist():
+                self.reset_infos[slot] = rows[slot]
+                rows[slot] = ends[slot] | {"terminal_observation": infos["final_obs"][slot]}
+        for row, cut in zip(rows, (truncated & ~terminated).tolist(), strict=True):
+            row["TimeLimit.truncated"] = cut
+        return observations, rewards.astype(np.float32), dones, rows
+
+    def close(self) -> None:
+        """Close the vector env."""
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """The vector env's attribute, once per slot."""
+        value = getattr(self.env.unwrapped, attr_name)
+        return [value for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute of the vector env, which all slots share."""
+        if indices is not None:
+            raise ValueError(f"the slots share {attr_name!r}; it cannot be set for slots {indices} only")
+        setattr(self.env.unwrapped, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Call a method of the vector env that answers for each slot, as `action_masks`; the answers of `indices`."""
+        answers: Sequence[Any] | None = getattr(self.env.unwrapped, method_name)(*method_args, **method_kwargs)
+        return [None if answers is None else answers[index] for index in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: VecEnvIndices = None) -> list[bool]:
+        """False: wrappers of single envs, which this asks for, are never around a slot."""
+        return [False for _ in self._get_indices(indices)]
+
+
+def _rows(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
+    """Infos of a vector env, key by key, as one dict per slot."""
+    rows: list[dict[str, Any]] = [{} for _ in range(num_envs)]
+    for key, values in infos.items():
+        if key.startswith("_") or key in ("final_obs", "final_info"):
+            continue
+        for row, value, there in zip(rows, values, infos[f"_{key}"].tolist(), strict=True):
+            if there:
+                row[key] = value
+    return rows
+
+
+def _check_setup(env: VectorEnv[Any, Any, Any]) -> None:
+    """Refuse what Stable-Baselines3 would take without a word and learn nonsense from."""
+    mode = env.metadata.get("autoreset_mode")
+    if mode != AutoresetMode.SAME_STEP:
+        raise ValueError(f"autoreset_mode ({mode}) must be 'SameStep': Stable-Baselines3 expects the reset in the step")
+    base: Any = env.unwrapped
+    if not getattr(base, "copy", True):
+        raise ValueError("copy (False) must be True: Stable-Baselines3 keeps observations past the next step")
+    if getattr(base, "reward_mode", "immediate") != "immediate":
+        raise ValueError(f"reward_mode ({base.reward_mode!r}) must be 'immediate': rewards must come with the step")
+    if getattr(base, "max_episodes", None) is not None:
+        raise ValueError(f"max_episodes ({base.max_episodes}) {NO_PARKING}")

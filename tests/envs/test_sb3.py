@@ -1,0 +1,263 @@
+"""Stable-Baselines3 and sb3-contrib play the env: single ones, and the native vector env through the adapter."""
+
+import gymnasium
+import numpy as np
+import pytest
+from token_tasks import VOCAB, assert_same, task, toy_score
+
+from token_mdp import PromptQueue, TokenEnv, TokenVectorEnv
+
+pytest.importorskip("stable_baselines3", reason="needs the extra `agents`")
+pytest.importorskip("sb3_contrib", reason="needs the extra `agents`")
+
+import torch
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+
+from token_mdp.sb3 import SB3VecEnv
+
+IDS = ["LitRLHF/Token-v0", "LitRLHF/TokenFlat-v0"]
+BOTH = "single, native through `SB3VecEnv`"
+
+
+def native(num_envs=4, **arguments):
+    return SB3VecEnv(gymnasium.make_vec("LitRLHF/Token-v0", num_envs=num_envs, **arguments))
+
+
+def single():
+    return gymnasium.make("LitRLHF/Token-v0")
+
+
+@pytest.mark.plays("stable_baselines3", "`check_env`", "single, Dict and flat")
+@pytest.mark.parametrize("env_id", IDS)
+def test_the_checker_of_stable_baselines3_accepts_every_registered_id(env_id):
+    check_env(gymnasium.make(env_id), warn=True)  # its warnings are errors here
+
+
+@pytest.mark.parametrize("limit", ["terminate", "truncate"])
+@pytest.mark.parametrize("observation", ["dict", "flat"])
+def test_the_adapter_returns_what_a_dummy_vec_env_of_single_envs_returns(observation, limit):
+    arguments = task(
+        observation=observation,
+        limit=limit,
+        action_mask=True,
+        process_reward_fn=lambda prompts, responses: [0.5] * len(responses),
+    )
+    adapter = SB3VecEnv(TokenVectorEnv(num_envs=3, shuffle=False, **arguments))
+    queue = PromptQueue(3, shuffle=False)
+    dummy = DummyVecEnv([lambda: TokenEnv(prompt_queue=queue, **arguments)] * 3)
+    native_only = {"episode_id", "active", "input_ids", "attention_mask", "length"}
+
+    def shared(infos):
+        return [{key: value for key, value in info.items() if key not in native_only} for info in infos]
+
+    def plain(observations):
+        return {**observations} if observation == "dict" else observations
+
+    assert adapter.observation_space == dummy.observation_space and adapter.action_space == dummy.action_space
+    assert_same(plain(adapter.reset()), plain(dummy.reset()))
+    assert_same(shared(adapter.reset_infos), dummy.reset_infos)
+    rng = np.random.default_rng(0)
+    ends = 0
+    for _ in range(40):
+        actions = rng.integers(VOCAB, size=3)
+        observations, rewards, dones, infos = adapter.step(actions)
+        expected_observations, *expected, expected_infos = dummy.step(actions)
+        assert_same(plain(observations), plain(expected_observations))
+        assert_same([rewards, dones], expected)
+        assert_same(shared(infos), expected_infos)
+        assert_same(shared(adapter.reset_infos), dummy.reset_infos)
+        ends += dones.sum()
+    assert ends > 10
+
+
+def test_the_adapter_seeds_and_places_prompts():
+    env = native(num_envs=3, shuffle=True)
+    rollouts = []
+    for _ in range(2):
+        env.seed(5)
+        rollouts.append([env.reset(), *(env.step(np.array([1, 0, 2])) for _ in range(5))])
+    assert_same(*rollouts)
+    env.set_options({"prompt_index": np.array([3, 1, 2])})
+    env.reset()
+    assert [info["prompt_index"] for info in env.reset_infos] == [3, 1, 2]
+    env.reset()  # options are used once
+    with pytest.raises(ValueError, match="one dict for all slots"):
+        env.set_options([{"prompt_index": 1}] * 3)
+    with pytest.raises(ValueError, match="max_episodes"):
+        env.set_options({"max_episodes": 1})
+
+
+def test_the_adapter_reaches_attributes_and_methods_of_the_slots():
+    env = native(num_envs=3, render_mode="ansi")
+    env.reset()
+    assert env.get_attr("reward_mode") == ["immediate"] * 3 and env.get_attr("num_envs", indices=1) == [3]
+    assert not env.has_attr("no_such_thing")
+    assert [mask.shape for mask in env.env_method("action_masks", indices=[0, 2])] == [(6,), (6,)]
+    assert [text.split("\n")[0] for text in env.env_method("render")] == ["slot 0", "slot 1", "slot 2"]
+    assert env.env_is_wrapped(gymnasium.Wrapper) == [False] * 3
+    env.set_attr("comment", "hello")
+    assert env.env.unwrapped.comment == "hello"
+    with pytest.raises(ValueError, match="slots share 'comment'"):
+        env.set_attr("comment", "hello", indices=[0])
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"autoreset_mode": "NextStep"}, r"autoreset_mode \(AutoresetMode.NEXT_STEP\) must be 'SameStep'"),
+        ({"autoreset_mode": "Disabled"}, r"autoreset_mode \(AutoresetMode.DISABLED\)"),
+        ({"copy": False}, r"copy \(False\) must be True"),
+        ({"reward_mode": "deferred"}, r"reward_mode \('deferred'\) must be 'immediate'"),
+        ({"max_episodes": 5}, r"max_episodes \(5\) must be None"),
+    ],
+)
+def test_the_adapter_refuses_what_would_teach_nonsense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        native(**arguments)
+
+
+def learns_something(model, steps):
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.learn(steps)
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.policy.parameters(), strict=True))
+    assert all(torch.isfinite(parameter).all() for parameter in model.policy.parameters())
+
+
+@pytest.mark.parametrize("make", [single, native])
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "arguments"),
+    [
+        pytest.param(
+            PPO,
+            "MultiInputPolicy",
+            {"n_steps": 16, "batch_size": 16},
+            marks=pytest.mark.plays("stable_baselines3", "PPO, `MultiInputPolicy`", BOTH),
+        ),
+        pytest.param(
+            A2C, "MultiInputPolicy", {}, marks=pytest.mark.plays("stable_baselines3", "A2C, `MultiInputPolicy`", BOTH)
+        ),
+        pytest.param(
+            DQN,
+            "MultiInputPolicy",
+            {"buffer_size": 200, "learning_starts": 20},
+            marks=pytest.mark.plays("stable_baselines3", "DQN, `MultiInputPolicy`", BOTH),
+        ),
+        pytest.param(
+            MaskablePPO,
+            "MultiInputPolicy",
+            {"n_steps": 16, "batch_size": 16},
+            marks=pytest.mark.plays("sb3_contrib", "MaskablePPO, `MultiInputPolicy`", BOTH),
+        ),
+        pytest.param(
+            RecurrentPPO,
+            "MultiInputLstmPolicy",
+            {"n_steps": 16, "batch_size": 16},
+            marks=pytest.mark.plays("sb3_contrib", "RecurrentPPO, `MultiInputLstmPolicy`", BOTH),
+        ),
+    ],
+)
+def test_an_algorithm_trains_on_a_single_env_and_on_the_adapter(algorithm, policy, arguments, make):
+    learns_something(algorithm(policy, make(), device="cpu", seed=0, **arguments), steps=128)
+
+
+def one_letter_less(prompts, responses):
+    """The token that a response ended in may not come again, so that the mask changes at every step."""
+    allowed = np.ones((len(responses), 6), dtype=bool)
+    for row, response in enumerate(responses):
+        allowed[row, response[-1:]] = False
+    return allowed
+
+
+@pytest.mark.plays("sb3_contrib", "MaskablePPO with a mask per state", BOTH)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gymnasium.make("LitRLHF/Token-v0", action_mask=one_letter_less),
+        lambda: native(action_mask=one_letter_less),
+    ],
+    ids=["single", "native"],
+)
+def test_maskable_ppo_never_takes_a_token_that_action_masks_forbids(make):
+    # The env raises InvalidAction for such a token, as it does for an agent that knows no masks:
+    learns_something(MaskablePPO("MultiInputPolicy", make(), n_steps=64, batch_size=64, device="cpu", seed=0), 256)
+    with pytest.raises(gymnasium.error.InvalidAction, match="not allowed"):
+        PPO("MultiInputPolicy", make(), n_steps=64, batch_size=64, device="cpu", seed=0).learn(256)
+
+
+@pytest.mark.plays("stable_baselines3", "PPO solves the toy task", "native through `SB3VecEnv`")
+def test_ppo_of_stable_baselines3_solves_the_toy_task():
+    env = VecMonitor(native(num_envs=64))
+    model = PPO(
+        "MultiInputPolicy",
+        env,
+        n_steps=16,
+        batch_size=256,
+        n_epochs=4,
+        learning_rate=3e-3,
+        gamma=1.0,
+        ent_coef=0.01,
+        seed=0,
+        device="cpu",
+    )
+
+    def greedy(observations):
+        return model.predict(observations, deterministic=True)[0]
+
+    assert toy_score(greedy) < 0.5
+    model.learn(40_000)
+    assert toy_score(greedy) >= 0.9  # the best is 1
+    assert np.mean([episode["r"] for episode in model.ep_info_buffer]) >= 0.9
+    assert evaluate_policy(model, env, n_eval_episodes=64)[0] >= 0.9
+
+
+class LargestReward(BaseCallback):
+    """The largest reward that PPO was trained on."""
+
+    largest = -np.inf
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        self.largest = max(self.largest, float(self.model.rollout_buffer.rewards.max()))
+
+
+def reward_ppo_trains_on(limit):
+    # The longer the better: the best response never stops, and earns 1.
+    arguments = {"prompts": [[2]], "vocab_size": 3, "stop_token_ids": 0, "max_new_tokens": 8}
+    env = native(num_envs=16, reward_fn=lambda p, r: [len(x) / 8 for x in r], limit=limit, **arguments)
+    model = PPO(
+        "MultiInputPolicy",
+        env,
+        n_steps=16,
+        batch_size=64,
+        n_epochs=4,
+        learning_rate=3e-3,
+        gamma=1.0,
+        seed=0,
+        device="cpu",
+    )
+    rewards = LargestReward()
+    model.learn(256 * 15, callback=rewards)
+    return rewards.largest, float(model.rollout_buffer.values.max())
+
+
+@pytest.mark.plays(
+    "stable_baselines3", "PPO at the length limit: rewards stay what was paid", "native through `SB3VecEnv`"
+)
+def test_the_length_limit_terminates_and_so_no_reward_blows_up():
+    largest, value = reward_ppo_trains_on("terminate")
+    assert largest == 1.0
+    assert value < 1.5
+
+
+def test_a_truncating_limit_blows_rewards_up_as_the_docs_warn():
+    # Stable-Baselines3 adds γV(final observation) to a reward that is complete; nothing ever trains that value.
+    largest, _ = reward_ppo_trains_on("truncate")
+    assert largest > 5.0

@@ -9,6 +9,8 @@ from lit_rlhf.dpo import DPO
 from lit_rlhf.errors import UserError
 from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty
 from lit_rlhf.ppo import PPO
+from lit_rlhf.preference_loss import LossTerm
+from lit_rlhf.reference_update import ReferenceUpdate
 from lit_rlhf.reward_model import RewardModel
 from lit_rlhf.rewards import Reward, RewardModelReward, TextReward
 from lit_rlhf.rollout import GenerationSettings
@@ -23,7 +25,9 @@ __all__ = [
     "FixedKL",
     "GenerationSettings",
     "KLPenalty",
+    "LossTerm",
     "PreferenceDataModule",
+    "ReferenceUpdate",
     "Reward",
     "RewardModel",
     "RewardModelReward",

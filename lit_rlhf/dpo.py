@@ -14,6 +14,8 @@ from lit_rlhf.losses import dpo_loss
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.packing import PackedBatch
 from lit_rlhf.policy import Policy, freeze, frozen_copy, load_policy, load_tokenizer
+from lit_rlhf.preference_loss import LossTerm, PreferenceLoss
+from lit_rlhf.reference_update import ReferenceUpdate
 from lit_rlhf.reward_model import agreement
 from lit_rlhf.rollout import GenerationSettings, completion_rows
 
@@ -27,21 +29,29 @@ class DPO(AlignmentModule):
         policy: folder or hub name of the causal LM to start from, normally the SFT model.
         reference: folder or hub name of π_ref; None = the policy as it is before the first step.
         beta: strength of the pull towards the reference; the paper uses 0.1 to 0.5.
-        loss: any of the preference losses in `lit_rlhf.losses`, by its import path.
+        loss: any of the preference losses in `lit_rlhf.losses`, by its import path; or a list of terms, each with a
+            function, a weight and options.
         cache_reference: compute the reference log-probs of all pairs before the first step, instead of holding a
             second model in memory and running it each step.
+        reference_free: no reference, as if it were uniform: the implicit reward is β log π.
+        reference_update: TR-DPO: let the reference follow the policy, by `alpha` and `every`; null = it stays.
         trust_remote_code: run model code that comes with the weights.
         generation: how `predict` and the sample tables write completions.
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
+
+    reward_shift: Tensor  # () where the loss asks for it: mean implicit reward of the pairs seen so far
+    pairs_seen: Tensor  # () how many these are
 
     def __init__(
         self,
         policy: str = "demo",
         reference: str | None = None,
         beta: float = 0.1,
-        loss: Callable[..., Tensor] = dpo_loss,
+        loss: list[LossTerm] | Callable[..., Tensor] = dpo_loss,
         cache_reference: bool = False,
+        reference_free: bool = False,
+        reference_update: ReferenceUpdate | None = None,
         trust_remote_code: bool = False,
         generation: GenerationSettings = GenerationSettings(),
         **kwargs: Any,
@@ -54,14 +64,29 @@ class DPO(AlignmentModule):
                 f"cache_reference computes log-probs with the policy before its first step; drop reference "
                 f"({reference}), or set cache_reference: false"
             )
+        if reference_free and (reference is not None or cache_reference):
+            raise UserError(
+                f"reference_free leaves reference ({reference}) and cache_reference ({cache_reference}) nothing to do; "
+                "drop them, or set reference_free: false"
+            )
+        if reference_update is not None and (reference_free or cache_reference):
+            other = "reference_free" if reference_free else "cache_reference"
+            raise UserError(f"reference_update moves a reference in memory, {other} holds none; set {other}: false")
         self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
+        self.loss = PreferenceLoss(loss, reference_free)
         if reference is not None:
             self.frozen["reference"] = freeze(load_policy(reference, trust_remote_code=trust_remote_code))
-        elif not cache_reference:
+        elif not (cache_reference or reference_free):
             self.frozen["reference"] = frozen_copy(self.policy)
+        if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint
+            self.reference = self.frozen.pop("reference").train()  # Lightning warns of eval mode; dropout is 0 anyway
+        if "reward_shift" in self.loss.inputs:
+            self.register_buffer("reward_shift", torch.zeros(()))
+            self.register_buffer("pairs_seen", torch.zeros(()))
         self.beta = beta
-        self.loss = loss
+        self.reference_free = reference_free
+        self.reference_update = reference_update
         self.cache_reference = cache_reference
         self.reference_cache: dict[str, Tensor] = {}  # split -> (pairs, 2): log π_ref of chosen and rejected
         self.generation = generation
@@ -70,8 +95,10 @@ class DPO(AlignmentModule):
         """One micro-batch: the preference loss of its pairs."""
         chosen, rejected = sequence_logprobs(self.policy, batch.packed)
         ref_chosen, ref_rejected = self.reference_logprobs(batch, "train")
-        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta)
+        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **self.loss_inputs(batch))
         self.log_dpo("train", losses, chosen - ref_chosen, rejected - ref_rejected, chosen)
+        if "reward_shift" in self.loss.inputs:
+            self.update_reward_shift(self.beta * (chosen - ref_chosen + rejected - ref_rejected) / 2)
         return losses.sum() / batch.denominator
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -86,16 +113,46 @@ class DPO(AlignmentModule):
         """Log loss, implicit rewards and their accuracy, as means over all pairs."""
         chosen, rejected = sequence_logprobs(self.policy, batch.packed)
         ref_chosen, ref_rejected = self.reference_logprobs(batch, stage)
-        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta)
+        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **self.loss_inputs(batch))
         self.log_dpo(stage, losses, chosen - ref_chosen, rejected - ref_rejected, chosen)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, Tensor]:
-        """(B,) log π_ref of chosen and rejected: from the cache, or from the frozen reference."""
+        """(B,) log π_ref of chosen and rejected: from the cache, the frozen or the moving reference; or zeros."""
+        if self.reference_free:
+            zeros = torch.zeros(batch.packed.num_sequences // 2, device=self.device)
+            return zeros, zeros
+        if self.reference_update is not None:
+            return sequence_logprobs(self.reference, batch.packed)
         if self.cache_reference:
             cached = self.reference_cache[split].to(self.device)[batch.row_ids]
             return cached[:, 0], cached[:, 1]
         return sequence_logprobs(self.frozen_network("reference"), batch.packed)
+
+    def loss_inputs(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """What the loss asks for beyond log-probs: lengths, (B,), and BCO's shift, ()."""
+        packed, wanted = batch.packed, {}
+        if self.loss.inputs & {"chosen_lengths", "rejected_lengths"}:
+            lengths = packed.sum_by_sequence(torch.ones(len(packed.target_ids), device=self.device))
+            wanted["chosen_lengths"], wanted["rejected_lengths"] = lengths.chunk(2)
+        if "reward_shift" in self.loss.inputs:
+            wanted["reward_shift"] = self.reward_shift
+        return wanted
+
+    @torch.no_grad()
+    def update_reward_shift(self, rewards: Tensor) -> None:
+        """Take the implicit rewards of these pairs, (B,), of all ranks, into the running mean."""
+        ours = torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))])
+        total, count = self.trainer.strategy.reduce(ours, reduce_op="sum")
+        self.pairs_seen += count
+        self.reward_shift += (total - count * self.reward_shift) / self.pairs_seen
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's step; then the reference follows the policy, where it is to."""
+        super().optimizer_step(*args, **kwargs)
+        update = self.reference_update
+        if update is not None and (self.trainer.global_step + 1) % update.every == 0:  # this step counts afterwards
+            update.apply(self.reference, self.policy)
 
     def log_dpo(self, stage: str, losses: Tensor, chosen: Tensor, rejected: Tensor, logprobs: Tensor) -> None:
         """Log the loss, the implicit rewards r̂ = β log π/π_ref and why they moved.

@@ -8,14 +8,18 @@ Axes: B pairs, M response tokens of all sequences of a packed batch. Log-probabi
 """
 
 from lit_rlhf.losses.divergences import (
+    alpha_dpo_loss,
     alpha_link,
     f_dpo_loss,
+    forward_kl_dpo_loss,
     forward_kl_link,
+    jensen_shannon_dpo_loss,
     jensen_shannon_link,
     reverse_kl_link,
 )
 from lit_rlhf.losses.ppo import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.losses.preference import (
+    chosen_nll_loss,
     conservative_dpo_loss,
     discopop_loss,
     dpo_loss,
@@ -23,6 +27,7 @@ from lit_rlhf.losses.preference import (
     hinge_loss,
     ipo_loss,
     length_normalized_dpo_loss,
+    length_normalized_ipo_loss,
     robust_dpo_loss,
     rpo_loss,
 )
@@ -31,6 +36,7 @@ from lit_rlhf.losses.supervised import bradley_terry_loss, nll
 from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
 
 __all__ = [
+    "alpha_dpo_loss",
     "alpha_link",
     "aot_loss",
     "aot_unpaired_loss",
@@ -38,17 +44,21 @@ __all__ = [
     "apo_zero_loss",
     "bco_pair_loss",
     "bradley_terry_loss",
+    "chosen_nll_loss",
     "clip_fraction",
     "conservative_dpo_loss",
     "discopop_loss",
     "dpo_loss",
     "exo_pair_loss",
     "f_dpo_loss",
+    "forward_kl_dpo_loss",
     "forward_kl_link",
     "hinge_loss",
     "ipo_loss",
+    "jensen_shannon_dpo_loss",
     "jensen_shannon_link",
     "length_normalized_dpo_loss",
+    "length_normalized_ipo_loss",
     "nca_pair_loss",
     "nll",
     "ppo_policy_loss",

@@ -95,3 +95,74 @@ def f_dpo_loss(
     chosen_reward = beta * link(chosen_logprobs - ref_chosen_logprobs)
     rejected_reward = beta * link(rejected_logprobs - ref_rejected_logprobs)
     return -F.logsigmoid(chosen_reward - rejected_reward)
+
+
+def forward_kl_dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float,
+) -> Tensor:
+    """f-DPO under KL(π_ref‖π): `f_dpo_loss` with `forward_kl_link`.
+
+    Args:
+        chosen_logprobs: (B,) as in `dpo_loss`.
+        rejected_logprobs: (B,) likewise.
+        ref_chosen_logprobs: (B,) likewise.
+        ref_rejected_logprobs: (B,) likewise.
+        beta: as in `dpo_loss`.
+
+    Returns:
+        (B,) losses; log 2 for each pair when policy and reference agree.
+    """
+    pair = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    return f_dpo_loss(*pair, beta, forward_kl_link)
+
+
+def jensen_shannon_dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float,
+) -> Tensor:
+    """f-DPO under the Jensen-Shannon divergence: `f_dpo_loss` with `jensen_shannon_link`.
+
+    Args:
+        chosen_logprobs: (B,) as in `dpo_loss`.
+        rejected_logprobs: (B,) likewise.
+        ref_chosen_logprobs: (B,) likewise.
+        ref_rejected_logprobs: (B,) likewise.
+        beta: as in `dpo_loss`.
+
+    Returns:
+        (B,) losses; log 2 for each pair when policy and reference agree.
+    """
+    pair = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    return f_dpo_loss(*pair, beta, jensen_shannon_link)
+
+
+def alpha_dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float,
+    alpha: float,
+) -> Tensor:
+    """f-DPO under an α-divergence: `f_dpo_loss` with `alpha_link(alpha)`.
+
+    Args:
+        chosen_logprobs: (B,) as in `dpo_loss`.
+        rejected_logprobs: (B,) likewise.
+        ref_chosen_logprobs: (B,) likewise.
+        ref_rejected_logprobs: (B,) likewise.
+        beta: as in `dpo_loss`.
+        alpha: in (0, 1]; near 0 it is `dpo_loss`, at 1 `forward_kl_dpo_loss`.
+
+    Returns:
+        (B,) losses; log 2 for each pair when policy and reference agree.
+    """
+    pair = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    return f_dpo_loss(*pair, beta, alpha_link(alpha))

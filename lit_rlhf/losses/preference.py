@@ -5,7 +5,7 @@ All share the arguments of `dpo_loss`. In the docstrings, with y_w chosen and y_
     z = β (h_w - h_l): the margin of the implicit rewards β h.
 Without a reference (a uniform one), pass zeros for both reference log-probabilities.
 
-Axes: B pairs. Log-probabilities are in nats, summed over the response tokens unless a docstring says averaged.
+Axes: B pairs. Log-probabilities are in nats, summed over the response tokens.
 """
 
 import math
@@ -110,11 +110,11 @@ def ipo_loss(
 ) -> Tensor:
     """IPO, a target for the margin instead of "more is better": (h_w - h_l - 1/(2β))².
 
-    Azar et al. 2023, Eq. 17 with τ = β, https://arxiv.org/abs/2310.12036. The paper sums over tokens; its authors
-    advise log-probabilities *averaged* over the response tokens (1/(2β) is then nats per token): pass those for it.
+    Azar et al. 2023, Eq. 17 with τ = β, https://arxiv.org/abs/2310.12036. The paper sums over tokens;
+    `length_normalized_ipo_loss` averages.
 
     Args:
-        chosen_logprobs: (B,) summed or averaged over the response tokens.
+        chosen_logprobs: (B,) as in `dpo_loss`.
         rejected_logprobs: (B,) likewise.
         ref_chosen_logprobs: (B,) likewise.
         ref_rejected_logprobs: (B,) likewise.
@@ -125,6 +125,35 @@ def ipo_loss(
     """
     h_w, h_l = chosen_logprobs - ref_chosen_logprobs, rejected_logprobs - ref_rejected_logprobs
     return (h_w - h_l - 1 / (2 * beta)).square()
+
+
+def length_normalized_ipo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+) -> Tensor:
+    """IPO on log-ratios per token, as its authors advise: (h_w/|y_w| - h_l/|y_l| - 1/(2β))².
+
+    Azar et al. 2023, Eq. 17 with τ = β, https://arxiv.org/abs/2310.12036
+
+    Args:
+        chosen_logprobs: (B,) as in `dpo_loss`.
+        rejected_logprobs: (B,) likewise.
+        ref_chosen_logprobs: (B,) likewise.
+        ref_rejected_logprobs: (B,) likewise.
+        beta: more than 0; 1/(2β) is in nats per token.
+        chosen_lengths: (B,) number of response tokens in y_w.
+        rejected_lengths: (B,) likewise in y_l.
+
+    Returns:
+        (B,) losses; 1/(4β²) when policy and reference agree.
+    """
+    h_w, h_l = chosen_logprobs - ref_chosen_logprobs, rejected_logprobs - ref_rejected_logprobs
+    return (h_w / chosen_lengths - h_l / rejected_lengths - 1 / (2 * beta)).square()
 
 
 def hinge_loss(
@@ -270,6 +299,30 @@ def rpo_loss(
     """
     z = _margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta)
     return -F.logsigmoid(z) - nll_coef * chosen_logprobs / chosen_lengths
+
+
+def chosen_nll_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float,
+    chosen_lengths: Tensor,
+) -> Tensor:
+    """The likelihood of the chosen response alone, a term for mixtures: -log π(y_w|x)/|y_w|.
+
+    Args:
+        chosen_logprobs: (B,) as in `dpo_loss`.
+        rejected_logprobs: (B,) does not count, nor do the references and β.
+        ref_chosen_logprobs: (B,) likewise.
+        ref_rejected_logprobs: (B,) likewise.
+        beta: likewise.
+        chosen_lengths: (B,) number of response tokens in y_w.
+
+    Returns:
+        (B,) losses in nats per token.
+    """
+    return -chosen_logprobs / chosen_lengths
 
 
 def _margin(

@@ -1,0 +1,36 @@
+"""TR-DPO: a reference that follows the policy."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lit_rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class ReferenceUpdate:
+    """Move the reference's weights towards the policy's: π_ref ← α π + (1 - α) π_ref.
+
+    Gorbatovski et al. 2024 (TR-DPO), https://arxiv.org/abs/2404.09656: α = 1 is the hard update, less the soft one.
+
+    Args:
+        alpha: α in (0, 1].
+        every: optimiser steps between two updates.
+    """
+
+    alpha: float = 0.6
+    every: int = 512
+
+    def __post_init__(self) -> None:
+        """Refuse what would never move the reference, or past the policy."""
+        if not 0 < self.alpha <= 1:
+            raise UserError(f"alpha ({self.alpha}) of the reference's update must be in (0, 1]; 1 copies the policy")
+        if self.every < 1:
+            raise UserError(f"every ({self.every}) must be 1 or more optimiser steps between two updates")
+
+    @torch.no_grad()
+    def apply(self, reference: nn.Module, policy: nn.Module) -> None:
+        """Move the reference, in place; sharded networks move shard by shard."""
+        for held, trained in zip(reference.parameters(), policy.parameters(), strict=True):
+            held.lerp_(trained.to(held.dtype), self.alpha)

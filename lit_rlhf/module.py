@@ -87,7 +87,9 @@ class AlignmentModule(LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.adam_betas, eps=self.adam_eps)
+        # One kernel for the whole step. Lightning clips fp16 gradients before a fused step would unscale them.
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.adam_betas, eps=self.adam_eps, fused=fused)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             if self.lr_scheduler != "constant" or 0 < self.warmup_steps < 1:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.logprobs import token_logprobs
+from lit_rlhf.logprobs import nll_sum, token_logprobs
 from lit_rlhf.packing import IMPLEMENTATION, Layout, PackedBatch
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -43,6 +43,11 @@ class Policy(nn.Module):
         """(M,) float32 log-probs of the response tokens, and (M,) entropies if asked for."""
         hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
         return token_logprobs(self.head, hidden[batch.predictors], batch.target_ids, temperature, with_entropy)
+
+    def nll(self, batch: PackedBatch) -> Tensor:
+        """() float32 -Σ log π over all response tokens of the batch, for losses that weigh them alike."""
+        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
+        return nll_sum(self.head, hidden[batch.predictors], batch.target_ids)
 
     def decode(
         self,

@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare --task sft --peer trl --peer-python /path/to/python/with/trl
 
-Contestants take turns, one process each; a first round of each is warm-up. Every round prints a JSON line; then come a
-table, and one JSON line with the medians. `speedup` is the median over rounds of the peer's time over ours, the peer
-being tuned. Without `--peer`, ours stands beside its own bare step alone.
+Contestants take turns, one process each, after a batch of warm-up. Every round prints a JSON line; then come a table,
+and one JSON line with the medians. `speedup` is the median over rounds of the peer's time over ours, the peer being
+tuned. Without `--peer`, ours stands beside its own bare step alone.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks import workload
 from benchmarks.rounds import Contestant
 
 TASKS = ("sft", "reward", "dpo", "dpo_cached", "ppo", "generate")
-PAIRS = {"sft": 32, "reward": 16, "dpo": 16, "dpo_cached": 16, "ppo": 16, "generate": 64}
+PAIRS = {"sft": 16, "reward": 16, "dpo": 16, "dpo_cached": 16, "ppo": 16, "generate": 64}
 
 
 def useful_tokens(task: str, options: argparse.Namespace) -> int:
@@ -62,19 +62,19 @@ def compare(task: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run all rounds of a task; print and return its medians."""
     tokens = useful_tokens(task, options)
     players = contestants(task, options)
-    for number in range(options.rounds + 1):
+    for number in range(options.rounds):
         for player in players:
             # TRL's defaults and packing are for orientation: one round each.
             if player.name in ("trl default", "trl packing") and number > 0:
                 continue
             result = player.play()
-            line = {"task": task, "contestant": player.name, "round": number, "warm_up": number == 0, **result}
+            line = {"task": task, "contestant": player.name, "round": number, **result}
             print(json.dumps(line | {"tokens_per_second": tokens / result["seconds"]}), flush=True)
     for player in players:
         player.close()
 
     def seconds(player: Contestant) -> float:
-        return statistics.median(result["seconds"] for result in player.results[1:] or player.results)
+        return statistics.median(result["seconds"] for result in player.results)
 
     def memory(player: Contestant) -> float:
         return max(result["peak_memory_mb"] for result in player.results)
@@ -97,7 +97,7 @@ def compare(task: str, options: argparse.Namespace) -> dict[str, Any]:
         if player.name == "ours, no Trainer":
             summary["lightning_overhead"] = seconds(players[0]) / seconds(player) - 1
         if player.name in ("trl tuned", "transformers generate"):
-            pairs = zip(player.results[1:], players[0].results[1:], strict=True)
+            pairs = zip(player.results, players[0].results, strict=True)
             summary |= {
                 "peer_tokens_per_second": tokens / seconds(player),
                 "speedup": statistics.median(theirs["seconds"] / mine["seconds"] for theirs, mine in pairs),
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--slots", type=int, default=16, help="completions written at the same time")
     parser.add_argument("--fixed", type=int, help="length of every completion of `generate`, instead of a heavy tail")
-    parser.add_argument("--rounds", type=int, default=3, help="besides the warm-up")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="with one, time is CPU time: other work does not count")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

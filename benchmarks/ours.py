@@ -180,7 +180,6 @@ def main() -> None:
     parser.add_argument("--fixed", type=int, help="length of every response, instead of the heavy tail")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bare", action="store_true")
-    parser.add_argument("--profile", help="file for a cProfile of the last round")
     options = parser.parse_args()
 
     torch.set_num_threads(int(os.environ.get("BENCHMARK_THREADS", "1")))
@@ -198,6 +197,8 @@ def main() -> None:
         def run_round() -> dict[str, Any]:
             return train_in_a_plain_loop(argv, options.task) if options.bare else train_through_the_command_line(argv)
 
+        if options.task not in ("ppo", "generate"):  # one batch first: memory pools, lazy imports, kernels
+            train_through_the_command_line([*argv, "--trainer.limit_train_batches", "1"])
         serve(run_round)
 
 

@@ -6,6 +6,8 @@ our rollouts.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import tempfile
 import warnings
@@ -203,15 +205,18 @@ def main() -> None:
     pairs = workload.make_pairs(options.pairs, shape, options.seed)
     model = workload.make_model(shape).eval() if options.task == "generate" else None
 
-    def run_round() -> dict[str, Any]:
-        if model is not None:
-            return {"seconds": generate(options, pairs, model)}
+    def train(pairs: list[workload.Pair]) -> dict[str, Any]:
         trainer, timer = make_trainer(options.task, options, pairs, shape), Clock()
         trainer.add_callback(timer)
         trainer.train()
         return {"seconds": timer.seconds}
 
-    serve(run_round)
+    if options.task in ("ppo", "generate"):
+        serve(lambda: train(pairs) if model is None else {"seconds": generate(options, pairs, model)})
+    else:
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(pairs[: options.batch])  # one batch first, as ours
+        serve(lambda: train(pairs))
 
 
 if __name__ == "__main__":

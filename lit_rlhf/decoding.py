@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from lit_rlhf.packing import Layout, make_layout
-from lit_rlhf.policy import Policy
+from lit_rlhf.packing import make_layout
+from lit_rlhf.policy import Policy, runs_packed
 
 
 class SlotLayer(CacheLayerMixin):
@@ -123,6 +124,8 @@ class SlotDecoder:
 
     def _extends(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """(S,) bool: the observation is the cached row and exactly one token more."""
+        if not runs_packed(self.policy.model):
+            return np.zeros(len(lengths), dtype=bool)
         L = self.cached_ids.shape[1]
         differs = (self.cached_ids != input_ids[:, :L]) & (np.arange(L) < self.cached_lengths[:, None])
         return (self.cached_lengths > 0) & (lengths == self.cached_lengths + 1) & ~differs.any(1)
@@ -135,12 +138,11 @@ class SlotDecoder:
         ids = np.concatenate([input_ids[slot, :length] for slot, length in zip(slots, lengths, strict=True)])
         positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
         self._place(np.repeat(self.rows[slots], lengths), positions, window=None)
-        layout = make_layout(nodes_of, num_nodes=int(ends[-1]))
         return self.policy.decode(
             torch.from_numpy(ids).to(device)[None],
             positions[None],
             self.cache,
-            layout=Layout(tuple(bucket.to(device) for bucket in layout.buckets), layout.source.to(device)),
+            layout=move_data_to_device(make_layout(nodes_of, num_nodes=int(ends[-1])), device),
             nodes=torch.from_numpy(ends - 1).to(device),
         )
 

@@ -60,7 +60,13 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }
 SINKS = GptOssConfig(  # attention sinks, which packed rows do not have
-    **_SHAPE, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=64
+    **_SHAPE,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_local_experts=2,
+    num_experts_per_tok=1,
+    sliding_window=64,
+    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
 )
 ARCHITECTURES = sorted(CONFIGS)
 

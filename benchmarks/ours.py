@@ -5,6 +5,7 @@ the difference.
 """
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -34,13 +35,19 @@ class Clock(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start."""
-        Clock.seconds = -clock()
+        Clock.seconds = -_now()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop."""
-        Clock.seconds += clock()
+        Clock.seconds += _now()
 
     on_predict_start, on_predict_end = on_train_start, on_train_end
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # kernels run behind the host
+    return clock()
 
 
 class ForcedLengths(TokenVectorEnv):
@@ -151,7 +158,7 @@ def train_in_a_plain_loop(argv: list[str], task: str) -> dict[str, Any]:
         with torch.no_grad():
             reference = {i: sequence_logprobs(module.policy, batch.packed) for i, batch in enumerate(loader)}
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
-    start = clock()
+    start = _now()
     for i, batch in enumerate(loader):
         if task == "sft":
             loss = -module.policy(batch.packed)[0].sum() / batch.denominator
@@ -166,7 +173,7 @@ def train_in_a_plain_loop(argv: list[str], task: str) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {"seconds": clock() - start}
+    return {"seconds": _now() - start}
 
 
 def main() -> None:
@@ -195,7 +202,11 @@ def main() -> None:
         argv = arguments(folder, options.task, options)
 
         def run_round() -> dict[str, Any]:
-            return train_in_a_plain_loop(argv, options.task) if options.bare else train_through_the_command_line(argv)
+            gc.collect()  # the Trainer of the last round would count as memory of this one
+            result = train_in_a_plain_loop(argv, options.task) if options.bare else train_through_the_command_line(argv)
+            if torch.cuda.is_available():
+                result["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            return result
 
         if options.task not in ("ppo", "generate"):  # one batch first: memory pools, lazy imports, kernels
             train_through_the_command_line([*argv, "--trainer.limit_train_batches", "1"])

@@ -25,7 +25,7 @@ def serve(run_round: Callable[[], dict[str, Any]]) -> None:
         sys.stdout = sys.stderr if line.strip() == "verbose" else io.StringIO()
         result = run_round()
         sys.stdout = answers
-        print(json.dumps({**result, "peak_memory_mb": peak_memory_mb()}), flush=True)
+        print(json.dumps({"peak_memory_mb": peak_memory_mb(), **result}), flush=True)
 
 
 class Contestant:

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: Hugging Face export, sample tables, throughput, completions, a summary."""
+"""What a run leaves behind and shows: Hugging Face export, sample tables, completions, a summary."""
 
 import itertools
 import json
@@ -106,29 +106,6 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
     return "\n".join(lines + ["| " + " | ".join(cell(value) for value in row.values()) + " |" for row in rows])
-
-
-class Throughput(Callback):
-    """Log `perf/tokens_per_second`: real tokens trained on per second of wall time, rollouts and waiting included."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.since = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self.tokens, self.since = 0, time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count; log with the other metrics."""
-        self.tokens += batch.packed.input_ids.numel() * trainer.world_size
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step and (batch_idx + 1) % every == 0:
-            now = time.perf_counter()
-            pl_module.log("perf/tokens_per_second", self.tokens / (now - self.since))
-            self.tokens, self.since = 0, now
 
 
 class RunSummary(Callback):

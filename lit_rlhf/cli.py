@@ -13,14 +13,15 @@ from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
-from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable, Throughput
+from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
 from lit_rlhf.errors import UserError
 from lit_rlhf.module import AlignmentModule
+from lit_rlhf.performance import Performance, default_precision
 from token_mdp import RewardError
 
 COMPARE = "compare"  # the one subcommand that is no LightningCLI run
@@ -65,7 +66,7 @@ class AlignmentCLI(LightningCLI):
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(CompletionWriter, "predictions")
         parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
-        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(Performance, "performance")
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
@@ -83,6 +84,13 @@ class AlignmentCLI(LightningCLI):
             raise UserError(f"ckpt_path: there is no checkpoint {Path(checkpoint).absolute()}")
 
     before_validate = before_test = before_predict = before_fit
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With the precision that suits the device, unless the user names one."""
+        trainer = self._get(self.config_init, "trainer", default={})
+        if trainer.get("precision") is None and trainer.get("plugins") is None:
+            kwargs["precision"] = default_precision(trainer.get("accelerator", "auto"))
+        return super().instantiate_trainer(**kwargs)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from lit_rlhf.packing import Layout, make_layout
-from lit_rlhf.policy import Policy
+from lit_rlhf.graphs import GraphedStep, Step, can_capture
+from lit_rlhf.packing import make_layout
+from lit_rlhf.policy import Policy, runs_packed
 
 
 class SlotLayer(CacheLayerMixin):
@@ -77,10 +79,14 @@ class SlotDecoder:
         policy: its weights must not change between `clear()` calls.
         num_slots: S.
         max_length: the longest prompt plus response.
+        cuda_graphs: capture the decode step on CUDA.
     """
 
-    def __init__(self, policy: Policy, num_slots: int, max_length: int) -> None:
+    def __init__(self, policy: Policy, num_slots: int, max_length: int, cuda_graphs: bool = True) -> None:
         self.policy = policy
+        self.step: Step = self._step
+        if cuda_graphs and can_capture(policy, policy.model.device):
+            self.step = GraphedStep(self._step, num_slots, max_length)
         layers = [
             SlotLayer(num_slots, max_length) for _ in range(policy.model.config.get_text_config().num_hidden_layers)
         ]
@@ -107,6 +113,8 @@ class SlotDecoder:
             (n, V) logits of the active slots, in slot order.
         """
         slots = np.arange(len(lengths)) if active is None else np.flatnonzero(active)
+        if active is not None:
+            self.cached_lengths[~active] = 0  # other rows may be written over a parked slot's
         self._compact(slots)
         extends = self._extends(input_ids, lengths)[slots]
         parts: list[tuple[np.ndarray, Tensor]] = []
@@ -123,6 +131,8 @@ class SlotDecoder:
 
     def _extends(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """(S,) bool: the observation is the cached row and exactly one token more."""
+        if not runs_packed(self.policy.model):
+            return np.zeros(len(lengths), dtype=bool)
         L = self.cached_ids.shape[1]
         differs = (self.cached_ids != input_ids[:, :L]) & (np.arange(L) < self.cached_lengths[:, None])
         return (self.cached_lengths > 0) & (lengths == self.cached_lengths + 1) & ~differs.any(1)
@@ -134,13 +144,13 @@ class SlotDecoder:
         nodes_of = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
         ids = np.concatenate([input_ids[slot, :length] for slot, length in zip(slots, lengths, strict=True)])
         positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
-        self._place(np.repeat(self.rows[slots], lengths), positions, window=None)
-        layout = make_layout(nodes_of, num_nodes=int(ends[-1]))
+        rows = torch.from_numpy(np.repeat(self.rows[slots], lengths)).to(device)
+        self._place(rows, positions, window=None)
         return self.policy.decode(
             torch.from_numpy(ids).to(device)[None],
             positions[None],
             self.cache,
-            layout=Layout(tuple(bucket.to(device) for bucket in layout.buckets), layout.source.to(device)),
+            layout=move_data_to_device(make_layout(nodes_of, num_nodes=int(ends[-1])), device),
             nodes=torch.from_numpy(ends - 1).to(device),
         )
 
@@ -151,21 +161,20 @@ class SlotDecoder:
         slot_of_row = np.argsort(self.rows)[:num_active]
         newest = lengths[slot_of_row] - 1
         positions = torch.from_numpy(newest).to(device)
-        L = int(newest.max()) + 1
-        self._place(np.arange(num_active), positions, window=(num_active, L))
-        attend = torch.arange(L, device=device) <= positions[:, None]
-        logits = self.policy.decode(
-            torch.from_numpy(input_ids[slot_of_row, newest]).to(device)[:, None],
-            positions[:, None],
-            self.cache,
-            attend[:, None, None],
-        )
+        input_ids_of_rows = torch.from_numpy(input_ids[slot_of_row, newest]).to(device)[:, None]
+        logits = self.step(input_ids_of_rows, positions, int(newest.max()) + 1)
         return logits[torch.from_numpy(self.rows[slots]).to(device)]
 
-    def _place(self, rows: np.ndarray, positions: Tensor, window: tuple[int, int] | None) -> None:
-        where = torch.from_numpy(rows).to(positions.device)
+    def _step(self, input_ids: Tensor, positions: Tensor, length: int) -> Tensor:
+        """(n, V) logits of rows 0..n-1: (n, 1) newest tokens at (n,) positions, all below `length`."""
+        n = len(input_ids)
+        self._place(torch.arange(n, device=positions.device), positions, window=(n, length))
+        attend = torch.arange(length, device=positions.device) <= positions[:, None]
+        return self.policy.decode(input_ids, positions[:, None], self.cache, attend[:, None, None])
+
+    def _place(self, rows: Tensor, positions: Tensor, window: tuple[int, int] | None) -> None:
         for layer in self.layers:
-            layer.rows, layer.positions, layer.window = where, positions, window
+            layer.rows, layer.positions, layer.window = rows, positions, window
 
     def _compact(self, slots: np.ndarray) -> None:
         """Move active rows into the places of dropped ones, so that rows 0..n-1 are the active ones."""
@@ -181,7 +190,6 @@ class SlotDecoder:
             for layer in self.layers:
                 layer.move(source, target, int(self.cached_lengths[slot]))
             self.rows[slot], self.rows[dropped] = target, source
-            self.cached_lengths[dropped] = 0
 
 
 def sample(

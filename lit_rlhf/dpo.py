@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +14,7 @@ from lit_rlhf.module import AlignmentModule
 from lit_rlhf.packing import PackedBatch
 from lit_rlhf.policy import Policy, freeze, frozen_copy, load_policy, load_tokenizer
 from lit_rlhf.preference_loss import LossTerm, PreferenceLoss
+from lit_rlhf.reference_cache import ReferenceCache
 from lit_rlhf.reference_update import ReferenceUpdate
 from lit_rlhf.reward_model import agreement
 from lit_rlhf.rollout import GenerationSettings, completion_rows
@@ -32,7 +32,7 @@ class DPO(AlignmentModule):
         loss: any of the preference losses in `lit_rlhf.losses`, by its import path; or a list of terms, each with a
             function, a weight and options.
         cache_reference: compute the reference log-probs of all pairs before the first step, instead of holding a
-            second model in memory and running it each step.
+            second model in memory and running it each step; later runs find them on disk.
         reference_free: no reference, as if it were uniform: the implicit reward is β log π.
         reference_update: TR-DPO: let the reference follow the policy, by `alpha` and `every`; null = it stays.
         trust_remote_code: run model code that comes with the weights.
@@ -88,7 +88,7 @@ class DPO(AlignmentModule):
         self.reference_free = reference_free
         self.reference_update = reference_update
         self.cache_reference = cache_reference
-        self.reference_cache: dict[str, Tensor] = {}  # split -> (pairs, 2): log π_ref of chosen and rejected
+        self.reference_cache = ReferenceCache()  # split -> (pairs, 2): log π_ref of chosen and rejected
         self.generation = generation
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
@@ -192,29 +192,21 @@ class DPO(AlignmentModule):
         if self.cache_reference and "test" not in self.reference_cache:
             self.fill_cache(("test",))
 
-    @torch.no_grad()
     def fill_cache(self, splits: tuple[str, ...]) -> None:
-        """Log-probs of every pair under the present policy, each rank doing its share."""
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        """Log-probs of every pair under the present policy."""
         for split in splits:
-            loader = datamodule.rows_dataloader(split)
-            if loader is None:
-                continue
-            rank_zero_info(f"computing reference log-probs of {datamodule.num_rows(split)} {split} pairs")
-            cache = torch.zeros(datamodule.num_rows(split), 2, device=self.device)
-            for host_batch in loader:
-                batch = self.transfer_batch_to_device(host_batch, self.device, 0)
-                cache[batch.row_ids] = torch.stack(sequence_logprobs(self.policy, batch.packed), dim=1)
-            self.reference_cache[split] = self.trainer.strategy.reduce(cache, reduce_op="sum").cpu()
+            self.reference_cache.fill(
+                self.trainer, self.policy, split, lambda packed: sequence_logprobs(self.policy, packed)
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the cache: after a resume, the policy is no longer the reference."""
-        checkpoint["reference_cache"] = self.reference_cache
+        checkpoint["reference_cache"] = dict(self.reference_cache)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the cache of the run that goes on."""
         super().on_load_checkpoint(checkpoint)
-        self.reference_cache = checkpoint["reference_cache"]
+        self.reference_cache = ReferenceCache(checkpoint["reference_cache"])
 
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

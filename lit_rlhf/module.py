@@ -88,7 +88,9 @@ class AlignmentModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only, and the schedule stepped after each optimiser step."""
-        optimizer = AdamW(self.parameter_groups(), betas=self.adam_betas, eps=self.adam_eps)
+        # One kernel for the whole step. Lightning clips fp16 gradients before a fused step would unscale them.
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        optimizer = AdamW(self.parameter_groups(), betas=self.adam_betas, eps=self.adam_eps, fused=fused)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             if self.lr_scheduler != "constant" or 0 < self.warmup_steps < 1:

@@ -3,9 +3,11 @@
 A batch is N *nodes*, each a real token with its position. A *sequence* is a list of nodes; a node may belong to several
 sequences: a chosen and a rejected response both list the nodes of their prompt, so the prompt goes through every linear
 layer once. Only attention sees sequences: it gathers queries, keys and values into length buckets, runs causal
-attention without a mask, and scatters back. No padding reaches a linear layer, and no mask is ever built.
+attention without a mask, and scatters back; on CUDA in half precision the sequences lie end to end in variable-length
+flash attention instead. No padding reaches a linear layer.
 
-Axes: N nodes, B sequences, M response tokens, H heads, D head dimension.
+Axes: N nodes, B sequences, C cells of all sequences end to end (a shared node counts in each), M response tokens,
+H heads, D head dimension.
 """
 
 from collections.abc import Sequence
@@ -15,12 +17,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 IMPLEMENTATION = "lit_rlhf_packed"
 # Starting another bucket costs about as much as this many query-key pairs (measured on CPU, 6 heads of 64).
 BUCKET_OVERHEAD = 20_000
+
+
+class EndToEnd(NamedTuple):
+    """The sequences one after the other, for variable-length attention."""
+
+    nodes: Tensor  # (C,) int64: the nodes of each sequence in turn
+    bounds: Tensor  # (B+1,) int32: where each sequence begins, and the end of the last
+    longest: int  # tokens of the longest sequence
+    source: Tensor  # (N,) int64: where a node's output stands among the cells
 
 
 class Layout(NamedTuple):
@@ -30,6 +42,11 @@ class Layout(NamedTuple):
         Tensor, ...
     ]  # each (n, L) int64: the nodes of n sequences of similar length; cells past an end hold 0
     source: Tensor  # (N,) int64: where a node's output stands among the cells of all buckets, laid end to end
+    end_to_end: EndToEnd
+
+    def padding_fraction(self) -> float:
+        """Share of the buckets' cells that hold no token; linear layers never meet them."""
+        return 1 - len(self.end_to_end.nodes) / sum(bucket.numel() for bucket in self.buckets)
 
 
 class Example(NamedTuple):
@@ -147,9 +164,10 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
 def make_layout(nodes_of: Sequence[np.ndarray], num_nodes: int) -> Layout:
     """Layout of sequences given as node lists; every node must occur in at least one."""
     buckets = []
-    source = np.zeros(num_nodes, dtype=np.int64)
+    source, source_end_to_end = np.zeros(num_nodes, dtype=np.int64), np.zeros(num_nodes, dtype=np.int64)
+    plan = plan_buckets([len(nodes) for nodes in nodes_of])
     offset = 0
-    for members in plan_buckets([len(nodes) for nodes in nodes_of]):
+    for members in plan:
         L = len(nodes_of[members[-1]])
         # Cells right of an end hold node 0. No real query sees them (attention is causal) and no output is read there.
         cells = np.zeros((len(members), L), dtype=np.int64)
@@ -159,7 +177,17 @@ def make_layout(nodes_of: Sequence[np.ndarray], num_nodes: int) -> Layout:
             source[nodes] = offset + row * L + np.arange(len(nodes))
         buckets.append(torch.from_numpy(cells))
         offset += cells.size
-    return Layout(tuple(buckets), torch.from_numpy(source))
+    ordered = [nodes_of[sequence] for members in plan for sequence in members]
+    all_nodes = np.concatenate(ordered)
+    source_end_to_end[all_nodes] = np.arange(len(all_nodes))
+    bounds = np.concatenate([[0], np.cumsum([len(nodes) for nodes in ordered])])
+    end_to_end = EndToEnd(
+        torch.from_numpy(all_nodes.astype(np.int64)),
+        torch.from_numpy(bounds.astype(np.int32)),
+        len(ordered[-1]),
+        torch.from_numpy(source_end_to_end),
+    )
+    return Layout(tuple(buckets), torch.from_numpy(source), end_to_end)
 
 
 def packed_attention(
@@ -172,6 +200,7 @@ def packed_attention(
     scaling: float | None = None,
     layout: Layout | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention for packed rows (with a layout) and for decoding (with a 4-D mask), under transformers' interface.
@@ -186,7 +215,8 @@ def packed_attention(
         scaling: factor on the scores; 1/sqrt(D) if None.
         layout: of the packed row.
         sliding_window: attend to this many newest tokens, the query's own included (Mistral); None = all.
-        kwargs: what transformers passes besides; those that change the result are refused when the model is loaded.
+        softcap: scores become softcap tanh(score / softcap) (Gemma 2); None = they stay.
+        kwargs: what transformers passes besides; a model for which they change the result runs in padded batches.
 
     Returns:
         (1, N, H, D) or (B, 1, H, D), and None for the attention weights.
@@ -199,25 +229,72 @@ def packed_attention(
             newest = attention_mask.sum(-1, keepdim=True) - 1
             column = torch.arange(key.shape[-2], device=key.device)
             attention_mask = attention_mask & (column > newest - sliding_window)
-        return _decode_attention(query, key, value, attention_mask, scaling, groups), None
+        return _decode_attention(query, key, value, attention_mask, scaling, groups, softcap), None
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
+    if softcap is None and takes_variable_lengths(q):
+        return _end_to_end_attention(q, k, v, layout.end_to_end, scaling, groups, sliding_window).unsqueeze(0), None
     outputs = []
     for cells in layout.buckets:
         bucket_q, bucket_k, bucket_v = (x[cells].transpose(1, 2) for x in (q, k, v))  # (n, H, L, D)
         band = _band(cells.shape[1], sliding_window, q.device)
-        out = F.scaled_dot_product_attention(
-            bucket_q,
-            bucket_k,
-            bucket_v,
-            attn_mask=band,
-            dropout_p=dropout,
-            is_causal=band is None,
-            scale=scaling,
-            enable_gqa=groups > 1,
-        )
+        if softcap is None:
+            out = F.scaled_dot_product_attention(
+                bucket_q,
+                bucket_k,
+                bucket_v,
+                attn_mask=band,
+                dropout_p=dropout,
+                is_causal=band is None,
+                scale=scaling,
+                enable_gqa=groups > 1,
+            )
+        else:
+            out = _capped_attention(bucket_q, bucket_k, bucket_v, band, scaling, groups, softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n L, H, D)
     return torch.cat(outputs)[layout.source].unsqueeze(0), None
+
+
+def takes_variable_lengths(q: Tensor) -> bool:
+    """Whether flash attention can take these queries: half precision on CUDA, compute capability 8 or more."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and q.shape[-1] <= 256
+    )
+
+
+def _end_to_end_attention(
+    q: Tensor, k: Tensor, v: Tensor, cells: EndToEnd, scaling: float, groups: int, sliding_window: int | None
+) -> Tensor:
+    """(N, H, D) outputs; queries, keys and values (N, H, D) are laid end to end by sequence, without any padding."""
+    out = varlen_attn(
+        q[cells.nodes],
+        k[cells.nodes],
+        v[cells.nodes],
+        cells.bounds,
+        cells.bounds,
+        cells.longest,
+        cells.longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=groups > 1,
+    )
+    assert isinstance(out, Tensor)
+    return out[cells.source]
+
+
+def _capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, band: Tensor | None, scaling: float, groups: int, softcap: float
+) -> Tensor:
+    """Attention with capped scores, which no fused kernel offers: (n, H, L, D) by way of all (n, H, L, L) scores."""
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scaling / softcap))
+    if band is None:
+        band = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    weights = torch.softmax(scores.masked_fill(~band, float("-inf")), dim=-1, dtype=torch.float32)
+    return weights.to(v.dtype) @ v
 
 
 def _band(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
@@ -230,12 +307,20 @@ def _band(length: int, sliding_window: int | None, device: torch.device) -> Tens
 
 
 def _decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, groups: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    groups: int,
+    softcap: float | None,
 ) -> Tensor:
     """One query per row against its cached keys; query heads of a group share keys, so none is repeated in memory."""
     B, H, T, D = query.shape
     q = query.reshape(B, H // groups, groups * T, D) * scaling
     weights = q @ key.transpose(-1, -2)
+    if softcap is not None:
+        weights = softcap * torch.tanh(weights / softcap)
     weights = weights.masked_fill(~attention_mask, float("-inf"))
     out = torch.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype) @ value
     return out.reshape(B, H, T, D).transpose(1, 2)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -22,8 +23,8 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.logprobs import token_logprobs
-from lit_rlhf.packing import IMPLEMENTATION, Layout, PackedBatch
+from lit_rlhf.logprobs import nll_sum, token_logprobs
+from lit_rlhf.packing import IMPLEMENTATION, Example, Layout, PackedBatch, pack
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -43,6 +44,11 @@ class Policy(nn.Module):
         """(M,) float32 log-probs of the response tokens, and (M,) entropies if asked for."""
         hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
         return token_logprobs(self.head, hidden[batch.predictors], batch.target_ids, temperature, with_entropy)
+
+    def nll(self, batch: PackedBatch) -> Tensor:
+        """() float32 -Σ log π over all response tokens of the batch, for losses that weigh them alike."""
+        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
+        return nll_sum(self.head, hidden[batch.predictors], batch.target_ids)
 
     def decode(
         self,
@@ -66,6 +72,10 @@ class Policy(nn.Module):
         Returns:
             (B, V) logits.
         """
+        if layout is not None and not runs_packed(self.model):  # without the cache, which only packed rows know
+            return cast(
+                Tensor, self.head(padded_hidden_states(self.model, input_ids[0], position_ids[0], layout)[nodes])
+            )
         hidden = backbone(self.model)(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -78,14 +88,28 @@ class Policy(nn.Module):
         return cast(Tensor, self.head(hidden))
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         """Hidden states to logits."""
-        return self.model.get_output_embeddings()
+        linear = self.model.get_output_embeddings()
+        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return linear if softcap is None else SoftCappedHead(linear, softcap)
 
     @property
     def vocabulary_size(self) -> int:
         """V, the width of the logits: not always `len(tokenizer)`."""
-        return int(self.head.out_features)  # type: ignore[arg-type]
+        return int(self.head.out_features)
+
+
+class SoftCappedHead:
+    """Hidden states to softcap tanh(logits / softcap), as in Gemma 2; no module, so that no weight is listed twice."""
+
+    def __init__(self, linear: nn.Module, softcap: float) -> None:
+        self.linear, self.softcap = linear, softcap
+        self.out_features = linear.out_features
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(..., d) to (..., V)."""
+        return self.softcap * torch.tanh(self.linear(hidden) / self.softcap)
 
 
 class Scorer(nn.Module):
@@ -115,10 +139,30 @@ class Scorer(nn.Module):
 
 def packed_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
     """(N, d) last hidden states of a packed row."""
+    if not runs_packed(model):
+        return padded_hidden_states(model, input_ids, position_ids, layout)
     outputs = backbone(model)(
         input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), layout=layout, use_cache=False
     )
     return cast(Tensor, outputs.last_hidden_state[0])
+
+
+def padded_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+    """(N, d) as `packed_hidden_states`, by the model's own attention on right-padded batches, one for each bucket.
+
+    No real token sees the padding on its right, since attention is causal. A shared prompt is computed with each of its
+    responses; all give the same, so the states of one of them serve.
+    """
+    rows = [
+        backbone(model)(input_ids=input_ids[cells], position_ids=position_ids[cells], use_cache=False)
+        for cells in layout.buckets
+    ]
+    return torch.cat([row.last_hidden_state.flatten(0, 1) for row in rows])[layout.source]
+
+
+def runs_packed(model: PreTrainedModel) -> bool:
+    """Whether this model's attention takes packed rows; else it runs in padded batches."""
+    return bool(model.config._attn_implementation == IMPLEMENTATION)
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -135,10 +179,10 @@ def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code:
         trust_remote_code: run model code that comes with the weights.
 
     Raises:
-        UserError: no such model, or attention or a head that packed batches cannot reproduce.
+        UserError: no such model, or a head that does more than this library knows of.
     """
     model = _load(AutoModelForCausalLM, name, from_scratch, trust_remote_code)
-    check_packed_logits(model, str(name))
+    check_head(model, str(name))
     return Policy(model)
 
 
@@ -177,7 +221,9 @@ def scorer_from_policy(policy: Policy) -> Scorer:
     """A scorer on a copy of the policy's trunk, with a fresh head."""
     config = copy.deepcopy(policy.model.config)
     config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=IMPLEMENTATION)
+    model = AutoModelForSequenceClassification.from_config(
+        config, attn_implementation=policy.model.config._attn_implementation
+    )
     backbone(model).load_state_dict(backbone(policy.model).state_dict())
     disable_dropout(model)
     initialize_score_head(model)
@@ -237,43 +283,62 @@ def pad_token_id_for(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None
 
 
-def check_packed_logits(model: PreTrainedModel, name: str, tolerance: float = 1e-3) -> None:
-    """Honour or refuse: compare packed log-probs with the model's own forward on two short sequences.
+def choose_attention(model: PreTrainedModel, name: str, tolerance: float = 1e-3) -> None:
+    """Honour or fall back: a model whose attention packed rows do not reproduce runs in padded batches from now on.
 
-    Attention or heads with extras (soft caps, sinks, logit scales) that this engine does not reproduce show up here
-    rather than as a silently different policy.
+    Sliding windows and soft caps are honoured; sinks and whatever else a model may do show up as other hidden states of
+    two short sequences, rather than as a silently different model.
     """
-    config = model.config.get_text_config()
-    for option in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, option, None) is not None:
-            raise UserError(f"{name}: {option} is not supported by packed batches ({type(model).__name__})")
-    from lit_rlhf.packing import Example, pack
+    batch, _ = _two_sequences(model)
 
-    length = 8
-    ids = torch.arange(2 * length).remainder(config.vocab_size).numpy()
-    batch = pack([Example(ids[:1], (ids[1:length],)), Example(ids[length : length + 1], (ids[length + 1 :],))])
+    def hidden_states(implementation: str) -> Tensor:
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            return packed_hidden_states(model, batch.input_ids, batch.position_ids, batch.layout)
+
     was_training = model.training
     model.eval()
+    own = hidden_states("eager")
+    difference = (hidden_states(IMPLEMENTATION) - own).abs().max().item() / max(own.abs().max().item(), 1.0)
+    model.train(was_training)
+    if not difference <= tolerance:
+        model.set_attn_implementation("eager")
+        rank_zero_info(
+            f"{name}: the attention of {type(model).__name__} is not that of packed batches (hidden states differ by "
+            f"{difference:.2g}), so it runs in padded batches, without a cache when it generates: right, but slower"
+        )
+
+
+def check_head(model: PreTrainedModel, name: str, tolerance: float = 1e-3) -> None:
+    """Honour or refuse: compare log-probs with those of the model's own forward on two short sequences.
+
+    A head with extras (a logit scale) that this library does not reproduce shows up here.
+    """
+    batch, parts = _two_sequences(model)
+    implementation, was_training = model.config._attn_implementation, model.training
+    model.eval()
     with torch.no_grad():
-        try:
-            packed, _ = Policy(model)(batch)
-            # A batch of one has no padding, hence needs no mask but the causal one that the eager path builds.
-            model.set_attn_implementation("eager")
-            plain = [
-                torch.log_softmax(
-                    model(torch.as_tensor(part)[None], use_cache=False).logits[0, :-1].float(), -1
-                ).gather(-1, torch.as_tensor(part[1:])[:, None])
-                for part in (ids[:length], ids[length:])
-            ]
-        finally:
-            model.set_attn_implementation(IMPLEMENTATION)
-            model.train(was_training)
-    error = (packed - torch.cat(plain).squeeze(-1)).abs().max().item()
+        ours, _ = Policy(model)(batch)
+        # A batch of one has no padding, hence needs no mask but the causal one that the eager path builds.
+        model.set_attn_implementation("eager")
+        own = [
+            torch.log_softmax(model(part[None], use_cache=False).logits[0, :-1].float(), -1).gather(-1, part[1:, None])
+            for part in parts
+        ]
+    model.set_attn_implementation(implementation)
+    model.train(was_training)
+    error = (ours - torch.cat(own).squeeze(-1)).abs().max().item()
     if not error <= tolerance:
         raise UserError(
-            f"{name}: {type(model).__name__} gives other log-probs in packed batches than by itself (largest "
-            f"difference {error:.2g}); its attention or head does something that packed batches do not support"
+            f"{name}: {type(model).__name__} gives other log-probs by itself than from its hidden states and output "
+            f"embeddings (largest difference {error:.2g}); its head does something that is not supported"
         )
+
+
+def _two_sequences(model: PreTrainedModel, length: int = 8) -> tuple[PackedBatch, tuple[Tensor, Tensor]]:
+    ids = torch.arange(2 * length).remainder(model.config.get_text_config().vocab_size)
+    parts = ids[:length], ids[length:]
+    return pack([Example(part[:1].numpy(), (part[1:].numpy(),)) for part in parts]), parts
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -311,6 +376,7 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
             f"model.safetensors, or a name on the Hugging Face hub{_hint(source)}"
         ) from error
     disable_dropout(model)
+    choose_attention(model, str(name))
     return model.train()  # from_pretrained leaves it in eval mode
 
 

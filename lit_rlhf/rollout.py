@@ -77,6 +77,31 @@ class Dice:
         return self.draws[slots, steps[slots]]
 
 
+class RolloutBackend:
+    """What plays the episodes of on-policy training; this one is the default, in this process.
+
+    A subclass may generate elsewhere, as long as the environment sees every token and `play` returns the same.
+
+    Args:
+        cuda_graphs: capture the decode step on CUDA; on other devices, and for sharded policies, nothing is captured.
+    """
+
+    def __init__(self, cuda_graphs: bool = True) -> None:
+        self.cuda_graphs = cuda_graphs
+
+    def play(
+        self,
+        policy: Policy,
+        env: TokenVectorEnv,
+        settings: GenerationSettings,
+        num_episodes: int,
+        stream: int = 0,
+        env_seed: int | None = None,
+    ) -> Play:
+        """Play `num_episodes` episodes to their ends; see the function `play`."""
+        return play(policy, env, settings, num_episodes, stream, env_seed, self.cuda_graphs)
+
+
 @torch.no_grad()
 def play(
     policy: Policy,
@@ -85,6 +110,7 @@ def play(
     num_episodes: int,
     stream: int = 0,
     env_seed: int | None = None,
+    cuda_graphs: bool = True,
 ) -> Play:
     """Play episodes to their ends, refilling slots at once: continuous batching, in Gymnasium's words.
 
@@ -95,9 +121,10 @@ def play(
         num_episodes: how many to play.
         stream: makes the draws of several ranks differ.
         env_seed: starts the prompt queue anew; needed once, before the first stream.
+        cuda_graphs: capture the decode step on CUDA.
     """
     max_new_tokens = env.task.max_new_tokens
-    decoder = SlotDecoder(policy, env.num_envs, env.task.prompts.max_length + max_new_tokens)
+    decoder = SlotDecoder(policy, env.num_envs, env.task.prompts.max_length + max_new_tokens, cuda_graphs)
     dice = Dice(env.num_envs, max_new_tokens, settings.seed, stream)
     logprobs = np.zeros((env.num_envs, max_new_tokens), dtype=np.float32)
     logprobs_of: dict[int, np.ndarray] = {}

@@ -41,10 +41,9 @@ class SFT(AlignmentModule):
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the negative log-likelihood of the demonstrated tokens."""
-        logprobs, _ = self.policy(batch.packed)
-        losses = nll(logprobs)
-        self.log_mean("train", {"loss": losses.detach().mean()}, weight=len(losses))
-        return losses.sum() / batch.denominator
+        total, count = self.policy.nll(batch.packed), len(batch.packed.target_ids)
+        self.log_mean("train", {"loss": total.detach() / count}, weight=count)
+        return total / batch.denominator
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Loss per token of held-out demonstrations."""

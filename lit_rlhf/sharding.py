@@ -24,8 +24,9 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         if type(module).__name__ in block_names:
             fully_shard(module, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    if hasattr(network, "decode"):
-        register_fsdp_forward_method(network, "decode")
+    for method in ("decode", "nll"):
+        if hasattr(network, method):
+            register_fsdp_forward_method(network, method)
 
 
 @contextmanager

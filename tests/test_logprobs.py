@@ -1,8 +1,11 @@
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_rlhf.logprobs import token_logprobs
+from lit_rlhf.logprobs import nll_sum, token_logprobs
 
 
 @pytest.fixture
@@ -67,3 +70,106 @@ def test_logprobs_of_a_bfloat16_head_are_float32(problem):
     head, hidden, targets = problem
     logprobs, _ = token_logprobs(head.bfloat16(), hidden.bfloat16(), targets)
     assert logprobs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+def test_the_summed_nll_has_the_gradient_of_the_logprobs(problem, rows):
+    head, hidden, targets = problem
+    results = []
+    for loss in (
+        lambda: -token_logprobs(head, hidden, targets)[0].sum(),
+        lambda: nll_sum(head, hidden, targets, chunk_bytes=rows * 4 * 50),
+    ):
+        head.zero_grad()
+        hidden.grad = None
+        total = loss()
+        (0.3 * total).backward()
+        results.append((total.detach(), hidden.grad, head.weight.grad.clone(), head.bias.grad.clone()))
+    for expected, summed in zip(*results, strict=True):
+        torch.testing.assert_close(summed, expected)
+
+
+def test_a_head_that_is_more_than_a_linear_layer_is_called_as_it_is(problem):
+    head, hidden, targets = problem
+
+    class Adapted(nn.Linear):  # as LoRA does
+        def forward(self, x):
+            return super().forward(x) + 0.1 * self.extra(x)
+
+    adapted = Adapted(16, 50)
+    adapted.load_state_dict(head.state_dict())
+    adapted.extra = nn.Linear(16, 50)
+    expected = torch.log_softmax(adapted(hidden), -1).gather(-1, targets[:, None])[:, 0]
+    for chunk_bytes in (2**30, 5 * 4 * 50):
+        torch.testing.assert_close(token_logprobs(adapted, hidden, targets, chunk_bytes=chunk_bytes)[0], expected)
+        total = nll_sum(adapted, hidden, targets, chunk_bytes=chunk_bytes)
+        torch.testing.assert_close(total, -expected.sum())
+        total.backward()
+        assert adapted.extra.weight.grad is not None
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+def test_gradients_in_bfloat16_stay_within_its_rounding(problem, rows):
+    head, hidden, targets = problem
+    weights = torch.rand(37)
+    gradients = []
+    for enabled in (False, True):
+        hidden.grad = None
+        head.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logprobs, entropy = token_logprobs(head, hidden, targets, 0.7, with_entropy=True, chunk_bytes=rows * 4 * 50)
+        (logprobs * weights + 0.1 * entropy).sum().backward()
+        gradients.append((hidden.grad, head.weight.grad.clone(), head.bias.grad.clone()))
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded.dtype == torch.float32
+        assert (rounded - exact).norm() / exact.norm() < 0.02  # bfloat16 keeps eight bits
+
+
+def test_a_near_certain_token_keeps_its_small_gradient_in_bfloat16():
+    head = nn.Linear(2, 2, bias=False).bfloat16()
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[3.0, 0.0], [-4.0, 0.0]]))
+    hidden = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    token_logprobs(head, hidden, torch.tensor([0]))[0].sum().backward()
+    p = torch.sigmoid(torch.tensor(-7.0))  # of the other token; rounded to eight bits, 1 - p would be 1
+    torch.testing.assert_close(hidden.grad[0, 0].float(), 7 * p, rtol=0.02, atol=0)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive; on the meta device nothing is really allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.release, storage.nbytes())
+        return result
+
+    def release(self, size):
+        self.live -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", [token_logprobs, nll_sum])
+def test_the_loss_at_16k_tokens_and_a_vocabulary_of_150k_takes_an_eighth_of_the_plain_memory(dtype, way):
+    def plain(head, hidden, targets):
+        return torch.log_softmax(head(hidden).float(), -1).gather(-1, targets[:, None])
+
+    def peak(function):
+        head = nn.Linear(1024, 150_000, bias=False, device="meta", dtype=dtype)
+        hidden = torch.empty(16_384, 1024, device="meta", dtype=dtype, requires_grad=True)
+        targets = torch.empty(16_384, device="meta", dtype=torch.int64)
+        with PeakMemory() as memory:
+            result = function(head, hidden, targets)
+            (result[0] if isinstance(result, tuple) else result).sum().backward()
+        return memory.peak
+
+    assert peak(way) <= peak(plain) / 8

@@ -3,7 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 
+from lit_rlhf import packing
 from lit_rlhf.packing import Example, pack, plan_buckets
 from tests.tiny import ARCHITECTURES, plain_response_logprobs, random_examples, tiny_policy
 
@@ -103,3 +106,68 @@ def test_packing_refuses_what_it_cannot_place():
         pack([Example(np.array([3]), (np.array([4]),)), Example(np.array([3]), (np.array([], dtype=int),))])
     with pytest.raises(ValueError, match="example 1 has 2 responses, the first has 1"):
         pack([Example(np.array([3]), (np.array([4]),)), Example(np.array([3]), (np.array([4]), np.array([4])))])
+
+
+def test_the_end_to_end_layout_lists_each_sequence_in_turn():
+    batch = pack(
+        [Example(np.array([5, 6]), (np.array([7]), np.array([8, 9]))), Example(np.array([3]), (np.array([4]),) * 2)]
+    )
+    nodes, bounds, longest, source = batch.layout.end_to_end
+    rows = [batch.input_ids[nodes[start:end]].tolist() for start, end in itertools.pairwise(bounds.tolist())]
+    assert sorted(rows) == [[3, 4], [3, 4], [5, 6, 7], [5, 6, 8, 9]]
+    assert longest == 4
+    assert bounds.dtype == torch.int32
+    assert torch.equal(nodes[source], torch.arange(len(batch.input_ids)))
+
+
+def test_the_padding_fraction_counts_cells_of_attention_without_a_token():
+    batch = pack([Example(np.array([3]), (np.array([4]),)), Example(np.array([3]), (np.array([4, 5, 6]),))])
+    assert len(batch.layout.buckets) == 1  # 2 + 4 tokens in a bucket of 2 x 4 cells
+    assert batch.layout.padding_fraction() == 0.25
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_variable_length_attention_equals_the_buckets(architecture, monkeypatch):
+    """The call of the CUDA kernel, with a slow stand-in of it that follows its documentation."""
+
+    def stand_in(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
+        assert longest_q == longest_k == int(bounds_q.diff().max())
+        outputs = []
+        for start, end in itertools.pairwise(bounds_q.tolist()):
+            distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+            left, right = window_size
+            mask = (distance >= -right) & ((distance <= left) if left >= 0 else True)
+            heads = (x[start:end].transpose(0, 1) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+            outputs.append(out.transpose(0, 1))
+        return torch.cat(outputs)
+
+    policy, batch = tiny_policy(architecture), pack(random_examples(6, responses=2))
+    in_buckets, _ = policy(batch)
+    monkeypatch.setattr(packing, "takes_variable_lengths", lambda q: True)
+    monkeypatch.setattr(packing, "varlen_attn", stand_in)
+    end_to_end, _ = policy(batch)
+    torch.testing.assert_close(end_to_end, in_buckets, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_variable_length_attention_on_cuda_equals_the_buckets(architecture, monkeypatch):
+    policy = tiny_policy(architecture).cuda().bfloat16()
+    batch = move_data_to_device(pack(random_examples(6, responses=2)), torch.device("cuda"))
+    end_to_end, _ = policy(batch)
+    monkeypatch.setattr(packing, "takes_variable_lengths", lambda q: False)
+    in_buckets, _ = policy(batch)
+    torch.testing.assert_close(end_to_end, in_buckets, rtol=0.05, atol=0.1)  # bfloat16 keeps eight bits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_logprobs_in_bfloat16_stay_within_its_rounding(architecture):
+    policy, batch = tiny_policy(architecture), pack(random_examples(5, responses=2))
+    for parameter in policy.parameters():
+        parameter.data.mul_(0.5)  # mild logits, as of a real model
+    exact, _ = policy(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = policy(batch)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().mean() < 0.02

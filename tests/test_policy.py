@@ -1,20 +1,22 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lit_rlhf.decoding import SlotDecoder
 from lit_rlhf.errors import UserError
-from lit_rlhf.packing import IMPLEMENTATION, pack
+from lit_rlhf.packing import pack
 from lit_rlhf.policy import (
-    check_packed_logits,
+    check_head,
     frozen_copy,
     load_policy,
     load_scorer,
     load_tokenizer,
     pad_token_id_for,
+    runs_packed,
     scorer_from_policy,
 )
-from tests.tiny import EOS, VOCABULARY, plain_response_logprobs, random_examples, save_tiny, tiny_policy, tiny_tokenizer
+from tests.tiny import EOS, SINKS, plain_response_logprobs, random_examples, save_tiny, tiny_policy, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +46,64 @@ def test_a_missing_model_is_one_clear_line(tmp_path):
         load_policy("demo")
 
 
-def test_attention_with_a_soft_cap_is_refused_by_name():
-    config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION)
-    with pytest.raises(UserError, match="attn_logit_softcapping is not supported"):
-        check_packed_logits(model, "gemma")
-
-
-def test_a_model_whose_packed_logprobs_differ_is_refused():
+def test_a_model_whose_head_does_more_than_a_product_is_refused():
     policy = tiny_policy()
     forward = policy.model.forward
     policy.model.forward = lambda *args, **kwargs: _doubled(forward(*args, **kwargs))
-    with pytest.raises(UserError, match="gives other log-probs in packed batches than by itself"):
-        check_packed_logits(policy.model, "odd")
+    with pytest.raises(UserError, match="its head does something that is not supported"):
+        check_head(policy.model, "odd")
+
+
+@pytest.fixture(scope="module")
+def folder_with_sinks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sinks") / "model"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SINKS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.fill_(1.0)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_attention_that_packed_rows_lack_runs_in_padded_batches_and_says_so_once(folder_with_sinks, caplog):
+    with caplog.at_level("INFO"):
+        policy = load_policy(folder_with_sinks)
+    assert caplog.text.count("runs in padded batches") == 1
+    assert not runs_packed(policy.model)
+    examples = random_examples(5, responses=2)
+    batch = pack(examples)
+    ours = batch.sum_by_sequence(policy(batch)[0])
+    ours.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    separate = torch.stack(
+        [
+            plain_response_logprobs(policy.model, example.prompt_ids, example.responses[k], "eager").sum()
+            for k in range(2)
+            for example in examples
+        ]
+    )
+    separate.square().sum().backward()
+    torch.testing.assert_close(ours, separate, rtol=1e-5, atol=1e-4)
+    for name, gradient in gradients.items():
+        expected = policy.get_parameter(name).grad
+        assert (gradient - expected).norm() / expected.norm().clamp(min=1e-8) < 1e-5, name
+
+
+def test_a_model_in_padded_batches_acts_and_scores_too(folder_with_sinks):
+    policy = load_policy(folder_with_sinks).eval()
+    assert not runs_packed(scorer_from_policy(policy).model)
+    assert not runs_packed(frozen_copy(policy).model)
+    decoder = SlotDecoder(policy, 2, 4)
+    ids, lengths = np.array([[5, 6, 7, 0], [8, 9, 0, 0]]), np.array([3, 2])
+    decoder.logits(ids, lengths)
+    ids[[0, 1], lengths] = 10, 11
+    with torch.no_grad():
+        expected = [policy.model(torch.as_tensor(ids[i, : n + 1])[None]).logits[0, -1] for i, n in enumerate(lengths)]
+    torch.testing.assert_close(decoder.logits(ids, lengths + 1), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def _doubled(output):

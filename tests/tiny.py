@@ -7,8 +7,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -47,7 +49,25 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**_SHAPE, num_key_value_heads=2, head_dim=8),
     "gpt_neox": GPTNeoXConfig(**_SHAPE),
     "mistral": MistralConfig(**_SHAPE, num_key_value_heads=2, sliding_window=5),
+    "gemma2": Gemma2Config(  # scores and logits with a soft cap, a sliding window in every other layer
+        **_SHAPE,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=5,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=3.0,
+        query_pre_attn_scalar=8,
+    ),
 }
+SINKS = GptOssConfig(  # attention sinks, which packed rows do not have
+    **_SHAPE,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_local_experts=2,
+    num_experts_per_tok=1,
+    sliding_window=64,
+    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+)
 ARCHITECTURES = sorted(CONFIGS)
 
 
@@ -98,18 +118,20 @@ def random_examples(count: int, responses: int = 1, seed: int = 0, longest: int 
     return [Example(ids(), tuple(ids() for _ in range(responses))) for _ in range(count)]
 
 
-def plain_logits(model: torch.nn.Module, ids: np.ndarray) -> torch.Tensor:
+def plain_logits(model: torch.nn.Module, ids: np.ndarray, back_to: str = IMPLEMENTATION) -> torch.Tensor:
     """(S, V) logits of one sequence by transformers' own eager attention: the independent reference."""
     model.set_attn_implementation("eager")
     try:
         return model(torch.as_tensor(ids)[None], use_cache=False).logits[0]
     finally:
-        model.set_attn_implementation(IMPLEMENTATION)
+        model.set_attn_implementation(back_to)
 
 
-def plain_response_logprobs(model: torch.nn.Module, prompt_ids: np.ndarray, response_ids: np.ndarray) -> torch.Tensor:
+def plain_response_logprobs(
+    model: torch.nn.Module, prompt_ids: np.ndarray, response_ids: np.ndarray, back_to: str = IMPLEMENTATION
+) -> torch.Tensor:
     """(T,) log-probs of a response, one sequence at a time."""
     ids = np.concatenate([prompt_ids, response_ids])
-    logprobs = torch.log_softmax(plain_logits(model, ids)[:-1].float(), -1)
+    logprobs = torch.log_softmax(plain_logits(model, ids, back_to)[:-1].float(), -1)
     taken = logprobs.gather(-1, torch.as_tensor(ids[1:])[:, None])[:, 0]
     return taken[len(prompt_ids) - 1 :]

@@ -1,6 +1,7 @@
 """Tokenised examples: made once, cached on disk by `datasets`, packed into typed batches when asked for."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -66,6 +67,18 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, batch: MicroBatch) -> Any:
         raise NotImplementedError  # pragma: no cover
+
+    def fingerprint(self) -> str:
+        """Hash of the rows that an epoch takes and of all tokens, whatever file or cache they came from."""
+        digest = hashlib.sha256(self.rows.tobytes())
+        for name in self.table.column_names:
+            column = self.table.data.column(name).combine_chunks()
+            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                digest.update(pc.list_value_length(column).to_numpy(zero_copy_only=False).tobytes())
+                column = column.flatten()
+            digest.update(f"{name} {column.type}".encode())
+            digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+        return digest.hexdigest()
 
     def _take(self, batch: MicroBatch) -> pa.Table:
         return self.table[self.rows[batch.indices]]

@@ -173,6 +173,10 @@ class ExamplesDataModule(LightningDataModule):
         """How many rows of "train", "val" or "test" an epoch takes: `row_ids` are below it."""
         return len(self.datasets[ROLES[split]])
 
+    def rows_fingerprint(self, split: str) -> str:
+        """Hash of the tokens of these rows, in their order."""
+        return self.datasets[ROLES[split]].fingerprint()
+
     def sample_prompts(self, count: int) -> PromptBatch | None:
         """The first held-out prompts, for sample tables; None where the data has none."""
         assert self.tokenizer is not None

@@ -20,7 +20,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.experience import Experience
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import Reward
-from lit_rlhf.rollout import check_context, play
+from lit_rlhf.rollout import RolloutBackend, check_context
 from token_mdp import TokenVectorEnv
 
 
@@ -40,6 +40,7 @@ class RolloutDataModule(LightningDataModule):
         max_new_tokens: length limit of a response.
         max_validation_prompts: play at most this many held-out prompts.
         seed: of the order of prompts.
+        backend: what plays the training episodes; null = the slot cache in this process.
         tokenizer: the policy's; linked by the CLI.
     """
 
@@ -57,6 +58,7 @@ class RolloutDataModule(LightningDataModule):
         max_new_tokens: int = 64,
         max_validation_prompts: int = 256,
         seed: int = 0,
+        backend: RolloutBackend | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
@@ -75,6 +77,7 @@ class RolloutDataModule(LightningDataModule):
         self.max_new_tokens = max_new_tokens
         self.max_validation_prompts = max_validation_prompts
         self.seed = seed
+        self.backend = RolloutBackend() if backend is None else backend
         self.tokenizer = tokenizer
         self.prompts: dict[str, PromptBatch] = {}
 
@@ -205,7 +208,7 @@ class RolloutLoader:
         if self.experience is None or self.done == len(self):
             episodes = self.data.rollout_size // self.trainer.world_size
             with self.trainer.precision_plugin.forward_context():
-                played = play(
+                played = self.data.backend.play(
                     self.agent.policy,
                     self.env,
                     self.agent.rollout_settings,

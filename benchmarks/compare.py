@@ -1,0 +1,164 @@
+"""Our speed and memory beside a peer's, on the same work, in one run.
+
+    python -m benchmarks.compare --task sft --peer trl --peer-python /path/to/python/with/trl
+
+Contestants take turns, one process each, after a batch of warm-up. Every round prints a JSON line; then come a table,
+and one JSON line with the medians. `speedup` is the median over rounds of the peer's time over ours, the peer being
+tuned. Without `--peer`, ours stands beside its own bare step alone.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import workload
+from benchmarks.rounds import Contestant
+
+TASKS = ("sft", "reward", "dpo", "dpo_cached", "ppo", "generate")
+PAIRS = {"sft": 16, "reward": 16, "dpo": 16, "dpo_cached": 16, "ppo": 16, "generate": 64}
+
+
+def useful_tokens(task: str, options: argparse.Namespace) -> int:
+    """Tokens that count, the same for every contestant: no padding; of generation the new ones only."""
+    shape = workload.SHAPES[options.shape]
+    pairs = workload.make_pairs(options.pairs, shape, options.seed)
+    new = workload.response_lengths(options.pairs, options.seed)
+    if task == "generate":
+        return options.pairs * options.fixed if options.fixed is not None else int(new.sum())
+    if task == "ppo":
+        return sum(len(pair["prompt"]) for pair in pairs) + int(new.sum())
+    return sum(workload.sequences(task, pairs)[0])
+
+
+def contestants(task: str, options: argparse.Namespace) -> list[Contestant]:
+    """Ours first; then our bare step, the tuned peer, and the peer with its defaults."""
+    common = ["--task", task, "--shape", options.shape, "--pairs", str(options.pairs), "--batch", str(options.batch)]
+    common += ["--slots", str(options.slots), "--seed", str(options.seed)]
+    if task == "generate" and options.fixed is not None:
+        common += ["--fixed", str(options.fixed)]
+    ours = [sys.executable, "-m", "benchmarks.ours", *common]
+    entries = {"ours": ours}
+    if task not in ("ppo", "generate"):
+        entries["ours, no Trainer"] = [*ours, "--bare"]
+    if options.peer == "trl":
+        python = (options.peer_ppo_python or options.peer_python) if task == "ppo" else options.peer_python
+        peer = [python, "-m", "benchmarks.peer_trl", *common]
+        if task == "generate":
+            entries["transformers generate"] = [*peer, "--tuned"]
+        else:
+            entries |= {"trl tuned": [*peer, "--tuned"], "trl default": peer}
+        if task == "sft":
+            entries["trl packing"] = [*peer, "--tuned", "--packing"]
+    return [Contestant(name, command, options.threads) for name, command in entries.items()]
+
+
+def compare(task: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run all rounds of a task; print and return its medians."""
+    tokens = useful_tokens(task, options)
+    players = contestants(task, options)
+    for number in range(options.rounds):
+        for player in players:
+            # TRL's defaults and packing are for orientation: one round each.
+            if player.name in ("trl default", "trl packing") and number > 0:
+                continue
+            result = player.play()
+            line = {"task": task, "contestant": player.name, "round": number, **result}
+            print(json.dumps(line | {"tokens_per_second": tokens / result["seconds"]}), flush=True)
+    for player in players:
+        player.close()
+
+    def seconds(player: Contestant) -> float:
+        return statistics.median(result["seconds"] for result in player.results)
+
+    def memory(player: Contestant) -> float:
+        return max(result["peak_memory_mb"] for result in player.results)
+
+    print(
+        f"\n| {task}: {tokens} tokens a round | tokens/s | ours is faster by | peak memory |\n| --- | --- | --- | --- |"
+    )
+    for player in players:
+        ratio = seconds(player) / seconds(players[0])
+        print(f"| {player.name} | {tokens / seconds(player):.0f} | {ratio:.2f} | {memory(player):.0f} MB |")
+    summary: dict[str, Any] = {
+        "task": task,
+        "tokens_per_second": tokens / seconds(players[0]),
+        "peer_tokens_per_second": None,
+        "speedup": None,
+        "peak_memory_mb": memory(players[0]),
+        "peer_peak_memory_mb": None,
+    }
+    for player in players:
+        if player.name == "ours, no Trainer":
+            summary["lightning_overhead"] = seconds(players[0]) / seconds(player) - 1
+        if player.name in ("trl tuned", "transformers generate"):
+            pairs = zip(player.results, players[0].results, strict=True)
+            summary |= {
+                "peer_tokens_per_second": tokens / seconds(player),
+                "speedup": statistics.median(theirs["seconds"] / mine["seconds"] for theirs, mine in pairs),
+                "peer_peak_memory_mb": memory(player),
+            }
+        if player.name in ("trl default", "trl packing"):
+            summary[player.name.replace(" ", "_") + "_tokens_per_second"] = tokens / seconds(player)
+    print()
+    if task not in ("ppo", "generate"):
+        flops = workload.training_flops(task, workload.SHAPES[options.shape], pairs_of(options))
+        summary["useful_gflops_per_second"] = flops / seconds(players[0]) / 1e9
+    print(json.dumps(summary), flush=True)
+    return summary
+
+
+def pairs_of(options: argparse.Namespace) -> list[workload.Pair]:
+    """The pairs of this run."""
+    return workload.make_pairs(options.pairs, workload.SHAPES[options.shape], options.seed)
+
+
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """What a reader must know to judge the figures."""
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "threads": options.threads,
+        "clock": "CPU seconds of the process" if options.threads == 1 else "wall seconds",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "lightning")},
+    }
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--peer", choices=["trl"], help="what to compare with; none = our own bare step alone")
+    parser.add_argument(
+        "--peer-python", default=os.environ.get("PEER_PYTHON"), help="a Python that has TRL; also $PEER_PYTHON"
+    )
+    parser.add_argument(
+        "--peer-ppo-python", default=os.environ.get("PEER_PPO_PYTHON"), help="one that has TRL 1.12, the last with PPO"
+    )
+    parser.add_argument("--shape", default="small", choices=sorted(workload.SHAPES))
+    parser.add_argument("--pairs", type=int, help="how many a round takes; by task if not given")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=16, help="completions written at the same time")
+    parser.add_argument("--fixed", type=int, help="length of every completion of `generate`, instead of a heavy tail")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="with one, time is CPU time: other work does not count")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.peer is not None and (options.peer_python is None or not Path(options.peer_python).exists()):
+        parser.error("--peer trl needs --peer-python or $PEER_PYTHON: a Python with TRL, see docs/performance.md")
+    if options.peer is None:
+        print("no peer: ours stands beside its own bare step (the same model and losses in a plain loop)")
+    print(json.dumps({"conditions": conditions(options)}))
+    for task in TASKS if options.task == "all" else (options.task,):
+        compare(task, argparse.Namespace(**{**vars(options), "pairs": options.pairs or PAIRS[task]}))
+
+
+if __name__ == "__main__":
+    main()

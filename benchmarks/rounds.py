@@ -1,0 +1,79 @@
+"""Rounds of a benchmark: each contestant is a process that waits, so that contestants can take turns.
+
+Turns spread whatever disturbs the machine over all of them, and each process has its own peak memory.
+"""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def serve(run_round: Callable[[], dict[str, Any]]) -> None:
+    """Run a round for each line of stdin and answer with a JSON line; what the round prints goes nowhere."""
+    answers = sys.stdout
+    for line in sys.stdin:
+        sys.stdout = sys.stderr if line.strip() == "verbose" else io.StringIO()
+        result = run_round()
+        sys.stdout = answers
+        print(json.dumps({"peak_memory_mb": peak_memory_mb(), **result}), flush=True)
+
+
+class Contestant:
+    """A waiting process.
+
+    Args:
+        name: in the results.
+        command: Python, script and options.
+        threads: that it may compute with; with one, rounds are timed in CPU seconds.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], threads: int) -> None:
+        self.name = name
+        self.results: list[dict[str, Any]] = []
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(threads), "BENCHMARK_THREADS": str(threads)}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "envs")])
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+        )
+
+    def play(self) -> dict[str, Any]:
+        """One round.
+
+        Raises:
+            RuntimeError: the process died; the message has the end of what it said.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.name} died:\n{self.process.communicate()[1][-3000:]}")
+        self.results.append(json.loads(answer))
+        return self.results[-1]
+
+    def close(self) -> None:
+        """Let the process end."""
+        self.process.communicate()
+
+
+def clock() -> float:
+    """Seconds: with one thread of this process's CPU, so that other work does not count; else of wall time."""
+    return time.process_time() if os.environ.get("BENCHMARK_THREADS", "1") == "1" else time.perf_counter()
+
+
+def peak_memory_mb() -> float:
+    """Most resident memory of this process so far."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,114 @@
+"""How cost grows with response length, batch, vocabulary and model size, and with finished rows: fitted exponents.
+
+    python -m benchmarks.scaling
+
+Each line is a sweep: y ~ x^exponent, fitted on logarithms. Theory says 1 for batch, vocabulary (of the head alone), and
+parameters; between 1 and 2 for response length, attention being quadratic; 0 for slots that have finished.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import workload
+from lit_rlhf.decoding import SlotDecoder
+from lit_rlhf.logprobs import nll_sum
+from lit_rlhf.packing import IMPLEMENTATION, Example, pack
+from lit_rlhf.policy import Policy
+
+BASE = workload.Shape(hidden=192, layers=4, heads=6, kv_heads=2, intermediate=512, vocabulary=4096)
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Median CPU seconds of a call, after one of warm-up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+def training_step(shape: workload.Shape, num_sequences: int, response: int) -> Callable[[], None]:
+    """Forward and backward pass over equal sequences of a 32-token prompt and a response."""
+    policy = Policy(workload.make_model(shape, attn_implementation=IMPLEMENTATION))
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(workload.FIRST_WORD, shape.vocabulary, 32 + response) for _ in range(num_sequences)]
+    batch = pack([Example(row[:32], (row[32:],)) for row in ids])
+
+    def step() -> None:
+        policy.zero_grad()
+        policy.nll(batch).backward()
+
+    return step
+
+
+def head_step(vocabulary: int) -> Callable[[], None]:
+    """Forward and backward pass of the output head alone."""
+    head, hidden = torch.nn.Linear(192, vocabulary, bias=False), torch.randn(256, 192, requires_grad=True)
+    targets = torch.randint(vocabulary, (256,))
+
+    def step() -> None:
+        head.zero_grad()
+        nll_sum(head, hidden, targets).backward()
+
+    return step
+
+
+def decode_step(num_slots: int, num_active: int) -> Callable[[], None]:
+    """A decode step of the slot cache in which the other slots have finished."""
+    policy = Policy(workload.make_model(BASE, attn_implementation=IMPLEMENTATION).eval())
+    decoder = SlotDecoder(policy, num_slots, 512)
+    ids = np.random.default_rng(0).integers(workload.FIRST_WORD, BASE.vocabulary, (num_slots, 512))
+    lengths, active = np.full(num_slots, 64), np.arange(num_slots) < num_active
+    decoder.logits(ids, lengths)
+
+    def step() -> None:
+        lengths[active] += 1
+        decoder.logits(ids, lengths, active)
+
+    return step
+
+
+def sweep(
+    name: str, what: str, sizes: Sequence[float], make: Callable[[int], Callable[[], None]], repeats: int
+) -> None:
+    """Time each size, fit the exponent, print a line."""
+    costs = [seconds(make(i), repeats) for i in range(len(sizes))]
+    exponent = float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+    line = {"sweep": name, "of": what, "sizes": list(sizes), "cpu_seconds": [round(c, 4) for c in costs]}
+    print(json.dumps(line | {"exponent": round(exponent, 2)}), flush=True)
+
+
+def main() -> None:
+    """Run all sweeps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--smallest", action="store_true", help="only the two smallest sizes of each sweep")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+    def run(name: str, what: str, sizes: Sequence[int], make: Callable[[int], Callable[[], None]]) -> None:
+        taken = sizes[:2] if options.smallest else sizes
+        sweep(name, what, taken, lambda i: make(taken[i]), options.repeats)
+
+    run("training step", "response length", (64, 128, 256, 512), lambda n: training_step(BASE, 4, n))
+    run("training step", "sequences", (2, 4, 8, 16), lambda n: training_step(BASE, n, 96))
+    run("head alone", "vocabulary", (8192, 16_384, 32_768, 65_536), head_step)
+    run("training step", "layers", (4, 8, 16, 32), lambda n: training_step(replace(BASE, layers=n), 4, 96))
+    run("decode step", "active of 32 slots", (4, 8, 16, 32), lambda n: decode_step(32, n))
+    run("decode step", "finished slots beside 4 active", (4, 12, 28, 60), lambda n: decode_step(4 + n, 4))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Reference log-probs of preference pairs, computed once and kept on disk for every run that would compute the same.
+
+The key is a hash of all that the numbers follow from: the weights and the config of the reference, the token ids of
+every pair (what tokenizer, chat template and data come to), and the precision. So no run can meet another's numbers.
+Work under way is kept in parts, and taken up where a killed run left it. Files are written aside and renamed: runs may
+share them.
+
+Axes: n pairs of a split.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_rlhf.batches import PreferenceBatch
+from lit_rlhf.packing import PackedBatch
+from lit_rlhf.policy import Policy
+from lit_rlhf.sharding import full_state_dict
+
+VERSION = 1  # raise it when the same key would no longer give the same numbers
+SECONDS_PER_PART = 60.0  # what a killed run loses at most
+NOT_WEIGHTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+PairLogprobs = Callable[[PackedBatch], tuple[Tensor, Tensor]]
+
+
+class ReferenceCache(dict[str, Tensor]):
+    """Split -> (n, 2) float32 log π_ref of chosen and rejected responses, on the CPU."""
+
+    def fill(self, trainer: Trainer, policy: Policy, split: str, pair_logprobs: PairLogprobs) -> None:
+        """Take a split's log-probs from disk, or compute what is missing, each rank doing its share.
+
+        Args:
+            trainer: its data module deals the rows.
+            policy: the reference, as it is now.
+            split: train, val or test; without rows of it nothing happens.
+            pair_logprobs: (B,) log-probs of chosen and rejected responses of a packed batch.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        loader = data.rows_dataloader(split)
+        if loader is None:
+            return
+        weights = full_state_dict(policy.model)  # every rank joins; rank 0 has them
+        key = cache_key(policy, weights, data.rows_fingerprint(split), trainer) if trainer.is_global_zero else ""
+        file = cache_folder() / f"{trainer.strategy.broadcast(key)}.safetensors"
+        found = read(file)
+        # What one rank sees on its disk decides for all: they must agree on whether to compute.
+        if trainer.strategy.reduce_boolean_decision(found is not None, all=True) and found is not None:
+            rank_zero_info(f"reference log-probs of {len(found['logprobs'])} {split} pairs are in {file}")
+            self[split] = found["logprobs"]
+            return
+        rank_zero_info(f"computing reference log-probs of {data.num_rows(split)} {split} pairs")
+        mine = self._compute(trainer, loader, data.num_rows(split), Parts(file.with_suffix(".parts")), pair_logprobs)
+        self[split] = trainer.strategy.reduce(mine, reduce_op="sum").cpu()
+        if trainer.is_global_zero:
+            write({"logprobs": self[split]}, file)
+            shutil.rmtree(file.with_suffix(".parts"), ignore_errors=True)
+
+    @torch.no_grad()
+    def _compute(
+        self, trainer: Trainer, loader: Any, num_rows: int, parts: "Parts", pair_logprobs: PairLogprobs
+    ) -> Tensor:
+        """(n, 2) with the rows of this rank, 0 elsewhere."""
+        module: Any = trainer.lightning_module
+        known = parts.load(num_rows)
+        mine = torch.zeros(num_rows, 2, device=module.device)
+        for host_batch in loader:
+            rows = host_batch.row_ids
+            held = known[rows]
+            if not held.isnan().any():
+                mine[rows.to(mine.device)] = held.to(mine.device)
+                continue
+            batch: PreferenceBatch = module.transfer_batch_to_device(host_batch, module.device, 0)
+            with trainer.precision_plugin.forward_context():
+                values = torch.stack(pair_logprobs(batch.packed), dim=1)
+            mine[batch.row_ids] = values
+            parts.add(rows, values)
+        parts.flush()
+        return mine
+
+
+class Parts:
+    """Results of a computation under way, in files that any number of ranks and runs may add to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.since = time.monotonic()
+
+    def load(self, num_rows: int) -> Tensor:
+        """(n, 2) what is there, NaN elsewhere."""
+        known = torch.full((num_rows, 2), float("nan"))
+        for file in self.folder.glob("*.safetensors"):
+            part = read(file)
+            if part is not None:
+                known[part["rows"]] = part["logprobs"]
+        return known
+
+    def add(self, rows: Tensor, logprobs: Tensor) -> None:
+        """Keep (B, 2) log-probs of (B,) rows; on disk once in a while."""
+        self.pending.append((rows, logprobs))
+        if time.monotonic() - self.since >= SECONDS_PER_PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        if self.pending:
+            rows, logprobs = (torch.cat([x.cpu() for x in column]) for column in zip(*self.pending, strict=True))
+            write({"rows": rows, "logprobs": logprobs}, self.folder / f"{uuid.uuid4().hex}.safetensors")
+        self.pending, self.since = [], time.monotonic()
+
+
+def cache_folder() -> Path:
+    """Where log-probs are kept: $LIT_RLHF_CACHE, or a folder of the user's cache."""
+    base = os.environ.get("LIT_RLHF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "lit_rlhf")
+    return Path(base).expanduser() / "reference"
+
+
+def cache_key(policy: Policy, weights: dict[str, Tensor], rows: str, trainer: Trainer) -> str:
+    """Hash of all that the log-probs follow from."""
+    config = {name: value for name, value in policy.model.config.to_dict().items() if name not in NOT_WEIGHTS}
+    digest = hashlib.sha256(json.dumps([VERSION, config, rows, str(trainer.precision)], default=str).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read(file: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file; None if it is not there, or is no such file."""
+    try:
+        return load_file(file)
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def write(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write aside and rename into place."""
+    aside = file.with_name(f".{uuid.uuid4().hex}.new")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+        aside.replace(file)
+    except FileNotFoundError:  # another run has finished the same work and cleared the folder of parts
+        pass
+    finally:
+        aside.unlink(missing_ok=True)

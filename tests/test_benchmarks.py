@@ -1,0 +1,88 @@
+"""The benchmarks' workload and rounds; what they measure is in docs/performance.md."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import compare, workload
+from benchmarks.rounds import Contestant
+
+ROOT = Path(__file__).parents[1]
+ORIGINAL = ROOT.parent / "shared" / "bench" / "workload.py"
+TINY = workload.SHAPES["tiny"]
+
+
+@pytest.mark.skipif(not ORIGINAL.exists(), reason="the peers' benchmark harness is not beside this checkout")
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_workload_is_the_one_that_the_peers_were_measured_on(seed):
+    spec = importlib.util.spec_from_file_location("original_workload", ORIGINAL)
+    original = importlib.util.module_from_spec(spec)
+    sys.modules["original_workload"] = original  # dataclasses look their module up
+    spec.loader.exec_module(original)
+    shape, other = workload.SHAPES["small"], original.SIZES["small"]
+    pairs = workload.make_pairs(40, shape, seed)
+    assert pairs == original.make_pairs(40, other, seed)
+    assert workload.response_lengths(40, seed).tolist() == original.gen_lengths(40, seed).tolist()
+    for task, theirs in (("sft", "sft"), ("reward", "reward"), ("dpo", "dpo"), ("dpo_cached", "dpo_pre")):
+        assert workload.training_flops(task, shape, pairs) == original.task_flops(theirs, other, pairs)
+
+
+def test_prompts_and_responses_survive_the_way_through_text():
+    tokenizer = workload.make_tokenizer(TINY)
+    for pair in workload.make_pairs(5, TINY):
+        for ids in pair.values():
+            assert tokenizer(workload.as_text(ids), add_special_tokens=False)["input_ids"] == ids
+
+
+def test_every_response_of_a_forced_rollout_has_its_prescribed_length():
+    from benchmarks.ours import ForcedLengths
+
+    lengths = np.array([3, 1, 5, 2])
+    ForcedLengths.lengths = lengths
+    env = ForcedLengths(
+        prompts=[[4], [5, 6], [7], [8]],
+        num_envs=2,
+        vocab_size=20,
+        stop_token_ids=workload.EOS,
+        max_new_tokens=8,
+        reward_fn=lambda prompts, responses: np.zeros(len(responses)),
+        reward_mode="deferred",
+        shuffle=False,
+    )
+    _, info = env.reset(seed=0, options={"max_episodes": 4})
+    while info["active"].any():
+        *_, info = env.step(np.array([workload.EOS, 9]))  # a policy that ends at once, and one that never does
+    episodes = env.pop_episodes()
+    assert [len(episode.response_ids) for episode in episodes] == lengths[[e.prompt_index for e in episodes]].tolist()
+    assert all(episode.response_ids[-1] == workload.EOS for episode in episodes)
+
+
+def test_a_contestant_that_dies_says_why():
+    contestant = Contestant("broken", [sys.executable, "-c", "raise SystemExit('no such model')"], threads=1)
+    with pytest.raises(RuntimeError, match="broken died:\nno such model"):
+        contestant.play()
+
+
+def test_a_peer_without_a_python_is_refused_with_what_to_do(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare", "--peer", "trl", "--peer-python", "nowhere/python"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "a Python with TRL, see docs/performance.md" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", compare.TASKS)
+def test_a_comparison_ends_with_a_line_of_medians(task):
+    command = [sys.executable, "-m", "benchmarks.compare", "--task", task, "--shape", "tiny", "--pairs", "4"]
+    output = subprocess.run([*command, "--rounds", "1"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    last = json.loads(output.strip().splitlines()[-1])
+    assert last["task"] == task
+    assert last["tokens_per_second"] > 0
+    assert last["peak_memory_mb"] > 0
+    assert last["speedup"] is None  # no peer was asked for
+    assert ("lightning_overhead" in last) == (task not in ("ppo", "generate"))

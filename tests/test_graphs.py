@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+
+from lit_rlhf.decoding import SlotDecoder
+from lit_rlhf.graphs import LENGTH_STEP, GraphedStep, can_capture
+from lit_rlhf.rollout import GenerationSettings, play
+from tests.test_rollout import make_env
+from tests.tiny import VOCABULARY, plain_logits, tiny_policy
+
+
+class Replayed:
+    """Stands in for capture: runs the function anew, and sees that nothing but the static inputs changes."""
+
+    def __init__(self):
+        self.captures = 0
+
+    def __call__(self, function):
+        self.captures += 1
+        function()
+        return function
+
+
+def test_replayed_steps_give_the_logits_of_the_full_forward_through_refills_and_parking():
+    policy, capture = tiny_policy(), Replayed()
+    S, L = 5, 40
+    decoder = SlotDecoder(policy, S, L)
+    decoder.step = GraphedStep(decoder._step, S, L, capture)
+    rng = np.random.default_rng(0)
+    ids, lengths, active = np.zeros((S, L), np.int64), np.zeros(S, np.int64), np.ones(S, bool)
+    for slot in range(S):
+        lengths[slot] = rng.integers(2, 9)
+        ids[slot, : lengths[slot]] = rng.integers(3, VOCABULARY, lengths[slot])
+    for step in range(16):
+        logits = decoder.logits(ids, lengths, active)
+        with torch.no_grad():
+            expected = [plain_logits(policy.model, ids[s, : lengths[s]])[-1] for s in np.flatnonzero(active)]
+        torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-4, atol=1e-4)
+        if step == 7:  # a slot starts over, with a prompt of other length
+            ids[2] = 0
+            ids[2, :3], lengths[2] = (5, 6, 7), 3
+        for slot in np.flatnonzero(active):
+            ids[slot, lengths[slot]] = rng.integers(3, VOCABULARY)
+            lengths[slot] += 1
+        if step in (4, 9, 12):
+            active[np.flatnonzero(active)[0]] = False
+    assert capture.captures == 3  # 5 rows, then 4 (for 4 and 3), then 2
+
+
+def test_lengths_are_rounded_up_so_that_few_graphs_serve_all():
+    shapes = []
+
+    def step(input_ids, positions, length):
+        shapes.append((len(input_ids), length))
+        return torch.zeros(len(input_ids), 3)
+
+    graphed = GraphedStep(step, num_rows=6, max_length=3 * LENGTH_STEP - 1, capture=Replayed())
+    for n, length in [(1, 1), (3, 7), (5, LENGTH_STEP + 1), (6, 3 * LENGTH_STEP - 1), (4, 9)]:
+        assert graphed(torch.zeros(n, 1, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), length).shape == (n, 3)
+    longest = 3 * LENGTH_STEP - 1
+    assert set(shapes) == {(1, LENGTH_STEP), (4, LENGTH_STEP), (6, 2 * LENGTH_STEP), (6, longest)}
+
+
+def test_nothing_is_captured_without_cuda():
+    policy = tiny_policy()
+    assert not can_capture(policy, torch.device("cpu"))
+    assert not isinstance(SlotDecoder(policy, 2, 8).step, GraphedStep)
+
+
+@pytest.mark.gpu
+def test_graphs_on_cuda_give_the_same_episodes():
+    policy = tiny_policy().cuda()
+    with_graphs, without = (
+        play(policy, make_env(), GenerationSettings(), 11, env_seed=0, cuda_graphs=graphs) for graphs in (True, False)
+    )
+    assert [e.response_ids.tolist() for e in with_graphs.episodes] == [
+        e.response_ids.tolist() for e in without.episodes
+    ]

@@ -1,0 +1,135 @@
+import json
+
+import pytest
+import torch
+
+from lit_rlhf import reference_cache
+from lit_rlhf.dpo import sequence_logprobs
+from tests.stages import make_stage, make_trainer, write_inputs
+from tests.tiny import save_tiny
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    write_inputs(tmp_path)
+    monkeypatch.setenv("LIT_RLHF_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Counts the batches that were computed rather than found."""
+    counts = []
+
+    def counted(policy, batch):
+        counts.append(batch.num_sequences)
+        return sequence_logprobs(policy, batch)
+
+    monkeypatch.setattr("lit_rlhf.dpo.sequence_logprobs", counted)
+    return counts
+
+
+def fill(workdir, split="train", data=None, **trainer):
+    """The cache of a fresh run, as its first step would meet it."""
+    module, datamodule = make_stage("dpo", workdir, cache_reference=True)
+    for name, value in (data or {}).items():
+        setattr(datamodule, name, value)
+    trainer = make_trainer(workdir / "run", **trainer)
+    trainer.strategy._lightning_module = module
+    trainer.datamodule = datamodule
+    module.trainer = datamodule.trainer = trainer
+    datamodule.setup("fit")
+    module.fill_cache((split,))
+    return module.reference_cache[split]
+
+
+def test_a_second_run_finds_the_logprobs_of_the_first(workdir, forwards):
+    first = fill(workdir)
+    computed = len(forwards)
+    assert computed > 1
+    assert torch.equal(fill(workdir), first)
+    assert len(forwards) == computed
+    assert first.shape == (24, 2) and (first < 0).all()
+
+
+def files(workdir):
+    return sorted(path.name for path in (workdir / "cache" / "reference").iterdir())
+
+
+@pytest.mark.parametrize("change", ["weights", "data", "template", "order", "precision"])
+def test_whatever_changes_the_numbers_changes_the_key(workdir, change):
+    fill(workdir)
+    trainer, data = {}, {}
+    if change == "weights":
+        save_tiny(workdir / "model", seed=1)
+    elif change == "data":  # one token of one answer
+        lines = (workdir / "preference.jsonl").read_text().splitlines()
+        row = json.loads(lines[3])
+        lines[3] = json.dumps(row | {"chosen": row["chosen"] + " w5"})
+        (workdir / "preference.jsonl").write_text("\n".join(lines) + "\n")
+    elif change == "template":
+        rows = [json.loads(line) for line in (workdir / "preference.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            for side in ("chosen", "rejected"):
+                row[side] = [{"role": "assistant", "content": row[side]}]
+        (workdir / "preference.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        fill(workdir, data={"chat_template": template})
+        data = {"chat_template": template.replace("{{ m.content }}", "{{ 'w7 ' + m.content }}")}
+    elif change == "order":
+        lines = (workdir / "preference.jsonl").read_text().splitlines()
+        (workdir / "preference.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    else:
+        trainer = {"precision": "bf16-mixed"}
+    before = len(files(workdir))
+    fill(workdir, data=data, **trainer)
+    assert len(files(workdir)) == before + 1
+
+
+def test_a_killed_run_is_taken_up_where_its_parts_end(workdir, forwards, monkeypatch):
+    whole = fill(workdir)
+    total = len(forwards)
+    (final,) = (workdir / "cache" / "reference").iterdir()
+    final.unlink()
+    forwards.clear()
+
+    monkeypatch.setattr(reference_cache, "SECONDS_PER_PART", 0.0)  # a part after each batch
+    counted = fill.__globals__["sequence_logprobs"]
+
+    def dies_after_two(policy, batch):
+        if len(forwards) == 2:
+            raise KeyboardInterrupt
+        forwards.append(1)
+        return counted(policy, batch)
+
+    monkeypatch.setattr("lit_rlhf.dpo.sequence_logprobs", dies_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        fill(workdir)
+    assert files(workdir) == [final.with_suffix(".parts").name]
+
+    monkeypatch.setattr("lit_rlhf.dpo.sequence_logprobs", lambda *args: forwards.append(1) or counted(*args))
+    resumed = fill(workdir)
+    assert len(forwards) == total  # two before the kill, the others after
+    torch.testing.assert_close(resumed, whole)
+    assert files(workdir) == [final.name]
+
+
+def test_a_file_cut_short_is_computed_anew(workdir, forwards):
+    first = fill(workdir)
+    (file,) = (workdir / "cache" / "reference").iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    forwards.clear()
+    assert torch.equal(fill(workdir), first)
+    assert forwards
+
+
+def test_a_run_that_finds_its_folder_cleared_by_another_goes_on(workdir):
+    parts = reference_cache.Parts(workdir / "x.parts")
+    parts.add(torch.tensor([1]), torch.tensor([[-1.0, -2.0]]))
+    parts.flush()
+    assert parts.load(3)[1].tolist() == [-1.0, -2.0]
+    assert parts.load(3).isnan().sum() == 4
+    (workdir / "file").write_text("")
+    reference_cache.write({"rows": torch.tensor([0])}, workdir / "y.parts" / "z.safetensors")
+    assert [path.name for path in (workdir / "y.parts").iterdir()] == ["z.safetensors"]

@@ -1,0 +1,127 @@
+"""The vLLM backend against a stand-in that keeps vLLM's documented contract; vLLM itself is not installed here."""
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.packing import Example, pack
+from lit_rlhf.rollout import GenerationSettings
+from lit_rlhf.vllm_backend import VLLMBackend
+from tests.test_rollout import make_env
+from tests.tiny import tiny_policy
+
+
+class StandInLLM:
+    """`vllm.LLM` as documented: prompts of token ids in, token ids with log-probs out; weights in four phases."""
+
+    def __init__(self, model, skip_tokenizer_init, gpu_memory_utilization, logprobs_mode, weight_transfer_config):
+        assert skip_tokenizer_init
+        assert logprobs_mode == "processed_logprobs"
+        assert weight_transfer_config.backend == "disk"
+        assert 0 < gpu_memory_utilization < 1
+        self.model = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+        self.phase, self.stale, self.calls = "new", False, 0
+
+    def init_weight_transfer_engine(self, request):
+        assert request == {"init_info": {}} and self.phase == "new"
+        self.phase = "ready"
+
+    def start_weight_update(self):
+        assert self.phase == "ready"
+        self.phase = "updating"
+
+    def update_weights(self, request):
+        assert self.phase == "updating"
+        path = Path(request["update_info"]["path"])
+        assert path.is_absolute()
+        weights = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        self.model.load_state_dict(weights, strict=False)
+        self.model.tie_weights()
+
+    def finish_weight_update(self, weight_version=None):
+        assert self.phase == "updating"
+        self.phase, self.stale = "ready", True
+
+    def reset_prefix_cache(self):
+        self.stale = False
+
+    @torch.no_grad()
+    def generate(self, prompts, sampling_params, use_tqdm):
+        assert self.phase == "ready" and not self.stale
+        self.calls += 1
+        return [self.complete(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
+
+    def complete(self, ids, settings):
+        generator, tokens, logprobs = torch.Generator().manual_seed(settings.seed), [], []
+        while len(tokens) < settings.max_tokens:
+            logits = self.model(torch.tensor([ids + tokens])).logits[0, -1] / settings.temperature
+            distribution = torch.log_softmax(logits, -1)
+            token = int(torch.multinomial(distribution.exp(), 1, generator=generator))
+            tokens.append(token)
+            logprobs.append({token: types.SimpleNamespace(logprob=distribution[token].item())})
+            if token in settings.stop_token_ids:
+                break
+        return types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tokens, logprobs=logprobs)])
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    module, config = types.ModuleType("vllm"), types.ModuleType("vllm.config")
+    module.LLM, module.SamplingParams = StandInLLM, types.SimpleNamespace
+    config.WeightTransferConfig = types.SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm.config", config)
+
+
+def logprobs_of(policy, played, temperature):
+    batch = pack([Example(e.prompt_ids, (e.response_ids,)) for e in played.episodes])
+    return policy(batch, temperature)[0].detach()
+
+
+def test_episodes_and_logprobs_are_those_of_the_policys_present_weights(vllm, tmp_path):
+    policy, backend, env = tiny_policy(), VLLMBackend(exchange=str(tmp_path)), make_env(num_envs=6)
+    settings = GenerationSettings(temperature=0.8)
+    for iteration in range(2):
+        played = backend.play(policy, env, settings, 11, env_seed=0 if iteration == 0 else None)
+        assert sorted(episode.prompt_index for episode in played.episodes) == list(range(11))
+        torch.testing.assert_close(
+            torch.from_numpy(np.concatenate(played.sampled_logprobs)),
+            logprobs_of(policy, played, 0.8),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+        with torch.no_grad():  # an optimiser's step
+            for parameter in policy.parameters():
+                parameter.mul_(0.9)
+    assert list(tmp_path.iterdir()) == []  # no weights are left behind
+
+
+def test_prompts_of_all_slots_are_written_in_one_call(vllm):
+    backend = VLLMBackend()
+    backend.play(tiny_policy(), make_env(num_envs=11), GenerationSettings(), 11, env_seed=0)
+    assert backend.engine.calls == 1
+
+
+@pytest.mark.parametrize("num_envs", [2, 11])
+def test_a_response_does_not_depend_on_the_slots(vllm, num_envs):
+    played = VLLMBackend().play(tiny_policy(), make_env(num_envs), GenerationSettings(seed=3), 11, env_seed=0)
+    again = VLLMBackend().play(tiny_policy(), make_env(4), GenerationSettings(seed=3), 11, env_seed=0)
+    assert [e.response_ids.tolist() for e in played.episodes] == [e.response_ids.tolist() for e in again.episodes]
+
+
+def test_without_vllm_the_user_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r"pip install 'lit-rlhf\[vllm\]'"):
+        VLLMBackend().play(tiny_policy(), make_env(), GenerationSettings(), 4, env_seed=0)
+
+
+def test_a_share_of_memory_that_leaves_none_to_training_is_refused():
+    with pytest.raises(UserError, match=r"gpu_memory_utilization \(1.0\)"):
+        VLLMBackend(gpu_memory_utilization=1.0)

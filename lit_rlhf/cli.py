@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
@@ -65,7 +64,6 @@ class AlignmentCLI(LightningCLI):
         parser.add_lightning_class_args(HuggingFaceExport, "export")
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(CompletionWriter, "predictions")
-        parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
         parser.add_lightning_class_args(Performance, "performance")
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")

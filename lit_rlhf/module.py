@@ -132,7 +132,7 @@ class AlignmentModule(LightningModule):
         self.loader_states = []
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient norm before clipping; refuse a step that would write NaN into the weights."""
+        """Log learning rate and gradient norm before clipping; refuse a step that would write NaN into the weights."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = total_norm(gradients)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # fp16: inf means "scale down"
@@ -142,6 +142,7 @@ class AlignmentModule(LightningModule):
                 "as they were. Lower learning_rate, set trainer.gradient_clip_val, or look for outliers in the data"
             )
         self.log("train/grad_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all ranks, back on the CPU."""

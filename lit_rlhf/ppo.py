@@ -169,6 +169,8 @@ class PPO(AlignmentModule):
             optimizer.zero_grad()
         elif self.warming_up:
             self.policy.zero_grad()
+        if self.critic_learning_rate is not None:
+            self.log("train/critic_learning_rate", optimizer.param_groups[-1]["lr"])
         super().on_before_optimizer_step(optimizer)
 
     @property

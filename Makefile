@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Forked tokenizers would only warn.
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow check format format-check lint types build clean
+.PHONY: setup demo test test-slow check compatibility rllib format format-check lint types build clean
 
 setup: $(VENV)/.done
 
@@ -24,6 +24,16 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "not gpu"
+
+compatibility: export OMP_NUM_THREADS = 1
+compatibility: setup
+	$(BIN)/python tests/envs/compatibility.py
+
+# RLlib pins an older Gymnasium, so it lives in an environment of its own.
+rllib:
+	$(PYTHON) -m venv .venv-rllib
+	.venv-rllib/bin/pip install --quiet -e ".[rllib,test]"
+	.venv-rllib/bin/python tests/envs/compatibility.py ray
 
 format: setup
 	$(BIN)/ruff format .
@@ -45,4 +55,4 @@ build: setup
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-rllib build dist .pytest_cache .mypy_cache .ruff_cache

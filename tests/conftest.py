@@ -1,4 +1,10 @@
+"""What must be set before any library is imported, and what no test may touch."""
+
+import os
+
 import pytest
+
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # Tianshou: compiling takes longer than its tests
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,8 @@ def blocks(language):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("text", list(blocks("python")))
 def test_python_examples_run(text, tmp_path, monkeypatch):
+    if needs := re.match(r"# needs (\w+)\n", text):
+        pytest.importorskip(needs.group(1), reason=f"needs {needs.group(1)}")
     monkeypatch.chdir(tmp_path)
     exec(compile(text, "example", "exec"), {"__name__": "example"})
 
@@ -35,6 +37,8 @@ def test_commands_name_targets_and_configs_that_exist(text):
         elif program == "lit-rlhf":
             assert words[0] in ("fit", "validate", "test", "predict", "compare"), line
             assert all((ROOT / word).exists() for word in words if word.endswith(".yaml")), line
+        elif program == "python":
+            assert (ROOT / words[0]).exists(), line
         else:
             assert program in ("tensorboard", "pip"), line
 

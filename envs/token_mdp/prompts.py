@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from token_mdp.checks import check_count
 from token_mdp.episodes import IntArray
 
 
@@ -23,10 +24,12 @@ class PromptStore:
     """
 
     def __init__(self, prompts: Sequence[Any], vocab_size: int, max_prompt_length: int | None = None) -> None:
+        if not hasattr(prompts, "__len__"):
+            raise ValueError(f"prompts ({prompts!r}) must be a sequence with the token ids of each prompt")
         if len(prompts) == 0:
             raise ValueError("prompts is empty; the env needs at least one prompt to start an episode from")
-        if max_prompt_length is not None and max_prompt_length <= 0:
-            raise ValueError(f"max_prompt_length ({max_prompt_length}) must be at least 1")
+        if max_prompt_length is not None:
+            check_count("max_prompt_length", max_prompt_length)
         rows = [_token_ids(prompt, index, vocab_size) for index, prompt in enumerate(prompts)]
         full_lengths = np.array([len(row) for row in rows], dtype=np.int64)
         self.max_length = int(full_lengths.max() if max_prompt_length is None else max_prompt_length)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from token_mdp.checks import check_choice, check_count, check_function
 from token_mdp.episodes import FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptStore
 from token_mdp.rewards import RewardError, RewardFn, RewardSpec, as_components, call_batched
@@ -48,13 +49,13 @@ class TokenTask:
         reward_on: Literal["tokens", "text"] = "tokens",
         observation: Literal["dict", "flat"] = "dict",
     ) -> None:
-        if vocab_size <= 0:
-            raise ValueError(f"vocab_size ({vocab_size}) must be at least 1: the width of the model's logits")
-        if max_new_tokens <= 0:
-            raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
-        _check_choice("limit", limit, ("terminate", "truncate"))
-        _check_choice("reward_on", reward_on, ("tokens", "text"))
-        _check_choice("observation", observation, ("dict", "flat"))
+        check_count("vocab_size", vocab_size)
+        check_count("max_new_tokens", max_new_tokens)
+        check_choice("limit", limit, ("terminate", "truncate"))
+        check_choice("reward_on", reward_on, ("tokens", "text"))
+        check_choice("observation", observation, ("dict", "flat"))
+        check_function("process_reward_fn", process_reward_fn)
+        check_function("potential_fn", potential_fn)
         if reward_fn is None:
             raise ValueError("reward_fn is missing; hand in a function (prompts, responses, **columns) -> (n,)")
         if reward_on == "text" and tokenizer is None:
@@ -209,11 +210,6 @@ class TokenTask:
 
     def _rows_of_columns(self, indices: list[int]) -> dict[str, list[Any]]:
         return {name: [values[index] for index in indices] for name, values in self._columns.items()}
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} ({value!r}) must be one of {choices}")
 
 
 def _token_table(name: str, token_ids: Sequence[int] | int, vocab_size: int) -> BoolArray:

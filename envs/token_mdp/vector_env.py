@@ -12,6 +12,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from token_mdp.checks import check_choice, check_count
 from token_mdp.episodes import Episode, FinishReason, FloatArray, IntArray, episode_text
 from token_mdp.infos import put, slot_mask
 from token_mdp.prompts import PromptQueue
@@ -92,14 +93,12 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         gamma: float = 1.0,
         observation: Literal["dict", "flat"] = "dict",
     ) -> None:
-        if num_envs <= 0:
-            raise ValueError(f"num_envs ({num_envs}) must be at least 1")
-        if reward_mode not in ("immediate", "deferred"):
-            raise ValueError(f"reward_mode ({reward_mode!r}) must be 'immediate' or 'deferred'")
+        check_count("num_envs", num_envs)
+        check_choice("reward_mode", reward_mode, ("immediate", "deferred"))
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode ({render_mode!r}) must be None or one of {self.metadata['render_modes']}")
-        if max_episode_steps is not None and max_episode_steps <= 0:
-            raise ValueError(f"max_episode_steps ({max_episode_steps}) must be at least 1")
+        if max_episode_steps is not None:
+            check_count("max_episode_steps", max_episode_steps)
         self.task = TokenTask(
             prompts=prompts,
             vocab_size=vocab_size,
@@ -419,6 +418,6 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
 
 
 def _checked_max_episodes(max_episodes: int | None) -> int | None:
-    if max_episodes is not None and max_episodes <= 0:
-        raise ValueError(f"max_episodes ({max_episodes}) must be at least 1, or None for a stream without end")
+    if max_episodes is not None:
+        check_count("max_episodes", max_episodes)
     return max_episodes

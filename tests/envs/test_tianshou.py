@@ -1,13 +1,10 @@
 """Tianshou plays the env: its collector and its PPO."""
 
-import os
-
 import gymnasium
 import numpy as np
 import pytest
 from token_tasks import toy_score
 
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # compiling takes longer than these tests
 pytest.importorskip("tianshou", reason="needs the extra `agents`")
 
 import torch

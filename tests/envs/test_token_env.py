@@ -18,6 +18,7 @@ def play(env, *tokens):
     return transition
 
 
+@pytest.mark.plays("gymnasium", "`check_env`", "single, Dict and flat")
 @pytest.mark.parametrize("env_id", ["LitRLHF/Token-v0", "LitRLHF/TokenFlat-v0"])
 def test_gymnasiums_checker_accepts_every_registered_id(env_id):
     check_env(gymnasium.make(env_id).unwrapped)
@@ -146,6 +147,7 @@ def test_picking_a_prompt_leaves_the_queue_as_it_is():
     ]
 
 
+@pytest.mark.plays("gymnasium", "seeding", "single")
 def test_equal_seeds_give_equal_episodes():
     rollouts = []
     for _ in range(2):

@@ -70,6 +70,9 @@ def without_native_only(infos):
     return infos
 
 
+@pytest.mark.plays(
+    "gymnasium", "native equals `SyncVectorEnv`, property-based", "NextStep, SameStep, Disabled; Dict and flat"
+)
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(arguments=tasks(), num_envs=st.integers(1, 4), seed=st.integers(0, 2**31))

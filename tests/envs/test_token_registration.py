@@ -27,6 +27,7 @@ def test_importing_the_package_loads_neither_torch_nor_lit_rlhf():
     assert not {"torch", "lit_rlhf", "transformers", "lightning", "stable_baselines3"} & loaded
 
 
+@pytest.mark.plays("gymnasium", "`make` without arguments or import", "single, Dict and flat")
 @pytest.mark.parametrize("env_id", IDS)
 def test_an_id_runs_without_arguments_and_without_an_import(env_id):
     env = gymnasium.make(f"token_mdp:{env_id}")
@@ -37,6 +38,7 @@ def test_an_id_runs_without_arguments_and_without_an_import(env_id):
     assert isinstance(env.unwrapped, TokenEnv)
 
 
+@pytest.mark.plays("gymnasium", "`make_vec`", "native, Dict and flat")
 @pytest.mark.parametrize("env_id", IDS)
 def test_make_vec_gives_the_native_vector_env(env_id):
     env = gymnasium.make_vec(env_id, num_envs=3)
@@ -74,6 +76,7 @@ def test_make_vec_passes_max_episode_steps_on():
     assert env.step(np.array([1, 1]))[2].all()
 
 
+@pytest.mark.plays("gymnasium", "pickled specs make the env again", "single, native")
 def test_a_spec_is_picklable_and_makes_the_same_env_again():
     env = gymnasium.make("LitRLHF/Token-v0", **task(reward_fn=weighted_sum))
     again = gymnasium.make(pickle.loads(pickle.dumps(env.spec)))

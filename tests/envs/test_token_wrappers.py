@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gymnasium import wrappers
 from gymnasium.wrappers import vector as vector_wrappers
-from token_tasks import END, VOCAB, task, weighted_sum
+from token_tasks import END, VOCAB, assert_same, task, weighted_sum
 
 from token_mdp import TokenEnv, TokenVectorEnv
 from token_mdp.toy import echo_reward, toy_task
@@ -17,12 +17,14 @@ def finish(env, token=END):
     return env.step(token)
 
 
+@pytest.mark.plays("gymnasium", "`RecordEpisodeStatistics`", "single")
 def test_record_episode_statistics_sees_return_and_length():
     env = wrappers.RecordEpisodeStatistics(gymnasium.make("LitRLHF/Token-v0", **task()))
     *_, info = finish(env)
     assert info["episode"]["r"] == 100 * 5 + 1 + 2 * END and info["episode"]["l"] == 2
 
 
+@pytest.mark.plays("gymnasium", "`FlattenObservation`", "single")
 def test_flatten_observation_gives_one_box():
     env = wrappers.FlattenObservation(TokenEnv(**task()))
     observation, *_ = finish(env)
@@ -30,6 +32,7 @@ def test_flatten_observation_gives_one_box():
     assert observation in env.observation_space
 
 
+@pytest.mark.plays("gymnasium", "`NormalizeReward`, `TransformReward`", "single")
 def test_normalize_and_transform_reward_leave_the_rest_alone():
     env = wrappers.NormalizeReward(TokenEnv(**task(reward_fn=weighted_sum)))
     _, reward, terminated, _, info = finish(env)
@@ -38,6 +41,7 @@ def test_normalize_and_transform_reward_leave_the_rest_alone():
     assert finish(env)[1] == -(100 * 5 + 1 + 2 * END)
 
 
+@pytest.mark.plays("gymnasium", "vector `RecordEpisodeStatistics`", "native, SameStep and NextStep")
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
 def test_vector_record_episode_statistics_sees_every_episode(mode):
     env = TokenVectorEnv(num_envs=2, shuffle=False, autoreset_mode=mode, **task())
@@ -59,6 +63,7 @@ def test_vector_record_episode_statistics_finds_the_reset_mask():
     np.testing.assert_array_equal(wrapped.episode_lengths, [1, 0])
 
 
+@pytest.mark.plays("gymnasium", "vector `FlattenObservation`, `NormalizeReward`, `DictInfoToList`", "native, NextStep")
 def test_vector_observation_reward_and_info_wrappers_run():
     env = TokenVectorEnv(num_envs=3, autoreset_mode="NextStep", **task())  # Gymnasium's flattening refuses SameStep
     env = vector_wrappers.FlattenObservation(vector_wrappers.NormalizeReward(env))
@@ -81,13 +86,13 @@ def rollout(env, steps=12):
     return history
 
 
-def test_spawned_workers_play_the_same_episodes_as_a_loop_in_this_process():
+@pytest.mark.plays("gymnasium", "spawned `AsyncVectorEnv` equals `SyncVectorEnv`", "single, Dict and flat")
+@pytest.mark.parametrize("env_id", ["LitRLHF/Token-v0", "LitRLHF/TokenFlat-v0"])
+def test_spawned_workers_play_the_same_episodes_as_a_loop_in_this_process(env_id):
     spawned = gymnasium.make_vec(
-        "token_mdp:LitRLHF/TokenFlat-v0", 2, vectorization_mode="async", vector_kwargs={"context": "spawn"}
+        f"token_mdp:{env_id}", 2, vectorization_mode="async", vector_kwargs={"context": "spawn"}
     )
-    looped = gymnasium.make_vec("LitRLHF/TokenFlat-v0", 2, vectorization_mode="sync")
-    for left, right in zip(rollout(spawned), rollout(looped), strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert_same(rollout(spawned), rollout(gymnasium.make_vec(env_id, 2, vectorization_mode="sync")))
 
 
 def test_a_tabular_agent_solves_the_toy_task():

@@ -2,7 +2,7 @@
 
 import gymnasium
 import pytest
-from token_tasks import END, task, toy_score
+from token_tasks import VOCAB, task, toy_score, weighted_sum
 
 from token_mdp import TokenVectorEnv
 
@@ -41,15 +41,21 @@ def test_check_env_specs_accepts_every_way_to_make_the_env(make):
 @pytest.mark.plays("torchrl", "terminal observations of `GymWrapper`", "native, Disabled and SameStep")
 @pytest.mark.parametrize("mode", ["Disabled", "SameStep"])
 def test_the_next_observation_of_an_ended_episode_is_its_last_and_not_the_refill(mode):
-    env = GymWrapper(
-        TokenVectorEnv(num_envs=2, shuffle=False, autoreset_mode=mode, **task()), categorical_action_encoding=True
-    )
-    _, after = env.step_and_maybe_reset(env.reset().set("action", torch.tensor([5, END])))
-    before, _ = env.step_and_maybe_reset(after.clone().set("action", torch.tensor([END, 1])))
-    # Slot 0 played 5 and the end token on prompt 1; slot 1 ended at once and now plays its second prompt, 4 5 6.
-    assert before["next", "input_ids"].tolist() == [[1, 5, END, 0, 0, 0, 0], [4, 5, 6, 1, 0, 0, 0]]
-    assert before["next", "terminated"].flatten().tolist() == [True, False]
-    assert before["next", "reward"].flatten().tolist() == [100 * 1 + 5 + 2 * END, 0.0]
+    env = GymWrapper(TokenVectorEnv(num_envs=3, autoreset_mode=mode, **task()), categorical_action_encoding=True)
+    state = env.reset()
+    ends = 0
+    for actions in torch.randint(VOCAB, (30, 3), generator=torch.Generator().manual_seed(0)):
+        before, state = env.step_and_maybe_reset(state.set("action", actions))
+        seen = before["next"]
+        for slot in seen["done"].flatten().nonzero().flatten().tolist():
+            cut, length = int(seen["prompt_length"][slot]), int(seen["length"][slot])
+            ids = seen["input_ids"][slot].numpy()
+            assert seen["attention_mask"][slot].sum() == length > cut and ids[length - 1] == actions[slot]
+            # The reward tells apart any two episodes.
+            assert seen["reward"][slot] == weighted_sum([ids[:cut]], [ids[cut:length]])[0]
+            assert state["length"][slot] == state["prompt_length"][slot]  # and the refill comes after it
+            ends += 1
+    assert ends > 10
 
 
 class Network(nn.Module):

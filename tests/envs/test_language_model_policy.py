@@ -1,0 +1,128 @@
+"""The language model policy of docs/agents.md: short, exact, and it learns."""
+
+import re
+from pathlib import Path
+
+import gymnasium
+import pytest
+from token_tasks import toy_score
+
+pytest.importorskip("stable_baselines3", reason="needs the extra `agents`")
+pytest.importorskip("lit_rlhf", reason="needs lit_rlhf beside token_mdp")
+
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+
+from token_mdp.sb3 import SB3VecEnv
+
+PAGE = (Path(__file__).parents[2] / "docs" / "agents.md").read_text()
+
+
+def policy_of_the_docs():
+    """The names that the page's block defines, and its lines; the training at its end is left out."""
+    section = PAGE.split("## A language model in Stable-Baselines3")[1]
+    text = re.search(r"```python\n(.*?)```", section, re.S).group(1).split("\n\nenv = ")[0]
+    names = {"__name__": "example"}
+    exec(compile(text, "docs/agents.md", "exec"), names)
+    return names, text
+
+
+class Checked(BaseCallback):
+    """Compares the log-probs and values of each rollout with transformers' own forward, row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.compared = 0
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        buffer, model = self.model.rollout_buffer, self.model.policy.policy.model
+        implementation = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        for step in range(buffer.buffer_size):
+            for slot in range(buffer.n_envs):
+                length = int(buffer.observations["length"][step, slot, 0])
+                ids = torch.from_numpy(buffer.observations["input_ids"][step, slot, :length]).long()
+                with torch.no_grad():
+                    outputs = model(ids[None], use_cache=False).logits[0, -1]
+                logprobs = torch.log_softmax(outputs[:-1], dim=-1)
+                action = int(buffer.actions[step, slot, 0])
+                torch.testing.assert_close(
+                    logprobs[action].item(), buffer.log_probs[step, slot].item(), rtol=0, atol=1e-5
+                )
+                torch.testing.assert_close(outputs[-1].item(), buffer.values[step, slot].item(), rtol=0, atol=1e-5)
+                self.compared += 1
+        model.set_attn_implementation(implementation)
+
+
+def make(num_envs, n_steps, mode="terminate", **arguments):
+    env = SB3VecEnv(gymnasium.make_vec("LitRLHF/Token-v0", num_envs=num_envs, limit=mode))
+    names, _ = policy_of_the_docs()
+    return PPO(
+        names["LanguageModelPolicy"],
+        env,
+        policy_kwargs={"load_model": names["load_model"]},
+        n_steps=n_steps,
+        gamma=1.0,
+        learning_rate=2e-3,
+        seed=0,
+        device="cpu",
+        **arguments,
+    )
+
+
+def test_the_policy_fits_on_a_page():
+    _, text = policy_of_the_docs()
+    policy = text[text.index("class LogitsAndValue") : text.index("def load_model")]
+    assert len(policy.strip().splitlines()) <= 60
+
+
+@pytest.mark.plays(
+    "stable_baselines3",
+    "PPO with a language model: rollout log-probs equal the full forward's",
+    "native through `SB3VecEnv`",
+)
+def test_rollout_logprobs_equal_the_full_forward_through_refills_and_updates():
+    model = make(num_envs=3, n_steps=10, batch_size=15, n_epochs=1)
+    checked = Checked()
+    model.learn(90, callback=checked)  # three rollouts with two updates between them
+    assert checked.compared == 90
+
+
+def test_the_cache_stays_exact_where_single_final_observations_come_in_between():
+    model = make(num_envs=3, n_steps=10, batch_size=15, n_epochs=1, mode="truncate")
+    checked = Checked()
+    model.learn(60, callback=checked)
+    assert checked.compared == 60
+
+
+def test_keys_of_old_weights_are_forgotten():
+    policy = make(num_envs=1, n_steps=10, batch_size=10).policy
+    observation = {"input_ids": torch.tensor([[1, 2, 5, 3, 0, 0, 0]]), "length": torch.tensor([[4]])}
+    policy.set_training_mode(False)
+    policy.predict_values(observation)
+    policy.set_training_mode(True)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+        observation["input_ids"][0, 4], observation["length"][0] = 1, 5  # one token more: a cache would decode it
+        expected = policy.predict_values(observation)
+    policy.set_training_mode(False)
+    torch.testing.assert_close(policy.predict_values(observation), expected)
+
+
+def test_training_starts_from_a_ratio_of_one():
+    model = make(num_envs=3, n_steps=10, batch_size=30, n_epochs=1)
+    model.learn(30)
+    assert abs(model.logger.name_to_value["train/approx_kl"]) < 1e-6
+
+
+@pytest.mark.plays("stable_baselines3", "PPO teaches a language model the toy task", "native through `SB3VecEnv`")
+@pytest.mark.slow
+def test_a_language_model_learns_the_toy_task():
+    model = make(num_envs=32, n_steps=16, batch_size=128, n_epochs=4, ent_coef=0.01)
+    model.learn(512 * 40)
+    assert toy_score(lambda observations: model.predict(observations, deterministic=True)[0]) >= 0.9

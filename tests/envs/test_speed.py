@@ -1,0 +1,40 @@
+"""Ratios that hold on any machine; `python benchmarks/env.py` has the figures."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "env.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("env_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_native_vector_env_is_ten_times_as_fast_as_a_loop_over_single_envs(benchmark):
+    cpu = {name: cpu for name, (cpu, _) in benchmark.measure(64, 256, ["native", "SyncVectorEnv"], 7, 20).items()}
+    assert cpu["SyncVectorEnv"] > 10 * cpu["native"]
+
+
+def test_without_copies_a_step_costs_the_same_whatever_the_length(benchmark):
+    name = "native, copy=False"
+    short, long = (benchmark.measure(64, length, [name], 15, 40)[name][0] for length in (256, 8192))
+    assert long < 2 * short  # 32 times as long
+    with_copies = benchmark.measure(64, 8192, ["native"], 5, 20)["native"][0]
+    assert with_copies > 2 * long  # the copies do show
+
+
+def test_every_implementation_runs_and_is_named_in_the_output(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SIZES", ((2, 8),))
+    monkeypatch.setattr("sys.argv", ["env.py", "--rounds", "1", "--steps", "2"])
+    benchmark.main()
+    shown = capsys.readouterr().out
+    installed = [name for name, (_, package) in benchmark.IMPLEMENTATIONS.items() if importlib.util.find_spec(package)]
+    assert len(installed) >= 3
+    for name in installed:
+        assert f'"implementation": "{name}"' in shown and f"| {name} | " in shown

@@ -309,6 +309,20 @@ class TestTargetKL:
         assert kls[1][0] == 0 < kls[1][1] < kls[1][2]
         assert kls[4] == pytest.approx(kls[1], rel=1e-3, abs=1e-6)
 
+    @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+    def test_a_stop_outlives_a_resume(self, folder, tmp_path):
+        saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        options = {"ppo_epochs": 2, "num_minibatches": 2}
+        checkpointing = {"callbacks": [saver], "enable_checkpointing": True}
+        module, data, trainer = make(folder, tmp_path, target_kl=1e-6, trainer=checkpointing, **options)
+        trainer.fit(module, data)
+
+        steps = Steps()
+        settings = {"callbacks": [steps], "max_epochs": 2}
+        module, data, trainer = make(folder, tmp_path, target_kl=1e6, trainer=settings, **options)
+        trainer.fit(module, data, ckpt_path=tmp_path / "step=2.ckpt")
+        assert moved(steps.policy) == [False, False, True, True, True, True]
+
     def test_a_target_of_zero_is_refused(self, folder):
         with pytest.raises(UserError, match=r"target_kl \(0.0\) must be more than 0"):
             PPO(str(folder), target_kl=0.0)

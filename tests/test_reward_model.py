@@ -94,13 +94,13 @@ def test_scores_that_are_all_equal_cannot_be_scaled(inputs, tmp_path):
         make_trainer(tmp_path, max_epochs=1, callbacks=[HuggingFaceExport()]).fit(module, data)
 
 
-def test_normalising_without_a_data_module_says_what_to_do(inputs, tmp_path):
+def test_loaders_without_a_data_module_will_do(inputs, tmp_path):
+    torch.manual_seed(0)
     module, data = make_stage("reward_model", inputs)
-    trainer = make_trainer(tmp_path, max_epochs=1)
-    trainer.fit(module, data)
-    trainer.datamodule = None
-    with pytest.raises(UserError, match="set normalize: null"):
-        module.before_export()
+    data.setup("fit")
+    trainer = make_trainer(tmp_path, max_epochs=1, limit_val_batches=None, callbacks=[HuggingFaceExport()])
+    trainer.fit(module, data.rows_dataloader("train"), data.rows_dataloader("val"))
+    assert held_out_scores(module.reward_model, data).mean().item() == pytest.approx(0, abs=1e-4)
 
 
 def test_another_word_for_normalize_is_refused(inputs):

@@ -311,16 +311,14 @@ class TestTargetKL:
 
     @pytest.mark.filterwarnings("ignore:The dirpath has changed")
     def test_a_stop_outlives_a_resume(self, folder, tmp_path):
-        saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        options = {"ppo_epochs": 2, "num_minibatches": 2}
-        checkpointing = {"callbacks": [saver], "enable_checkpointing": True}
-        module, data, trainer = make(folder, tmp_path, target_kl=1e-6, trainer=checkpointing, **options)
-        trainer.fit(module, data)
-
         steps = Steps()
-        settings = {"callbacks": [steps], "max_epochs": 2}
-        module, data, trainer = make(folder, tmp_path, target_kl=1e6, trainer=settings, **options)
-        trainer.fit(module, data, ckpt_path=tmp_path / "step=2.ckpt")
+        for target, callbacks, max_epochs in ((1e-6, [], 1), (1e6, [steps], 2)):
+            saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+            settings = {"callbacks": [*callbacks, saver], "enable_checkpointing": True, "max_epochs": max_epochs}
+            module, data, trainer = make(
+                folder, tmp_path, target_kl=target, ppo_epochs=2, num_minibatches=2, trainer=settings
+            )
+            trainer.fit(module, data, ckpt_path=tmp_path / "step=2.ckpt" if callbacks else None)
         assert moved(steps.policy) == [False, False, True, True, True, True]
 
     def test_a_target_of_zero_is_refused(self, folder):

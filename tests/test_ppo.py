@@ -401,9 +401,12 @@ class TestKLPenalty:
             torch.testing.assert_close(batch.returns[first], -0.5 * sums)
 
     def test_in_the_loss_it_leaves_the_rewards_alone(self, folder, tmp_path):
-        module = record(
-            folder, tmp_path, reward=constant, kl=FixedKL(0.5), kl_penalty=KLPenalty("loss"), gae_lambda=1.0
-        )
+        options = {"kl": FixedKL(0.5), "kl_penalty": KLPenalty("loss"), "gae_lambda": 1.0, "ppo_epochs": 1}
+        module, data, trainer = make(folder, tmp_path, reward=constant, **options)
+        module.__class__, module.seen = Recorder, []
+        away_from_reference(module)
+        trainer.fit(module, data)
+        assert module.rollout_metrics["rollout/kl"] > 1
         assert max(batch.returns.abs().max().item() for batch, _ in module.seen) < 1e-5
 
     @pytest.mark.parametrize("place", ["reward", "loss"])
@@ -414,6 +417,7 @@ class TestKLPenalty:
             reward=constant,
             kl=FixedKL(1.0),
             kl_penalty=KLPenalty(place, "k1" if place == "reward" else "k3"),
+            gae_lambda=1.0,
             learning_rate=3e-3,
             num_minibatches=2,
             trainer={"max_epochs": 6, "callbacks": [watch := Rollouts()]},
@@ -421,7 +425,8 @@ class TestKLPenalty:
         )
         away_from_reference(module)
         trainer.fit(module, data)
-        assert watch.metrics[-1]["rollout/kl"] < 0.85 * watch.metrics[0]["rollout/kl"]
+        kl = [metrics["rollout/kl"] for metrics in watch.metrics]
+        assert np.mean(kl[-3:]) < 0.75 * kl[0]  # without the penalty, as much as at first
 
 
 class Rollouts(Callback):

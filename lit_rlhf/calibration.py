@@ -32,7 +32,7 @@ def calibration(margins: Tensor) -> Calibration:
     """
     confidence = margins.abs().sigmoid()
     correct = (margins > 0).float() + 0.5 * (margins == 0).float()
-    bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(0, NUM_BINS - 1)
     empty = torch.zeros(NUM_BINS, device=margins.device)
     columns = (torch.ones_like(confidence), confidence, correct)
     return Calibration(*(empty.index_add(0, bins, column.float()) for column in columns))

@@ -30,8 +30,8 @@ class RewardModel(AlignmentModule):
 
     Args:
         policy: folder or hub name of the causal LM to start from, normally the SFT model; or of a reward model.
-        normalize: what the export is shifted and scaled to over the responses of the held-out pairs (of the training
-            pairs, if there are none): "mean" 0, "mean_and_std" 0 and 1, or null = scores as learnt.
+        normalize: what the export is shifted and scaled to over the responses that validation reads (training, where
+            there is no validation): "mean" 0, "mean_and_std" 0 and 1, or null = scores as learnt.
         fresh_head: draw the scalar head anew from N(0, 1/√(d+1)); False goes on training a stored reward model.
         trust_remote_code: run model code that comes with the weights.
         kwargs: the optimiser's settings, see `AlignmentModule`.
@@ -99,12 +99,10 @@ class RewardModel(AlignmentModule):
         """Normalise the scores over reference responses: the gain into the head, the shift into the config."""
         if self.normalize is None:
             return
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            raise UserError(f"normalize: {self.normalize} reads held-out pairs of a data module; set normalize: null")
+        batches: Any = self.trainer.val_dataloaders or self.trainer.train_dataloader
         scores = []
         with gathered(self.reward_model), self.trainer.precision_plugin.forward_context():
-            for batch in data.rows_dataloader("val") or data.rows_dataloader("train"):
+            for batch in batches:
                 packed = move_data_to_device(batch, self.device).packed
                 scores.append(self.reward_model(packed, packed.last_nodes))
         moments = self.moments_over_ranks(torch.cat(scores))

@@ -125,6 +125,30 @@ class TestGAE:
             own = rewards[row, MASK[row]]
             assert returns[row, MASK[row]].tolist() == pytest.approx([own[t:].sum().item() for t in range(len(own))])
 
+    @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
+    def test_gamma_discounts_a_score_by_its_distance(self, gae_lambda):
+        # A score of 1 on the last of four tokens, and the critic that knows it: returns γ³, γ², γ, 1 whatever λ.
+        rewards, gamma = torch.tensor([[0.0, 0, 0, 1]]), 0.5
+        values = torch.tensor([[0.125, 0.25, 0.5, 1.0]])
+        mask = torch.ones(1, 4, dtype=torch.bool)
+        advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
+        assert returns.tolist() == [[0.125, 0.25, 0.5, 1.0]]
+        assert not advantages.any()
+        _, monte_carlo = gae(rewards, torch.zeros(1, 4), mask, gamma, 1.0)
+        assert monte_carlo.tolist() == [[0.125, 0.25, 0.5, 1.0]]
+
+    def test_gamma_0_sees_the_next_reward_alone(self):
+        rewards, values = randoms(4, 6), randoms(4, 6, seed=1)
+        _, returns = gae(rewards, values, MASK, 0.0, 0.95)
+        assert torch.allclose(returns, rewards * MASK)
+
+    def test_lambda_decides_how_far_the_score_reaches_in_one_iteration(self):
+        # A critic that knows nothing: the score of the last token reaches token t by (γλ)^(distance) alone.
+        rewards, zeros = torch.tensor([[0.0, 0, 0, 1]]), torch.zeros(1, 4)
+        mask = torch.ones(1, 4, dtype=torch.bool)
+        for gae_lambda, expected in ((0.0, [0, 0, 0, 1]), (0.5, [0.125, 0.25, 0.5, 1]), (1.0, [1, 1, 1, 1])):
+            assert gae(rewards, zeros, mask, 1.0, gae_lambda)[0].tolist() == [expected]
+
     def test_lambda_0_is_one_step_td(self):
         rewards, values = randoms(1, 4), randoms(1, 4, seed=1)
         advantages, _ = gae(rewards, values, torch.ones(1, 4, dtype=torch.bool), 0.9, 0.0)

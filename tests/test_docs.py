@@ -65,6 +65,12 @@ def test_the_command_lines_of_the_readme_run_one_after_the_other(tmp_path, monke
     assert (tmp_path / "runs" / "results.json").exists()
 
 
+def test_every_test_that_a_page_names_exists():
+    defined = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))))
+    for page in PAGES:
+        assert not set(re.findall(r"`(test_\w+)`", page.read_text())) - defined, page.name
+
+
 def test_the_readme_tree_names_every_file_of_the_package():
     tree = (ROOT / "README.md").read_text()
     missing = [

@@ -28,13 +28,13 @@ def fit(stage, inputs, folder, ckpt_path=None, **options):
 
 # The folder of the checkpoints moves, so that both runs can be told apart.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-# Steps of a run: SFT 3 x 5, preferences 3 x 9 or so, PPO 3 iterations of 2 x 2: 2 is mid-iteration, 4 the end of one.
+# Steps of a run: SFT 3 x 5, preferences 3 x 9 or so, PPO 3 iterations of 2 x 2: 4 ends one.
 @pytest.mark.parametrize(
     ("stage", "step", "options"),
     [
         *((stage, 2, {}) for stage in STAGES),
         ("ppo", 4, {}),
-        ("ppo", 6, {}),
+        ("ppo", 10, {}),
         ("ppo", 3, {"target_kl": 1e-6, "shaping": RewardShaping(normalize="standardize", clip=2.0)}),
         ("ppo", 7, {"target_kl": 1e-6, "shaping": RewardShaping(normalize="scale", whiten=True)}),
         ("ppo", 2, {"critic_warmup": 2, "critic_learning_rate": 1e-3, "kl_penalty": KLPenalty("loss", "k3")}),

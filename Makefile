@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Forked tokenizers would only warn.
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow check compatibility rllib format format-check lint types build clean
+.PHONY: setup demo test test-slow check compatibility rllib format format-check lint types build clean bench bench-scaling bench-gpu
 
 setup: $(VENV)/.done
 
@@ -53,6 +53,16 @@ check: format-check lint types test
 
 build: setup
 	$(BIN)/python -m build
+
+# With PEER_PYTHON (and PEER_PPO_PYTHON) set, beside TRL; see docs/performance.md.
+bench: setup
+	$(BIN)/python -m benchmarks.compare $(if $(PEER_PYTHON),--peer trl)
+
+bench-scaling: setup
+	$(BIN)/python -m benchmarks.scaling
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) .venv-rllib build dist .pytest_cache .mypy_cache .ruff_cache

@@ -2,9 +2,9 @@
 
     make bench-gpu
 
-A Llama of 1.2 billion parameters with random weights in bfloat16 (`--shape 1b`). Training goes through the command line's
-own modules and Trainer; decoding is our slot cache with and without CUDA graphs, beside `generate` of transformers. On a
-CPU it runs with a small shape, to show that the script works.
+A Llama of 1.2 billion parameters with random weights in bfloat16 (`--shape 1b`). Training goes through the command
+line's own modules and Trainer; decoding is our slot cache with and without CUDA graphs, beside `generate` of
+transformers. On a CPU it runs with a small shape, to show that the script works.
 """
 
 import argparse

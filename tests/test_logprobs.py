@@ -173,3 +173,39 @@ def test_the_loss_at_16k_tokens_and_a_vocabulary_of_150k_takes_an_eighth_of_the_
         return memory.peak
 
     assert peak(way) <= peak(plain) / 8
+
+
+class Products(TorchDispatchMode):
+    """Records the dtypes of matrix products, and how often a weight is converted."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.dtypes, self.conversions = weight, set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() == self.weight.data_ptr():
+            self.conversions += 1
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.dtypes |= {arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.ndim == 2}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", [token_logprobs, nll_sum])
+def test_the_head_is_converted_once_for_all_chunks_and_multiplied_in_the_compute_dtype(problem, way):
+    head, hidden, targets = problem
+    with Products(head.weight) as products, torch.autocast("cpu", torch.bfloat16):
+        result = way(head, hidden, targets, chunk_bytes=5 * 4 * 50)  # eight chunks
+    assert products.dtypes == {torch.bfloat16}
+    assert products.conversions == 1
+    (result[0] if isinstance(result, tuple) else result).sum().backward()
+    assert head.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+def test_logprobs_with_and_without_a_gradient_are_the_same_bits_in_bfloat16(problem, rows):
+    head, hidden, targets = problem
+    with torch.autocast("cpu", torch.bfloat16):
+        new, _ = token_logprobs(head, hidden, targets, 0.7, chunk_bytes=rows * 4 * 50)
+        with torch.no_grad():
+            old, _ = token_logprobs(head, hidden, targets, 0.7, chunk_bytes=rows * 4 * 50)
+    assert torch.equal(new, old)  # so the first ratio of new to old policy is exactly 1

@@ -1,10 +1,15 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
+from lit_rlhf import rollout
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.errors import UserError
 from lit_rlhf.packing import Example, pack
+from lit_rlhf.policy import Policy
 from lit_rlhf.rollout import GenerationSettings, complete, play
 from tests.tiny import EOS, VOCABULARY, random_examples, tiny_policy, tiny_tokenizer
 from token_mdp import FinishReason, TokenVectorEnv
@@ -95,3 +100,34 @@ def test_settings_that_mean_nothing_are_refused():
         GenerationSettings(top_p=0.0)
     with pytest.raises(UserError, match="max_new_tokens"):
         GenerationSettings(max_new_tokens=0)
+
+
+def test_a_rollout_keeps_the_logits_of_no_earlier_step(monkeypatch):
+    earlier, real = [], rollout.sample
+
+    def watched(logits, *args):
+        gc.collect()
+        assert not any(reference() is not None for reference in earlier)
+        earlier.append(weakref.ref(logits))
+        return real(logits, *args)
+
+    monkeypatch.setattr(rollout, "sample", watched)
+    played = play(tiny_policy(), make_env(), GenerationSettings(), 6, env_seed=0)
+    assert len(earlier) > 5
+    assert [len(logprobs) for logprobs in played.sampled_logprobs] == [len(e.response_ids) for e in played.episodes]
+
+
+def test_a_step_costs_what_its_active_slots_cost(monkeypatch):
+    """Parked slots leave the batch: rows decoded equal tokens written, whatever the order of finishing."""
+    rows = []
+    real = Policy.decode
+
+    def counted(self, input_ids, position_ids, cache, attention_mask=None, layout=None, nodes=None):
+        rows.append(len(input_ids) if nodes is None else len(nodes))
+        return real(self, input_ids, position_ids, cache, attention_mask, layout, nodes)
+
+    monkeypatch.setattr(Policy, "decode", counted)
+    played = play(tiny_policy(), make_env(), GenerationSettings(), 4, env_seed=0)  # four slots, no refill
+    lengths = sorted(len(episode.response_ids) for episode in played.episodes)
+    assert lengths[0] < lengths[-1]
+    assert sum(rows) == sum(lengths)

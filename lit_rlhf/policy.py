@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.logprobs import nll_sum, token_logprobs
@@ -362,14 +363,26 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
                 config, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
             )
         else:
-            model = auto_class.from_pretrained(
-                source,
-                config=config,
-                attn_implementation=IMPLEMENTATION,
-                dtype=torch.float32,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            )
+            verbosity = transformers_logging.get_verbosity()
+            transformers_logging.set_verbosity_error()  # its report of missing weights is our error, below
+            try:
+                model, report = auto_class.from_pretrained(
+                    source,
+                    config=config,
+                    attn_implementation=IMPLEMENTATION,
+                    dtype=torch.float32,
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+            finally:
+                transformers_logging.set_verbosity(verbosity)
+            missing = sorted(key for key in report["missing_keys"] if not key.startswith("score."))
+            if missing:
+                raise UserError(
+                    f"{name}: its weights lack {len(missing)} tensors of {type(model).__name__}, such as {missing[:3]}; "
+                    "they would be left random: is it the folder of another kind of model?"
+                )
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: no model could be loaded there ({_first_line(error)}). Expected a folder with config.json and "

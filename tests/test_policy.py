@@ -1,6 +1,9 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf.decoding import SlotDecoder
@@ -44,6 +47,15 @@ def test_a_missing_model_is_one_clear_line(tmp_path):
         load_policy(tmp_path / "nowhere")
     with pytest.raises(UserError, match="has no weights, train it with from_scratch: true"):
         load_policy("demo")
+
+
+def test_weights_that_lack_a_tensor_are_refused_by_its_name(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 tensors of LlamaForCausalLM, such as \['model.layers.1.mlp.up_proj"):
+        load_policy(broken)
 
 
 def test_a_model_whose_head_does_more_than_a_product_is_refused():

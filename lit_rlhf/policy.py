@@ -380,7 +380,7 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
             missing = sorted(key for key in report["missing_keys"] if not key.startswith("score."))
             if missing:
                 raise UserError(
-                    f"{name}: its weights lack {len(missing)} tensors of {type(model).__name__}, such as {missing[:3]}; "
+                    f"{name}: its weights lack {len(missing)} tensors of {type(model).__name__}, like {missing[:3]}; "
                     "they would be left random: is it the folder of another kind of model?"
                 )
     except (OSError, ValueError) as error:

@@ -54,7 +54,7 @@ def test_weights_that_lack_a_tensor_are_refused_by_its_name(folder, tmp_path):
     weights = load_file(broken / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lack 1 tensors of LlamaForCausalLM, such as \['model.layers.1.mlp.up_proj"):
+    with pytest.raises(UserError, match=r"lack 1 tensors of LlamaForCausalLM, like \['model.layers.1.mlp.up_proj"):
         load_policy(broken)
 
 

@@ -1,0 +1,122 @@
+"""PPO runs on a tiny model, and what to watch of them."""
+
+import itertools
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from lit_rlhf import PPO, RolloutDataModule, TextReward
+
+PROMPTS = "\n".join(f'{{"prompt": "w{3 + i} w{5 + i % 7} w{4 + i % 3}"}}' for i in range(16))
+
+
+def count_w9(prompts, responses, **columns):
+    """The toy reward: the share of w9 in the response."""
+    return [response.split().count("w9") / max(len(response.split()), 1) for response in responses]
+
+
+def constant(prompts, responses, **columns):
+    """A reward that teaches nothing: what is learnt comes from elsewhere."""
+    return [0.0] * len(responses)
+
+
+def make(folder, tmp_path, reward=count_w9, trainer=None, data=None, **options):
+    (tmp_path / "prompts.jsonl").write_text(PROMPTS + "\n")
+    module = PPO(str(folder), **({"learning_rate": 1e-3, "lr_scheduler": "constant"} | options))
+    sizes = {"rollout_size": 16, "num_slots": 4, "max_new_tokens": 8, "validation": None}
+    datamodule = RolloutDataModule(
+        TextReward(reward),
+        train=str(tmp_path / "prompts.jsonl"),
+        tokenizer=module.tokenizer,
+        **(sizes | (data or {})),
+    )
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    settings = quiet | {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": tmp_path} | (trainer or {})
+    return module, datamodule, Trainer(**settings)
+
+
+class Steps(Callback):
+    """Keeps the trained weights after each optimiser step, the start included, and what the step was."""
+
+    def __init__(self):
+        self.policy, self.critic, self.stopped, self.episodes, self.norms, self.rates = [], [], [], [], [], []
+
+    def keep(self, module):
+        for weights, network in ((self.policy, module.policy), (self.critic, module.critic)):
+            weights.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+
+    def on_train_start(self, trainer, pl_module):
+        self.keep(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.keep(pl_module)
+        self.stopped.append(pl_module.stopped)
+        self.episodes.append(batch.packed.num_sequences)
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def moved(weights):
+    """For each optimiser step, whether it changed the weights."""
+    return [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
+
+
+def fit(folder, tmp_path, trainer=None, **options):
+    """Train and keep the steps."""
+    steps = Steps()
+    module, data, trainer = make(folder, tmp_path, trainer={"callbacks": [steps]} | (trainer or {}), **options)
+    trainer.fit(module, data)
+    return module, steps
+
+
+class Recorder(PPO):
+    """PPO that keeps what it is trained on."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            logprobs, _ = self.policy(batch.packed, self.temperature)
+        self.seen.append((batch, logprobs))
+        return super().training_step(batch, batch_idx)
+
+
+def record(folder, tmp_path, **options):
+    module, data, trainer = make(folder, tmp_path, **options)
+    module.__class__ = Recorder
+    module.seen = []
+    trainer.fit(module, data)
+    return module
+
+
+class Rollouts(Callback):
+    """Keeps the metrics of each rollout."""
+
+    def __init__(self):
+        self.metrics = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.metrics.append(dict(pl_module.rollout_metrics))
+
+
+class Logged(Callback):
+    """Keeps a logged metric, one value per micro-batch."""
+
+    def __init__(self, name):
+        self.name, self.values = name, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.name in trainer.callback_metrics:
+            self.values.append(trainer.callback_metrics[self.name].item())
+
+
+def away_from_reference(module):
+    """Move the reference, as if the policy had left it."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in module.frozen["reference"].parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))

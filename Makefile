@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Forked tokenizers would only warn.
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow check format format-check lint types build clean
+.PHONY: setup demo test test-slow check format format-check lint types figures build clean
 
 setup: $(VENV)/.done
 
@@ -40,6 +40,9 @@ types: setup
 	$(BIN)/mypy
 
 check: format-check lint types test
+
+figures: setup
+	$(BIN)/python -m benchmarks.figures
 
 build: setup
 	$(BIN)/python -m build

@@ -32,6 +32,8 @@ def test_commands_name_targets_and_configs_that_exist(text):
         elif program == "lit-rlhf":
             assert words[0] in ("fit", "validate", "test", "predict", "compare"), line
             assert all((ROOT / word).exists() for word in words if word.endswith(".yaml")), line
+        elif program == "python":
+            assert words[0] == "-m" and (ROOT / f"{words[1].replace('.', '/')}.py").exists(), line
         else:
             assert program in ("tensorboard", "pip"), line
 

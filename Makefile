@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # Forked tokenizers would only warn.
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow check compatibility rllib format format-check lint types build clean bench bench-scaling bench-gpu
+.PHONY: setup demo test test-slow check compatibility rllib format format-check lint types figures build clean
+.PHONY: bench bench-scaling bench-gpu
 
 setup: $(VENV)/.done
 
@@ -50,6 +51,9 @@ types: setup
 	$(BIN)/mypy
 
 check: format-check lint types test
+
+figures: setup
+	$(BIN)/python -m benchmarks.figures
 
 build: setup
 	$(BIN)/python -m build

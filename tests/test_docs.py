@@ -38,7 +38,8 @@ def test_commands_name_targets_and_configs_that_exist(text):
             assert words[0] in ("fit", "validate", "test", "predict", "compare"), line
             assert all((ROOT / word).exists() for word in words if word.endswith(".yaml")), line
         elif program == "python":
-            assert (ROOT / words[0]).exists(), line
+            module = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+            assert (ROOT / module).exists(), line
         else:
             assert program in ("tensorboard", "pip"), line
 

@@ -15,6 +15,7 @@ from lit_rlhf.losses import (
     apo_down_loss,
     apo_zero_loss,
     bco_pair_loss,
+    bradley_terry_loss,
     chosen_nll_loss,
     conservative_dpo_loss,
     discopop_loss,
@@ -276,6 +277,19 @@ class TestEquivalences:
     @pytest.mark.parametrize("smoothed", [conservative_dpo_loss, robust_dpo_loss])
     def test_label_smoothing_of_zero_is_dpo(self, smoothed):
         assert torch.allclose(smoothed(*self.pair, 0.3, 0.0), dpo_loss(*self.pair, 0.3))
+
+    def test_dpo_is_the_reward_models_loss_on_implicit_rewards(self):
+        chosen, rejected, ref_chosen, ref_rejected = self.pair
+        constant = 4.2  # β log Z(x): the same for both responses
+        rewards = (0.3 * (chosen - ref_chosen) + constant, 0.3 * (rejected - ref_rejected) + constant)
+        assert torch.allclose(bradley_terry_loss(*rewards), dpo_loss(*self.pair, 0.3))
+
+    def test_dpo_gradient_weighs_a_pair_by_how_wrong_its_order_is(self):
+        chosen, rejected = (x.clone().requires_grad_() for x in self.pair[:2])
+        dpo_loss(chosen, rejected, *self.pair[2:], 0.3).sum().backward()
+        wrong = torch.sigmoid(-self.reward_margin)  # what the implicit reward gives to the other order
+        assert torch.allclose(chosen.grad, -0.3 * wrong)
+        assert torch.allclose(rejected.grad, 0.3 * wrong)
 
     def test_label_smoothing_changes_the_loss(self):
         assert not torch.allclose(conservative_dpo_loss(*self.pair, 0.3, 0.1), dpo_loss(*self.pair, 0.3))

@@ -1,23 +1,29 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lit_rlhf.advantages import gae, token_rewards
 from lit_rlhf.kl import k1
+from lit_rlhf.losses import alpha_link, forward_kl_link, jensen_shannon_link, reverse_kl_link
 from lit_rlhf.oracle import (
     Oracle,
+    TablePolicy,
     TokenTree,
     bayes_accuracy,
     causal_lm,
+    divergence_optimum,
     kl_divergence,
     log_partition,
     objective,
     optimal_logprobs,
     optimal_values,
     policy_values,
+    small_problems,
+    trap_problem,
 )
 from lit_rlhf.packing import IMPLEMENTATION
 
@@ -427,3 +433,89 @@ class TestCausalLM:
         logprobs = tree.completion_logprobs(tree.tabulate(causal_lm(model, requires_grad=True), PROMPT))
         objective(logprobs, logprobs.detach(), rewards, 0.1).backward()
         assert model.lm_head.weight.grad.abs().max() > 0
+
+
+class TestTablePolicy:
+    tree = TokenTree(4, [0, 2], 3)
+    prompts = (torch.tensor([1, 2]), torch.tensor([3]))
+
+    def test_it_starts_as_the_policy_it_is_given(self):
+        reference = random_policy(4, 0)
+        policy = TablePolicy(self.tree, self.prompts, reference)
+        for prompt in self.prompts:
+            for level in range(3):
+                prefixes = self.tree.prefixes(level)
+                assert torch.allclose(policy.logprob_fn(prompt, prefixes), reference(prompt, prefixes))
+
+    def test_the_states_of_a_response_are_those_of_its_prefixes(self):
+        policy = TablePolicy(self.tree, self.prompts, random_policy(4, 0))
+        for number, prompt in enumerate(self.prompts):
+            responses = self.tree.completions
+            states = policy.states(torch.full((len(responses),), number), responses)
+            steps = policy(states).gather(-1, responses[..., None])[..., 0]
+            mask = torch.arange(3) < self.tree.lengths[:, None]
+            expected = self.tree.completion_logprobs(self.tree.tabulate(random_policy(4, 0), prompt))
+            assert torch.allclose((steps * mask).sum(1), expected)
+
+    def test_without_a_start_it_is_uniform_and_its_gradient_is_exact(self):
+        policy = TablePolicy(self.tree, self.prompts)
+        assert torch.allclose(policy(torch.arange(4)), torch.tensor(0.25, dtype=torch.float64).log())
+        oracle = Oracle(self.tree, self.prompts, policy.logprob_fn, random_reward, beta=0.3)
+        objective(oracle.logprobs(policy.logprob_fn), oracle.ref_logprobs, oracle.rewards, 0.3).mean().backward()
+        assert policy.logits.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("problem", small_problems(), ids=lambda problem: problem.name)
+class TestProblems:
+    def test_the_environment_pays_what_the_oracle_knows(self, problem):
+        env = problem.env(4, reward_mode="deferred", copy=False)
+        rng = np.random.default_rng(0)
+        _, info = env.reset(seed=0, options={"max_episodes": 20})
+        while info["active"].any():
+            *_, info = env.step(rng.integers(0, problem.tree.vocab_size, 4))
+        rewards = problem.oracle(0.1).rewards
+        for episode in env.pop_episodes():
+            row = problem.tree.index(episode.response_ids)
+            assert episode.reward == rewards[episode.prompt_index, row].item()
+
+    def test_rewards_lie_between_0_and_1_and_differ(self, problem):
+        rewards = problem.oracle(0.1).rewards
+        assert rewards.min() >= 0 and rewards.max() <= 1 and rewards.std() > 0.05
+
+    def test_its_size_is_within_the_promise(self, problem):
+        assert 3 <= problem.tree.vocab_size <= 8 and 3 <= problem.tree.max_new_tokens <= 8
+
+
+def test_the_trap_pays_less_under_the_reference_where_the_best_completion_begins():
+    problem = trap_problem()
+    oracle = problem.oracle(0.1)
+    first = policy_values(problem.tree, oracle.ref_tables[0], oracle.ref_tables[0], oracle.rewards[0], 0.0)
+    after_1, after_2 = first.action_values[0][0, 1:].tolist()
+    best = problem.tree.completions[oracle.rewards[0].argmax()]
+    assert best.tolist() == [2] * 6
+    assert after_2 < after_1 - 0.3  # greedy in the reference's values takes token 1
+
+
+class TestDivergenceOptimum:
+    rewards = torch.rand(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reference = torch.log_softmax(torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 0)
+
+    def test_under_the_reverse_kl_it_is_the_closed_form(self):
+        optimum = divergence_optimum(self.reference, self.rewards, 0.2, reverse_kl_link)
+        assert torch.allclose(optimum, optimal_logprobs(self.reference, self.rewards, 0.2))
+
+    @pytest.mark.parametrize("link", [forward_kl_link, jensen_shannon_link, alpha_link(0.5)])
+    def test_its_implicit_reward_is_the_reward_up_to_a_constant(self, link):
+        optimum = divergence_optimum(self.reference, self.rewards, 0.2, link)
+        difference = 0.2 * link(optimum - self.reference) - self.rewards
+        assert optimum.exp().sum().item() == pytest.approx(1)
+        assert torch.allclose(difference, difference[0].expand(12), atol=1e-6)
+
+    def test_no_neighbour_is_better_under_forward_kl(self):
+        def value(logprobs):  # E_π[r] - β KL(π_ref‖π)
+            return (logprobs.exp() * self.rewards).sum() - 0.2 * kl_divergence(self.reference, logprobs)
+
+        optimum = divergence_optimum(self.reference, self.rewards, 0.2, forward_kl_link)
+        for seed in range(20):
+            step = 0.05 * torch.randn(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            assert value(torch.log_softmax(optimum + step, 0)) < value(optimum)

@@ -9,6 +9,8 @@ is a sum and each line a number.
     oracle = Oracle(tree, prompts, causal_lm(reference), reward_fn, beta=0.1)
     oracle.evaluate(causal_lm(policy)).gap      # (J* - J)/(J* - J_ref): 0 is optimal, 1 is the reference
 
+`small_problems` are MDPs to try an algorithm on, `TablePolicy` a policy that can be any policy on them.
+
 Axes: P prompt tokens, T = max_new_tokens, V vocabulary, K = V - |stop ids| tokens that do not end a completion, C
 completions. Level t holds the K^t prefixes of t response tokens that have not ended. A *table* is a list over levels:
 of (K^t, V) for something of actions, such as a policy, of (K^t,) for something of states. All is float64 on the CPU;
@@ -16,12 +18,14 @@ gradients flow through, so that `backward()` on `objective` gives the exact poli
 """
 
 from lit_rlhf.oracle.models import causal_lm
+from lit_rlhf.oracle.problems import Problem, random_problem, small_problems, sparse_problem, trap_problem
 from lit_rlhf.oracle.solution import (
     Evaluation,
     Oracle,
     RewardFn,
     Values,
     bayes_accuracy,
+    divergence_optimum,
     kl_divergence,
     log_partition,
     objective,
@@ -29,21 +33,29 @@ from lit_rlhf.oracle.solution import (
     optimal_values,
     policy_values,
 )
+from lit_rlhf.oracle.tables import TablePolicy
 from lit_rlhf.oracle.tree import LogprobFn, TokenTree
 
 __all__ = [
     "Evaluation",
     "LogprobFn",
     "Oracle",
+    "Problem",
     "RewardFn",
+    "TablePolicy",
     "TokenTree",
     "Values",
     "bayes_accuracy",
     "causal_lm",
+    "divergence_optimum",
     "kl_divergence",
     "log_partition",
     "objective",
     "optimal_logprobs",
     "optimal_values",
     "policy_values",
+    "random_problem",
+    "small_problems",
+    "sparse_problem",
+    "trap_problem",
 ]

@@ -73,6 +73,45 @@ def optimal_logprobs(ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tens
     return ref_logprobs + rewards / beta - log_partition(ref_logprobs, rewards, beta)[..., None]
 
 
+def divergence_optimum(
+    ref_logprobs: Tensor, rewards: Tensor, beta: float, link: Callable[[Tensor], Tensor], steps: int = 80
+) -> Tensor:
+    """The policy that maximises E_π[r] - β D_f(π‖π_ref): f'(π/π_ref) = (r - λ)/β, λ such that π sums to one.
+
+    Wang et al. 2023, https://arxiv.org/abs/2309.16240. By bisection, for the log-ratio of each completion within that
+    for λ; so any increasing link will do. `optimal_logprobs` is the case of `reverse_kl_link`.
+
+    Args:
+        ref_logprobs: (C,) log π_ref(y|x).
+        rewards: (C,) r(x, y).
+        beta: weight of the divergence.
+        link: f' as a function of the log-ratio, such as those of `lit_rlhf.losses`.
+        steps: of both bisections.
+
+    Returns:
+        (C,) log-probs.
+    """
+
+    def logratios(multiplier: Tensor) -> Tensor:
+        low, high = torch.full_like(rewards, -60.0), torch.full_like(rewards, 60.0)
+        for _ in range(steps):
+            middle = (low + high) / 2
+            below = link(middle) < (rewards - multiplier) / beta
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    # At the reference, λ = r - β f'(1) lies within the rewards; where f' is bounded, λ lies above them.
+    at_reference = beta * link(torch.zeros_like(rewards))
+    low = (rewards - at_reference).min()
+    high = (rewards - at_reference).max()
+    for _ in range(steps):
+        middle = (low + high) / 2
+        too_much = torch.logsumexp(ref_logprobs + logratios(middle), dim=0) > 0
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    optimum = ref_logprobs + logratios((low + high) / 2)
+    return optimum - optimum.logsumexp(0)
+
+
 def objective(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """J(π) = E_π[r] - β KL(π‖π_ref): (..., C) -> (...)."""
     return (logprobs.exp() * rewards).sum(-1) - beta * kl_divergence(logprobs, ref_logprobs)

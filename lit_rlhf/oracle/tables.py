@@ -1,0 +1,71 @@
+"""A policy that is a table of logits: the smallest one that can be any policy at all, the optimum included."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlhf.oracle.tree import LogprobFn, TokenTree
+
+
+class TablePolicy(nn.Module):
+    """Logits of the next token for each prompt and prefix, learnt or copied.
+
+    A *state* is a prompt and a prefix that has not ended. States are numbered by prompt, then level, then in the order
+    of `tree.prefixes`; N of them in all.
+
+    Args:
+        tree: of the completions.
+        prompts: each (P,) int64; their order numbers them.
+        start: where the logits start, such as the reference; None = 0, the uniform policy.
+
+    Attributes:
+        logits: (N, V) the parameter.
+    """
+
+    def __init__(self, tree: TokenTree, prompts: Sequence[Tensor], start: LogprobFn | None = None) -> None:
+        super().__init__()
+        self.tree = tree
+        self.numbers = {tuple(prompt_ids.tolist()): number for number, prompt_ids in enumerate(prompts)}
+        sizes = [tree.num_prefixes(level) for level in range(tree.max_new_tokens)]
+        self.offsets = torch.tensor([0, *sizes]).cumsum(0)  # (T + 1,) where each level starts
+        self.open_index = torch.zeros(tree.vocab_size, dtype=torch.int64)
+        self.open_index[tree.open_ids] = torch.arange(len(tree.open_ids))
+        logits = torch.zeros(len(prompts) * self.states_per_prompt, tree.vocab_size, dtype=torch.float64)
+        if start is not None:
+            tables = [torch.cat(tree.tabulate(start, prompt_ids)) for prompt_ids in prompts]
+            logits = torch.cat(tables).detach()
+        self.logits = nn.Parameter(logits)
+
+    @property
+    def states_per_prompt(self) -> int:
+        """How many prefixes have not ended, over all levels."""
+        return int(self.offsets[-1])
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(n,) states -> (n, V) log-probs of the next token."""
+        return torch.log_softmax(self.logits[states], dim=-1)
+
+    def states(self, prompt_numbers: Tensor, responses: Tensor) -> Tensor:
+        """The state in which each token of a response was taken.
+
+        Args:
+            prompt_numbers: (B,) int64.
+            responses: (B, T) int64, anything past an end.
+
+        Returns:
+            (B, T) int64; past an end some state, which a mask leaves out.
+        """
+        K = len(self.tree.open_ids)
+        prefix = torch.zeros(len(responses), dtype=torch.int64)
+        columns = []
+        for level in range(responses.shape[1]):
+            columns.append(self.offsets[level] + prefix)
+            prefix = prefix * K + self.open_index[responses[:, level]]
+        return torch.stack(columns, dim=1) + (prompt_numbers * self.states_per_prompt)[:, None]
+
+    def logprob_fn(self, prompt_ids: Tensor, prefixes: Tensor) -> Tensor:
+        """The policy as the oracle takes it: (n, t) prefixes -> (n, V) log-probs of the next token."""
+        number = torch.full((len(prefixes),), self.numbers[tuple(prompt_ids.tolist())])
+        padded = torch.cat([prefixes, torch.zeros(len(prefixes), 1, dtype=torch.int64)], dim=1)
+        return self(self.states(number, padded)[:, -1])

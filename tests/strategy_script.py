@@ -17,9 +17,10 @@ from tests.stages import STAGES, make_stage
 def main(folder: Path, name: str) -> None:
     """Fit each stage; rank 0 prints what came out."""
     results: dict[str, Any] = {}
-    for stage in STAGES:
+    for stage in (*STAGES, "dpo_cached"):
         strategy: Any = "ddp" if name == "ddp" else ModelParallelStrategy(process_group_backend="gloo")
-        module, data = make_stage(stage, folder)
+        options = {"cache_reference": True} if stage == "dpo_cached" else {}
+        module, data = make_stage(stage.removesuffix("_cached"), folder, **options)
         trainer = Trainer(
             default_root_dir=folder / name / stage,
             accelerator="cpu",

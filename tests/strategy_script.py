@@ -25,6 +25,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     **{stage: (stage, {}) for stage in STAGES},
     "reward_model": ("reward_model", {"normalize": "mean_and_std"}),
     "stopped_ppo": ("ppo", STOPPED_PPO),
+    "dpo_cached": ("dpo", {"cache_reference": True}),
 }
 
 

@@ -33,13 +33,15 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
 
     results = json.loads((tmp_path / f"{strategy}.json").read_text())
-    assert set(results) == {*STAGES, "stopped_ppo"}
+    assert set(results) == {*STAGES, "stopped_ppo", "dpo_cached"}
     for stage, result in results.items():
         assert result["steps"] > 0
         assert all(math.isfinite(value) for value in result["metrics"].values()), (stage, result)
         kind = AutoModelForSequenceClassification if stage == "reward_model" else AutoModelForCausalLM
         model = kind.from_pretrained(tmp_path / strategy / stage / "model")
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+    # The reference's log-probs are the same, whether a frozen copy gives them or the cache.
+    assert results["dpo_cached"]["checksum"] == pytest.approx(results["dpo"]["checksum"], rel=1e-5)
     assert "val/score" in results["ppo"]["metrics"]
     assert "val/loss" in results["sft"]["metrics"]
 

@@ -135,7 +135,31 @@ def draw_frontier(axis: Axes, rows: list[dict[str, Any]], key: str) -> None:
             )
 
 
-FIGURES = {"optimality": optimality, "credit_assignment": credit_assignment, "frontier": frontier}
+def ppo_without_kl(rows: list[dict[str, Any]]) -> Figure:
+    """Over-optimisation: the proxy goes up to the end, the gold reward falls once the policy has left the reference."""
+    iterations = [row["iteration"] + 1 for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    for key, label, colour, marker in (
+        ("proxy_reward", "Proxy: the reward model's score", BLUE, "o"),
+        ("gold_reward", "Gold: the true reward", ORANGE, "s"),
+    ):
+        axes[0].plot(iterations, [row[key] for row in rows], marker=marker, color=colour, label=label)
+    axes[0].set_title("Reward of what the policy plays")
+    axes[0].legend(loc="upper left")
+    axes[1].plot(iterations, [row["kl"] for row in rows], marker="^", color=PURPLE)
+    axes[1].set_title("KL(π‖π_ref) [nats per response]")
+    for axis in axes:
+        axis.set_xlabel("iteration (256 episodes each)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+FIGURES = {
+    "optimality": optimality,
+    "credit_assignment": credit_assignment,
+    "frontier": frontier,
+    "ppo_without_kl": ppo_without_kl,
+}
 
 
 def main(data: str = str(DOCS / "data"), output: str = str(DOCS / "figures")) -> None:

@@ -209,3 +209,26 @@ def test_logprobs_with_and_without_a_gradient_are_the_same_bits_in_bfloat16(prob
         with torch.no_grad():
             old, _ = token_logprobs(head, hidden, targets, 0.7, chunk_bytes=rows * 4 * 50)
     assert torch.equal(new, old)  # so the first ratio of new to old policy is exactly 1
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+def test_gradients_are_those_of_autograd_through_the_whole_softmax(problem, rows):
+    head, hidden, targets = problem
+    weights, temperature = torch.rand(37), 0.7
+
+    def plain():
+        logprobs = torch.log_softmax(head(hidden) / temperature, -1)
+        return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+    def ours():
+        return token_logprobs(head, hidden, targets, temperature, with_entropy=True, chunk_bytes=rows * 4 * 50)
+
+    gradients = []
+    for way in (plain, ours):
+        hidden.grad = None
+        head.zero_grad()
+        logprobs, entropy = way()
+        (logprobs * weights + entropy * weights.flip(0)).sum().backward()
+        gradients.append((hidden.grad, head.weight.grad.clone(), head.bias.grad.clone()))
+    for expected, gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected)

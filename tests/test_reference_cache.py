@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -124,12 +125,21 @@ def test_a_file_cut_short_is_computed_anew(workdir, forwards):
     assert forwards
 
 
-def test_a_run_that_finds_its_folder_cleared_by_another_goes_on(workdir):
+def test_parts_are_found_again_by_their_rows(workdir):
     parts = reference_cache.Parts(workdir / "x.parts")
     parts.add(torch.tensor([1]), torch.tensor([[-1.0, -2.0]]))
     parts.flush()
     assert parts.load(3)[1].tolist() == [-1.0, -2.0]
     assert parts.load(3).isnan().sum() == 4
-    (workdir / "file").write_text("")
+
+
+def test_a_run_that_finds_its_folder_cleared_by_another_goes_on(workdir, monkeypatch):
+    real = reference_cache.save_file
+
+    def cleared_meanwhile(tensors, file):
+        real(tensors, file)
+        shutil.rmtree(file.parent)
+
+    monkeypatch.setattr(reference_cache, "save_file", cleared_meanwhile)
     reference_cache.write({"rows": torch.tensor([0])}, workdir / "y.parts" / "z.safetensors")
-    assert [path.name for path in (workdir / "y.parts").iterdir()] == ["z.safetensors"]
+    assert not (workdir / "y.parts").exists()

@@ -86,7 +86,7 @@ def credit_assignment(rows: list[dict[str, Any]]) -> Figure:
             ours = [row for row in rows if row["method"] == method and row["length"] == length]
             for number, row in enumerate(ours):
                 samples, returns = zip(*row["curve"], strict=True)
-                samples = np.maximum(samples, 32)
+                samples = np.maximum(samples, 16)
                 axis.plot(samples, returns, color=colours[method], lw=1.6, alpha=0.85, label=None if number else method)
                 if row["samples"] is not None:
                     axis.plot(row["samples"], returns[-1], "o", color=colours[method], ms=5)

@@ -12,6 +12,7 @@ from lit_rlhf import DPO, UserError, losses
 from lit_rlhf.cli import main
 from lit_rlhf.dpo import sequence_logprobs
 from lit_rlhf.losses import bco_pair_loss, dpo_loss, ipo_loss, length_normalized_dpo_loss
+from lit_rlhf.policy import load_policy
 from lit_rlhf.preference_loss import LossTerm
 from lit_rlhf.reference_update import ReferenceUpdate
 from tests.stages import make_stage, make_trainer, write_inputs
@@ -221,10 +222,32 @@ def test_options_that_contradict_each_other_are_refused_by_both_names(pair, inpu
     assert all(name in str(error.value) for name in pair.split(" and "))
 
 
-def test_the_default_reference_is_the_policy_in_memory_not_what_the_config_names(inputs):
+def test_the_default_reference_is_the_policy_in_memory_not_what_the_config_names(inputs, monkeypatch):
+    loaded = []
+
+    def load_and_move(name, **kwargs):
+        loaded.append(name)
+        policy = load_policy(name, **kwargs)
+        with torch.no_grad():
+            next(policy.parameters()).add_(1.0)  # so that memory and disk differ
+        return policy
+
+    monkeypatch.setattr("lit_rlhf.dpo.load_policy", load_and_move)
     module = DPO(str(inputs / "model"), loss=ipo_loss)
     held, trained = module.frozen["reference"], module.policy
+    assert len(loaded) == 1
     assert all(torch.equal(a, b) for a, b in zip(held.parameters(), trained.parameters(), strict=True))
     with torch.no_grad():
         next(trained.parameters()).add_(1.0)
     assert not torch.equal(next(held.parameters()), next(trained.parameters()))  # a copy, not the same memory
+
+
+def test_validation_metrics_are_means_over_pairs_not_over_batches(inputs, tmp_path):
+    means = []
+    for budget in (100, 10_000):
+        module, data = make_stage("dpo", inputs)
+        data.max_tokens = budget
+        trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+        trainer.validate(module, data, verbose=False)
+        means.append(trainer.callback_metrics["val/chosen_logprobs"].item())
+    assert means[0] == pytest.approx(means[1], rel=1e-5)

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lit_rlhf.batches import PreferenceBatch, PromptBatch
+from lit_rlhf.batches import PreferenceBatch
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.module import AlignmentModule
@@ -17,7 +16,7 @@ from lit_rlhf.preference_loss import LossTerm, PreferenceLoss
 from lit_rlhf.reference_cache import ReferenceCache
 from lit_rlhf.reference_update import ReferenceUpdate
 from lit_rlhf.reward_model import agreement
-from lit_rlhf.rollout import GenerationSettings, completion_rows
+from lit_rlhf.rollout import GenerationSettings
 
 
 class DPO(AlignmentModule):
@@ -100,14 +99,6 @@ class DPO(AlignmentModule):
         if "reward_shift" in self.loss.inputs:
             self.update_reward_shift(self.beta * (chosen - ref_chosen + rejected - ref_rejected) / 2)
         return losses.sum() / batch.denominator
-
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Loss and implicit rewards on held-out pairs."""
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """As validation, on the test data."""
-        self.evaluate(batch, "test")
 
     def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
         """Log loss, implicit rewards and their accuracy, as means over all pairs."""
@@ -207,19 +198,6 @@ class DPO(AlignmentModule):
         """Take the cache of the run that goes on."""
         super().on_load_checkpoint(checkpoint)
         self.reference_cache = ReferenceCache(checkpoint["reference_cache"])
-
-    @torch.no_grad()
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete each prompt."""
-        return completion_rows(self.policy, self.tokenizer, batch, self.generation)
-
-    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
-        """Completions of held-out prompts."""
-        return self.predict_step(prompts, 0)
-
-    def exportable(self) -> PreTrainedModel:
-        """The aligned causal LM."""
-        return self.policy.model
 
 
 def sequence_logprobs(policy: Policy | torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:

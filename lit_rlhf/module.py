@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -14,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from lit_rlhf.advantages import Moments, masked_moments
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.errors import UserError
+from lit_rlhf.policy import Policy
+from lit_rlhf.rollout import GenerationSettings, completion_rows
 from lit_rlhf.sharding import shard, total_norm
 
 PROGRESS = ("loss", "accuracy", "score")  # what the progress bar shows; TensorBoard has everything
@@ -32,6 +33,8 @@ class AlignmentModule(LightningModule):
     """
 
     tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    generation: GenerationSettings  # how `predict` and the sample tables write completions
 
     def __init__(
         self,
@@ -68,16 +71,33 @@ class AlignmentModule(LightningModule):
         yield from self.children()
         yield from self.frozen.values()
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate held-out data."""
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As validation, on the test data."""
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: Any, stage: str) -> None:
+        """Log what the algorithm is judged by, as `stage`/what."""
+        raise NotImplementedError(f"{type(self).__name__} says how it is evaluated")  # pragma: no cover
+
+    @torch.no_grad()
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Complete each prompt."""
+        return completion_rows(self.policy, self.tokenizer, batch, self.generation)
+
     def exportable(self) -> PreTrainedModel:
         """The Hugging Face model that this stage is about: its weights become the artefact."""
-        raise NotImplementedError(f"{type(self).__name__} says which model it exports")  # pragma: no cover
+        return self.policy.model
 
     def before_export(self) -> None:
         """What the artefact needs besides training; called on all ranks before its weights are read for an export."""
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Rows of text that show a person what the model does on these prompts."""
-        raise NotImplementedError(f"{type(self).__name__} says what its samples are")  # pragma: no cover
+        return self.predict_step(prompts, 0)
 
     def configure_model(self) -> None:
         """Shard every network under FSDP2 (`ModelParallelStrategy`); other strategies need nothing."""
@@ -170,8 +190,3 @@ class AlignmentModule(LightningModule):
                 sync_dist=validating,
                 prog_bar=name in PROGRESS,
             )
-
-
-def as_text(tokenizer: Any, ids: np.ndarray) -> str:
-    """Tokens as a person reads them, without special tokens."""
-    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()

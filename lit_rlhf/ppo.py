@@ -1,6 +1,5 @@
 """Proximal policy optimisation with a KL penalty: play, score, estimate advantages, improve."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,30 +7,27 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from lit_rlhf.advantages import explained_variance, gae, make_row_mask, pad_rows, token_rewards, unpad_rows, whiten
-from lit_rlhf.batches import PromptBatch, RolloutBatch
+from lit_rlhf.batches import RolloutBatch
 from lit_rlhf.errors import UserError
 from lit_rlhf.experience import (
     Experience,
-    episode_means,
     pack_episodes,
     plan_minibatches,
     rollout_means,
     split_by_episode,
 )
-from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, k1, k3
+from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, k3
 from lit_rlhf.losses import clip_fraction, ppo_policy_loss, value_loss
-from lit_rlhf.module import AlignmentModule
-from lit_rlhf.packing import Example, PackedBatch, pack
+from lit_rlhf.on_policy import OnPolicyModule
+from lit_rlhf.packing import PackedBatch
 from lit_rlhf.policy import frozen_copy, load_policy, load_scorer, load_tokenizer, scorer_from_policy
-from lit_rlhf.rollout import GenerationSettings, Play, complete, completion_rows, episode_rows
+from lit_rlhf.rollout import GenerationSettings, Play
 from lit_rlhf.shaping import RewardShaping
-from token_mdp import Episode, FinishReason
 
 
-class PPO(AlignmentModule):
+class PPO(OnPolicyModule):
     """Proximal policy optimisation: maximise E[r(x, y)] - β KL(π‖π_ref).
 
     Schulman et al. 2017, https://arxiv.org/abs/1707.06347; for language models Ziegler et al. 2019,
@@ -178,37 +174,6 @@ class PPO(AlignmentModule):
         """Whether the critic learns alone in this iteration."""
         return self.trainer.current_epoch < self.critic_warmup
 
-    def on_train_epoch_end(self) -> None:
-        """Log the rollout that this iteration learnt from."""
-        self.log_dict(self.rollout_metrics, sync_dist=True)
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Play held-out prompts."""
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """As validation, on the test prompts."""
-        self.evaluate(batch, "test")
-
-    def evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        """Log score, KL to the reference and length of one episode per prompt."""
-        episodes = self.play_prompts(prompts)
-        packed = pack([Example(e.prompt_ids, (e.response_ids,)) for e in episodes])
-        old_logprobs, ref_logprobs, _ = self.forward_rollout(packed)
-        kl = packed.sum_by_sequence(k1(old_logprobs, ref_logprobs)).mean()
-        self.log_mean(stage, {"kl": kl, **episode_means(episodes)}, weight=len(episodes))
-
-    def play_prompts(self, prompts: PromptBatch) -> list[Episode]:
-        """One scored episode per prompt, within the limits of training."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        settings = replace(self.rollout_settings, max_new_tokens=data.max_new_tokens, num_slots=data.num_slots)
-        return complete(self.policy, self.tokenizer, prompts, settings, data.reward_fn)
-
-    @property
-    def rollout_settings(self) -> GenerationSettings:
-        """The policy as it is trained: the whole distribution at this temperature."""
-        return GenerationSettings(temperature=self.temperature, seed=self.seed)
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The critic's learning rate is its own."""
         critic_rate = self.learning_rate if self.critic_learning_rate is None else self.critic_learning_rate
@@ -269,13 +234,6 @@ class PPO(AlignmentModule):
         tokens = split_by_episode(columns, order, response_ids)
         return Experience(prompt_ids, response_ids, tokens, plan, self.sum_over_ranks(counts).tolist())
 
-    def scores(self, episodes: list[Episode], lengths: Tensor) -> Tensor:
-        """(B,) rewards of a rollout, shaped."""
-        rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
-        cut = torch.tensor([e.finish_reason is FinishReason.LENGTH for e in episodes])
-        self.shaping.observe(self.moments_over_ranks(rewards))
-        return self.shaping.scores(rewards, lengths, cut)
-
     @torch.no_grad()
     def forward_rollout(self, packed: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Old log-probs, reference log-probs and values of a micro-batch, (M,) each, on the CPU."""
@@ -285,37 +243,3 @@ class PPO(AlignmentModule):
             ref_logprobs, _ = self.frozen_network("reference")(batch, self.temperature)
             values = self.critic(batch, batch.predictors)
         return logprobs.cpu(), ref_logprobs.cpu(), values.cpu()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the iteration has come to; the data module keeps prompts and rollout."""
-        checkpoint["ppo"] = {
-            "kl": self.kl.state_dict(),
-            "shaping": self.shaping.state_dict(),
-            "rollout_metrics": self.rollout_metrics,
-            "stopped": self.stopped,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the checkpoint was taken."""
-        super().on_load_checkpoint(checkpoint)
-        state = checkpoint["ppo"]
-        self.kl.load_state_dict(state["kl"])
-        self.shaping.load_state_dict(state["shaping"])
-        self.rollout_metrics, self.stopped = state["rollout_metrics"], state["stopped"]
-
-    @torch.no_grad()
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete each prompt."""
-        return completion_rows(self.policy, self.tokenizer, batch, self.generation)
-
-    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
-        """Completions of held-out prompts with their scores."""
-        episodes = self.play_prompts(prompts)
-        return [
-            row | {"score": episode.reward} | episode.components
-            for row, episode in zip(episode_rows(self.tokenizer, episodes), episodes, strict=True)
-        ]
-
-    def exportable(self) -> PreTrainedModel:
-        """The aligned causal LM."""
-        return self.policy.model

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.calibration import Calibration, calibration
+from lit_rlhf.data.tokenize import as_text
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import bradley_terry_loss
-from lit_rlhf.module import AlignmentModule, as_text
+from lit_rlhf.module import AlignmentModule
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import load_scorer, load_tokenizer, pad_token_id_for
 from lit_rlhf.sharding import gathered
@@ -61,17 +62,9 @@ class RewardModel(AlignmentModule):
         self.log_mean("train", {"loss": losses.detach().mean(), **agreement(chosen, rejected)}, weight=len(losses))
         return losses.sum() / batch.denominator
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Accuracy and calibration on held-out pairs."""
-        self.evaluate(batch, "val")
-
     def on_validation_epoch_end(self) -> None:
         """Log how far confidence is from accuracy."""
         self.report("val")
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """As validation, on the test data."""
-        self.evaluate(batch, "test")
 
     def on_test_epoch_end(self) -> None:
         """As in validation."""

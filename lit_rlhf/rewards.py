@@ -13,8 +13,8 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.data.tokenize import as_text
 from lit_rlhf.errors import UserError
-from lit_rlhf.module import as_text
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import freeze, load_scorer, load_tokenizer
 

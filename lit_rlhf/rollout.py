@@ -9,10 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batches import PromptBatch
-from lit_rlhf.data.tokenize import stop_token_ids
+from lit_rlhf.data.tokenize import as_text, stop_token_ids
 from lit_rlhf.decoding import SlotDecoder, sample
 from lit_rlhf.errors import UserError
-from lit_rlhf.module import as_text
 from lit_rlhf.policy import Policy
 from lit_rlhf.sharding import gathered
 from token_mdp import Episode, TokenVectorEnv

@@ -2,15 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lit_rlhf.batches import PromptBatch, SFTBatch
+from lit_rlhf.batches import SFTBatch
 from lit_rlhf.losses import nll
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.policy import load_policy, load_tokenizer
-from lit_rlhf.rollout import GenerationSettings, completion_rows
+from lit_rlhf.rollout import GenerationSettings
 
 
 class SFT(AlignmentModule):
@@ -45,28 +43,7 @@ class SFT(AlignmentModule):
         self.log_mean("train", {"loss": total.detach() / count}, weight=count)
         return total / batch.denominator
 
-    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
-        """Loss per token of held-out demonstrations."""
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: SFTBatch, batch_idx: int) -> None:
-        """As validation, on the test data."""
-        self.evaluate(batch, "test")
-
     def evaluate(self, batch: SFTBatch, stage: str) -> None:
-        """Log loss and accuracy of the most likely token, as means over all response tokens."""
+        """Log the loss, a mean over all response tokens."""
         logprobs, _ = self.policy(batch.packed)
         self.log_mean(stage, {"loss": nll(logprobs).mean()}, weight=len(logprobs))
-
-    @torch.no_grad()
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete each prompt."""
-        return completion_rows(self.policy, self.tokenizer, batch, self.generation)
-
-    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
-        """Completions of held-out prompts."""
-        return self.predict_step(prompts, 0)
-
-    def exportable(self) -> PreTrainedModel:
-        """The fine-tuned causal LM."""
-        return self.policy.model

@@ -56,7 +56,7 @@ def test_a_resumed_run_has_the_bits_of_a_run_never_stopped(inputs, tmp_path, sta
         assert resumed.kl.kl_coef == whole.kl.kl_coef != 0.1
         assert resumed.rollout_metrics == whole.rollout_metrics
         assert resumed.shaping.state_dict() == whole.shaping.state_dict()
-        assert torch.load(checkpoint, weights_only=False)["ppo"]["stopped"] == ("target_kl" in options)
+        assert torch.load(checkpoint, weights_only=False)["on_policy"]["stopped"] == ("target_kl" in options)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])

@@ -268,3 +268,8 @@ def tokenize_prompts(
         prompts.append(ids)
         statuses.append(status)
     return prompts, statuses
+
+
+def as_text(tokenizer: Any, ids: np.ndarray) -> str:
+    """Tokens as a person reads them, without special tokens."""
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()

@@ -109,7 +109,7 @@ def learn_ppo(
             kl = k1(old_logprobs, ref_logprobs[states].gather(-1, actions)[..., 0])
             values = critic[states]
             # Small coefficients are approached from above: at once, PPO commits before it has seen all completions.
-            kl_coef = beta * max(1.0, (start_kl_coef / beta) ** (1 - 2 * iteration / iterations))
+            kl_coef = beta * max(start_kl_coef / beta, 1.0) ** max(1 - 2 * iteration / iterations, 0.0)
             rewards = token_rewards(rollout.scores, kl, kl_coef, mask)
             advantages, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=gae_lambda)
             advantages = whiten(advantages, mask)

@@ -98,14 +98,21 @@ class SampleTable(Callback):
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of equal keys as Markdown; cell text stays on one line."""
+    """Rows of equal keys as Markdown, a column for each of prompt and completion and one for all that is short.
+
+    TensorBoard breaks a narrow column within its words and numbers.
+    """
 
     def cell(value: Any) -> str:
-        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        text = f"{value:.2f}" if isinstance(value, float) else str(value)
         return text.replace("|", "\\|").replace("\n", "<br>")
 
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    return "\n".join(lines + ["| " + " | ".join(cell(value) for value in row.values()) + " |" for row in rows])
+    def cells(row: dict[str, Any]) -> list[str]:
+        short = [f"{name}: {cell(value)}" for name, value in row.items() if name not in ("prompt", "completion")]
+        return [cell(row["prompt"]), cell(row["completion"]), "<br>".join(short)]
+
+    lines = ["| prompt | completion | outcome |", "| --- | --- | --- |"]
+    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows])
 
 
 class RunSummary(Callback):

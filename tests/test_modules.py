@@ -136,5 +136,9 @@ def test_dpo_refuses_a_beta_of_zero_and_a_cache_of_another_reference(inputs):
 
 
 def test_a_sample_table_is_one_line_per_row_whatever_the_text():
-    table = markdown_table([{"prompt": "a|b", "completion": "c\nd", "score": 0.5}])
-    assert table == "| prompt | completion | score |\n| --- | --- | --- |\n| a\\|b | c<br>d | 0.500 |"
+    row = {"prompt": "a|b", "completion": "c\nd", "finish_reason": "stop", "score": 0.5}
+    assert markdown_table([row]).splitlines() == [
+        "| prompt | completion | outcome |",
+        "| --- | --- | --- |",
+        r"| a\|b | c<br>d | finish_reason: stop<br>score: 0.50 |",
+    ]

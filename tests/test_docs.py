@@ -9,6 +9,7 @@ from lit_rlhf.cli import main
 from tests.test_configs import QUICK
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -64,6 +65,24 @@ def test_the_command_lines_of_the_readme_run_one_after_the_other(tmp_path, monke
         small = SMALL_PPO if "configs/ppo.yaml" in options and subcommand == "fit" else []
         main([subcommand, *options, *SMALL[subcommand], *small])
     assert (tmp_path / "runs" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the stories and models are not in {DATA}")
+def test_the_command_lines_on_real_text_run_one_after_the_other(tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "results.md").read_text()
+    (template,) = re.findall(r"```jinja\n(.*?)\n```", page, re.S)
+    (tmp_path / "chat.jinja").write_text(template)
+    commands = [line.split() for line in page.splitlines() if line.startswith("lit-rlhf") and "$DATA" in line]
+    assert len(commands) > 4
+    for _, subcommand, *options in commands:
+        small = SMALL_PPO if "configs/ppo.yaml" in options else []
+        limits = SMALL["fit"] if subcommand == "fit" else [*QUICK, "--trainer.limit_val_batches=1"]
+        main([subcommand, *(option.replace("$DATA", str(DATA)) for option in options), *limits, *small])
+    assert {path.parent.name for path in tmp_path.glob("runs/**/model")} == {"sft", "reward_model", "dpo", "ppo", "hh"}
 
 
 def test_every_test_that_a_page_names_exists():

@@ -47,7 +47,7 @@ class DPO(AlignmentModule):
         policy: str = "demo",
         reference: str | None = None,
         beta: float = 0.1,
-        loss: list[LossTerm] | Callable[..., Tensor] = dpo_loss,
+        loss: list[LossTerm] | Callable[..., Any] = dpo_loss,
         cache_reference: bool = False,
         reference_free: bool = False,
         reference_update: ReferenceUpdate | None = None,

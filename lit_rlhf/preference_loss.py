@@ -47,7 +47,7 @@ class LossTerm:
         options: arguments of this function beyond the log-probs and beta, such as {label_smoothing: 0.1}.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     weight: float = 1.0
     options: dict[str, Any] | None = None
 
@@ -73,7 +73,7 @@ class PreferenceLoss:
         inputs: those of `FROM_BATCH` that a term asks for and its options do not give.
     """
 
-    def __init__(self, loss: Callable[..., Tensor] | Sequence[LossTerm], reference_free: bool = False) -> None:
+    def __init__(self, loss: Callable[..., Any] | Sequence[LossTerm], reference_free: bool = False) -> None:
         self.terms = [LossTerm(loss)] if callable(loss) else list(loss)
         if not self.terms:
             raise UserError("loss is an empty list; give a function or at least one term")

@@ -72,8 +72,8 @@ class AlignmentCLI(LightningCLI):
         """A value that a constructor refuses is the user's to mend, whoever wrote the constructor."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        except ValueError as error:  # jsonargparse wraps our own errors in the whole of what was given
+            raise users_mistake(error.__cause__ or error.__context__) or UserError(str(error)) from None
 
     def before_fit(self) -> None:
         """Look for the checkpoint before any data is read."""

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from lit_rlhf import SFT, RewardModel
 from lit_rlhf.callbacks import export
 from lit_rlhf.cli import main, users_mistake
 from lit_rlhf.sharding import full_state_dict
+from tests.tiny import save_tiny
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0"]
@@ -47,7 +49,7 @@ def test_each_config_runs_two_steps_and_exports_a_model_that_transformers_loads(
     root = Path("out") / config.stem
     small = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", f"--trainer.default_root_dir={root}"]
     if config.stem.startswith("ppo"):
-        small += ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8"]
+        small += SMALL_PPO
     assert run("fit", "--config", config, *QUICK, *small) == 0
 
     kind = AutoModelForSequenceClassification if config.stem == "reward_model" else AutoModelForCausalLM
@@ -71,39 +73,71 @@ def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(wo
     assert all(row["finish_reason"] in ("stop", "length") for row in rows)
 
 
+def nan_reward(prompts, responses, **columns):
+    return [float("nan")] * len(responses)
+
+
 NO_VALIDATION = "--data.validation=null"
-MISTAKES = {  # what users get wrong -> options, and words that must be in the answer
-    "unknown option": (["--model.betta=3"], "betta"),
-    "abbreviated option": (["--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
-    "value of a wrong type": (["--model.learning_rate=abc"], "learning_rate"),
-    "unknown accelerator": (["--trainer.accelerator=cpuu"], "cpuu"),
-    "unknown strategy": (["--trainer.strategy=ddpp"], "ddpp"),
-    "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
-    "micro-batch too small": (["--data.max_tokens=3"], "raise max_tokens"),
-    "missing data": ([NO_VALIDATION, "--data.train=nowhere.jsonl"], "nowhere.jsonl"),
-    "malformed row": ([NO_VALIDATION, "--data.train=malformed.jsonl"], "malformed.jsonl, line 2"),
-    "JSON syntax": ([NO_VALIDATION, "--data.train=syntax.jsonl"], "syntax.jsonl, line 1"),
-    "empty data": ([NO_VALIDATION, "--data.train=empty.jsonl"], "empty.jsonl"),
-    "missing model": (
-        ["--model.policy=runs/nowhere/model", "--model.from_scratch=false"],
-        "runs/nowhere/model: no model",
+SMALL_PPO = ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8"]
+OWN_REWARD = ["--data.monitors=null", "--data.reward=lit_rlhf.TextReward"]
+MISTAKES = {  # what users get wrong -> config, options, and words that must be in the answer
+    "unknown option": ("sft", ["--model.betta=3"], "betta"),
+    "abbreviated option": ("sft", ["--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
+    "value of a wrong type": ("sft", ["--model.learning_rate=abc"], "learning_rate"),
+    "value out of range": ("sft", ["--model.generation.top_p=2"], "top_p (2.0)"),
+    "unknown accelerator": ("sft", ["--trainer.accelerator=cpuu"], "cpuu"),
+    "unknown strategy": ("sft", ["--trainer.strategy=ddpp"], "ddpp"),
+    "missing checkpoint": ("sft", ["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    "micro-batch too small": ("sft", ["--data.max_tokens=3"], "raise max_tokens"),
+    "missing data": ("sft", [NO_VALIDATION, "--data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    "malformed row": ("sft", [NO_VALIDATION, "--data.train=malformed.jsonl"], "malformed.jsonl, line 2"),
+    "JSON syntax": ("sft", [NO_VALIDATION, "--data.train=syntax.jsonl"], "syntax.jsonl, line 1"),
+    "empty data": ("dpo", [NO_VALIDATION, "--data.train=empty.jsonl"], "empty.jsonl"),
+    "prompts longer than the context": ("dpo", [NO_VALIDATION, "--data.train=long.jsonl"], "1 too long"),
+    "missing model": ("dpo", ["--model.policy=runs/nowhere/model"], "runs/nowhere/model: no model"),
+    "vocabularies that differ": ("dpo", ["--model.policy=mixed"], "the model embeds 40"),
+    "no room for a prompt": ("ppo", ["--data.max_new_tokens=256"], "max_new_tokens (256) leaves no room"),
+    "causal LM as reward model": ("ppo", ["--data.reward.init_args.model=runs/sft/model"], "no trained reward head"),
+    "reward model with another tokenizer": (
+        "ppo",
+        [*SMALL_PPO, "--data.reward.init_args.model=other_reward_model"],
+        "another tokenizer",
+    ),
+    "NaN reward": (
+        "ppo",
+        [*SMALL_PPO, *OWN_REWARD, "--data.reward.init_args.function=tests.test_configs.nan_reward", NO_VALIDATION],
+        "not finite",
     ),
 }
 
 
+@pytest.fixture(scope="module")
+def mistaken(workdir):
+    """Files and folders that are wrong, in the folder with the models that are right."""
+    (workdir / "malformed.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')
+    (workdir / "syntax.jsonl").write_text('{"prompt": "a", "completion": "b"\n')
+    (workdir / "empty.jsonl").write_text("")
+    (workdir / "long.jsonl").write_text(json.dumps({"prompt": "a " * 999, "chosen": "b", "rejected": "c"}) + "\n")
+    mixed = save_tiny(workdir / "mixed")  # a model of 40 tokens beside the demo's tokenizer
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(workdir / "runs/sft/model" / file, mixed / file)
+    reward_model = RewardModel(str(save_tiny(workdir / "other")))
+    export(reward_model, full_state_dict(reward_model.exportable()), workdir / "other_reward_model")
+    return workdir
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mistake", sorted(MISTAKES))
-def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, workdir, monkeypatch, capsys):
-    config = Path("configs/sft.yaml").absolute()
-    monkeypatch.chdir(workdir)
-    Path("malformed.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')
-    Path("syntax.jsonl").write_text('{"prompt": "a", "completion": "b"\n')
-    Path("empty.jsonl").write_text("")
-    options, words = MISTAKES[mistake]
+def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, monkeypatch, capsys):
+    name, options, words = MISTAKES[mistake]
+    config = Path(f"configs/{name}.yaml").absolute()
+    monkeypatch.chdir(mistaken)
     assert run("fit", "--config", config, *QUICK, "--trainer.default_root_dir=out/broken", *options) == 2
     said = capsys.readouterr().err
-    assert words in said
-    assert "Traceback" not in said
+    answer = said[said.index("error: ") :]
+    assert words in answer
+    assert len(answer.splitlines()) <= 6
+    assert not any(noise in said for noise in ("Traceback", "Namespace", "Does not validate"))
     assert not Path("out/broken/model").exists()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_rlhf.cli import main
-from tests.test_configs import QUICK
+from tests.test_configs import QUICK, SMALL_PPO
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -50,7 +50,6 @@ SMALL = {  # appended to the commands of the README, so that they take seconds
     "predict": QUICK,
     "compare": ["--max_prompts=4", "--generation.max_new_tokens=4"],
 }
-SMALL_PPO = ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8"]
 
 
 @pytest.mark.filterwarnings("ignore")

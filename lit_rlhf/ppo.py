@@ -58,7 +58,7 @@ class PPO(OnPolicyModule):
         adam_eps: AdamW's epsilon; PPO's customary 1e-5 damps the steps of parameters that get hardly any gradient.
         seed: of sampling and of minibatches.
         trust_remote_code: run model code that comes with the weights.
-        generation: how `predict` and the sample tables write completions.
+        generation: how `predict` writes completions; the sample tables show the policy as it is trained.
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
 

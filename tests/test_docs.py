@@ -79,9 +79,18 @@ def test_the_command_lines_on_real_text_run_one_after_the_other(tmp_path, monkey
     assert len(commands) > 4
     for _, subcommand, *options in commands:
         small = SMALL_PPO if "configs/ppo.yaml" in options else []
-        limits = SMALL["fit"] if subcommand == "fit" else [*QUICK, "--trainer.limit_val_batches=1"]
+        limits = {"fit": SMALL["fit"], "predict": [*QUICK, "--trainer.limit_predict_batches=1"]}.get(
+            subcommand, [*QUICK, "--trainer.limit_val_batches=1"]
+        )
         main([subcommand, *(option.replace("$DATA", str(DATA)) for option in options), *limits, *small])
-    assert {path.parent.name for path in tmp_path.glob("runs/**/model")} == {"sft", "reward_model", "dpo", "ppo", "hh"}
+    assert {path.parent.name for path in tmp_path.glob("runs/**/model")} == {
+        "sft",
+        "reward_model",
+        "dpo",
+        "dpo_base",
+        "ppo",
+        "hh",
+    }
 
 
 def test_every_test_that_a_page_names_exists():
@@ -95,6 +104,6 @@ def test_the_readme_tree_names_every_file_of_the_package():
     missing = [
         path.name
         for path in (ROOT / "lit_rlhf").iterdir()
-        if path.name not in ("__init__.py", "__main__.py", "__pycache__", "errors.py") and path.name not in tree
+        if path.name not in ("__init__.py", "__main__.py", "__pycache__") and path.name not in tree
     ]
     assert not missing

@@ -392,10 +392,18 @@ def test_a_state_of_another_env_is_refused():
     env.reset(seed=0)
     with pytest.raises(ValueError, match="2 slots, this env has 3"):
         make(num_envs=3).load_state_dict(env.state_dict())
-    with pytest.raises(ValueError, match="3 prompts, this env has 1"):
-        make(num_envs=2, prompts=[[1]]).load_state_dict(env.state_dict())
-    with pytest.raises(ValueError, match="max_new_tokens=4, this env 5"):
-        make(num_envs=2, max_new_tokens=5).load_state_dict(env.state_dict())
+    for changes, message in (
+        ({"prompts": [[1]]}, "prompts = 3 prompts, sha256 .*, this env 1 prompts"),
+        ({"prompts": [[1], [2, 3], [4, 5, 0]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
+        ({"prompts": [[1, 2], [3], [4, 5, 6]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
+        ({"max_new_tokens": 5}, "max_new_tokens = 4, this env 5"),
+        ({"potential_fn": weighted_sum}, "pays steps = False, this env True"),
+        ({"observation": "flat"}, "flat = False, this env True"),
+    ):
+        other = make(num_envs=2, **changes)
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(env.state_dict())
+    make(num_envs=2).load_state_dict(env.state_dict())
 
 
 def test_a_seeded_reset_is_the_same_whatever_was_played_before():

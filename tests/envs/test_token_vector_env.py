@@ -462,3 +462,15 @@ def test_single_and_vector_env_have_equal_spaces():
         assert vector.single_observation_space == single.observation_space
         assert vector.single_action_space == single.action_space
         assert vector.reset()[0] in vector.observation_space
+
+
+def test_after_a_failed_flush_the_episodes_under_way_go_on():
+    faults = [True]
+    env = make(reward_mode="deferred", reward_fn=lambda p, r: [None if faults else 1.0] * len(r))
+    env.reset(seed=0)
+    env.step(np.array([END, 1, 1]))
+    with pytest.raises(RewardError):
+        env.pop_episodes()
+    env.step(np.array([1, END, 1]))
+    faults.clear()
+    assert env.flush_rewards()[0].tolist() == [0, 1]

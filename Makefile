@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NEW_ENOUGH := $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lit-rlhf needs Python 3.11 or newer; try make PYTHON=python3.11')"
 # Forked tokenizers would only warn.
 export TOKENIZERS_PARALLELISM = false
 
@@ -11,7 +12,7 @@ export TOKENIZERS_PARALLELISM = false
 setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lit-rlhf needs Python 3.11 or newer; try make PYTHON=python3.11')"
+	$(NEW_ENOUGH)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[dev]"
 	touch $@
@@ -32,9 +33,11 @@ compatibility: setup
 
 # RLlib pins an older Gymnasium, so it lives in an environment of its own.
 rllib:
+	$(NEW_ENOUGH)
 	$(PYTHON) -m venv .venv-rllib
 	.venv-rllib/bin/pip install --quiet -e ".[rllib,test]"
 	.venv-rllib/bin/python tests/envs/compatibility.py ray
+	.venv-rllib/bin/python -m pytest -q tests/test_docs.py -k agents
 
 format: setup
 	$(BIN)/ruff format .

@@ -101,8 +101,10 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[int, int], Step], str]] = {
 }
 
 
-def measure(slots: int, length: int, names: list[str], rounds: int, steps: int) -> dict[str, tuple[float, float]]:
-    """Median microseconds per step by implementation: (CPU, wall)."""
+def measure(
+    slots: int, length: int, names: list[str], rounds: int, steps: int, end_rate: float | None = None
+) -> dict[str, tuple[float, float]]:
+    """Median microseconds per step by implementation: (CPU, wall); a share `end_rate` of tokens ends, or 2 / length."""
     players = {name: IMPLEMENTATIONS[name][0](slots, length) for name in names}
     rngs = {name: np.random.default_rng(1) for name in names}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -110,7 +112,7 @@ def measure(slots: int, length: int, names: list[str], rounds: int, steps: int) 
         for name, step in players.items():
             rng = rngs[name]
             actions = rng.integers(1, VOCAB_SIZE, size=(steps, slots))
-            actions[rng.random(actions.shape) < 2 / length] = END
+            actions[rng.random(actions.shape) < (2 / length if end_rate is None else end_rate)] = END
             cpu, wall = time.process_time(), time.perf_counter()
             for row in actions:
                 step(row)

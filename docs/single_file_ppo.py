@@ -3,8 +3,8 @@
     python docs/single_file_ppo.py
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347, with the details of Huang et al. 2022,
-https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/. Only two lines know that actions are tokens:
-the env's id, and the embedding. Axes: T steps, B environments.
+https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/. What knows that
+actions are tokens: the env's id, the import that registers it, and the embedding. Axes: T steps, B environments.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--gamma", type=float, default=1.0)
     parser.add_argument("--gae-lambda", type=float, default=0.95)
     parser.add_argument("--clip-coef", type=float, default=0.2)
+    parser.add_argument("--clip-vloss", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ent-coef", type=float, default=0.01)
     parser.add_argument("--vf-coef", type=float, default=0.5)
     parser.add_argument("--max-grad-norm", type=float, default=0.5)
@@ -101,17 +102,21 @@ def train(options: argparse.Namespace, envs: VectorEnv) -> float:
             advantages[t] = last = delta + options.gamma * options.gae_lambda * going_on * last
         returns = advantages + all_values
 
-        flat = [x.flatten(0, 1) for x in (all_obs, all_actions, all_logprobs, advantages, returns)]
+        flat = [x.flatten(0, 1) for x in (all_obs, all_actions, all_logprobs, all_values, advantages, returns)]
         batch_size = options.num_envs * options.num_steps
         for _ in range(options.update_epochs):
             for index in torch.randperm(batch_size).split(batch_size // options.num_minibatches):
-                obs_, actions, old_logprobs, advantage, target = (x[index] for x in flat)
+                obs_, actions, old_logprobs, old_values, advantage, target = (x[index] for x in flat)
                 distribution, values = agent(obs_)
                 ratio = (distribution.log_prob(actions) - old_logprobs).exp()
                 advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
                 clipped = ratio.clamp(1 - options.clip_coef, 1 + options.clip_coef)
                 policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()
-                value_loss = 0.5 * (values - target).square().mean()
+                value_errors = (values - target).square()
+                if options.clip_vloss:
+                    near = old_values + (values - old_values).clamp(-options.clip_coef, options.clip_coef)
+                    value_errors = torch.max(value_errors, (near - target).square())
+                value_loss = 0.5 * value_errors.mean()
                 entropy = distribution.entropy().mean()
                 loss = policy_loss - options.ent_coef * entropy + options.vf_coef * value_loss
                 optimizer.zero_grad()

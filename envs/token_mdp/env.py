@@ -13,11 +13,12 @@ from gymnasium.error import InvalidAction, ResetNeeded
 
 from token_mdp.episodes import FinishReason, IntArray, episode_text
 from token_mdp.prompts import PromptQueue
-from token_mdp.rewards import RewardError, RewardFn, RewardSpec
+from token_mdp.rewards import RewardFn, RewardSpec
 from token_mdp.spaces import EMPTY
 from token_mdp.task import ActionMask, TokenTask
 
 Observation = dict[str, npt.NDArray[Any]] | IntArray
+NO_EPISODE = "step() without an episode: call reset() first, also after a reward function or action_mask has failed"
 
 
 class TokenEnv(gymnasium.Env[Observation, np.int64]):
@@ -72,7 +73,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     limit: "terminate", or "truncate" to mark the length limit as `truncated`. Mind that agents then add γV(final
         observation) to a reward that is already complete, at a state whose value nothing trains: returns can drift
         far beyond the true maximum.
-    shuffle: shuffle the prompts anew for each pass, or take them in order.
+    shuffle: shuffle the prompts anew for each pass, or take them in order; a `prompt_queue` knows for itself.
     action_mask: True puts an all-ones `action_mask` into info; a function (prompts, responses, **columns)
         -> (n, V) bool says which tokens may come next, and any other raises `InvalidAction`. Costs O(V) per step.
     tokenizer: anything with `decode(ids)`; for `render` and `reward_on="text"` (then also `skip_special_tokens`).
@@ -133,17 +134,23 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             raise ValueError(
                 f"prompt_queue deals {prompt_queue.num_prompts} prompts, but there are {len(self.task.prompts)}"
             )
+        if prompt_queue is not None and prompt_queue.shuffle and not shuffle:
+            raise ValueError(
+                "shuffle (False) contradicts prompt_queue, which shuffles; hand in PromptQueue(…, shuffle=False)"
+            )
         self.observation_space = self.task.observation_space
         self.action_space = self.task.action_space  # Discrete samples np.int64
         self.render_mode = render_mode
         self._queue = PromptQueue(len(self.task.prompts), shuffle) if prompt_queue is None else prompt_queue
         self._prompt_index = -1
         self._response: list[int] = []
-        self._finish_reason: int | None = None  # None: no episode yet; 0: running
+        self._ready = False  # before the first reset and after a failed function of the caller, step() is refused
+        self._finish_reason = 0  # 0 while the episode goes on
         self._potential = np.zeros(1)
         self._return = 0.0
         self._allowed: npt.NDArray[np.bool_] | None = None
         self._shown = ""  # what "human" has printed of the response
+        self._mid_line = False  # whether "human" is in the midst of an episode
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -154,22 +161,24 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             seed: seeds `np_random`, which shuffles the prompts.
             options: `{"prompt_index": i}` starts from prompt i without drawing from the queue.
         """
-        super().reset(seed=seed)
-        unknown = set(options or {}) - {"prompt_index"}
+        options = options or {}
+        unknown = set(options) - {"prompt_index"}
         if unknown:
             raise ValueError(f"reset options {sorted(unknown)} are unknown; there is 'prompt_index'")
+        chosen = self.task.prompts.check_index(options["prompt_index"]) if "prompt_index" in options else None
+
+        super().reset(seed=seed)
         if seed is not None or not self._queue.started:
             self._queue.restart(self.np_random)
-        if options and "prompt_index" in options:
-            self._prompt_index = self.task.prompts.check_index(options["prompt_index"])
-        else:
-            self._prompt_index = self._queue.draw()
+        self._prompt_index = self._queue.draw() if chosen is None else chosen
+        self._ready = False  # until all went well
         self._response = []
         self._finish_reason = 0
         self._return = 0.0
         if self.task.shapes:
             self._potential = self.task.potentials([self._prompt_index], [self._response_ids()])
         info = self._info()
+        self._ready = True
         self._show_prompt()
         return self._observation(), info
 
@@ -180,9 +189,10 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             ResetNeeded: there is no running episode.
             InvalidAction: the token is outside the vocabulary or not allowed by `action_mask`.
             RewardError: a reward function failed; reset before the next step.
+            ValueError: the function `action_mask` failed; likewise.
         """
-        if self._finish_reason is None:
-            raise ResetNeeded("step() before reset(): there is no episode yet")
+        if not self._ready:
+            raise ResetNeeded(NO_EPISODE)
         if self._finish_reason:
             raise ResetNeeded(
                 f"step() after the end: the episode of prompt {self._prompt_index} ended with finish reason "
@@ -193,23 +203,21 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         responses = [self._response_ids()]
         reasons = self.task.finish_reasons(np.array([token]), np.array([len(self._response)]))
         self._finish_reason = int(reasons[0])
+        self._ready = False  # until all rewards are paid
         info = self._info()
         reward = 0.0
-        try:
-            if self.task.pays_steps:
-                paid, parts, self._potential = self.task.step_rewards(
-                    [self._prompt_index], responses, reasons, self._potential
-                )
-                reward += float(paid[0])
-                info |= {f"reward/{name}": values[0] for name, values in parts.items()}
-            if self._finish_reason:
-                total, components = self.task.outcome_rewards([self._prompt_index], responses)
-                reward += float(total[0])
-                info |= {"response_length": np.int64(len(self._response)), "finish_reason": reasons[0]}
-                info |= {f"reward/{name}": values[0] for name, values in components.items()}
-        except RewardError:
-            self._finish_reason = None  # the step was taken but not paid
-            raise
+        if self.task.pays_steps:
+            paid, parts, self._potential = self.task.step_rewards(
+                [self._prompt_index], responses, reasons, self._potential
+            )
+            reward += float(paid[0])
+            info |= {f"reward/{name}": values[0] for name, values in parts.items()}
+        if self._finish_reason:
+            total, components = self.task.outcome_rewards([self._prompt_index], responses)
+            reward += float(total[0])
+            info |= {"response_length": np.int64(len(self._response)), "finish_reason": reasons[0]}
+            info |= {f"reward/{name}": values[0] for name, values in components.items()}
+        self._ready = True
         self._return += reward
         self._show_response()
         terminated = bool(self.task.is_terminal(reasons)[0])
@@ -217,7 +225,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """(V,) True for each token that may come next; the name is the one that sb3-contrib calls."""
-        if self._allowed is not None and self._finish_reason == 0:
+        if self._allowed is not None and not self._finish_reason:
             return self._allowed.copy()
         return np.ones(self.task.vocab_size, dtype=np.bool_)
 
@@ -227,7 +235,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             gymnasium.logger.warn("render() without a render_mode; make the env with render_mode='ansi' or 'human'")
         if self.render_mode != "ansi":
             return None
-        if self._finish_reason is None:
+        if not self._ready:
             raise ResetNeeded("render() before reset(): there is no episode yet")
         return episode_text(self.task.prompts[self._prompt_index], self._response, self._outcome(), self.task.tokenizer)
 
@@ -285,7 +293,9 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     def _show_prompt(self) -> None:
         if self.render_mode != "human":
             return
-        self._shown = ""
+        if self._mid_line:  # the last episode was cut short by this reset
+            sys.stdout.write("\n")
+        self._shown, self._mid_line = "", True
         # Everything of an episode without response but its last line, the reward.
         head = episode_text(self.task.prompts[self._prompt_index], [], "", self.task.tokenizer)
         sys.stdout.write(head.rsplit("\n", 1)[0])
@@ -296,10 +306,12 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             return
         tokenizer = self.task.tokenizer
         text = " ".join(map(str, self._response)) if tokenizer is None else tokenizer.decode(list(self._response))
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character; its other tokens are to come
+        # Half of a character waits for its other tokens, as long as there may be any.
+        if self._finish_reason or not text.endswith("\N{REPLACEMENT CHARACTER}"):
             # Decoding the whole response keeps the spaces that a token alone would lose.
             sys.stdout.write(text[len(self._shown) :])
             self._shown = text
         if self._finish_reason:
             sys.stdout.write(f"\n{'reward':8} │ {self._outcome()}\n")
+            self._mid_line = False
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,13 @@ class PromptStore:
 
     def __getitem__(self, index: int) -> IntArray:
         return self._rows[index]
+
+    def digest(self) -> str:
+        """A few words that tell these prompts from others: their number, and a hash of lengths and tokens."""
+        tokens = hashlib.sha256(self.lengths.tobytes())
+        for row in self._rows:
+            tokens.update(row.tobytes())
+        return f"{len(self)} prompts, sha256 {tokens.hexdigest()[:16]}"
 
     def check_index(self, index: Any) -> int:
         """The index as an int, or a ValueError that names the prompts there are."""
@@ -91,11 +99,6 @@ class PromptQueue:
 
     def load_state_dict(self, state: dict[str, Any], rng: np.random.Generator) -> None:
         """Continue where `state` stopped, with later passes shuffled by `rng`."""
-        if state["order"] and len(state["order"]) != self.num_prompts:
-            raise ValueError(
-                f"the saved prompt queue deals {len(state['order'])} prompts, this env has {self.num_prompts}; "
-                "resume with the prompts that the state was saved with"
-            )
         self._rng, self._order, self._cursor = rng, list(state["order"]), state["cursor"]
 
 

@@ -63,8 +63,10 @@ class SB3VecEnv(VecEnv):
         if dones.any():
             ends = _rows(infos["final_info"], self.num_envs)
             for slot in np.flatnonzero(dones).tolist():
+                # Gymnasium's RecordEpisodeStatistics puts what ended beside the infos of the refill.
+                ended = {key: rows[slot].pop(key) for key in ("episode",) if key in rows[slot]}
                 self.reset_infos[slot] = rows[slot]
-                rows[slot] = ends[slot] | {"terminal_observation": infos["final_obs"][slot]}
+                rows[slot] = ends[slot] | ended | {"terminal_observation": infos["final_obs"][slot]}
         for row, cut in zip(rows, (truncated & ~terminated).tolist(), strict=True):
             row["TimeLimit.truncated"] = cut
         return observations, rewards.astype(np.float32), dones, rows
@@ -99,10 +101,13 @@ class SB3VecEnv(VecEnv):
 def _rows(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
     """Infos of a vector env, key by key, as one dict per slot."""
     rows: list[dict[str, Any]] = [{} for _ in range(num_envs)]
+    everywhere = np.ones(num_envs, dtype=np.bool_)  # a dict inside of infos may come without masks
     for key, values in infos.items():
         if key.startswith("_") or key in ("final_obs", "final_info"):
             continue
-        for row, value, there in zip(rows, values, infos[f"_{key}"].tolist(), strict=True):
+        if isinstance(values, dict):
+            values = _rows(values, num_envs)
+        for row, value, there in zip(rows, values, infos.get(f"_{key}", everywhere).tolist(), strict=True):
             if there:
                 row[key] = value
     return rows

@@ -93,6 +93,15 @@ class TokenTask:
         self._limit_terminates = limit == "terminate"
         self._reward_on_text = reward_on == "text"
 
+    def identity(self) -> dict[str, Any]:
+        """What a saved state must share with the env that goes on from it, as plain values."""
+        return {
+            "prompts": self.prompts.digest(),
+            "max_new_tokens": self.max_new_tokens,
+            "pays steps": self.pays_steps,
+            "flat": self.flat,
+        }
+
     def finish_reasons(self, tokens: IntArray, lengths: IntArray) -> npt.NDArray[np.int8]:
         """(n,) FinishReason of each state after `tokens` (n,) made its response `lengths` (n,) long; 0 goes on."""
         reasons = np.zeros(len(tokens), dtype=np.int8)
@@ -181,7 +190,13 @@ class TokenTask:
         if not callable(self.action_mask) or not responses:
             return np.ones(shape, dtype=np.bool_)
         indices = [int(index) for index in prompt_indices]
-        allowed = np.asarray(self.action_mask(*self._arguments(indices, responses), **self._rows_of_columns(indices)))
+        arguments = self._arguments(indices, responses)
+        try:
+            allowed = np.asarray(self.action_mask(*arguments, **self._rows_of_columns(indices)))
+        except Exception as error:
+            raise ValueError(
+                f"action_mask raised {type(error).__name__}: {error} (prompt indices {indices})"
+            ) from error
         if allowed.shape != shape or not allowed.any(axis=1).all():
             raise ValueError(
                 f"action_mask must return shape {shape} with at least one token allowed per row, got shape "

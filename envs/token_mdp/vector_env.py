@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from token_mdp.checks import check_choice, check_count
+from token_mdp.env import NO_EPISODE
 from token_mdp.episodes import Episode, FinishReason, FloatArray, IntArray, episode_text
 from token_mdp.infos import put, slot_mask
 from token_mdp.prompts import PromptQueue
@@ -194,6 +195,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             ResetNeeded: before the first reset, after the stream has drained, or in "Disabled" mode with ended slots.
             InvalidAction: a token is outside the vocabulary or not allowed by `action_mask`; names slots and tokens.
             RewardError: a reward function failed; reset before the next step.
+            ValueError: the function `action_mask` failed; likewise.
         """
         running, tokens = self._playable(actions)
         waiting = np.flatnonzero(self._stream.status == WAITING)  # "NextStep": for them this step is the reset
@@ -285,19 +287,19 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             "stream": self._stream.state_dict(),
             "finish_reason": self._finish_reason.tolist(),
             "rewards": self._rewards.state_dict(),
-            "max_new_tokens": self.task.max_new_tokens,
+            "task": self.task.identity(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly as the env that gave `state`: `reset()` for the next stream, or `observe()` and `step()`.
 
         Raises:
-            ValueError: the state is of an env with other prompts, or another number of slots or of new tokens.
+            ValueError: the state is of an env with other prompts, another number of slots or of new tokens, another
+                layout of observations, or one that pays steps where this does not or the other way round.
         """
-        if state["max_new_tokens"] != self.task.max_new_tokens:
-            raise ValueError(
-                f"the saved state has max_new_tokens={state['max_new_tokens']}, this env {self.task.max_new_tokens}"
-            )
+        for name, mine in self.task.identity().items():
+            if state["task"][name] != mine:
+                raise ValueError(f"the saved state has {name} = {state['task'][name]}, this env {mine}")
         self._stream.load_state_dict(state["stream"], self.np_random)
         self.np_random.bit_generator.state = state["np_random"]
         self._np_random_seed = state["np_random_seed"]
@@ -310,7 +312,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     def _playable(self, actions: IntArray) -> tuple[IntArray, IntArray]:
         """The running slots and their tokens, (n,) each, once all is found in order."""
         if not self._ready:
-            raise ResetNeeded("step() without an episode: call reset() first, also after a reward function has failed")
+            raise ResetNeeded(NO_EPISODE)
         tokens = np.asarray(actions)
         if tokens.shape != (self.num_envs,) or tokens.dtype.kind not in "iu":
             raise InvalidAction(

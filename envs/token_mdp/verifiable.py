@@ -17,6 +17,7 @@ import numpy as np
 
 from token_mdp.episodes import FloatArray
 
+GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")  # commas that only group digits
 FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
 
@@ -24,7 +25,8 @@ class ExactAnswer:
     r"""1 where the answer in the response equals the one in a column of the prompts, else 0.
 
     Two answers are equal if they are the same number ("1,234", "$1234" and "1234.0"), or the same text up to case,
-    spaces around it and a full stop at its end.
+    spaces around it and a full stop at its end. A percentage is text: "50%" is neither 50 nor 0.5. An empty answer is
+    never right.
 
     Args:
         column: name of the column that holds the right answers.
@@ -48,8 +50,8 @@ class ExactAnswer:
         if self.column not in columns:
             raise KeyError(f"there is no column {self.column!r} with the right answers; there are {sorted(columns)}")
         right = [self._extract(str(answer)) or str(answer) for answer in columns[self.column]]
-        given = [self._extract(_text(response)) for response in responses]
-        return np.array([float(a is not None and _same(a, b)) for a, b in zip(given, right, strict=True)])
+        given = [self._extract(_text(response)) or "" for response in responses]
+        return np.array([float(a.strip() != "" and _same(a, b)) for a, b in zip(given, right, strict=True)])
 
     def _extract(self, text: str) -> str | None:
         if self.pattern is None:
@@ -112,7 +114,9 @@ def _same(left: str, right: str) -> bool:
 
 
 def _number(text: str) -> Decimal | None:
-    digits = _plain(text).lstrip("$€£").rstrip("%").replace(",", "")
+    digits = _plain(text).lstrip("$€£")
+    if GROUPED.fullmatch(digits):
+        digits = digits.replace(",", "")
     try:
         number = Decimal(digits)
     except InvalidOperation:

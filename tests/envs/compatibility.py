@@ -3,12 +3,15 @@
     make compatibility
     make rllib
 
-A row stands for the tests that carry the same marker `plays(package, what, on)`. RLlib runs in an environment of its
-own, where `python tests/envs/compatibility.py ray` rewrites its rows and no others.
+A row stands for the tests that carry the same marker `plays(package, what, on)`; `--collect` lists the markers and runs
+nothing. RLlib runs in an environment of its own, where `python tests/envs/compatibility.py ray` rewrites its rows and
+no others.
 """
 
-import re
+import json
+import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -66,10 +69,11 @@ def written() -> list[Row]:
     return [Row(*line.strip("| ").split(" | ")) for line in lines]
 
 
-def marked() -> set[tuple[str, str]]:
-    """(package, what) of every marker in the test files, installed or not."""
-    pattern = re.compile(r'mark\.plays\(\s*"(\w+)",\s*"([^"]+)"')
-    return {match for path in FOLDER.glob("test_*.py") for match in pattern.findall(path.read_text())}
+def collected() -> list[tuple[list[str], int]]:
+    """The arguments of every marker whose package is installed, and the number of tests that carry it."""
+    program = [sys.executable, __file__, "--collect"]  # by itself, so that no collection runs inside of another
+    shown = subprocess.run(program, capture_output=True, text=True, check=True, cwd=FOLDER.parents[1]).stdout
+    return json.loads(shown.splitlines()[-1])
 
 
 def main(packages: list[str]) -> int:
@@ -85,5 +89,9 @@ def main(packages: list[str]) -> int:
     return int(status)
 
 
-if __name__ == "__main__":
+if sys.argv[1:] == ["--collect"] and __name__ == "__main__":
+    recorder = Recorder(ORDER)
+    pytest.main([str(FOLDER), "-q", "--collect-only", "-m", "not gpu"], plugins=[recorder])
+    print(json.dumps(list(Counter(recorder.marks.values()).items())))
+elif __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

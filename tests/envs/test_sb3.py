@@ -3,7 +3,10 @@
 import gymnasium
 import numpy as np
 import pytest
-from token_tasks import VOCAB, assert_same, task, toy_score
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import RecordEpisodeStatistics as RecordSingle
+from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics, TransformReward
+from token_tasks import END, VOCAB, assert_same, task, toy_score
 
 from token_mdp import PromptQueue, TokenEnv, TokenVectorEnv
 
@@ -73,6 +76,46 @@ def test_the_adapter_returns_what_a_dummy_vec_env_of_single_envs_returns(observa
         assert_same(shared(adapter.reset_infos), dummy.reset_infos)
         ends += dones.sum()
     assert ends > 10
+
+
+@pytest.mark.parametrize("num_envs", [3, 4])  # 3 statistics per episode: with 3 slots a mix-up has fitting shapes
+def test_the_adapter_keeps_the_statistics_of_an_episode_on_the_step_that_ends_it(num_envs):
+    arguments = task(shuffle=False, prompts=[[1], [2], [3], [4]])
+    env = SB3VecEnv(RecordEpisodeStatistics(TokenVectorEnv(num_envs=num_envs, **arguments)))
+    env.reset()
+    env.step(np.ones(num_envs, dtype=int))
+    *_, dones, infos = env.step(np.array([1, END, 1, 1][:num_envs]))
+    assert dones.tolist() == [False, True, False, False][:num_envs]
+    assert [("episode" in info) for info in infos] == dones.tolist()
+    assert infos[1]["episode"]["r"] == 200 + 1 + 2 * END and infos[1]["episode"]["l"] == 2
+    assert "episode" not in env.reset_infos[1]
+
+
+def test_the_adapter_takes_wrappers_of_rewards_and_gymnasiums_own_vector_env():
+    rewards = [-1.0, 2.0, -3.0]
+    arguments = task(shuffle=False, max_new_tokens=1, reward_fn=lambda p, r: [rewards[x[0] - 1] for x in p])
+    arguments["prompts"] = [[1], [2], [3]]
+    queues = [PromptQueue(3, shuffle=False) for _ in range(2)]
+    makers = [lambda: RecordSingle(TokenEnv(prompt_queue=queues[0], **arguments))] * 3
+    sync = SB3VecEnv(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP))
+    plain = SB3VecEnv(TransformReward(TokenVectorEnv(num_envs=3, **arguments), np.negative))
+    for env, sign in ((sync, 1), (plain, -1)):
+        env.reset()
+        _, paid, dones, infos = env.step(np.ones(3, dtype=int))
+        assert dones.all() and (sign * paid).tolist() == rewards
+        assert [info["terminal_observation"]["length"][0] for info in infos] == [2, 2, 2]
+        assert [info["prompt_index"] for info in infos] == [0, 1, 2]
+    assert [info["episode"]["r"] for info in sync.step(np.ones(3, dtype=int))[3]] == rewards
+
+
+def test_the_adapter_takes_normalized_rewards():
+    vector = NormalizeReward(
+        TokenVectorEnv(num_envs=2, **task(max_new_tokens=1, reward_fn=lambda p, r: [4.0] * len(r)))
+    )
+    env = SB3VecEnv(vector)
+    env.reset()
+    rewards = env.step(np.ones(2, dtype=int))[1]
+    np.testing.assert_allclose(rewards, 4.0 / np.sqrt(vector.return_rms.var + vector.epsilon), rtol=1e-6)
 
 
 def test_the_adapter_seeds_and_places_prompts():

@@ -4,8 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import RecordEpisodeStatistics
 
 import token_mdp  # noqa: F401 (registers the ids)
 
@@ -19,17 +21,38 @@ def native(num_envs):
 
 
 def sync(num_envs):
-    makers = [lambda: gymnasium.make("LitRLHF/TokenFlat-v0")] * num_envs
+    makers = [lambda: RecordEpisodeStatistics(gymnasium.make("LitRLHF/TokenFlat-v0"))] * num_envs
     return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("single_file_ppo", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.plays(
     "gymnasium", "a single-file PPO in CleanRL's manner solves the toy task", "flat; native, `SyncVectorEnv`"
 )
 @pytest.mark.parametrize("make", [native, sync])
-def test_a_single_file_ppo_in_cleanrls_manner_solves_the_toy_task(make):
-    spec = importlib.util.spec_from_file_location("single_file_ppo", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_a_single_file_ppo_in_cleanrls_manner_solves_the_toy_task(make, script):
     options = script.arguments().parse_args([])
     assert script.train(options, make(options.num_envs)) >= 0.9
+
+
+def test_the_stack_of_cleanrl_tells_of_every_episode():
+    envs = sync(3)
+    envs.reset(seed=0)
+    *_, infos = envs.step(np.array([0, 1, 0]))  # two end tokens
+    np.testing.assert_array_equal(infos["final_info"]["_episode"], [True, False, True])
+    np.testing.assert_array_equal(infos["final_info"]["episode"]["l"], [1, 0, 1])
+
+
+def test_the_value_loss_is_clipped_unless_that_is_turned_off(script):
+    def returns(*options):
+        short = ["--total-timesteps", "512", "--num-envs", "8", "--clip-coef", "1e-6", "--learning-rate", "0.1"]
+        return script.train(script.arguments().parse_args([*short, *options]), native(8))
+
+    assert returns() == returns("--clip-vloss") != returns("--no-clip-vloss")

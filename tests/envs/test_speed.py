@@ -22,11 +22,13 @@ def test_the_native_vector_env_is_ten_times_as_fast_as_a_loop_over_single_envs(b
 
 
 def test_without_copies_a_step_costs_the_same_whatever_the_length(benchmark):
+    def cpu(name, length):  # no episode ends: what starts one writes a row, and so does cost by length
+        return benchmark.measure(64, length, [name], 15, 12, end_rate=0.0)[name][0]
+
     name = "native, copy=False"
-    short, long = (benchmark.measure(64, length, [name], 15, 40)[name][0] for length in (256, 8192))
-    assert long < 2 * short  # 32 times as long
-    with_copies = benchmark.measure(64, 8192, ["native"], 5, 20)["native"][0]
-    assert with_copies > 2 * long  # the copies do show
+    short, long = (min(cpu(name, length) for _ in range(3)) for length in (256, 8192))
+    assert long < 1.3 * short  # 32 times as long
+    assert cpu("native", 8192) > 2 * long  # the copies do show
 
 
 def test_every_implementation_runs_and_is_named_in_the_output(benchmark, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from token_tasks import END, VOCAB, assert_same, task, weighted_sum
 
-from token_mdp import FinishReason, RewardError, TokenEnv
+from token_mdp import FinishReason, PromptQueue, RewardError, TokenEnv, TokenVectorEnv
 from token_mdp.toy import ToyTokenizer
 
 
@@ -164,7 +164,7 @@ def test_equal_seeds_give_equal_episodes():
 
 def test_step_needs_a_running_episode():
     env = TokenEnv(**task())
-    with pytest.raises(ResetNeeded, match="before reset"):
+    with pytest.raises(ResetNeeded, match="call reset\\(\\) first"):
         env.step(1)
     env.reset(options={"prompt_index": 2})
     env.step(END)
@@ -248,6 +248,52 @@ def test_a_failed_process_reward_in_mid_episode_wants_a_reset_too():
         env.step(1)
 
 
+def test_a_reset_that_fails_leaves_an_env_that_wants_another():
+    values = [[1.0], None, [2.0]]
+    env = TokenEnv(**task(potential_fn=lambda prompts, responses: values.pop(0)))
+    env.reset()
+    with pytest.raises(RewardError, match="potential_fn must return"):
+        env.reset()
+    with pytest.raises(ResetNeeded, match="also after a reward function"):
+        env.step(END)
+    env.reset(options={"prompt_index": 0})
+    assert env.step(END)[1] == 100 + END - 2.0  # Φ of this reset, not of the first
+
+
+@pytest.mark.parametrize("make", [TokenEnv, lambda **arguments: TokenVectorEnv(num_envs=1, **arguments)])
+def test_a_failing_action_mask_is_named_with_its_prompts_and_wants_a_reset(make):
+    def allowed(prompts, responses):
+        if len(responses[0]) == 1:
+            raise KeyError("grammar")
+        return np.ones((len(responses), VOCAB), dtype=bool)
+
+    env = make(**task(action_mask=allowed))
+    action = env.action_space.sample() * 0 + 1
+    env.reset(options={"prompt_index": 2})
+    with pytest.raises(ValueError, match=r"action_mask raised KeyError: 'grammar' \(prompt indices \[2\]\)"):
+        env.step(action)
+    with pytest.raises(ResetNeeded, match="or action_mask has failed"):
+        env.step(action)
+
+
+def test_a_refused_reset_changes_nothing():
+    env, other = TokenEnv(**task()), TokenEnv(**task())
+    env.reset(seed=1), other.reset(seed=1)
+    for options in ({"prompt_index": 99}, {"prompt": 1}):
+        with pytest.raises(ValueError, match=r"99|'prompt'"):
+            env.reset(seed=9, options=options)
+    assert_same(
+        [env.step(END)] + [env.reset() for _ in range(6)], [other.step(END)] + [other.reset() for _ in range(6)]
+    )
+
+
+def test_a_shuffling_queue_and_no_shuffling_contradict_each_other():
+    with pytest.raises(ValueError, match=r"shuffle \(False\) contradicts prompt_queue"):
+        TokenEnv(**task(prompt_queue=PromptQueue(3), shuffle=False))
+    env = TokenEnv(**task(prompt_queue=PromptQueue(3, shuffle=False)))
+    assert [env.reset()[1]["prompt_index"] for _ in range(3)] == [0, 1, 2]
+
+
 def test_rewards_on_text_get_decoded_strings_without_special_tokens():
     seen = []
 
@@ -278,6 +324,36 @@ def test_human_streams_the_episode_to_stdout():
         play(env, 1, 3, 0)
         assert env.render() is None
     assert shown.getvalue() == "prompt   │ a c →\nresponse │ a c <end>\nreward   │ 1 (stop)\n"
+
+
+def test_human_starts_a_new_line_for_the_prompt_after_an_episode_that_was_cut_short():
+    env = gymnasium.make("LitRLHF/Token-v0", render_mode="human")
+    with redirect_stdout(io.StringIO()) as shown:
+        env.reset(options={"prompt_index": 6})
+        play(env, 1)
+        env.reset(options={"prompt_index": 0})
+        play(env, 0)
+        env.reset(options={"prompt_index": 1})
+    assert shown.getvalue() == (
+        "prompt   │ a c →\nresponse │ a\n"
+        "prompt   │ a →\nresponse │ <end>\nreward   │ 0 (stop)\n"
+        "prompt   │ b →\nresponse │ "
+    )
+
+
+def test_human_holds_half_a_character_back_until_the_episode_ends_in_it():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    euro = list("€".encode())
+    env = TokenEnv(**task(prompts=[[65]], vocab_size=256, stop_token_ids=(), tokenizer=Bytes(), render_mode="human"))
+    with redirect_stdout(io.StringIO()) as shown:
+        env.reset()
+        play(env, *euro[:2])
+        assert shown.getvalue().endswith("response │ ")
+        play(env, euro[2], euro[0])
+    assert "response │ €\N{REPLACEMENT CHARACTER}\nreward" in shown.getvalue()
 
 
 def test_text_is_decoded_in_render_only():

@@ -74,6 +74,11 @@ def test_make_vec_passes_max_episode_steps_on():
     env.reset()
     env.step(np.array([1, 1]))
     assert env.step(np.array([1, 1]))[2].all()
+    sync = gymnasium.make_vec("LitRLHF/Token-v0", num_envs=2, max_episode_steps=2, vectorization_mode="sync")
+    sync.reset()
+    sync.step(np.array([1, 1]))
+    _, rewards, terminated, truncated, _ = sync.step(np.array([1, 1]))
+    assert truncated.all() and not terminated.any() and not rewards.any()  # Gymnasium's TimeLimit, as the docs warn
 
 
 @pytest.mark.plays("gymnasium", "pickled specs make the env again", "single, native")

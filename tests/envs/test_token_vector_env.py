@@ -392,10 +392,18 @@ def test_a_state_of_another_env_is_refused():
     env.reset(seed=0)
     with pytest.raises(ValueError, match="2 slots, this env has 3"):
         make(num_envs=3).load_state_dict(env.state_dict())
-    with pytest.raises(ValueError, match="3 prompts, this env has 1"):
-        make(num_envs=2, prompts=[[1]]).load_state_dict(env.state_dict())
-    with pytest.raises(ValueError, match="max_new_tokens=4, this env 5"):
-        make(num_envs=2, max_new_tokens=5).load_state_dict(env.state_dict())
+    for changes, message in (
+        ({"prompts": [[1]]}, "prompts = 3 prompts, sha256 .*, this env 1 prompts"),
+        ({"prompts": [[1], [2, 3], [4, 5, 0]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
+        ({"prompts": [[1, 2], [3], [4, 5, 6]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
+        ({"max_new_tokens": 5}, "max_new_tokens = 4, this env 5"),
+        ({"potential_fn": weighted_sum}, "pays steps = False, this env True"),
+        ({"observation": "flat"}, "flat = False, this env True"),
+    ):
+        other = make(num_envs=2, **changes)
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(env.state_dict())
+    make(num_envs=2).load_state_dict(env.state_dict())
 
 
 def test_a_seeded_reset_is_the_same_whatever_was_played_before():
@@ -454,3 +462,15 @@ def test_single_and_vector_env_have_equal_spaces():
         assert vector.single_observation_space == single.observation_space
         assert vector.single_action_space == single.action_space
         assert vector.reset()[0] in vector.observation_space
+
+
+def test_after_a_failed_flush_the_episodes_under_way_go_on():
+    faults = [True]
+    env = make(reward_mode="deferred", reward_fn=lambda p, r: [None if faults else 1.0] * len(r))
+    env.reset(seed=0)
+    env.step(np.array([END, 1, 1]))
+    with pytest.raises(RewardError):
+        env.pop_episodes()
+    env.step(np.array([1, END, 1]))
+    faults.clear()
+    assert env.flush_rewards()[0].tolist() == [0, 1]

@@ -19,6 +19,14 @@ from token_mdp.verifiable import ExactAnswer, PythonParses, RegexMatch
         ("", "42", 0),
         ("nan", "NaN", 1),  # a word like any other
         ("420", "42", 0),
+        ("4,2", "42", 0),
+        (",,4,,2", "42", 0),
+        ("-1,234,567.50", "-1234567.5", 1),
+        ("1234,567", "1234567", 0),
+        ("50%", "50", 0),
+        ("50%", "50%", 1),
+        ("", "", 0),
+        ("  ", "", 0),
     ],
 )
 def test_exact_answer_compares_numbers_as_numbers_and_words_up_to_case(response, answer, right):

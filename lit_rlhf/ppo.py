@@ -22,7 +22,14 @@ from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, k3
 from lit_rlhf.losses import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.on_policy import OnPolicyModule
 from lit_rlhf.packing import PackedBatch
-from lit_rlhf.policy import frozen_copy, load_policy, load_scorer, load_tokenizer, scorer_from_policy
+from lit_rlhf.policy import (
+    check_same_tokens,
+    frozen_copy,
+    load_policy,
+    load_scorer,
+    load_tokenizer,
+    scorer_from_policy,
+)
 from lit_rlhf.rollout import GenerationSettings, Play
 from lit_rlhf.shaping import RewardShaping
 
@@ -100,7 +107,12 @@ class PPO(OnPolicyModule):
         self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
         self.frozen["reference"] = frozen_copy(self.policy)
-        self.critic = scorer_from_policy(self.policy) if critic is None else load_scorer(critic)
+        if critic is None:
+            self.critic = scorer_from_policy(self.policy, trust_remote_code)
+        else:
+            self.critic = load_scorer(critic, trust_remote_code=trust_remote_code)
+            theirs = load_tokenizer(critic, self.critic.model.config, trust_remote_code)
+            check_same_tokens(self.tokenizer, theirs, f"critic {critic}")
         self.kl = FixedKL() if kl is None else kl
         self.kl_penalty = kl_penalty
         self.shaping = RewardShaping() if shaping is None else shaping

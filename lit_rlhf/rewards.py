@@ -14,9 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.tokenize import as_text
-from lit_rlhf.errors import UserError
 from lit_rlhf.packing import Example, pack
-from lit_rlhf.policy import freeze, load_scorer, load_tokenizer
+from lit_rlhf.policy import check_same_tokens, freeze, load_scorer, load_tokenizer
 
 
 class Reward:
@@ -64,14 +63,7 @@ class RewardModelReward(Reward):
         Raises:
             UserError: the two tokenizers differ.
         """
-        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
-            ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
-            differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
-            raise UserError(
-                f"reward model {self.name} was trained with another tokenizer than the policy ({len(ours)} against "
-                f"{len(theirs)} tokens; for example {differing}): it would read other words than the policy wrote. "
-                "Train the reward model from the same SFT model, or wrap it in a TextReward that re-tokenises"
-            )
+        check_same_tokens(tokenizer, self.tokenizer, f"reward model {self.name}")
         self.scorer.to(device)
 
     def networks(self) -> Iterator[nn.Module]:

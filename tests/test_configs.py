@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf import SFT, RewardModel
 from lit_rlhf.callbacks import export
@@ -69,6 +69,23 @@ def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(wo
     rows = [json.loads(line) for line in Path("out/predict/predictions.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompts]
     assert all(row["finish_reason"] in ("stop", "length") for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predict_scores_with_the_head_that_a_reward_model_was_trained_with(workdir, monkeypatch):
+    config = Path("configs/reward_model.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    Path("scored.jsonl").write_text('{"prompt": "Say hello.", "completion": " Hello!"}\n')
+    options = ["--model.policy=runs/reward_model/model", "--data.predict=scored.jsonl"]
+    assert run("predict", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/scores") == 0
+
+    model = AutoModelForSequenceClassification.from_pretrained("runs/reward_model/model")
+    tokenizer = AutoTokenizer.from_pretrained("runs/reward_model/model")
+    ids = tokenizer("Say hello. Hello!", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)).logits.item()
+    [row] = [json.loads(line) for line in Path("out/scores/predictions.jsonl").read_text().splitlines()]
+    assert row["score"] == pytest.approx(expected, rel=1e-3)
 
 
 NO_VALIDATION = "--data.validation=null"

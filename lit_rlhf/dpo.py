@@ -75,9 +75,10 @@ class DPO(AlignmentModule):
         self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
         self.loss = PreferenceLoss(loss, reference_free)
         if reference is not None:
-            self.frozen["reference"] = freeze(load_policy(reference, trust_remote_code=trust_remote_code))
-            theirs = load_tokenizer(reference, self.frozen["reference"].model.config, trust_remote_code)
+            loaded = freeze(load_policy(reference, trust_remote_code=trust_remote_code))
+            theirs = load_tokenizer(reference, loaded.model.config, trust_remote_code)
             check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
+            self.frozen["reference"] = loaded
         elif not (cache_reference or reference_free):
             self.frozen["reference"] = frozen_copy(self.policy)
         if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint

@@ -212,7 +212,7 @@ def test_options_that_cannot_be_honoured_are_refused_by_name(tmp_path):
         SFTDataModule(source, None, max_tokens=None)
     with pytest.raises(UserError, match="SFTDataModule needs the model's tokenizer"):
         attach(SFTDataModule(source, None))
-    with pytest.raises(UserError, match=r"overfit_batches \(2\) would replace the sampler"):
+    with pytest.raises(UserError, match=r"overfit_batches \(2\) would replace the plan"):
         attach(SFTDataModule(source, None, tokenizer=tokenizer), overfit_batches=2).train_dataloader()
     schedule = [GradientAccumulationScheduler({0: 1, 2: 4})]
     with pytest.raises(UserError, match="GradientAccumulationScheduler"):

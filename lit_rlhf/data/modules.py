@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
+from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows
 from lit_rlhf.data.examples import PackedDataset, load_examples
 from lit_rlhf.data.formats import Kind, Sources, as_prompt
 from lit_rlhf.data.prompts import PromptDataset, encode_prompts, load_prompts, to_columns
@@ -68,10 +68,7 @@ class ExamplesDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        if validation == DEMO and not any(source.name == DEMO for source in parse_sources(train)):
-            raise UserError(
-                f"validation is still {DEMO!r} while train is {train!r}; name held-out rows of your own, or null"
-            )
+        require_held_out_rows(train, validation)
         if max_tokens is None and batch_size is None:
             raise UserError("max_tokens and batch_size are both null: one of them must limit a micro-batch")
         self.sources: dict[str, Sources | None] = {"train": train, "validation": validation, "test": test or validation}
@@ -132,16 +129,7 @@ class ExamplesDataModule(LightningDataModule):
             UserError: a Trainer option that would change the batches behind the plan's back.
         """
         trainer: Any = self.trainer
-        if trainer.overfit_batches:
-            raise UserError(
-                f"overfit_batches ({trainer.overfit_batches}) would replace the sampler that plans the micro-batches; "
-                "use limit_train_batches, with shuffle: false"
-            )
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-            raise UserError(
-                "GradientAccumulationScheduler changes the accumulation behind the loss's denominator; use "
-                "accumulate_grad_batches"
-            )
+        check_trainer_options(trainer)
         return self._loader("train", self.shuffle, trainer.limit_train_batches, trainer.accumulate_grad_batches)
 
     def val_dataloader(self) -> DataLoader | list:

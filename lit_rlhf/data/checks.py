@@ -1,4 +1,4 @@
-"""What both kinds of data module refuse: they plan the batches of an epoch themselves, and choose no validation data."""
+"""What both kinds of data module refuse: they plan an epoch's batches themselves, and choose no validation data."""
 
 from typing import Any
 

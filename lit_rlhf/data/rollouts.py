@@ -118,7 +118,7 @@ class RolloutDataModule(LightningDataModule):
         """One pass over it is one PPO iteration.
 
         Raises:
-            UserError: a Trainer option that would change the batches behind the plan's back, or ranks that leave a rest.
+            UserError: a Trainer option that would change the batches behind the plan's back, or an unequal share.
         """
         assert self.trainer is not None
         check_trainer_options(self.trainer)

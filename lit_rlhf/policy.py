@@ -409,7 +409,7 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: no model could be loaded there ({_first_line(error)}). Expected a folder with config.json and "
-            f"model.safetensors, or a name on the Hugging Face hub{_hint(source)}"
+            f"model.safetensors, or a name on the Hugging Face hub{_hint(source, error)}"
         ) from error
     disable_dropout(model)
     choose_attention(model, str(name))
@@ -425,7 +425,9 @@ def _resolve(name: str | Path) -> str:
     return str(DEMO_MODEL) if str(name) == "demo" else str(name)
 
 
-def _hint(source: str) -> str:
+def _hint(source: str, error: Exception) -> str:
+    if "trust_remote_code=True" in str(error):
+        return "; if you trust that code, set trust_remote_code: true"
     if source == str(DEMO_MODEL):
         return "; the embedded demo model has no weights, train it with from_scratch: true"
     if Path(source).is_dir():

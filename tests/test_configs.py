@@ -142,6 +142,31 @@ def test_a_mistake_outside_of_a_config_is_answered_by_one_message_too(arguments,
     assert len(said.splitlines()) <= 2
 
 
+BROKEN_REWARDS = {  # body of the function -> words of the answer
+    "return [float('nan')] + [0.0] * (len(responses) - 1)": "must return one finite number per response; 1 of ",
+    "return None": "must return one finite number per response, (",
+    "return columns['zz']": "raised KeyError: 'zz', in ",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("body", sorted(BROKEN_REWARDS))
+def test_a_broken_reward_function_is_named_with_its_place_and_the_remedy(body, workdir, monkeypatch, capsys):
+    config = Path("configs/ppo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    monkeypatch.syspath_prepend(str(workdir))
+    name = f"reward{sorted(BROKEN_REWARDS).index(body)}"
+    Path(f"{name}.py").write_text(f"def score(prompts, responses, **columns):\n    {body}\n")
+    options = ["--data.reward=lit_rlhf.TextReward", f"--data.reward.function={name}.score", "--data.monitors=null"]
+    options += ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8", "--model.critic=null"]
+    assert run("fit", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/reward") == 2
+    said = capsys.readouterr().err.split("error: ")[-1]
+    assert said.startswith(f"reward function {name}.score (of data.reward")
+    assert BROKEN_REWARDS[body] in said
+    assert "KeyError" not in said or f"{name}.py:2" in said
+    assert len(said) < 700
+
+
 def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback():
     full = OSError(errno.ENOSPC, "No space left on device", "runs/sft/last.ckpt")
     wrapped = RuntimeError("while saving")

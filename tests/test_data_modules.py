@@ -203,9 +203,7 @@ def test_no_row_left_is_an_error_with_the_reasons(tmp_path):
     with pytest.raises(UserError, match=r"no row is left .* 20 dropped \(20 too long\)"):
         attach(PreferenceDataModule(pair_file(tmp_path), None, max_length=3, tokenizer=word_tokenizer(WORDS)))
     source = write(tmp_path / "long.jsonl", [{"prompt": "how so very", "completion": " yes"}] * 4)
-    with pytest.raises(
-        UserError, match="4 whose prompt alone reaches max_length: shorten prompts or raise"
-    ):
+    with pytest.raises(UserError, match="4 whose prompt alone reaches max_length: shorten prompts or raise"):
         attach(SFTDataModule(source, None, max_length=3, tokenizer=word_tokenizer(WORDS)))
 
 

@@ -7,6 +7,7 @@ import errno
 import logging
 import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,13 +76,12 @@ class AlignmentCLI(LightningCLI):
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def before_fit(self) -> None:
-        """Look for the checkpoint before any data is read."""
-        checkpoint = self.config[self.subcommand].get("ckpt_path")
-        if checkpoint not in (None, "best", "last", "hpc") and not Path(checkpoint).exists():
-            raise UserError(f"ckpt_path: there is no checkpoint {Path(checkpoint).absolute()}")
-
-    before_validate = before_test = before_predict = before_fit
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Look at the checkpoint before it, a model or any data is read."""
+        super().parse_arguments(parser, args)
+        checkpoint = self.config[self.config["subcommand"]].get("ckpt_path")
+        if checkpoint not in (None, "best", "last", "hpc"):
+            require_checkpoint(Path(checkpoint))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the precision that suits the device, unless the user names one."""
@@ -108,6 +108,17 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse what is neither one of torch's archives nor a folder of sharded weights, without reading it."""
+    if not path.exists():
+        raise UserError(f"ckpt_path: there is no checkpoint {path.absolute()}")
+    if (path / "config.json").exists() or (path.is_file() and not zipfile.is_zipfile(path)):
+        raise UserError(
+            f"ckpt_path: {path.absolute()} is no checkpoint of the Trainer's, such as a run keeps under its "
+            "default_root_dir; an exported model is named by model.policy"
+        )
 
 
 def quiet_libraries() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.advantages import Moments, masked_moments
 from lit_rlhf.batches import PromptBatch
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.policy import Policy
 from lit_rlhf.rollout import GenerationSettings, completion_rows, room_for_response
 from lit_rlhf.sharding import shard, total_norm
@@ -47,8 +47,11 @@ class AlignmentModule(LightningModule):
         warmup_steps: float = 0.0,
     ) -> None:
         super().__init__()
-        if warmup_steps < 0:
-            raise UserError(f"warmup_steps ({warmup_steps}) must be a number of steps, or a share of them below 1")
+        require(warmup_steps >= 0, "warmup_steps", warmup_steps, "a number of steps, or a share of them below 1")
+        require(learning_rate >= 0, "learning_rate", learning_rate, "0 or more")
+        require(weight_decay >= 0, "weight_decay", weight_decay, "0 or more")
+        require(all(0 <= beta < 1 for beta in adam_betas), "adam_betas", adam_betas, "two numbers in [0, 1)")
+        require(adam_eps >= 0, "adam_eps", adam_eps, "0 or more")
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.adam_betas = adam_betas

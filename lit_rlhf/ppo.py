@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.advantages import explained_variance, gae, make_row_mask, pad_rows, token_rewards, unpad_rows, whiten
 from lit_rlhf.batches import RolloutBatch
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import require
 from lit_rlhf.experience import (
     Experience,
     pack_episodes,
@@ -95,15 +95,22 @@ class PPO(OnPolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(adam_eps=adam_eps, **kwargs)
-        if temperature <= 0:
-            raise UserError(f"temperature ({temperature}) must be more than 0: PPO learns from sampled responses")
-        if min(ppo_epochs, num_minibatches) < 1 or critic_warmup < 0:
-            raise UserError(
-                f"ppo_epochs ({ppo_epochs}) and num_minibatches ({num_minibatches}) must be 1 or more, critic_warmup "
-                f"({critic_warmup}) 0 or more"
-            )
-        if target_kl is not None and not target_kl > 0:
-            raise UserError(f"target_kl ({target_kl}) must be more than 0, or null to take every step")
+        require(temperature > 0, "temperature", temperature, "more than 0: PPO learns from sampled responses")
+        require(ppo_epochs >= 1, "ppo_epochs", ppo_epochs, "1 or more")
+        require(num_minibatches >= 1, "num_minibatches", num_minibatches, "1 or more")
+        require(critic_warmup >= 0, "critic_warmup", critic_warmup, "0 or more")
+        require(target_kl is None or target_kl > 0, "target_kl", target_kl, "more than 0, or null to take every step")
+        require(clip_range > 0, "clip_range", clip_range, "more than 0")
+        require(
+            value_clip_range is None or value_clip_range > 0,
+            "value_clip_range",
+            value_clip_range,
+            "more than 0, or null",
+        )
+        require(value_coef >= 0, "value_coef", value_coef, "0 or more")
+        require(0 <= gamma <= 1, "gamma", gamma, "in [0, 1]")
+        require(0 <= gae_lambda <= 1, "gae_lambda", gae_lambda, "in [0, 1]")
+        require((critic_learning_rate or 0) >= 0, "critic_learning_rate", critic_learning_rate, "0 or more, or null")
         self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
         self.frozen["reference"] = frozen_copy(self.policy)

@@ -16,7 +16,7 @@ from lit_rlhf.data.formats import Kind, Sources, as_prompt
 from lit_rlhf.data.prompts import PromptDataset, encode_prompts, load_prompts, to_columns
 from lit_rlhf.data.sources import DEMO, Role, iterate_rows, parse_sources
 from lit_rlhf.data.tokenize import LossOn, Options, Truncation
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 
 __all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
 
@@ -71,6 +71,10 @@ class ExamplesDataModule(LightningDataModule):
         require_held_out_rows(train, validation)
         if max_tokens is None and batch_size is None:
             raise UserError("max_tokens and batch_size are both null: one of them must limit a micro-batch")
+        require(
+            max_prompt_length is None or max_prompt_length >= 1, "max_prompt_length", max_prompt_length, "1 or more"
+        )
+        require(max_length is None or max_length >= 2, "max_length", max_length, "2 or more: a prompt and a response")
         self.sources: dict[str, Sources | None] = {"train": train, "validation": validation, "test": test or validation}
         self.predict = predict
         self.max_length = max_length
@@ -101,6 +105,9 @@ class ExamplesDataModule(LightningDataModule):
         """
         if self.tokenizer is None:
             raise UserError(f"{type(self).__name__} needs the model's tokenizer: pass tokenizer=model.tokenizer")
+        context = self.tokenizer.model_max_length
+        fits = self.max_prompt_length is None or self.max_prompt_length < context
+        require(fits, "max_prompt_length", self.max_prompt_length, f"less than the model's context of {context} tokens")
         if self.chat_template is not None:
             self.tokenizer.chat_template = _read_template(self.chat_template)
         for name in STAGES[stage]:

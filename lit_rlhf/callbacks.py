@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.sharding import full_state_dict
 
@@ -82,6 +82,7 @@ class SampleTable(Callback):
     """
 
     def __init__(self, num_prompts: int = 8) -> None:
+        require(num_prompts >= 0, "num_prompts", num_prompts, "0 or more")
         self.num_prompts = num_prompts
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,6 +7,7 @@ import errno
 import logging
 import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,13 +76,12 @@ class AlignmentCLI(LightningCLI):
         except ValueError as error:  # jsonargparse wraps our own errors in the whole of what was given
             raise users_mistake(error.__cause__ or error.__context__) or UserError(str(error)) from None
 
-    def before_fit(self) -> None:
-        """Look for the checkpoint before any data is read."""
-        checkpoint = self.config[self.subcommand].get("ckpt_path")
-        if checkpoint not in (None, "best", "last", "hpc") and not Path(checkpoint).exists():
-            raise UserError(f"ckpt_path: there is no checkpoint {Path(checkpoint).absolute()}")
-
-    before_validate = before_test = before_predict = before_fit
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Look at the checkpoint before it, a model or any data is read."""
+        super().parse_arguments(parser, args)
+        checkpoint = self.config[self.config["subcommand"]].get("ckpt_path")
+        if checkpoint not in (None, "best", "last", "hpc"):
+            require_checkpoint(Path(checkpoint))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the precision that suits the device, unless the user names one."""
@@ -110,6 +110,17 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
+def require_checkpoint(path: Path) -> None:
+    """Refuse what is neither one of torch's archives nor a folder of sharded weights, without reading it."""
+    if not path.exists():
+        raise UserError(f"ckpt_path: there is no checkpoint {path.absolute()}")
+    if (path / "config.json").exists() or (path.is_file() and not zipfile.is_zipfile(path)):
+        raise UserError(
+            f"ckpt_path: {path.absolute()} is no checkpoint of the Trainer's, such as a run keeps under its "
+            "default_root_dir; an exported model is named by model.policy"
+        )
+
+
 def quiet_libraries() -> None:
     """Keep advertisements, bars for the reading of a file, and warnings about Lightning's own code off the terminal."""
     disable_progress_bar()
@@ -121,6 +132,8 @@ def quiet_libraries() -> None:
 def users_mistake(error: BaseException | None) -> BaseException | None:
     """What the user can mend among an error and its causes: jsonargparse wraps what a constructor raises."""
     while error is not None:
+        if isinstance(error, RewardError) and isinstance(error.__cause__, UserError):
+            return error.__cause__  # names the user's function, not the environment's argument
         if isinstance(error, UserError | RewardError | MisconfigurationException):
             return error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -16,7 +16,7 @@ from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.packing import Example, pack
-from lit_rlhf.policy import Policy, freeze, load_policy, load_tokenizer
+from lit_rlhf.policy import Policy, check_same_tokens, freeze, load_policy, load_tokenizer
 from lit_rlhf.rewards import Reward, RewardModelReward, TextReward
 from lit_rlhf.rollout import GenerationSettings, complete
 from token_mdp import Episode
@@ -64,7 +64,10 @@ def compare(
         raise UserError("policies is empty: name at least the baseline")
     folders = {name: run_folder(root, name) for name in policies}
     baseline, *_ = policies
-    tokenizer = load_tokenizer(*model_and_config(folders[baseline]))
+    tokenizers = {name: load_tokenizer(*model_and_config(folder)) for name, folder in folders.items()}
+    tokenizer = tokenizers[baseline]
+    for name, other in tokenizers.items():  # one's ids are what all play, judge and decode
+        check_same_tokens(tokenizer, other, f"policy {name}")
     prompt_ids, columns = load_prompts(prompts, "validation", tokenizer, tokenizer.model_max_length)
     held_out = PromptBatch(prompt_ids[:max_prompts], {name: values[:max_prompts] for name, values in columns.items()})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.packing import PackedBatch
-from lit_rlhf.policy import Policy, freeze, frozen_copy, load_policy, load_tokenizer
+from lit_rlhf.policy import Policy, check_same_tokens, freeze, frozen_copy, load_policy, load_tokenizer
 from lit_rlhf.preference_loss import LossTerm, PreferenceLoss
 from lit_rlhf.reference_cache import ReferenceCache
 from lit_rlhf.reference_update import ReferenceUpdate
@@ -75,7 +75,10 @@ class DPO(AlignmentModule):
         self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
         self.loss = PreferenceLoss(loss, reference_free)
         if reference is not None:
-            self.frozen["reference"] = freeze(load_policy(reference, trust_remote_code=trust_remote_code))
+            loaded = freeze(load_policy(reference, trust_remote_code=trust_remote_code))
+            theirs = load_tokenizer(reference, loaded.model.config, trust_remote_code)
+            check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
+            self.frozen["reference"] = loaded
         elif not (cache_reference or reference_free):
             self.frozen["reference"] = frozen_copy(self.policy)
         if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint

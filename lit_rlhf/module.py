@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.advantages import Moments, masked_moments
 from lit_rlhf.batches import PromptBatch
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.policy import Policy
-from lit_rlhf.rollout import GenerationSettings, completion_rows
+from lit_rlhf.rollout import GenerationSettings, completion_rows, room_for_response
 from lit_rlhf.sharding import shard, total_norm
 
 PROGRESS = ("loss", "accuracy", "score")  # what the progress bar shows; TensorBoard has everything
@@ -46,8 +47,11 @@ class AlignmentModule(LightningModule):
         warmup_steps: float = 0.0,
     ) -> None:
         super().__init__()
-        if warmup_steps < 0:
-            raise UserError(f"warmup_steps ({warmup_steps}) must be a number of steps, or a share of them below 1")
+        require(warmup_steps >= 0, "warmup_steps", warmup_steps, "a number of steps, or a share of them below 1")
+        require(learning_rate >= 0, "learning_rate", learning_rate, "0 or more")
+        require(weight_decay >= 0, "weight_decay", weight_decay, "0 or more")
+        require(all(0 <= beta < 1 for beta in adam_betas), "adam_betas", adam_betas, "two numbers in [0, 1)")
+        require(adam_eps >= 0, "adam_eps", adam_eps, "0 or more")
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.adam_betas = adam_betas
@@ -96,8 +100,13 @@ class AlignmentModule(LightningModule):
         """What the artefact needs besides training; called on all ranks before its weights are read for an export."""
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
-        """Rows of text that show a person what the model does on these prompts."""
-        return self.predict_step(prompts, 0)
+        """Rows of text that show a person what the model does on these prompts.
+
+        Completions end where the context does: a run is not stopped by what illustrates it.
+        """
+        room = room_for_response(self.policy, prompts.prompt_ids)
+        limit = self.generation.max_new_tokens if room is None else min(self.generation.max_new_tokens, room)
+        return completion_rows(self.policy, self.tokenizer, prompts, replace(self.generation, max_new_tokens=limit))
 
     def configure_model(self) -> None:
         """Shard every network under FSDP2 (`ModelParallelStrategy`); other strategies need nothing."""

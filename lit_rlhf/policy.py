@@ -187,13 +187,14 @@ def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code:
     return Policy(model)
 
 
-def load_scorer(name: str | Path, fresh_head: bool = False, trust_remote_code: bool = False) -> Scorer:
+def load_scorer(name: str | Path, fresh_head: bool | None = False, trust_remote_code: bool = False) -> Scorer:
     """Load a one-label sequence classifier, from a reward model's folder or on top of a causal LM.
 
     Args:
         name: folder or hub name of a Hugging Face model, or "demo".
         fresh_head: draw the scalar head anew, N(0, 1/(d+1)) in variance (Stiennon et al. 2020,
-            https://arxiv.org/abs/2009.01325; "N+ details", https://arxiv.org/abs/2403.17031), rather than load it.
+            https://arxiv.org/abs/2009.01325; "N+ details", https://arxiv.org/abs/2403.17031), rather than load it;
+            None = only where the folder holds none.
         trust_remote_code: run model code that comes with the weights.
 
     Raises:
@@ -202,10 +203,12 @@ def load_scorer(name: str | Path, fresh_head: bool = False, trust_remote_code: b
     model = _load(AutoModelForSequenceClassification, name, False, trust_remote_code, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; its architecture is not supported")
-    if fresh_head:
+    architectures = stored_architectures(name, trust_remote_code)
+    has_head = any("ForSequenceClassification" in architecture for architecture in architectures)
+    if fresh_head or (fresh_head is None and not has_head):
         initialize_score_head(model)
-    elif not any("ForSequenceClassification" in architecture for architecture in stored_architectures(name)):
-        raise UserError(f"{name} holds no trained reward head: its config names {stored_architectures(name)}")
+    elif not has_head:
+        raise UserError(f"{name} holds no trained reward head: its config names {architectures}")
     return Scorer(model)
 
 
@@ -218,12 +221,12 @@ def initialize_score_head(model: PreTrainedModel) -> None:
         nn.init.zeros_(head.bias)
 
 
-def scorer_from_policy(policy: Policy) -> Scorer:
+def scorer_from_policy(policy: Policy, trust_remote_code: bool = False) -> Scorer:
     """A scorer on a copy of the policy's trunk, with a fresh head."""
     config = copy.deepcopy(policy.model.config)
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(
-        config, attn_implementation=policy.model.config._attn_implementation
+        config, attn_implementation=policy.model.config._attn_implementation, trust_remote_code=trust_remote_code
     )
     backbone(model).load_state_dict(backbone(policy.model).state_dict())
     disable_dropout(model)
@@ -268,6 +271,26 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, n
         raise UserError(
             f"{name}: the tokenizer has ids up to {highest}, the model embeds {vocabulary_size} (0 to "
             f"{vocabulary_size - 1}); use the tokenizer the model was trained with, or resize its embeddings first"
+        )
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a network that would read other words in the policy's ids than the policy wrote.
+
+    Args:
+        tokenizer: the policy's.
+        other: that of the network which reads the policy's ids.
+        name: of the network, with its role.
+
+    Raises:
+        UserError: the two differ in an id or a word.
+    """
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
+        raise UserError(
+            f"{name} was trained with another tokenizer than the policy ({len(theirs)} against {len(ours)} tokens; for "
+            f"example {differing}): it would read other words than the policy wrote. Start both from the same SFT model"
         )
 
 
@@ -386,23 +409,25 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: no model could be loaded there ({_first_line(error)}). Expected a folder with config.json and "
-            f"model.safetensors, or a name on the Hugging Face hub{_hint(source)}"
+            f"model.safetensors, or a name on the Hugging Face hub{_hint(source, error)}"
         ) from error
     disable_dropout(model)
     choose_attention(model, str(name))
     return model.train()  # from_pretrained leaves it in eval mode
 
 
-def stored_architectures(name: str | Path) -> list[str]:
+def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
     """The classes that a folder's weights were saved from, by its config."""
-    return list(AutoConfig.from_pretrained(_resolve(name)).architectures or [])
+    return list(AutoConfig.from_pretrained(_resolve(name), trust_remote_code=trust_remote_code).architectures or [])
 
 
 def _resolve(name: str | Path) -> str:
     return str(DEMO_MODEL) if str(name) == "demo" else str(name)
 
 
-def _hint(source: str) -> str:
+def _hint(source: str, error: Exception) -> str:
+    if "trust_remote_code=True" in str(error):
+        return "; if you trust that code, set trust_remote_code: true"
     if source == str(DEMO_MODEL):
         return "; the embedded demo model has no weights, train it with from_scratch: true"
     if Path(source).is_dir():

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.advantages import explained_variance, gae, make_row_mask, pad_rows, token_rewards, unpad_rows, whiten
 from lit_rlhf.batches import RolloutBatch
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import require
 from lit_rlhf.experience import (
     Experience,
     pack_episodes,
@@ -22,7 +22,14 @@ from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, k3
 from lit_rlhf.losses import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.on_policy import OnPolicyModule
 from lit_rlhf.packing import PackedBatch
-from lit_rlhf.policy import frozen_copy, load_policy, load_scorer, load_tokenizer, scorer_from_policy
+from lit_rlhf.policy import (
+    check_same_tokens,
+    frozen_copy,
+    load_policy,
+    load_scorer,
+    load_tokenizer,
+    scorer_from_policy,
+)
 from lit_rlhf.rollout import GenerationSettings, Play
 from lit_rlhf.shaping import RewardShaping
 
@@ -88,19 +95,31 @@ class PPO(OnPolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(adam_eps=adam_eps, **kwargs)
-        if temperature <= 0:
-            raise UserError(f"temperature ({temperature}) must be more than 0: PPO learns from sampled responses")
-        if min(ppo_epochs, num_minibatches) < 1 or critic_warmup < 0:
-            raise UserError(
-                f"ppo_epochs ({ppo_epochs}) and num_minibatches ({num_minibatches}) must be 1 or more, critic_warmup "
-                f"({critic_warmup}) 0 or more"
-            )
-        if target_kl is not None and not target_kl > 0:
-            raise UserError(f"target_kl ({target_kl}) must be more than 0, or null to take every step")
+        require(temperature > 0, "temperature", temperature, "more than 0: PPO learns from sampled responses")
+        require(ppo_epochs >= 1, "ppo_epochs", ppo_epochs, "1 or more")
+        require(num_minibatches >= 1, "num_minibatches", num_minibatches, "1 or more")
+        require(critic_warmup >= 0, "critic_warmup", critic_warmup, "0 or more")
+        require(target_kl is None or target_kl > 0, "target_kl", target_kl, "more than 0, or null to take every step")
+        require(clip_range > 0, "clip_range", clip_range, "more than 0")
+        require(
+            value_clip_range is None or value_clip_range > 0,
+            "value_clip_range",
+            value_clip_range,
+            "more than 0, or null",
+        )
+        require(value_coef >= 0, "value_coef", value_coef, "0 or more")
+        require(0 <= gamma <= 1, "gamma", gamma, "in [0, 1]")
+        require(0 <= gae_lambda <= 1, "gae_lambda", gae_lambda, "in [0, 1]")
+        require((critic_learning_rate or 0) >= 0, "critic_learning_rate", critic_learning_rate, "0 or more, or null")
         self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
         self.frozen["reference"] = frozen_copy(self.policy)
-        self.critic = scorer_from_policy(self.policy) if critic is None else load_scorer(critic)
+        if critic is None:
+            self.critic = scorer_from_policy(self.policy, trust_remote_code)
+        else:
+            self.critic = load_scorer(critic, trust_remote_code=trust_remote_code)
+            theirs = load_tokenizer(critic, self.critic.model.config, trust_remote_code)
+            check_same_tokens(self.tokenizer, theirs, f"critic {critic}")
         self.kl = FixedKL() if kl is None else kl
         self.kl_penalty = kl_penalty
         self.shaping = RewardShaping() if shaping is None else shaping

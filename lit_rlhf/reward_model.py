@@ -33,7 +33,8 @@ class RewardModel(AlignmentModule):
         policy: folder or hub name of the causal LM to start from, normally the SFT model; or of a reward model.
         normalize: what the export is shifted and scaled to over the responses that validation reads (training, where
             there is no validation): "mean" 0, "mean_and_std" 0 and 1, or null = scores as learnt.
-        fresh_head: draw the scalar head anew from N(0, 1/√(d+1)); False goes on training a stored reward model.
+        fresh_head: draw the scalar head anew from N(0, 1/√(d+1)), or keep a reward model's; null = keep it where there
+            is one.
         trust_remote_code: run model code that comes with the weights.
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
@@ -42,7 +43,7 @@ class RewardModel(AlignmentModule):
         self,
         policy: str = "demo",
         normalize: Literal["mean", "mean_and_std"] | None = "mean",
-        fresh_head: bool = True,
+        fresh_head: bool | None = None,
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:

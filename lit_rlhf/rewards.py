@@ -4,6 +4,7 @@ Each is called by the environment with token ids, `reward(prompts, responses, **
 policy's tokenizer and device before the first call.
 """
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data.tokenize import as_text
 from lit_rlhf.errors import UserError
 from lit_rlhf.packing import Example, pack
-from lit_rlhf.policy import freeze, load_scorer, load_tokenizer
+from lit_rlhf.policy import check_same_tokens, freeze, load_scorer, load_tokenizer
 
 
 class Reward:
@@ -64,14 +65,7 @@ class RewardModelReward(Reward):
         Raises:
             UserError: the two tokenizers differ.
         """
-        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
-            ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
-            differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
-            raise UserError(
-                f"reward model {self.name} was trained with another tokenizer than the policy ({len(ours)} against "
-                f"{len(theirs)} tokens; for example {differing}): it would read other words than the policy wrote. "
-                "Train the reward model from the same SFT model, or wrap it in a TextReward that re-tokenises"
-            )
+        check_same_tokens(tokenizer, self.tokenizer, f"reward model {self.name}")
         self.scorer.to(device)
 
     def networks(self) -> Iterator[nn.Module]:
@@ -109,7 +103,44 @@ class TextReward(Reward):
         self.tokenizer = tokenizer
 
     def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
-        """(n,) what the function returns; the environment checks it."""
+        """(n,) float64, what the function returns.
+
+        Raises:
+            UserError: it raised, or returned something else than one finite number per response.
+        """
         prompt_texts = [as_text(self.tokenizer, ids) for ids in prompts]
         response_texts = [as_text(self.tokenizer, ids) for ids in responses]
-        return np.asarray(self.function(prompt_texts, response_texts, **columns))
+        try:
+            returned = self.function(prompt_texts, response_texts, **columns)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self.name} raised {type(error).__name__}: {error}{_place(error)}") from error
+        try:
+            values = torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach().numpy()
+        except (TypeError, ValueError, RuntimeError):
+            values = None
+        if values is None or values.shape != (len(responses),):
+            got = f"{returned!r:.80}" if values is None else f"shape {values.shape}"
+            raise UserError(f"{self.name} must return one finite number per response, ({len(responses)},); got {got}")
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if len(wrong):
+            examples = ", ".join(f"{values[i]} for the prompt {prompt_texts[i]!r:.60}" for i in wrong[:5])
+            raise UserError(
+                f"{self.name} must return one finite number per response; {len(wrong)} of {len(values)} are not: "
+                f"{examples}"
+            )
+        return values
+
+    @property
+    def name(self) -> str:
+        """The function by its import path, and the options that may have named it."""
+        named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
+        return f"reward function {named.__module__}.{named.__qualname__} (of data.reward, data.monitors or gold)"
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's own file an error came from; nothing if the call itself failed."""
+    _, *frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f", in {own[-1].filename}:{own[-1].lineno}" if own else ""

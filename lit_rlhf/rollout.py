@@ -204,13 +204,22 @@ def episode_rows(tokenizer: PreTrainedTokenizerBase, episodes: list[Episode]) ->
 
 def check_context(policy: Policy, prompt_ids: Sequence[np.ndarray], max_new_tokens: int) -> None:
     """Refuse prompts that leave no room for the response in the model's context."""
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(ids) for ids in prompt_ids)
-    if context is not None and longest + max_new_tokens > context:
+    room = room_for_response(policy, prompt_ids)
+    if room is not None and max_new_tokens > room:
+        longest = max(len(ids) for ids in prompt_ids)
+        context = longest + room
+        remedies = [f"max_new_tokens to {room}"] if room > 0 else []
+        remedies += [f"max_prompt_length to {context - max_new_tokens}"] if max_new_tokens < context else []
         raise UserError(
             f"the longest prompt ({longest} tokens) and max_new_tokens ({max_new_tokens}) do not fit into the model's "
-            f"context of {context}; lower max_new_tokens, or max_prompt_length to {context - max_new_tokens}"
+            f"context of {context}; lower {' or '.join(remedies) or 'both'}"
         )
+
+
+def room_for_response(policy: Policy, prompt_ids: Sequence[np.ndarray]) -> int | None:
+    """Tokens of the model's context that the longest prompt leaves to a response; None where no limit is known."""
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else int(context) - max(len(ids) for ids in prompt_ids)
 
 
 def _no_reward(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf import SFT, RewardModel
 from lit_rlhf.callbacks import export
@@ -73,6 +73,23 @@ def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(wo
     assert all(row["finish_reason"] in ("stop", "length") for row in rows)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_predict_scores_with_the_head_that_a_reward_model_was_trained_with(workdir, monkeypatch):
+    config = Path("configs/reward_model.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    Path("scored.jsonl").write_text('{"prompt": "Say hello.", "completion": " Hello!"}\n')
+    options = ["--model.policy=runs/reward_model/model", "--data.predict=scored.jsonl"]
+    assert run("predict", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/scores") == 0
+
+    model = AutoModelForSequenceClassification.from_pretrained("runs/reward_model/model")
+    tokenizer = AutoTokenizer.from_pretrained("runs/reward_model/model")
+    ids = tokenizer("Say hello. Hello!", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)).logits.item()
+    [row] = [json.loads(line) for line in Path("out/scores/predictions.jsonl").read_text().splitlines()]
+    assert row["score"] == pytest.approx(expected, rel=1e-3)
+
+
 def nan_reward(prompts, responses, **columns):
     return [float("nan")] * len(responses)
 
@@ -88,6 +105,17 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "unknown accelerator": ("sft", ["--trainer.accelerator=cpuu"], "cpuu"),
     "unknown strategy": ("sft", ["--trainer.strategy=ddpp"], "ddpp"),
     "missing checkpoint": ("sft", ["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    "no checkpoint": ("sft", ["--ckpt_path=malformed.jsonl"], "malformed.jsonl is no checkpoint"),
+    "model as checkpoint": ("sft", ["--ckpt_path=runs/sft/model"], "runs/sft/model is no checkpoint"),
+    "negative rate": ("sft", ["--model.learning_rate=-1"], "learning_rate (-1.0) must be 0 or more"),
+    "betas out of range": ("sft", ["--model.adam_betas=[2,2]"], "must be two numbers in [0, 1)"),
+    "fewer than no samples": ("sft", ["--samples.num_prompts=-1"], "num_prompts (-1) must be 0 or more"),
+    "no prompt left": ("sft", ["--data.max_prompt_length=0"], "max_prompt_length (0) must be 1 or more"),
+    "prompts as long as the context": (
+        "sft",
+        ["--data.max_prompt_length=4096"],
+        "must be less than the model's context",
+    ),
     "micro-batch too small": ("sft", ["--data.max_tokens=3"], "raise max_tokens"),
     "missing data": ("sft", [NO_VALIDATION, "--data.train=nowhere.jsonl"], "nowhere.jsonl"),
     "malformed row": ("sft", [NO_VALIDATION, "--data.train=malformed.jsonl"], "malformed.jsonl, line 2"),
@@ -106,7 +134,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "NaN reward": (
         "ppo",
         [*SMALL_PPO, *OWN_REWARD, "--data.reward.init_args.function=tests.test_configs.nan_reward", NO_VALIDATION],
-        "not finite",
+        "nan_reward (of data.reward, data.monitors or gold) must return one finite number",
     ),
 }
 
@@ -157,6 +185,31 @@ def test_a_mistake_outside_of_a_config_is_answered_by_one_message_too(arguments,
     said = capsys.readouterr().err
     assert words in said
     assert len(said.splitlines()) <= 2
+
+
+BROKEN_REWARDS = {  # body of the function -> words of the answer
+    "return [float('nan')] + [0.0] * (len(responses) - 1)": "must return one finite number per response; 1 of ",
+    "return None": "must return one finite number per response, (",
+    "return columns['zz']": "raised KeyError: 'zz', in ",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("body", sorted(BROKEN_REWARDS))
+def test_a_broken_reward_function_is_named_with_its_place_and_the_remedy(body, workdir, monkeypatch, capsys):
+    config = Path("configs/ppo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    monkeypatch.syspath_prepend(str(workdir))
+    name = f"reward{sorted(BROKEN_REWARDS).index(body)}"
+    Path(f"{name}.py").write_text(f"def score(prompts, responses, **columns):\n    {body}\n")
+    options = ["--data.reward=lit_rlhf.TextReward", f"--data.reward.function={name}.score", "--data.monitors=null"]
+    options += ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8", "--model.critic=null"]
+    assert run("fit", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/reward") == 2
+    said = capsys.readouterr().err.split("error: ")[-1]
+    assert said.startswith(f"reward function {name}.score (of data.reward")
+    assert BROKEN_REWARDS[body] in said
+    assert "KeyError" not in said or f"{name}.py:2" in said
+    assert len(said) < 700
 
 
 def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback():

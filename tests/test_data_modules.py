@@ -202,6 +202,9 @@ def test_empty_data_are_an_error_that_says_what_was_expected(tmp_path, make):
 def test_no_row_left_is_an_error_with_the_reasons(tmp_path):
     with pytest.raises(UserError, match=r"no row is left .* 20 dropped \(20 too long\)"):
         attach(PreferenceDataModule(pair_file(tmp_path), None, max_length=3, tokenizer=word_tokenizer(WORDS)))
+    source = write(tmp_path / "long.jsonl", [{"prompt": "how so very", "completion": " yes"}] * 4)
+    with pytest.raises(UserError, match="4 whose prompt alone reaches max_length: shorten prompts or raise"):
+        attach(SFTDataModule(source, None, max_length=3, tokenizer=word_tokenizer(WORDS)))
 
 
 def test_options_that_cannot_be_honoured_are_refused_by_name(tmp_path):
@@ -212,7 +215,7 @@ def test_options_that_cannot_be_honoured_are_refused_by_name(tmp_path):
         SFTDataModule(source, None, max_tokens=None)
     with pytest.raises(UserError, match="SFTDataModule needs the model's tokenizer"):
         attach(SFTDataModule(source, None))
-    with pytest.raises(UserError, match=r"overfit_batches \(2\) would replace the sampler"):
+    with pytest.raises(UserError, match=r"overfit_batches \(2\) would replace the plan"):
         attach(SFTDataModule(source, None, tokenizer=tokenizer), overfit_batches=2).train_dataloader()
     schedule = [GradientAccumulationScheduler({0: 1, 2: 4})]
     with pytest.raises(UserError, match="GradientAccumulationScheduler"):

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import DPO, RewardModel, RewardModelReward, TextReward, UserError
-from lit_rlhf.callbacks import export, markdown_table
+from lit_rlhf.callbacks import HuggingFaceExport, SampleTable, export, markdown_table
+from lit_rlhf.rollout import GenerationSettings
 from lit_rlhf.sharding import full_state_dict
 from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tiny import EOS, save_tiny, tiny_tokenizer
@@ -133,6 +134,18 @@ def test_dpo_refuses_a_beta_of_zero_and_a_cache_of_another_reference(inputs):
         DPO(model, beta=0.0)
     with pytest.raises(UserError, match="drop reference"):
         DPO(model, reference=model, cache_reference=True)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_context_ends_the_completions_of_a_sample_table_and_not_the_run(stage, inputs, tmp_path):
+    module, data = make_stage(stage, inputs, generation=GenerationSettings(max_new_tokens=64, temperature=0.0))
+    trainer = make_trainer(
+        tmp_path, max_epochs=1, limit_val_batches=None, callbacks=[SampleTable(2), HuggingFaceExport()]
+    )
+    trainer.fit(module, data)
+    assert (tmp_path / "model").is_dir()
+    rows = module.sample_table(data.sample_prompts(2))
+    assert all(len((row["prompt"] + " " + row["completion"]).split()) <= 64 for row in rows)
 
 
 def test_a_sample_table_is_one_line_per_row_whatever_the_text():

@@ -1,11 +1,16 @@
+import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lit_rlhf import DPO, PPO, RewardModel, RewardModelReward
+from lit_rlhf.callbacks import export
 from lit_rlhf.decoding import SlotDecoder
 from lit_rlhf.errors import UserError
 from lit_rlhf.packing import pack
@@ -19,6 +24,7 @@ from lit_rlhf.policy import (
     runs_packed,
     scorer_from_policy,
 )
+from lit_rlhf.sharding import full_state_dict
 from tests.tiny import EOS, SINKS, plain_response_logprobs, random_examples, save_tiny, tiny_policy, tiny_tokenizer
 
 
@@ -188,3 +194,62 @@ def test_the_tokenizer_knows_the_context_of_the_model(folder):
 def test_no_pad_token_that_ends_responses_is_stored_with_a_reward_model():
     assert pad_token_id_for(tiny_tokenizer()) == 0
     assert pad_token_id_for(tiny_tokenizer(pad_is_eos=True)) not in (None, EOS)
+
+
+REMOTE_CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+class OwnForSequenceClassification(LlamaPreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+"""
+
+
+def bring_code(folder, architecture):
+    """Turn a folder of Llama weights into one whose classes come with it."""
+    (folder / "modeling_own.py").write_text(REMOTE_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "modeling_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_own.OwnForSequenceClassification",
+    }
+    config |= {"model_type": "own", "architectures": [architecture]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_code_that_comes_with_weights_runs_in_every_role_if_trusted_and_in_none_if_not(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("builtins.input", lambda *_: "n")  # transformers would ask a person
+    language_model = str(bring_code(shutil.copytree(folder, tmp_path / "lm"), "OwnForCausalLM"))
+    trained = RewardModel(language_model, trust_remote_code=True)
+    export(trained, full_state_dict(trained.exportable()), tmp_path / "rm")
+    reward_model = str(bring_code(tmp_path / "rm", "OwnForSequenceClassification"))
+
+    roles = {
+        "policy": lambda trust: PPO(language_model, trust_remote_code=trust),
+        "critic": lambda trust: PPO(language_model, critic=reward_model, trust_remote_code=trust),
+        "reference": lambda trust: DPO(language_model, reference=language_model, trust_remote_code=trust),
+        "reward": lambda trust: RewardModelReward(reward_model, trust_remote_code=trust),
+    }
+    for make in roles.values():
+        make(True)
+        with pytest.raises(UserError, match="if you trust that code, set trust_remote_code: true"):
+            make(False)
+    critic = roles["critic"](True).critic
+    assert type(critic.model).__name__ == type(PPO(language_model, trust_remote_code=True).critic.model).__name__
+    assert type(critic.model).__name__ == "OwnForSequenceClassification"

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_rlhf import PPO, FixedKL, KLPenalty, RewardShaping, TextReward, UserError
@@ -115,9 +115,10 @@ def test_validation_plays_held_out_prompts(folder, tmp_path):
     assert 1 <= metrics["val/response_length"] <= 8
 
 
-def test_nan_rewards_stop_the_run_and_name_the_prompt(folder, tmp_path):
+def test_nan_rewards_stop_the_run_and_name_function_and_prompts(folder, tmp_path):
     module, data, trainer = make(folder, tmp_path, reward=lambda p, r, **c: [float("nan")] + [0.0] * (len(r) - 1))
-    with pytest.raises(ValueError, match="not finite, by prompt index"):
+    words = r"test_ppo.*<lambda> .*one finite number per response; 1 of 16 are not: nan for the prompt 'w\d+ w\d+ w\d+'"
+    with pytest.raises(ValueError, match=words):
         trainer.fit(module, data)
 
 
@@ -127,6 +128,33 @@ def test_monitors_are_logged_and_not_learnt_from(folder, tmp_path):
     trainer.fit(module, data)
     assert module.rollout_metrics["rollout/length"] > 1
     assert 0 <= module.rollout_metrics["rollout/score"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"limit_train_batches": 1}, r"limit_train_batches \(1\) would end an iteration"),
+        ({"limit_train_batches": 0.5}, r"limit_train_batches \(0.5\) would end an iteration"),
+        ({"overfit_batches": 1}, r"overfit_batches \(1\)"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]}, "GradientAccumulationScheduler"),
+    ],
+    ids=["limit", "share", "overfit", "accumulation"],
+)
+def test_options_of_the_trainer_that_would_cut_or_mix_up_rollouts_are_refused(folder, tmp_path, option, words):
+    module, data, trainer = make(folder, tmp_path, trainer={"max_epochs": 4} | option)
+    with pytest.raises(UserError, match=words):
+        trainer.fit(module, data)
+
+
+def test_a_fast_dev_run_plays_one_rollout(folder, tmp_path):
+    module, data, trainer = make(folder, tmp_path, trainer={"fast_dev_run": True})
+    trainer.fit(module, data)
+    assert trainer.global_step == 1
+
+
+def test_the_demos_held_out_prompts_are_not_taken_for_those_of_other_training_prompts(folder, tmp_path):
+    with pytest.raises(UserError, match=r"validation is still 'demo' while train is '.*prompts\.jsonl'"):
+        make(folder, tmp_path, data={"validation": "demo"})
 
 
 def test_a_rollout_that_cannot_be_cut_into_minibatches_is_refused_with_the_numbers(folder, tmp_path):

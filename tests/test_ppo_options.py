@@ -1,5 +1,7 @@
 """What the options of PPO do to a run."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -268,3 +270,27 @@ def test_defaults_are_those_of_the_checklist(folder):
     assert module.kl_penalty == KLPenalty("reward", "k1")
     assert not module.shaping.whiten
     assert RewardModel(str(folder)).lr_scheduler == "cosine"  # to 0 at the last step
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("clip_range", -1.0),
+        ("value_clip_range", 0.0),
+        ("value_coef", -0.1),
+        ("gamma", 1.1),
+        ("gae_lambda", 7.0),
+        ("critic_learning_rate", -1e-3),
+        ("learning_rate", float("nan")),
+        ("weight_decay", -0.1),
+        ("adam_betas", (0.9, 1.0)),
+        ("adam_eps", -1e-8),
+        ("temperature", 0.0),
+        ("ppo_epochs", 0),
+        ("num_minibatches", 0),
+        ("critic_warmup", -1),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_by_name_and_value(folder, option, value):
+    with pytest.raises(UserError, match=re.escape(f"{option} ({value}) must be ")):
+        PPO(str(folder), **{option: value})

@@ -84,7 +84,7 @@ def test_exporting_twice_changes_nothing(inputs, tmp_path):
 def test_a_fresh_head_forgets_the_shift_of_the_old_one(inputs, tmp_path):
     fit(inputs, tmp_path)
     assert RewardModel(str(tmp_path / "model"), fresh_head=False).reward_model.bias != 0
-    assert RewardModel(str(tmp_path / "model")).reward_model.bias == 0
+    assert RewardModel(str(tmp_path / "model"), fresh_head=True).reward_model.bias == 0
 
 
 def test_scores_that_are_all_equal_cannot_be_scaled(inputs, tmp_path):

@@ -91,8 +91,12 @@ def test_pad_equal_to_eos_changes_no_episode():
 
 
 def test_prompts_that_leave_no_room_in_the_context_are_refused_with_the_numbers():
-    with pytest.raises(UserError, match=r"\(11 tokens\) and max_new_tokens \(60\) do not fit .* context of 64"):
-        complete(tiny_policy(), tiny_tokenizer(), PromptBatch([np.arange(3, 14)], {}), GenerationSettings(60))
+    numbers = r"\(11 tokens\) and max_new_tokens \({}\) do not fit .* context of 64; lower max_new_tokens to 53{}$"
+    for max_new_tokens, other_remedy in ((60, " or max_prompt_length to 4"), (64, "")):
+        with pytest.raises(UserError, match=numbers.format(max_new_tokens, other_remedy)):
+            complete(
+                tiny_policy(), tiny_tokenizer(), PromptBatch([np.arange(3, 14)], {}), GenerationSettings(max_new_tokens)
+            )
 
 
 def test_settings_that_mean_nothing_are_refused():

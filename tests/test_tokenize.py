@@ -10,8 +10,8 @@ from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.tokenize import (
     KEPT,
+    LONG_PROMPT,
     NO_PROMPT,
-    NO_RESPONSE,
     TIE,
     TOO_LONG,
     TRUNCATED,
@@ -96,7 +96,8 @@ def test_a_truncated_row_loses_its_end_and_gets_no_end_token():
     [(cut, mask, status)] = sft([row], tokenizer, Options(3, "truncate"))
     assert cut.tolist() == whole[:3].tolist() and mask.tolist() == [False, True, True] and status == TRUNCATED
     assert sft([row], tokenizer, Options(4, "drop"))[0][2] == TOO_LONG
-    assert sft([{"prompt": "a b c", "completion": " d"}], tokenizer, Options(3, "truncate"))[0][2] == NO_RESPONSE
+    assert sft([{"prompt": "a b c", "completion": " d"}], tokenizer, Options(3, "truncate"))[0][2] == LONG_PROMPT
+    assert sft([{"prompt": "a", "completion": ""}], tokenizer, Options(3, "truncate"))[0][2] == KEPT, "an end token"
 
 
 def test_end_tokens_are_learnt_where_pad_is_eos():
@@ -223,6 +224,7 @@ def test_pairs_are_dropped_or_cut_for_a_reason_that_is_counted():
     assert preference(row, tokenizer, Options(4))[3] == TOO_LONG
     _, chosen, rejected, status = preference(row, tokenizer, Options(3, "truncate"))
     assert status == TRUNCATED and len(chosen) == 2 and EOS not in chosen and rejected[-1] == EOS
+    assert preference(row, tokenizer, Options(1, "truncate"))[3] == LONG_PROMPT
     assert preference(same, tokenizer)[3] == TIE
     assert preference({"prompt": "", "chosen": "a", "rejected": "b"}, tokenizer)[3] == NO_PROMPT
     report = Report.of("pairs", np.array([KEPT, TRUNCATED, TIE, TIE, TOO_LONG]))

@@ -27,7 +27,7 @@ from lit_rlhf.data.tokenize import Options
 from lit_rlhf.errors import UserError
 from lit_rlhf.packing import Example, pack
 
-CACHE_VERSION = 1  # raise it when checks or masks change, so that no older cache is used
+CACHE_VERSION = 2  # raise it when checks or masks change, so that no older cache is used
 _IDS = datasets.List(datasets.Value("int32"))
 FEATURES = {
     "sft": datasets.Features(

@@ -5,18 +5,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
+from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows
 from lit_rlhf.data.examples import PackedDataset, load_examples
 from lit_rlhf.data.formats import Kind, Sources, as_prompt
 from lit_rlhf.data.prompts import PromptDataset, encode_prompts, load_prompts, to_columns
 from lit_rlhf.data.sources import DEMO, Role, iterate_rows, parse_sources
 from lit_rlhf.data.tokenize import LossOn, Options, Truncation
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 
 __all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
 
@@ -68,12 +68,13 @@ class ExamplesDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        if validation == DEMO and not any(source.name == DEMO for source in parse_sources(train)):
-            raise UserError(
-                f"validation is still {DEMO!r} while train is {train!r}; name held-out rows of your own, or null"
-            )
+        require_held_out_rows(train, validation)
         if max_tokens is None and batch_size is None:
             raise UserError("max_tokens and batch_size are both null: one of them must limit a micro-batch")
+        require(
+            max_prompt_length is None or max_prompt_length >= 1, "max_prompt_length", max_prompt_length, "1 or more"
+        )
+        require(max_length is None or max_length >= 2, "max_length", max_length, "2 or more: a prompt and a response")
         self.sources: dict[str, Sources | None] = {"train": train, "validation": validation, "test": test or validation}
         self.predict = predict
         self.max_length = max_length
@@ -104,6 +105,9 @@ class ExamplesDataModule(LightningDataModule):
         """
         if self.tokenizer is None:
             raise UserError(f"{type(self).__name__} needs the model's tokenizer: pass tokenizer=model.tokenizer")
+        context = self.tokenizer.model_max_length
+        fits = self.max_prompt_length is None or self.max_prompt_length < context
+        require(fits, "max_prompt_length", self.max_prompt_length, f"less than the model's context of {context} tokens")
         if self.chat_template is not None:
             self.tokenizer.chat_template = _read_template(self.chat_template)
         for name in STAGES[stage]:
@@ -132,16 +136,7 @@ class ExamplesDataModule(LightningDataModule):
             UserError: a Trainer option that would change the batches behind the plan's back.
         """
         trainer: Any = self.trainer
-        if trainer.overfit_batches:
-            raise UserError(
-                f"overfit_batches ({trainer.overfit_batches}) would replace the sampler that plans the micro-batches; "
-                "use limit_train_batches, with shuffle: false"
-            )
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-            raise UserError(
-                "GradientAccumulationScheduler changes the accumulation behind the loss's denominator; use "
-                "accumulate_grad_batches"
-            )
+        check_trainer_options(trainer)
         return self._loader("train", self.shuffle, trainer.limit_train_batches, trainer.accumulate_grad_batches)
 
     def val_dataloader(self) -> DataLoader | list:

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batches import PromptBatch, RolloutBatch
 from lit_rlhf.data.batching import as_it_is
+from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows, require_whole_epochs
 from lit_rlhf.data.formats import Sources
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.sources import Role
 from lit_rlhf.data.tokenize import stop_token_ids
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.experience import Experience
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import Reward
@@ -62,11 +63,15 @@ class RolloutDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
+        require_held_out_rows(train, validation)
         if min(rollout_size, num_slots, max_new_tokens, max_validation_prompts) < 1:
             raise UserError(
                 f"rollout_size ({rollout_size}), num_slots ({num_slots}), max_new_tokens ({max_new_tokens}) and "
                 f"max_validation_prompts ({max_validation_prompts}) must be 1 or more"
             )
+        require(
+            max_prompt_length is None or max_prompt_length >= 1, "max_prompt_length", max_prompt_length, "1 or more"
+        )
         self.reward = reward
         self.monitors = monitors or {}
         self.sources = {"train": train, "validation": validation, "test": test or validation}
@@ -113,8 +118,14 @@ class RolloutDataModule(LightningDataModule):
             reward.bind(self.tokenizer, trainer.strategy.root_device)
 
     def train_dataloader(self) -> "RolloutLoader":
-        """One pass over it is one PPO iteration."""
+        """One pass over it is one PPO iteration.
+
+        Raises:
+            UserError: a Trainer option that would change the batches behind the plan's back, or an unequal share.
+        """
         assert self.trainer is not None
+        check_trainer_options(self.trainer)
+        require_whole_epochs(self.trainer)
         if self.rollout_size % self.trainer.world_size:
             raise UserError(
                 f"rollout_size ({self.rollout_size}) must divide among {self.trainer.world_size} ranks; try "

@@ -26,8 +26,9 @@ STATUS = (
     "no response left to learn from",
     "ties: chosen equals rejected",
     "no whole token as prompt",
+    "whose prompt alone reaches max_length: shorten prompts or raise max_length",
 )
-KEPT, TRUNCATED, TOO_LONG, NO_RESPONSE, TIE, NO_PROMPT = range(len(STATUS))
+KEPT, TRUNCATED, TOO_LONG, NO_RESPONSE, TIE, NO_PROMPT, LONG_PROMPT = range(len(STATUS))
 
 
 class Options(NamedTuple):
@@ -156,8 +157,9 @@ def _mask_sft(
     if options.max_length is not None and len(ids) > options.max_length:
         if options.truncation == "drop":
             return ids[:0], mask[:0], TOO_LONG
+        learnt = mask.any()
         ids, mask = ids[: options.max_length], mask[: options.max_length]
-        return (ids, mask, TRUNCATED) if mask.any() else (ids[:0], mask[:0], NO_RESPONSE)
+        return (ids, mask, TRUNCATED) if mask.any() else (ids[:0], mask[:0], LONG_PROMPT if learnt else NO_RESPONSE)
     return (ids, mask, KEPT) if mask.any() else (ids[:0], mask[:0], NO_RESPONSE)
 
 
@@ -239,8 +241,10 @@ def _fit_pair(
     longest = len(prompt) + max(len(response) for response in responses)
     if options.max_length is not None and longest > options.max_length:
         room = options.max_length - len(prompt)
-        if options.truncation == "drop" or room < 1:
+        if options.truncation == "drop":
             return nothing, nothing, nothing, TOO_LONG
+        if room < 1:
+            return nothing, nothing, nothing, LONG_PROMPT
         responses, status = [response[:room] for response in responses], TRUNCATED
         if np.array_equal(responses[0], responses[1]):
             return nothing, nothing, nothing, TIE

@@ -1,0 +1,42 @@
+"""What both kinds of data module refuse: they plan an epoch's batches themselves, and choose no validation data."""
+
+from typing import Any
+
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lit_rlhf.data.formats import Sources
+from lit_rlhf.data.sources import DEMO, parse_sources
+from lit_rlhf.errors import UserError
+
+
+def require_held_out_rows(train: Sources, validation: Sources | None) -> None:
+    """Refuse to judge what was learnt from the user's rows by the demo's, which nobody asked for."""
+    if validation == DEMO and not any(source.name == DEMO for source in parse_sources(train)):
+        raise UserError(
+            f"validation is still {DEMO!r} while train is {train!r}; name held-out rows of your own, or null"
+        )
+
+
+def check_trainer_options(trainer: Any) -> None:
+    """Refuse options of the Trainer that change the training batches behind their plan's back."""
+    if trainer.overfit_batches:
+        raise UserError(
+            f"overfit_batches ({trainer.overfit_batches}) would replace the plan of the micro-batches; to learn from "
+            "few rows again and again, name a file that holds no others as train"
+        )
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise UserError(
+            "GradientAccumulationScheduler changes the accumulation behind the loss's denominator; use "
+            "accumulate_grad_batches"
+        )
+
+
+def require_whole_epochs(trainer: Any) -> None:
+    """Refuse what ends an epoch early: on policy it is an iteration, and its rollout is learnt from to the end."""
+    limit = trainer.limit_train_batches
+    whole = limit is None or (isinstance(limit, float) and limit == 1.0)  # the int 1 is one micro-batch
+    if not whole and not trainer.fast_dev_run:
+        raise UserError(
+            f"limit_train_batches ({limit}) would end an iteration in the middle of its rollout; for a shorter run "
+            "lower rollout_size, max_epochs or max_steps"
+        )

@@ -23,13 +23,15 @@ def inputs(tmp_path_factory):
 
 
 class Watch(Callback):
-    """Keeps the losses and the gradients of the first optimiser step."""
+    """Keeps the losses of optimiser steps and the gradients of the first."""
 
     def __init__(self):
-        self.losses, self.gradients = [], None
+        self.losses, self.gradients, self.micro_batches = [], None, 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(trainer.callback_metrics["train/loss"].item())
+        self.micro_batches += 1
+        if "train/loss" in trainer.callback_metrics:  # not before the first optimiser step
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if self.gradients is None:
@@ -57,12 +59,13 @@ def test_cached_and_live_reference_give_the_same_losses(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
-def test_gradients_do_not_depend_on_the_split_into_micro_batches(inputs, tmp_path, stage):
+def test_gradients_and_logged_loss_do_not_depend_on_the_split_into_micro_batches(inputs, tmp_path, stage):
     torch.manual_seed(0)  # the reward model's head is drawn at random
     whole = watch(stage, inputs, tmp_path, {"max_tokens": None, "batch_size": 24})
     torch.manual_seed(0)
     split = watch(stage, inputs, tmp_path, {"max_tokens": None, "batch_size": 5}, {"accumulate_grad_batches": 5})
-    assert len(whole.losses) == 1 and len(split.losses) == 5
+    assert whole.micro_batches == 1 and split.micro_batches == 5
+    assert split.losses == pytest.approx(whole.losses)
     for name, gradient in whole.gradients.items():
         torch.testing.assert_close(split.gradients[name], gradient, rtol=1e-4, atol=1e-6)
 

@@ -20,7 +20,13 @@ from lit_rlhf.rollout import GenerationSettings
 from tests.stages import make_stage, make_trainer, share_of_w9, write_inputs
 from tests.tiny import plain_response_logprobs, tiny_model, tiny_tokenizer
 
-RUNS = {"sft": ("sft", {}), "ppo": ("ppo", {}), "dpo": ("dpo", {}), "dpo_cached": ("dpo", {"cache_reference": True})}
+RUNS = {
+    "sft": ("sft", {}),
+    "ppo": ("ppo", {}),
+    "ppo_monitored": ("ppo", {}),
+    "dpo": ("dpo", {}),
+    "dpo_cached": ("dpo", {"cache_reference": True}),
+}
 
 
 def save_always_w9(folder):
@@ -41,7 +47,11 @@ def root(tmp_path_factory):
     for name, (stage, options) in {"reward_model": ("reward_model", {}), **RUNS}.items():
         module, data = make_stage(stage, root, **options)
         if stage == "ppo":
-            data.reward = RewardModelReward(str(root / "reward_model" / "model"))
+            scorer = RewardModelReward(str(root / "reward_model" / "model"))
+            if name == "ppo_monitored":
+                data.monitors = {"scorer": scorer}
+            else:
+                data.reward = scorer
         callbacks = [HuggingFaceExport(), RunSummary()]
         trainer = make_trainer(root / name, max_epochs=1, limit_val_batches=1, callbacks=callbacks)
         trainer.fit(module, data)
@@ -89,8 +99,8 @@ def test_a_better_policy_wins_every_prompt_at_the_kl_of_what_it_writes(root, res
 
 def test_models_in_memory_are_those_that_the_stage_needs(results):
     models = {name: results[name]["models_in_memory"] for name in RUNS}
-    # PPO: policy, critic, reference and reward model; DPO: policy and reference, or the policy alone with the cache.
-    assert models == {"sft": 1, "ppo": 4, "dpo": 2, "dpo_cached": 1}
+    # PPO: policy, critic, reference and reward model, learnt from or watched; DPO: policy and reference, if not cached.
+    assert models == {"sft": 1, "ppo": 4, "ppo_monitored": 4, "dpo": 2, "dpo_cached": 1}
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")

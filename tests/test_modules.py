@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import DPO, RewardModel, RewardModelReward, TextReward, UserError
-from lit_rlhf.callbacks import export, markdown_table
+from lit_rlhf.callbacks import HuggingFaceExport, export, markdown_table
 from lit_rlhf.sharding import full_state_dict
 from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tiny import EOS, save_tiny, tiny_tokenizer
@@ -45,6 +45,22 @@ def watch(stage, inputs, folder, data=None, trainer=None, **options):
         setattr(datamodule, name, value)
     make_trainer(folder, max_epochs=1, callbacks=[watcher], **(trainer or {})).fit(module, datamodule)
     return watcher
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_a_stage_learns_and_is_exported_in_half_precision(stage, inputs, tmp_path):
+    module, data = make_stage(stage, inputs)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    callbacks, trainer = [HuggingFaceExport()], {"precision": "bf16-true", "max_epochs": 1, "limit_val_batches": 1.0}
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **trainer)
+    trainer.fit(module, data)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert any(not torch.equal(p.float(), before[name]) for name, p in module.named_parameters())
+    assert {"train/loss", "val/loss"} < set(trainer.callback_metrics)
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+    kind = AutoModelForSequenceClassification if stage == "reward_model" else AutoModelForCausalLM
+    exported = kind.from_pretrained(tmp_path / "model", dtype="auto")
+    assert exported.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("cache_reference", [False, True])

@@ -33,6 +33,6 @@ def calibration(margins: Tensor) -> Calibration:
     confidence = margins.abs().sigmoid()
     correct = (margins > 0).float() + 0.5 * (margins == 0).float()
     bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-    empty = torch.zeros(NUM_BINS, device=margins.device)
+    empty = torch.zeros(NUM_BINS, dtype=torch.float32, device=margins.device)
     columns = (torch.ones_like(confidence), confidence, correct)
     return Calibration(*(empty.index_add(0, bins, column.float()) for column in columns))

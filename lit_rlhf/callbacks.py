@@ -128,8 +128,9 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, AlignmentModule)
-        data = getattr(trainer, "datamodule", None)
-        reward_networks = [n for reward in (getattr(data, "reward", None),) if reward for n in reward.networks()]
+        data: Any = getattr(trainer, "datamodule", None)
+        rewards = [data.reward, *data.monitors.values()] if hasattr(data, "monitors") else []
+        reward_networks = [network for reward in rewards for network in reward.networks()]
         summary = {
             "seconds": time.perf_counter() - self.since,
             "peak_memory_mb": peak_memory_mb(pl_module.device),
@@ -137,9 +138,15 @@ class RunSummary(Callback):
             "steps": trainer.global_step,
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(summary, Path(trainer.default_root_dir) / "summary.json")
+
+
+def write_json(content: Any, file: Path) -> None:
+    """Write aside and rename into place."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.new")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    aside.rename(file)
 
 
 def peak_memory_mb(device: torch.device) -> float:

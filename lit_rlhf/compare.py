@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_rlhf.batches import PromptBatch
+from lit_rlhf.callbacks import write_json
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.packing import Example, pack
@@ -165,11 +166,3 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{file.absolute()} is missing: it is written when `fit` ends") from None
-
-
-def write_json(content: Any, file: Path) -> None:
-    """Write aside and rename into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.new")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    aside.rename(file)

@@ -15,7 +15,7 @@ from lit_rlhf.policy import Policy, check_same_tokens, freeze, frozen_copy, load
 from lit_rlhf.preference_loss import LossTerm, PreferenceLoss
 from lit_rlhf.reference_cache import ReferenceCache
 from lit_rlhf.reference_update import ReferenceUpdate
-from lit_rlhf.reward_model import agreement
+from lit_rlhf.reward_model import agreement, pair_lengths
 from lit_rlhf.rollout import GenerationSettings
 
 
@@ -98,7 +98,8 @@ class DPO(AlignmentModule):
         chosen, rejected = sequence_logprobs(self.policy, batch.packed)
         ref_chosen, ref_rejected = self.reference_logprobs(batch, "train")
         losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **self.loss_inputs(batch))
-        self.log_dpo("train", losses, chosen - ref_chosen, rejected - ref_rejected, chosen)
+        self.log_dpo("train", losses, chosen, rejected, ref_chosen, ref_rejected)
+        self.log_mean("train", pair_lengths(batch.packed), weight=len(losses))
         if "reward_shift" in self.loss.inputs:
             self.update_reward_shift(self.beta * (chosen - ref_chosen + rejected - ref_rejected) / 2)
         return losses.sum() / batch.denominator
@@ -108,7 +109,7 @@ class DPO(AlignmentModule):
         chosen, rejected = sequence_logprobs(self.policy, batch.packed)
         ref_chosen, ref_rejected = self.reference_logprobs(batch, stage)
         losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **self.loss_inputs(batch))
-        self.log_dpo(stage, losses, chosen - ref_chosen, rejected - ref_rejected, chosen)
+        self.log_dpo(stage, losses, chosen, rejected, ref_chosen, ref_rejected)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, Tensor]:
@@ -127,8 +128,7 @@ class DPO(AlignmentModule):
         """What the loss asks for beyond log-probs: lengths, (B,), and BCO's shift, ()."""
         packed, wanted = batch.packed, {}
         if self.loss.inputs & {"chosen_lengths", "rejected_lengths"}:
-            lengths = packed.sum_by_sequence(torch.ones(len(packed.target_ids), device=self.device))
-            wanted["chosen_lengths"], wanted["rejected_lengths"] = lengths.chunk(2)
+            wanted["chosen_lengths"], wanted["rejected_lengths"] = packed.response_lengths.chunk(2)
         if "reward_shift" in self.loss.inputs:
             wanted["reward_shift"] = self.reward_shift
         return wanted
@@ -148,26 +148,37 @@ class DPO(AlignmentModule):
         if update is not None and (self.trainer.global_step + 1) % update.every == 0:  # this step counts afterwards
             update.apply(self.reference, self.policy)
 
-    def log_dpo(self, stage: str, losses: Tensor, chosen: Tensor, rejected: Tensor, logprobs: Tensor) -> None:
+    @torch.no_grad()
+    def log_dpo(
+        self,
+        stage: str,
+        losses: Tensor,
+        chosen: Tensor,
+        rejected: Tensor,
+        ref_chosen: Tensor,
+        ref_rejected: Tensor,
+    ) -> None:
         """Log the loss, the implicit rewards r̂ = β log π/π_ref and why they moved.
 
         Args:
             stage: train, val or test.
             losses: (B,).
-            chosen: (B,) log-ratios of the chosen responses.
-            rejected: (B,) log-ratios of the rejected responses.
-            logprobs: (B,) log π of the chosen responses; they may fall while the margin grows.
+            chosen: (B,) log π of the chosen responses; they may fall while the margin grows.
+            rejected: (B,) log π of the rejected responses.
+            ref_chosen: (B,) log π_ref of the chosen responses.
+            ref_rejected: (B,) log π_ref of the rejected responses.
         """
-        chosen_reward, rejected_reward = self.beta * chosen.detach(), self.beta * rejected.detach()
+        chosen_reward, rejected_reward = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
         agrees = agreement(chosen_reward, rejected_reward)
         prefix = "dpo" if stage == "train" else stage
         metrics = {
-            "loss": losses.detach().mean(),
+            "loss": losses.mean(),
             f"{prefix}/reward_accuracy": agrees["accuracy"],
             f"{prefix}/reward_margin": agrees["margin"],
             f"{prefix}/chosen_reward": chosen_reward.mean(),
             f"{prefix}/rejected_reward": rejected_reward.mean(),
-            f"{prefix}/chosen_logprobs": logprobs.detach().mean(),
+            f"{prefix}/chosen_logprobs": chosen.mean(),
+            f"{prefix}/rejected_logprobs": rejected.mean(),
         }
         self.log_mean(stage, metrics, weight=len(losses))
 

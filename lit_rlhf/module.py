@@ -61,6 +61,8 @@ class AlignmentModule(LightningModule):
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
         self.frozen: dict[str, nn.Module] = {}
         self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
+        # Of the optimiser step's micro-batches so far, by metric: weighted sum and weight.
+        self.step_sums: dict[str, tuple[Tensor, int]] = {}
 
     def frozen_network(self, name: str) -> nn.Module:
         """A frozen network, on this module's device and in its networks' dtype."""
@@ -161,7 +163,8 @@ class AlignmentModule(LightningModule):
         self.loader_states = []
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log learning rate and gradient norm before clipping; refuse a step that would write NaN into the weights."""
+        """Log this step, gradient norm before clipping included; refuse one that would write NaN into the weights."""
+        self.log_step()
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = total_norm(gradients)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # fp16: inf means "scale down"
@@ -187,15 +190,29 @@ class AlignmentModule(LightningModule):
         return Moments(*self.sum_over_ranks(torch.stack(masked_moments(values))))
 
     def log_mean(self, stage: str, metrics: dict[str, Tensor], weight: int) -> None:
-        """Log means of a micro-batch; validation averages them over the epoch and all ranks by their weight."""
-        validating = stage != "train"
+        """Log means of a micro-batch, averaged by their weight: in training over the optimiser step, else the epoch.
+
+        Args:
+            stage: train, val or test.
+            metrics: means; a name with a slash stands as it is, any other is logged as `stage`/name.
+            weight: how many items each is a mean over, of the kind that the loss is a mean over where it is the loss.
+        """
         for name, value in metrics.items():
-            self.log(
-                name if "/" in name else f"{stage}/{name}",
-                value,
-                batch_size=weight,
-                on_step=not validating,
-                on_epoch=validating,
-                sync_dist=validating,
-                prog_bar=name in PROGRESS,
-            )
+            tag = name if "/" in name else f"{stage}/{name}"
+            if stage == "train":
+                total, count = self.step_sums.get(tag, (0.0, 0))
+                self.step_sums[tag] = (total + value.float() * weight, count + weight)
+            else:
+                in_bar = name in PROGRESS
+                self.log(tag, value, batch_size=weight, on_step=False, on_epoch=True, sync_dist=True, prog_bar=in_bar)
+
+    def log_step(self) -> None:
+        """Log the training metrics of an optimiser step: means over its micro-batches on all ranks, in one exchange."""
+        if not self.step_sums:
+            return
+        totals, weights = zip(*self.step_sums.values(), strict=True)
+        sums = torch.stack([torch.stack(totals), torch.tensor(weights, dtype=torch.float32, device=self.device)])
+        totals, weights = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        for tag, mean in zip(self.step_sums, totals / weights, strict=True):
+            self.log(tag, mean, prog_bar=tag.removeprefix("train/") in PROGRESS)
+        self.step_sums = {}

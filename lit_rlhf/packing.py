@@ -76,6 +76,13 @@ class PackedBatch(NamedTuple):
         """B."""
         return self.last_nodes.shape[0]
 
+    @property
+    def response_lengths(self) -> Tensor:
+        """(B,) float32: response tokens of each sequence."""
+        return self.sum_by_sequence(
+            torch.ones(len(self.target_ids), dtype=torch.float32, device=self.target_ids.device)
+        )
+
     def sum_by_sequence(self, token_values: Tensor) -> Tensor:
         """(M,) values of response tokens -> (B,) sums over each sequence."""
         sums = token_values.new_zeros(self.num_sequences)

@@ -14,7 +14,7 @@ from lit_rlhf.data.tokenize import as_text
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import bradley_terry_loss
 from lit_rlhf.module import AlignmentModule
-from lit_rlhf.packing import Example, pack
+from lit_rlhf.packing import Example, PackedBatch, pack
 from lit_rlhf.policy import load_scorer, load_tokenizer, pad_token_id_for
 from lit_rlhf.sharding import gathered
 
@@ -60,7 +60,8 @@ class RewardModel(AlignmentModule):
         """One micro-batch: the Bradley-Terry loss of its pairs."""
         chosen, rejected = self.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
         losses = bradley_terry_loss(chosen, rejected, batch.margin)
-        self.log_mean("train", {"loss": losses.detach().mean(), **agreement(chosen, rejected)}, weight=len(losses))
+        metrics = {"loss": losses.detach().mean(), **agreement(chosen, rejected), **pair_lengths(batch.packed)}
+        self.log_mean("train", metrics, weight=len(losses))
         return losses.sum() / batch.denominator
 
     def on_validation_epoch_end(self) -> None:
@@ -134,6 +135,12 @@ class RewardModel(AlignmentModule):
     def exportable(self) -> PreTrainedModel:
         """The sequence classifier with its scalar head."""
         return self.reward_model.model
+
+
+def pair_lengths(packed: PackedBatch) -> dict[str, Tensor]:
+    """Mean response tokens of B pairs, chosen and rejected apart: what a bias towards length would feed on."""
+    chosen, rejected = packed.response_lengths.chunk(2)
+    return {"chosen_length": chosen.mean(), "rejected_length": rejected.mean()}
 
 
 def agreement(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

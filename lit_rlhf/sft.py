@@ -39,8 +39,10 @@ class SFT(AlignmentModule):
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the negative log-likelihood of the demonstrated tokens."""
-        total, count = self.policy.nll(batch.packed), len(batch.packed.target_ids)
+        total, lengths = self.policy.nll(batch.packed), batch.packed.response_lengths
+        count = len(batch.packed.target_ids)
         self.log_mean("train", {"loss": total.detach() / count}, weight=count)
+        self.log_mean("train", {"response_length": lengths.mean()}, weight=len(lengths))
         return total / batch.denominator
 
     def evaluate(self, batch: SFTBatch, stage: str) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_rlhf import KLPenalty, RewardShaping
 from lit_rlhf.callbacks import HuggingFaceExport
+from lit_rlhf.module import AlignmentModule
 from lit_rlhf.sharding import full_state_dict
 from tests.stages import STAGES, make_stage
 
@@ -21,12 +22,40 @@ STOPPED_PPO = {  # in its second iteration, after the critic has warmed up, at t
     "kl_penalty": KLPenalty("loss", "k3"),
     "shaping": RewardShaping(normalize="standardize", whiten=True),
 }
+# One step of the whole data set; a large epsilon keeps the size of the gradient in what AdamW does with it.
+WHOLE = {"lr_scheduler": "constant", "warmup_steps": 0, "adam_eps": 1.0}
+WHOLE_TRAINER: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 100}
+WHOLE_RUNS: dict[str, dict[str, Any]] = {
+    "sft": WHOLE,
+    "reward_model": WHOLE | {"normalize": None},
+    "dpo": WHOLE | {"reference_free": True},
+}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     **{stage: (stage, {}) for stage in STAGES},
     "reward_model": ("reward_model", {"normalize": "mean_and_std"}),
     "stopped_ppo": ("ppo", STOPPED_PPO),
     "dpo_cached": ("dpo", {"cache_reference": True}),
+    **{f"whole_{stage}": (stage, options) for stage, options in WHOLE_RUNS.items()},
 }
+
+
+class Shares(Callback):
+    """Keeps the items of each micro-batch and the denominator that its loss was divided by."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note them."""
+        self.seen.append((len(batch.packed.target_ids), batch.denominator.item()))
+
+
+def outcome(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
+    """Last metrics and what the exported weights sum to."""
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    weights = full_state_dict(module.exportable())
+    checksum = sum(float(w.double().abs().sum()) for w in weights.values())
+    return {"metrics": metrics, "steps": trainer.global_step, "checksum": checksum}
 
 
 def gather(mine: Any) -> list[Any]:
@@ -45,26 +74,25 @@ def main(folder: Path, name: str) -> None:
         sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         strategy: Any = "ddp" if name == "ddp" else sharded
         module, data = make_stage(stage, folder, **options)
+        shares = Shares()
+        options = WHOLE_TRAINER if run.startswith("whole") else {"max_epochs": 2, "gradient_clip_val": 1.0}
         trainer = Trainer(
             default_root_dir=folder / name / run,
             accelerator="cpu",
             devices=2,
             strategy=strategy,
-            max_epochs=2,
-            callbacks=[HuggingFaceExport()],
-            gradient_clip_val=1.0,
+            callbacks=[HuggingFaceExport(), shares],
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
             logger=False,
+            **options,
         )
         trainer.fit(module, data)
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        weights = full_state_dict(module.exportable())
-        checksum = torch.tensor(sum(float(w.double().abs().sum()) for w in weights.values()))
-        results[run] = {"metrics": metrics, "steps": trainer.global_step, "checksum": float(checksum)}
+        results[run] = outcome(trainer, module)
         if stage == "ppo":
             loader: Any = trainer.train_dataloader
+            results[run]["shares"] = gather(shares.seen)
             results[run]["advantages"] = gather(torch.cat(loader.experience.tokens["advantages"]).tolist())
             own_weights = sum(float(w.double().sum()) for w in module.state_dict().values())
             results[run]["own_weights"] = gather(own_weights) if name == "ddp" else None

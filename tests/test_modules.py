@@ -24,13 +24,15 @@ def inputs(tmp_path_factory):
 
 
 class Watch(Callback):
-    """Keeps the losses and the gradients of the first optimiser step."""
+    """Keeps the losses of optimiser steps and the gradients of the first."""
 
     def __init__(self):
-        self.losses, self.gradients = [], None
+        self.losses, self.gradients, self.micro_batches = [], None, 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(trainer.callback_metrics["train/loss"].item())
+        self.micro_batches += 1
+        if "train/loss" in trainer.callback_metrics:  # not before the first optimiser step
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if self.gradients is None:
@@ -46,6 +48,22 @@ def watch(stage, inputs, folder, data=None, trainer=None, **options):
     return watcher
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_a_stage_learns_and_is_exported_in_half_precision(stage, inputs, tmp_path):
+    module, data = make_stage(stage, inputs)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    callbacks, trainer = [HuggingFaceExport()], {"precision": "bf16-true", "max_epochs": 1, "limit_val_batches": 1.0}
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **trainer)
+    trainer.fit(module, data)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert any(not torch.equal(p.float(), before[name]) for name, p in module.named_parameters())
+    assert {"train/loss", "val/loss"} < set(trainer.callback_metrics)
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+    kind = AutoModelForSequenceClassification if stage == "reward_model" else AutoModelForCausalLM
+    exported = kind.from_pretrained(tmp_path / "model", dtype="auto")
+    assert exported.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("cache_reference", [False, True])
 def test_dpo_starts_at_log_2(inputs, tmp_path, cache_reference):
     watcher = watch("dpo", inputs, tmp_path, cache_reference=cache_reference)
@@ -58,12 +76,13 @@ def test_cached_and_live_reference_give_the_same_losses(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
-def test_gradients_do_not_depend_on_the_split_into_micro_batches(inputs, tmp_path, stage):
+def test_gradients_and_logged_loss_do_not_depend_on_the_split_into_micro_batches(inputs, tmp_path, stage):
     torch.manual_seed(0)  # the reward model's head is drawn at random
     whole = watch(stage, inputs, tmp_path, {"max_tokens": None, "batch_size": 24})
     torch.manual_seed(0)
     split = watch(stage, inputs, tmp_path, {"max_tokens": None, "batch_size": 5}, {"accumulate_grad_batches": 5})
-    assert len(whole.losses) == 1 and len(split.losses) == 5
+    assert whole.micro_batches == 1 and split.micro_batches == 5
+    assert split.losses == pytest.approx(whole.losses)
     for name, gradient in whole.gradients.items():
         torch.testing.assert_close(split.gradients[name], gradient, rtol=1e-4, atol=1e-6)
 

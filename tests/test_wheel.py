@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -17,21 +19,30 @@ gymnasium.make("LitRLHF/Token-v0").reset(seed=0)
 """
 
 
-def test_the_built_wheel_works_outside_of_the_checkout(tmp_path):
+def run(*command, folder):
+    """Outside of the checkout, with nothing that leads into it."""
+    environment = {"PATH": "", "HOME": str(folder)}
+    done = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_built_wheel_installs_and_works_outside_of_the_checkout(tmp_path):
     pytest.importorskip("hatchling", reason="building the wheel needs the dev extra")
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([*wheel, str(ROOT)], check=True)
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT, folder=tmp_path)
     (built,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(built) as archive:
         top = {name.split("/")[0] for name in archive.namelist()}
-        archive.extractall(tmp_path / "site")
     assert {name for name in top if not name.endswith(".dist-info")} == {"lit_rlhf", "token_mdp"}
-    code = CHECK.format(folder=str(tmp_path / "site"))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(*pip, "--python", python, "install", "--no-deps", "--no-index", "--no-compile", built, folder=tmp_path)
+    # The dependencies are those of this environment; its own .pth files, and with them the checkout, are not read.
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    run(python, "-c", CHECK.format(folder=str(site)), folder=tmp_path)
+    shown = run(python.with_name("lit-rlhf"), "--help", folder=tmp_path)
+    assert all(subcommand in shown for subcommand in ("fit", "validate", "test", "predict", "compare"))

@@ -77,7 +77,7 @@ def play(policy: TablePolicy, env: TokenVectorEnv, rng: np.random.Generator, num
 def learn_ppo(
     problem: Problem,
     beta: float,
-    iterations: int = 300,
+    iterations: int = 400,
     rollout_size: int = 1024,
     critic_learning_rate: float = 0.1,
     gae_lambda: float = 0.95,

@@ -47,7 +47,7 @@ EVERYWHERE = [pytest.param(name, beta, marks=pytest.mark.slow) for name in PROBL
 class TestPPO:
     @pytest.mark.parametrize(
         ("name", "beta", "iterations"),
-        [("trap", 0.1, 150), *(pytest.param(*where.values, 300, marks=pytest.mark.slow) for where in EVERYWHERE)],
+        [("trap", 0.1, 150), *(pytest.param(*where.values, 400, marks=pytest.mark.slow) for where in EVERYWHERE)],
     )
     def test_it_reaches_the_optimum(self, name, beta, iterations):
         policy = learn_ppo(PROBLEMS[name], beta, iterations)

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lit_rlhf.data.formats import Sources
 from lit_rlhf.data.sources import DEMO, parse_sources
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 
 
 def require_held_out_rows(train: Sources, validation: Sources | None) -> None:
@@ -15,6 +15,11 @@ def require_held_out_rows(train: Sources, validation: Sources | None) -> None:
         raise UserError(
             f"validation is still {DEMO!r} while train is {train!r}; name held-out rows of your own, or null"
         )
+
+
+def require_prompt_length(limit: int | None) -> None:
+    """Refuse a limit that leaves no token of a prompt."""
+    require(limit is None or limit >= 1, "max_prompt_length", limit, "1 or more, or null")
 
 
 def check_trainer_options(trainer: Any) -> None:

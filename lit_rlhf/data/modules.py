@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
-from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows
+from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows, require_prompt_length
 from lit_rlhf.data.examples import PackedDataset, load_examples
 from lit_rlhf.data.formats import Kind, Sources, as_prompt
 from lit_rlhf.data.prompts import PromptDataset, encode_prompts, load_prompts, to_columns
@@ -71,9 +71,7 @@ class ExamplesDataModule(LightningDataModule):
         require_held_out_rows(train, validation)
         if max_tokens is None and batch_size is None:
             raise UserError("max_tokens and batch_size are both null: one of them must limit a micro-batch")
-        require(
-            max_prompt_length is None or max_prompt_length >= 1, "max_prompt_length", max_prompt_length, "1 or more"
-        )
+        require_prompt_length(max_prompt_length)
         require(max_length is None or max_length >= 2, "max_length", max_length, "2 or more: a prompt and a response")
         self.sources: dict[str, Sources | None] = {"train": train, "validation": validation, "test": test or validation}
         self.predict = predict

@@ -12,12 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batches import PromptBatch, RolloutBatch
 from lit_rlhf.data.batching import as_it_is
-from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows, require_whole_epochs
+from lit_rlhf.data.checks import (
+    check_trainer_options,
+    require_held_out_rows,
+    require_prompt_length,
+    require_whole_epochs,
+)
 from lit_rlhf.data.formats import Sources
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.sources import Role
 from lit_rlhf.data.tokenize import stop_token_ids
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError
 from lit_rlhf.experience import Experience
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import Reward
@@ -69,9 +74,7 @@ class RolloutDataModule(LightningDataModule):
                 f"rollout_size ({rollout_size}), num_slots ({num_slots}), max_new_tokens ({max_new_tokens}) and "
                 f"max_validation_prompts ({max_validation_prompts}) must be 1 or more"
             )
-        require(
-            max_prompt_length is None or max_prompt_length >= 1, "max_prompt_length", max_prompt_length, "1 or more"
-        )
+        require_prompt_length(max_prompt_length)
         self.reward = reward
         self.monitors = monitors or {}
         self.sources = {"train": train, "validation": validation, "test": test or validation}

@@ -131,13 +131,14 @@ class TokenTask:
         self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray], ended: BoolArray
     ) -> FloatArray:
         """(n,) rewards of the newest steps, 0 where the newest token closes none; the end closes one in any case."""
+        assert self._process_reward_fn is not None, "process rewards are asked for only where there is a function"
         rewards = np.zeros(len(responses))
         if self._is_boundary is None:
             due = np.arange(len(responses))
         else:
             newest = np.array([response[-1] for response in responses], dtype=np.int64)
             due = np.flatnonzero(self._is_boundary[newest] | ended)
-        if self._process_reward_fn is not None and len(due):
+        if len(due):
             indices = np.asarray(prompt_indices)[due]
             rewards[due] = self._call(
                 "process_reward_fn", self._process_reward_fn, indices, [responses[row] for row in due]

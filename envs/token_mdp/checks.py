@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,28 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} ({value!r}) must be an integer and at least 1")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Refuse what is no number in 0..1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value <= 1.0:  # type: ignore[operator]
+        raise ValueError(f"{name} ({value!r}) must be a number in 0..1")
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuse what is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} ({value!r}) must be one of {choices}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} ({value!r}) must be True or False")
+
+
+def check_render_mode(value: Any, modes: list[str]) -> None:
+    """Refuse what is neither None nor one of the modes."""
+    if value is not None and value not in modes:
+        raise ValueError(f"render_mode ({value!r}) must be None or one of {modes}")
 
 
 def check_function(name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.error import InvalidAction, ResetNeeded
 
+from token_mdp.checks import check_flag, check_render_mode
 from token_mdp.episodes import FinishReason, IntArray, episode_text
 from token_mdp.prompts import PromptQueue
 from token_mdp.rewards import RewardFn, RewardSpec
@@ -128,8 +129,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             reward_on=reward_on,
             observation=observation,
         )
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(f"render_mode ({render_mode!r}) must be None or one of {self.metadata['render_modes']}")
+        check_flag("shuffle", shuffle)
+        check_render_mode(render_mode, self.metadata["render_modes"])
         if prompt_queue is not None and prompt_queue.num_prompts != len(self.task.prompts):
             raise ValueError(
                 f"prompt_queue deals {prompt_queue.num_prompts} prompts, but there are {len(self.task.prompts)}"

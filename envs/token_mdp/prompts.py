@@ -53,7 +53,7 @@ class PromptStore:
 
     def check_index(self, index: Any) -> int:
         """The index as an int, or a ValueError that names the prompts there are."""
-        if not isinstance(index, int | np.integer) or not 0 <= index < len(self):
+        if isinstance(index, bool) or not isinstance(index, int | np.integer) or not 0 <= index < len(self):
             raise ValueError(f"prompt_index ({index!r}) must be an integer in 0..{len(self) - 1}")
         return int(index)
 
@@ -103,7 +103,10 @@ class PromptQueue:
 
 
 def _token_ids(prompt: Any, index: int, vocab_size: int) -> IntArray:
-    row = np.asarray(prompt)
+    try:
+        row = np.asarray(prompt)
+    except ValueError:  # sequences of unequal lengths inside of it
+        row = np.empty((1, 1))
     if row.size == 0:
         raise ValueError(f"prompts[{index}] has no tokens; start it with a BOS token if it has no text")
     if row.ndim != 1 or row.dtype.kind not in "iu":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from numbers import Real
 from typing import Any, NamedTuple
 
 import gymnasium.error
@@ -85,7 +87,7 @@ def as_components(reward_fn: RewardSpec) -> list[Component]:
             f"got {names}; a mapping from name to (function, weight) lets you choose them"
         )
     for name, fn, weight in entries:
-        if not callable(fn) or not isinstance(weight, int | float) or not np.isfinite(weight):
+        if not callable(fn) or not isinstance(weight, Real) or not np.isfinite(float(weight)):
             raise ValueError(f"reward_fn[{name!r}] must be a function or (function, weight), got ({fn!r}, {weight!r})")
     return [Component(*entry) for entry in entries]
 
@@ -103,18 +105,25 @@ def call_batched(
     try:
         returned = fn(*arguments, **columns)
     except Exception as error:
-        raise RewardError(f"{role} raised {type(error).__name__}: {error} (prompt indices {indices})") from error
+        raise RewardError(f"{role} raised {type(error).__name__}: {error} ({name_prompts(indices)})") from error
     values = _as_array(returned)
     if values is None or values.shape != (len(indices),):
         got = "None" if returned is None else _describe(returned, values)
         raise RewardError(
-            f"{role} must return one number per response, shape ({len(indices)},), got {got} (prompt indices {indices})"
+            f"{role} must return one number per response, shape ({len(indices)},), got {got} ({name_prompts(indices)})"
         )
     finite = np.isfinite(values)
     if not finite.all():
-        wrong = {index: float(value) for index, value, fine in zip(indices, values, finite, strict=True) if not fine}
-        raise RewardError(f"{role} returned values that are not finite, by prompt index: {wrong}")
+        wrong = ((indices[row], float(values[row])) for row in np.flatnonzero(~finite))
+        raise RewardError(
+            f"{role} returned {(~finite).sum()} values that are not finite, by prompt index: {dict(islice(wrong, 5))}"
+        )
     return values
+
+
+def name_prompts(indices: list[int]) -> str:
+    """The prompt indices for an error's text, or the first of very many."""
+    return f"prompt indices {indices}" if len(indices) <= 10 else f"{len(indices)} prompts, the first {indices[:5]}"
 
 
 def _with_weight(entry: Any) -> tuple[Any, Any]:
@@ -128,7 +137,7 @@ def _as_array(returned: Any) -> FloatArray | None:
         returned = returned.detach().float().cpu().numpy()
     try:
         # A list of one-element tensors also ends up here; a copy keeps the caller's buffer apart from ours.
-        return np.array(returned, dtype=np.float64)
+        return None if np.asarray(returned).dtype.kind not in "biufO" else np.array(returned, dtype=np.float64)
     except (TypeError, ValueError):
         return None
 

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from token_mdp.checks import check_choice, check_count, check_function
+from token_mdp.checks import check_choice, check_count, check_function, check_share
 from token_mdp.episodes import FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptStore
-from token_mdp.rewards import RewardError, RewardFn, RewardSpec, as_components, call_batched
+from token_mdp.rewards import RewardError, RewardFn, RewardSpec, as_components, call_batched, name_prompts
 from token_mdp.spaces import observation_space
 
 BoolArray = npt.NDArray[np.bool_]
@@ -62,10 +62,9 @@ class TokenTask:
             raise ValueError("reward_on='text' needs a tokenizer to decode the responses with")
         if step_boundary_ids is not None and process_reward_fn is None:
             raise ValueError("step_boundary_ids says where process rewards are due; it needs process_reward_fn")
+        check_share("gamma", gamma)
         if gamma != 1.0 and potential_fn is None:
             raise ValueError(f"gamma ({gamma}) only enters the shaping γΦ(s') - Φ(s); it needs potential_fn")
-        if not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"gamma ({gamma}) must lie in 0..1")
         if not (action_mask is None or isinstance(action_mask, bool) or callable(action_mask)):
             raise ValueError(f"action_mask must be None, a bool or a function -> (n, V) bool, got {action_mask!r}")
 
@@ -81,7 +80,7 @@ class TokenTask:
         self.pays_steps = process_reward_fn is not None or potential_fn is not None
         self.shapes = potential_fn is not None
 
-        self._columns = _checked_columns(columns or {}, len(self.prompts))
+        self._columns = _checked_columns({} if columns is None else columns, len(self.prompts))
         self._components = as_components(reward_fn)
         self._process_reward_fn = process_reward_fn
         # (V,) bool, True where a step ends; None: every token is a step
@@ -132,13 +131,14 @@ class TokenTask:
         self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray], ended: BoolArray
     ) -> FloatArray:
         """(n,) rewards of the newest steps, 0 where the newest token closes none; the end closes one in any case."""
+        assert self._process_reward_fn is not None, "process rewards are asked for only where there is a function"
         rewards = np.zeros(len(responses))
         if self._is_boundary is None:
             due = np.arange(len(responses))
         else:
             newest = np.array([response[-1] for response in responses], dtype=np.int64)
             due = np.flatnonzero(self._is_boundary[newest] | ended)
-        if self._process_reward_fn is not None and len(due):
+        if len(due):
             indices = np.asarray(prompt_indices)[due]
             rewards[due] = self._call(
                 "process_reward_fn", self._process_reward_fn, indices, [responses[row] for row in due]
@@ -194,13 +194,11 @@ class TokenTask:
         try:
             allowed = np.asarray(self.action_mask(*arguments, **self._rows_of_columns(indices)))
         except Exception as error:
-            raise ValueError(
-                f"action_mask raised {type(error).__name__}: {error} (prompt indices {indices})"
-            ) from error
+            raise ValueError(f"action_mask raised {type(error).__name__}: {error} ({name_prompts(indices)})") from error
         if allowed.shape != shape or not allowed.any(axis=1).all():
             raise ValueError(
                 f"action_mask must return shape {shape} with at least one token allowed per row, got shape "
-                f"{allowed.shape} (prompt indices {indices})"
+                f"{allowed.shape} ({name_prompts(indices)})"
             )
         return allowed.astype(np.bool_)
 
@@ -218,7 +216,7 @@ class TokenTask:
         try:
             return [self._text(prompt) for prompt in prompts], [self._text(response) for response in responses]
         except Exception as error:
-            raise RewardError(f"tokenizer.decode raised {error!r} (prompt indices {indices})") from error
+            raise RewardError(f"tokenizer.decode raised {error!r} ({name_prompts(indices)})") from error
 
     def _text(self, ids: IntArray) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
@@ -238,9 +236,13 @@ def _token_table(name: str, token_ids: Sequence[int] | int, vocab_size: int) -> 
 
 
 def _checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> dict[str, Sequence[Any]]:
+    if not isinstance(columns, Mapping):
+        raise ValueError(f"columns ({columns!r:.80}) must map names to one value per prompt")
     for name, values in columns.items():
         if name in ("prompts", "responses"):
             raise ValueError(f"columns[{name!r}] would hide the argument {name!r} of the reward function; rename it")
+        if not hasattr(values, "__len__"):
+            raise ValueError(f"columns[{name!r}] ({values!r}) must be a sequence with one value per prompt")
         if len(values) != num_prompts:
             raise ValueError(f"columns[{name!r}] has {len(values)} rows, but there are {num_prompts} prompts")
     return dict(columns)

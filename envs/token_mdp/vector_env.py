@@ -12,7 +12,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from token_mdp.checks import check_choice, check_count
+from token_mdp.checks import check_choice, check_count, check_flag, check_render_mode
 from token_mdp.env import NO_EPISODE
 from token_mdp.episodes import Episode, FinishReason, FloatArray, IntArray, episode_text
 from token_mdp.infos import put, slot_mask
@@ -96,9 +96,13 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     ) -> None:
         check_count("num_envs", num_envs)
         check_choice("reward_mode", reward_mode, ("immediate", "deferred"))
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(f"render_mode ({render_mode!r}) must be None or one of {self.metadata['render_modes']}")
+        check_flag("shuffle", shuffle)
+        check_render_mode(render_mode, self.metadata["render_modes"])
+        check_flag("copy", copy)
+        mode = getattr(autoreset_mode, "value", autoreset_mode)
+        check_choice("autoreset_mode", mode, tuple(choice.value for choice in AutoresetMode))
         if max_episode_steps is not None:
+            check_count("max_new_tokens", max_new_tokens)
             check_count("max_episode_steps", max_episode_steps)
         self.task = TokenTask(
             prompts=prompts,
@@ -125,7 +129,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.render_mode = render_mode
         self.reward_mode = reward_mode
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = AutoresetMode(mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
         self.copy = copy
         self.max_episodes = _checked_max_episodes(max_episodes)
@@ -318,7 +322,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             raise InvalidAction(
                 f"actions must be {self.num_envs} integer token ids, got shape {tokens.shape} of {tokens.dtype}"
             )
-        tokens = tokens.astype(np.int64, copy=False)
+        given, tokens = tokens, tokens.astype(np.int64, copy=False)  # a huge uint64 becomes negative
         status = self._stream.status
         running = np.flatnonzero(status == RUNNING)
         if len(running) < self.num_envs:
@@ -329,12 +333,12 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
                     f"the episodes of slots {np.flatnonzero(status == WAITING).tolist()} have ended; "
                     "reset them with options={'reset_mask': ...}"
                 )
-            tokens = tokens[running]
+            given, tokens = given[running], tokens[running]
         # One comparison for both bounds: seen as unsigned, a negative token is a huge one.
         bad = tokens.view(np.uint64) >= self.task.vocab_size
         if bad.any():
             raise InvalidAction(
-                f"tokens {tokens[bad].tolist()} in slots {running[bad].tolist()} are outside the vocabulary "
+                f"tokens {given[bad].tolist()} in slots {running[bad].tolist()} are outside the vocabulary "
                 f"0..{self.task.vocab_size - 1}"
             )
         if self._allowed is not None and not self._allowed[running, tokens].all():

@@ -21,9 +21,9 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
+from token_mdp.registration import IDS
 from token_mdp.sb3 import SB3VecEnv
 
-IDS = ["LitRLHF/Token-v0", "LitRLHF/TokenFlat-v0"]
 BOTH = "single, native through `SB3VecEnv`"
 
 

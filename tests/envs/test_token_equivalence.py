@@ -13,23 +13,40 @@ NATIVE_ONLY = ("episode_id", "active")
 NATIVE_ONLY_AT_THE_END = ("episode_id", "input_ids", "attention_mask", "length")
 
 
-def length_reward(prompts, responses):
+class Digits:
+    """Token t is the digit t."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(map(str, ids))
+
+
+def ids_of(texts):
+    """Token ids, from what the functions get with `reward_on` "tokens" or "text"."""
+    return [np.array([int(token) for token in text], dtype=np.int64) for text in texts]
+
+
+def sum_and_answer(prompts, responses, answer=None):
+    extra = np.zeros(len(responses)) if answer is None else np.array(answer)
+    return np.add(weighted_sum(ids_of(prompts), ids_of(responses)), extra)
+
+
+def length_reward(prompts, responses, **columns):
     return [float(len(response)) for response in responses]
 
 
-def odd_newest(prompts, responses):
-    return [0.25 * (response[-1] % 2) for response in responses]
+def odd_newest(prompts, responses, **columns):
+    return [0.25 * (response[-1] % 2) for response in ids_of(responses)]
 
 
-def half_length(prompts, responses):
-    return [0.5 * len(response) + prompt[0] for prompt, response in zip(prompts, responses, strict=True)]
+def half_length(prompts, responses, **columns):
+    return [0.5 * len(response) + prompt[0] for prompt, response in zip(ids_of(prompts), responses, strict=True)]
 
 
 def no_repeats(vocab_size):
-    def allowed(prompts, responses):
+    def allowed(prompts, responses, **columns):
         table = np.ones((len(responses), vocab_size), dtype=bool)
         for row, response in enumerate(responses):
-            table[row, response[-1:]] = False
+            table[row, ids_of([response])[0][-1:]] = False
         return table
 
     return allowed
@@ -45,13 +62,17 @@ def tasks(draw):
         "stop_token_ids": draw(st.lists(token, max_size=2)),
         "max_new_tokens": draw(st.integers(1, 5)),
         "max_prompt_length": draw(st.none() | st.integers(1, 5)),
-        "reward_fn": draw(st.sampled_from([weighted_sum, {"sum": weighted_sum, "length": (length_reward, -0.5)}])),
+        "reward_fn": draw(st.sampled_from([sum_and_answer, {"sum": sum_and_answer, "length": (length_reward, -0.5)}])),
         "process_reward_fn": draw(st.sampled_from([None, odd_newest])),
         "potential_fn": draw(st.sampled_from([None, half_length])),
         "limit": draw(st.sampled_from(["terminate", "truncate"])),
         "action_mask": draw(st.sampled_from([None, True, no_repeats(vocab_size)])),
         "observation": draw(st.sampled_from(["dict", "flat"])),
+        "reward_on": draw(st.sampled_from(["tokens", "text"])),
+        "tokenizer": Digits(),
     }
+    if draw(st.booleans()):
+        arguments["columns"] = {"answer": [1000.0 * row for row in range(len(arguments["prompts"]))]}
     if arguments["process_reward_fn"] is not None:
         arguments["step_boundary_ids"] = draw(st.none() | st.lists(token, max_size=2))
     if arguments["potential_fn"] is not None:
@@ -101,7 +122,10 @@ def test_native_vector_env_equals_sync_vector_env_of_single_envs(mode, arguments
 
         done = transition[2] | transition[3]
         if mode == AutoresetMode.DISABLED and done.any():
-            observations, infos = native.reset(options={"reset_mask": done})
-            expected_observations, expected_infos = sync.reset(options={"reset_mask": done})
+            options = {"reset_mask": done}
+            if rng.random() < 0.5:
+                options["prompt_index"] = int(rng.integers(len(arguments["prompts"])))
+            observations, infos = native.reset(options=dict(options))
+            expected_observations, expected_infos = sync.reset(options=dict(options))
             assert_same(observations, expected_observations)
             assert_same(without_native_only(infos), expected_infos)

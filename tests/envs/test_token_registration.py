@@ -1,4 +1,5 @@
 import copy
+import doctest
 import json
 import pickle
 import subprocess
@@ -8,12 +9,11 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
-from token_tasks import task, weighted_sum
+from token_tasks import assert_same, task, weighted_sum
 
 import token_mdp
 from token_mdp import Shared, TokenEnv, TokenVectorEnv
-
-IDS = ["LitRLHF/Token-v0", "LitRLHF/TokenFlat-v0"]
+from token_mdp.registration import IDS
 
 
 def test_importing_the_package_loads_neither_torch_nor_lit_rlhf():
@@ -90,7 +90,14 @@ def test_a_spec_is_picklable_and_makes_the_same_env_again():
         np.testing.assert_array_equal(left[0]["input_ids"], right[0]["input_ids"])
     assert env.step(7)[1] == again.step(7)[1] != 0.0
     vector = gymnasium.make_vec("LitRLHF/Token-v0", num_envs=2, **task())
-    assert gymnasium.make_vec(pickle.loads(pickle.dumps(vector.spec))).num_envs == 2
+    vector_again = gymnasium.make_vec(pickle.loads(pickle.dumps(vector.spec)))
+    assert_same(vector_again.reset(seed=4), vector.reset(seed=4))
+    for actions in ([1, 7], [7, 2], [3, 3]):
+        assert_same(vector_again.step(np.array(actions)), vector.step(np.array(actions)))
+
+
+def test_the_example_of_the_package_shows_what_it_prints():
+    assert doctest.testmod(token_mdp) == (0, 5)
 
 
 class Uncopyable:

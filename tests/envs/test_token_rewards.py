@@ -35,7 +35,8 @@ def raising(prompts, responses):
         (lambda p, r: np.ones((3, 1)), r"shape \(3,\), got shape \(3, 1\)"),
         (lambda p, r: [1.0, 2.0], r"shape \(3,\), got shape \(2,\)"),
         (lambda p, r: ["good", "bad", "ugly"], r"got \['good', 'bad', 'ugly'\]"),
-        (lambda p, r: [1.0, float("nan"), 2.0], r"not finite, by prompt index: \{1: nan\}"),
+        (lambda p, r: ["1.5", "2", "3"], r"got \['1.5', '2', '3'\]"),
+        (lambda p, r: [1.0, float("nan"), 2.0], r"1 values that are not finite, by prompt index: \{1: nan\}"),
         (lambda p, r: [1.0, None, 2.0], r"not finite, by prompt index: \{1: nan\}"),
         (lambda p, r: [float("-inf"), 1.0, 2.0], r"not finite, by prompt index: \{0: -inf\}"),
         (raising, r"reward_fn raised KeyError: 'answer' \(prompt indices \[0, 1, 2\]\)"),
@@ -46,6 +47,28 @@ def raising(prompts, responses):
 def test_a_bad_reward_names_the_function_the_fault_and_the_prompts(reward_fn, message):
     with pytest.raises(RewardError, match=message):
         ends_of_all_slots(reward_fn=reward_fn)
+
+
+def test_a_failed_flush_of_many_episodes_names_the_first_of_them():
+    env = TokenVectorEnv(num_envs=20, **task(shuffle=False, reward_mode="deferred", reward_fn=raising))
+    env.reset()
+    env.step(np.full(20, END))
+    with pytest.raises(RewardError, match=r"KeyError: 'answer' \(20 prompts, the first \[0, 1, 2, 0, 1\]\)"):
+        env.flush_rewards()
+
+
+def test_a_reward_function_may_use_its_buffer_again():
+    buffer = np.zeros(3)
+
+    def reward(prompts, responses):
+        buffer[:] += 1
+        return buffer
+
+    env = TokenVectorEnv(num_envs=3, **task(reward_fn={"a": reward, "b": (reward, np.float32(0.5))}))
+    env.reset()
+    *_, infos = env.step(np.full(3, END))
+    assert infos["final_info"]["reward/a"].tolist() == [1.0] * 3  # not what the buffer holds by now
+    assert infos["final_info"]["reward/b"].tolist() == [2.0] * 3
 
 
 def test_the_cause_of_a_raising_reward_function_is_kept():

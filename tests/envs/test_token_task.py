@@ -22,6 +22,15 @@ def envs_of(**changes):
         ({"prompts": ["text"]}, r"prompts\[0\] must be a flat sequence of token ids, got 'text'"),
         ({"prompts": [[0.5]]}, r"prompts\[0\] must be a flat sequence"),
         ({"prompts": [[[1]]]}, r"prompts\[0\] must be a flat sequence"),
+        (
+            {"prompts": [[1], [[1], [2, 3]]]},
+            r"prompts\[1\] must be a flat sequence of token ids, got \[\[1\], \[2, 3\]\]",
+        ),
+        ({"columns": 3}, r"columns \(3\) must map names"),
+        ({"columns": [1, 2, 3]}, r"columns \(\[1, 2, 3\]\) must map names"),
+        ({"columns": {"answer": 3}}, r"columns\['answer'\] \(3\) must be a sequence"),
+        ({"gamma": "x", "potential_fn": len}, r"gamma \('x'\) must be a number in 0..1"),
+        ({"shuffle": "no"}, r"shuffle \('no'\) must be True or False"),
         ({"vocab_size": 0}, r"vocab_size \(0\)"),
         ({"stop_token_ids": [8]}, r"stop_token_ids \(\[8\]\) must be token ids inside the vocabulary 0..7"),
         ({"stop_token_ids": [-1]}, r"stop_token_ids \(\[-1\]\)"),
@@ -46,7 +55,7 @@ def envs_of(**changes):
         ({"step_boundary_ids": [1]}, "needs process_reward_fn"),
         ({"step_boundary_ids": [9], "process_reward_fn": len}, r"step_boundary_ids \(\[9\]\)"),
         ({"gamma": 0.9}, r"gamma \(0.9\).*needs potential_fn"),
-        ({"gamma": 1.5, "potential_fn": len}, r"gamma \(1.5\) must lie in 0..1"),
+        ({"gamma": 1.5, "potential_fn": len}, r"gamma \(1.5\) must be a number in 0..1"),
     ],
 )
 def test_bad_arguments_are_refused_with_their_values(changes, message):
@@ -60,7 +69,12 @@ def test_bad_arguments_are_refused_with_their_values(changes, message):
     [
         ({"num_envs": 0}, r"num_envs \(0\)"),
         ({"reward_mode": "later"}, r"reward_mode \('later'\)"),
-        ({"autoreset_mode": "Sometimes"}, "Sometimes"),
+        (
+            {"autoreset_mode": "Sometimes"},
+            r"autoreset_mode \('Sometimes'\) must be one of \('NextStep', 'SameStep', 'Dis",
+        ),
+        ({"copy": "no"}, r"copy \('no'\) must be True or False"),
+        ({"max_new_tokens": "4", "max_episode_steps": 3}, r"max_new_tokens \('4'\) must be an integer"),
         ({"max_episodes": 0}, r"max_episodes \(0\)"),
         ({"max_episode_steps": 0}, r"max_episode_steps \(0\)"),
     ],

@@ -276,6 +276,7 @@ def test_max_episode_steps_shortens_the_episodes():
     [
         ([1, -1, 8], r"tokens \[-1, 8\] in slots \[1, 2\] are outside the vocabulary 0..7"),
         ([1, 2], r"3 integer token ids, got shape \(2,\)"),
+        (np.array([1, 2, 2**64 - 1], dtype=np.uint64), r"tokens \[18446744073709551615\] in slots \[2\]"),
         ([1.0, 2.0, 3.0], "float64"),
         ([[1], [2], [3]], r"got shape \(3, 1\)"),
     ],
@@ -322,6 +323,7 @@ def test_step_before_reset_and_after_a_failed_reward_is_refused(mode):
         ({"mask": 1}, "'mask'"),
         ({"max_episodes": 0}, r"max_episodes \(0\)"),
         ({"prompt_index": 3}, r"prompt_index \(3\) must be an integer in 0..2"),
+        ({"prompt_index": True}, r"prompt_index \(True\) must be an integer"),
         ({"prompt_index": [0, 1]}, r"got shape \(2,\)"),
         ({"reset_mask": [True, False, True]}, "must be a bool array"),
         ({"reset_mask": np.zeros(3, dtype=bool)}, "False everywhere"),

@@ -30,7 +30,7 @@ DESCRIPTION = (
 )
 HINT = f"For all options: lit-rlhf fit --help, lit-rlhf fit --model.help lit_rlhf.DPO, lit-rlhf {COMPARE} --help"
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Parser(LightningArgumentParser):
@@ -95,6 +95,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; what the user can mend is said in one message, with exit status 2."""
     argv = list(sys.argv[1:] if args is None else args)
     quiet_libraries()
+    if str(Path.cwd()) not in sys.path:  # a user's own functions are found here, as with `python -m lit_rlhf`
+        sys.path.insert(0, str(Path.cwd()))
     try:
         if argv[:1] == [COMPARE]:
             from lit_rlhf.compare import compare

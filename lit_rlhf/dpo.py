@@ -206,6 +206,7 @@ class DPO(AlignmentModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the cache: after a resume, the policy is no longer the reference."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["reference_cache"] = dict(self.reference_cache)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -148,8 +148,18 @@ class AlignmentModule(LightningModule):
             {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
         ]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose checkpoint it is."""
+        checkpoint["algorithm"] = type(self).__name__
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep where the data stood; see `on_train_start`."""
+        """Refuse the checkpoint of another algorithm; keep where the data stood, see `on_train_start`."""
+        mine, theirs = type(self).__name__, checkpoint.get("algorithm")
+        if theirs not in (None, mine):
+            raise UserError(
+                f"ckpt_path: the checkpoint is of {theirs}, this run is of {mine}; resume the same config, or start "
+                f"{mine} from the model that {theirs} exported, by model.policy"
+            )
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
     def on_train_start(self) -> None:

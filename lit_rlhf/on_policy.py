@@ -68,6 +68,7 @@ class OnPolicyModule(AlignmentModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the iteration has come to; the data module keeps prompts and rollout."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["on_policy"] = {
             "kl": self.kl.state_dict(),
             "shaping": self.shaping.state_dict(),

@@ -183,6 +183,9 @@ def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code:
         UserError: no such model, or a head that does more than this library knows of.
     """
     model = _load(AutoModelForCausalLM, name, from_scratch, trust_remote_code)
+    stored = stored_architectures(name, trust_remote_code)
+    if not from_scratch and any("ForSequenceClassification" in architecture for architecture in stored):
+        raise UserError(f"{name} holds a reward model ({stored}), not a policy; name the folder of a causal LM")
     check_head(model, str(name))
     return Policy(model)
 

@@ -135,6 +135,13 @@ def test_the_score_head_is_drawn_from_a_normal_of_one_over_root_d_plus_one(folde
     assert weights.std().item() == pytest.approx((d + 1) ** -0.5, rel=0.1)
 
 
+def test_a_reward_model_is_no_policy(folder, tmp_path):
+    scorer = load_scorer(folder, fresh_head=True)
+    scorer.model.save_pretrained(tmp_path / "scorer")
+    with pytest.raises(UserError, match=r"holds a reward model .* not a policy"):
+        load_policy(tmp_path / "scorer")
+
+
 def test_a_causal_lm_is_no_reward_model(folder):
     with pytest.raises(UserError, match="holds no trained reward head"):
         load_scorer(folder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_rlhf import KLPenalty, RewardShaping
+from lit_rlhf import KLPenalty, RewardShaping, UserError
 from lit_rlhf.losses import bco_pair_loss
 from lit_rlhf.reference_update import ReferenceUpdate
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
@@ -76,3 +76,10 @@ def test_the_reference_is_the_same_before_and_after_training(inputs, tmp_path, s
     assert any(not torch.equal(p, start[name]) for name, p in module.policy.named_parameters())
     for name, p in module.frozen["reference"].named_parameters():
         assert torch.equal(p, before[name])
+
+
+def test_the_checkpoint_of_another_algorithm_is_refused_by_name(inputs, tmp_path):
+    _, trainer = fit("sft", inputs, tmp_path / "sft")
+    trainer.save_checkpoint(tmp_path / "sft.ckpt")
+    with pytest.raises(UserError, match="the checkpoint is of SFT, this run is of DPO"):
+        fit("dpo", inputs, tmp_path / "dpo", ckpt_path=tmp_path / "sft.ckpt")

@@ -274,7 +274,7 @@ class TestModules:
         prompts = str(folder / "prompts.jsonl")
         sizes = {"rollout_size": 256, "num_slots": 128, "max_new_tokens": 3}
         data = RolloutDataModule(reward, train=prompts, validation=None, tokenizer=module.tokenizer, **sizes)
-        make_trainer(tmp_path, max_epochs=40).fit(module, data)
+        make_trainer(tmp_path, max_epochs=60).fit(module, data)
         evaluation = oracle.evaluate(causal_lm(module.policy.model))
         assert evaluation.gap < 0.1
         assert evaluation.kl_to_optimum < 0.1

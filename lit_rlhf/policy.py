@@ -184,7 +184,7 @@ def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code:
     """
     model = _load(AutoModelForCausalLM, name, from_scratch, trust_remote_code)
     stored = stored_architectures(name, trust_remote_code)
-    if not from_scratch and any("ForSequenceClassification" in architecture for architecture in stored):
+    if not from_scratch and has_score_head(stored):
         raise UserError(f"{name} holds a reward model ({stored}), not a policy; name the folder of a causal LM")
     check_head(model, str(name))
     return Policy(model)
@@ -207,10 +207,10 @@ def load_scorer(name: str | Path, fresh_head: bool | None = False, trust_remote_
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; its architecture is not supported")
     architectures = stored_architectures(name, trust_remote_code)
-    has_head = any("ForSequenceClassification" in architecture for architecture in architectures)
-    if fresh_head or (fresh_head is None and not has_head):
+    trained = has_score_head(architectures)
+    if fresh_head or (fresh_head is None and not trained):
         initialize_score_head(model)
-    elif not has_head:
+    elif not trained:
         raise UserError(f"{name} holds no trained reward head: its config names {architectures}")
     return Scorer(model)
 
@@ -422,6 +422,11 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
 def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
     """The classes that a folder's weights were saved from, by its config."""
     return list(AutoConfig.from_pretrained(_resolve(name), trust_remote_code=trust_remote_code).architectures or [])
+
+
+def has_score_head(architectures: list[str]) -> bool:
+    """Whether weights of these classes are a reward model's: with a scalar head that was trained."""
+    return any("ForSequenceClassification" in architecture for architecture in architectures)
 
 
 def _resolve(name: str | Path) -> str:

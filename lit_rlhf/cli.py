@@ -7,54 +7,32 @@ import errno
 import logging
 import sys
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import auto_cli
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
+from lit_rlhf.checkpoints import WholeCheckpointIO, require_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.module import AlignmentModule
+from lit_rlhf.parser import Parser, did_you_mean
 from lit_rlhf.performance import Performance, default_precision
 from token_mdp import RewardError
 
-COMPARE = "compare"  # the one subcommand that is no LightningCLI run
+COMPARE = "compare"  # the one command that is no LightningCLI run
+COMMANDS = ("fit", "validate", "test", "predict", COMPARE)
+USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
 DESCRIPTION = (
     "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side."
 )
-HINT = f"For all options: lit-rlhf fit --help, lit-rlhf fit --model.help lit_rlhf.DPO, lit-rlhf {COMPARE} --help"
-
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-class Parser(LightningArgumentParser):
-    """Answers a mistake with what is wrong, not with two screens of usage; takes no abbreviated option."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and where to look; exit with status 2."""
-        # jsonargparse lists every type that a value failed to be, and repeats the whole value.
-        noise = (
-            "Does not validate against",
-            "Subtypes:",
-            "Errors:",
-            "- Expected a <class 'NoneType'>",
-            "Given value type",
-        )
-        lines = [line for line in message.splitlines() if not line.strip().startswith(noise)]
-        lines = [
-            line for line in lines if not line.strip().startswith(("Given value: Namespace", "Given value: Nested"))
-        ]
-        print("error: " + "\n".join(lines) + f"\n{HINT}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 class AlignmentCLI(LightningCLI):
@@ -69,6 +47,11 @@ class AlignmentCLI(LightningCLI):
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """The usage line names all commands; each command's own, made before, does not repeat them."""
+        super().setup_parser(*args, **kwargs)
+        self.parser.usage = USAGE
+
     def instantiate_classes(self) -> None:
         """A value that a constructor refuses is the user's to mend, whoever wrote the constructor."""
         try:
@@ -79,16 +62,24 @@ class AlignmentCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Look at the checkpoint before it, a model or any data is read."""
         super().parse_arguments(parser, args)
-        checkpoint = self.config[self.config["subcommand"]].get("ckpt_path")
+        subcommand = self.config.get("subcommand")  # none with `run=False`
+        checkpoint = None if subcommand is None else self.config[subcommand].get("ckpt_path")
         if checkpoint not in (None, "best", "last", "hpc"):
             require_checkpoint(Path(checkpoint))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With the precision that suits the device, unless the user names one."""
-        trainer = self._get(self.config_init, "trainer", default={})
-        if trainer.get("precision") is None and trainer.get("plugins") is None:
-            kwargs["precision"] = default_precision(trainer.get("accelerator", "auto"))
-        return super().instantiate_trainer(**kwargs)
+        """With the precision that suits the device unless the user names one, and checkpoints that are whole."""
+        given = self._get(self.config_init, "trainer", default={})
+        if given.get("precision") is None and given.get("plugins") is None:
+            kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
+        trainer = super().instantiate_trainer(**kwargs)
+        try:  # before an hour of training, not after it
+            Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"trainer.default_root_dir: {trainer.default_root_dir} cannot be made ({error})") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -97,7 +88,12 @@ def main(args: Sequence[str] | None = None) -> None:
     quiet_libraries()
     if str(Path.cwd()) not in sys.path:  # a user's own functions are found here, as with `python -m lit_rlhf`
         sys.path.insert(0, str(Path.cwd()))
+    Parser.typed = argv
     try:
+        if not argv:
+            raise UserError(f"no command is given\nusage: {USAGE}")
+        if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+            raise UserError(f"there is no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}\nusage: {USAGE}")
         if argv[:1] == [COMPARE]:
             from lit_rlhf.compare import compare
 
@@ -112,21 +108,12 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def require_checkpoint(path: Path) -> None:
-    """Refuse what is neither one of torch's archives nor a folder of sharded weights, without reading it."""
-    if not path.exists():
-        raise UserError(f"ckpt_path: there is no checkpoint {path.absolute()}")
-    if (path / "config.json").exists() or (path.is_file() and not zipfile.is_zipfile(path)):
-        raise UserError(
-            f"ckpt_path: {path.absolute()} is no checkpoint of the Trainer's, such as a run keeps under its "
-            "default_root_dir; an exported model is named by model.policy"
-        )
-
-
 def quiet_libraries() -> None:
     """Keep advertisements, bars for the reading of a file, and warnings about Lightning's own code off the terminal."""
     disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # `validation: null`
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")  # CompletionWriter goes without
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
 

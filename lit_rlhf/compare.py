@@ -69,6 +69,7 @@ def compare(
     tokenizer = tokenizers[baseline]
     for name, other in tokenizers.items():  # one's ids are what all play, judge and decode
         check_same_tokens(tokenizer, other, f"policy {name}")
+    costs = {name: read_json(folder / "summary.json") for name, folder in folders.items()}
     prompt_ids, columns = load_prompts(prompts, "validation", tokenizer, tokenizer.model_max_length)
     held_out = PromptBatch(prompt_ids[:max_prompts], {name: values[:max_prompts] for name, values in columns.items()})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,13 +95,12 @@ def compare(
         judged = {what: judge(held_out.prompt_ids, responses, **held_out.columns) for what, judge in judges.items()}
         scores[name] = judged[next(iter(judges))]
         margin = scores[name] - scores[baseline]
-        cost = read_json(folder / "summary.json")
         results[name] = {
             **{what: float(values.mean()) for what, values in judged.items()},
             "kl": sequence_kl(policy, reference, episodes, generation.temperature),
             "win_rate": float(((margin > 0) + 0.5 * (margin == 0)).mean()),
             "response_length": float(np.mean([len(response) for response in responses])),
-            **{key: cost[key] for key in ("models_in_memory", "peak_memory_mb", "seconds")},
+            **{key: costs[name][key] for key in ("models_in_memory", "peak_memory_mb", "seconds")},
         }
     print_table(results, baseline)
     if reward_model is not None:
@@ -135,7 +135,12 @@ def run_folder(root: str | Path, name: str) -> Path:
     """The folder of a finished run."""
     folder = Path(root) / name
     if not (folder / "model" / "config.json").exists():
-        raise UserError(f"no exported model in {(folder / 'model').absolute()}: has the run {name!r} finished its fit?")
+        finished = sorted(found.parent.parent.name for found in Path(root).glob("*/model/config.json"))
+        there = f"finished runs in {root} are {', '.join(finished)}" if finished else f"{root} holds no finished run"
+        raise UserError(
+            f"no exported model in {(folder / 'model').absolute()}: has the run {name!r} finished its fit? {there}; "
+            "choose by --policies=[...], --reward_model and --root"
+        )
     return folder
 
 

@@ -1,8 +1,16 @@
-"""The error that a user can mend: the CLI prints its message alone, without a traceback."""
+"""The error that a user can mend (the CLI prints its message alone, without a traceback), and what it is raised for."""
+
+from pathlib import Path
 
 
 class UserError(ValueError):
     """Bad input or configuration; says what came, what was expected and what to do."""
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Whether a name that is no file or folder was meant as one, rather than as `owner/name` on a hub."""
+    in_a_folder = "/" in name and Path(name).expanduser().parent.is_dir()
+    return in_a_folder or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:

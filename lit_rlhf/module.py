@@ -15,7 +15,7 @@ from lit_rlhf.advantages import Moments, masked_moments
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.policy import Policy
-from lit_rlhf.rollout import GenerationSettings, completion_rows, room_for_response
+from lit_rlhf.rollout import GenerationSettings, completion_rows, predicted_rows, room_for_response
 from lit_rlhf.sharding import shard, total_norm
 
 PROGRESS = ("loss", "accuracy", "score")  # what the progress bar shows; TensorBoard has everything
@@ -91,8 +91,8 @@ class AlignmentModule(LightningModule):
 
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Complete each prompt."""
-        return completion_rows(self.policy, self.tokenizer, batch, self.generation)
+        """Complete each prompt; the columns of its row stand beside it."""
+        return predicted_rows(batch, completion_rows(self.policy, self.tokenizer, batch, self.generation))
 
     def exportable(self) -> PreTrainedModel:
         """The Hugging Face model that this stage is about: its weights become the artefact."""

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, looks_like_a_path
 from lit_rlhf.logprobs import nll_sum, token_logprobs
 from lit_rlhf.packing import IMPLEMENTATION, Example, Layout, PackedBatch, pack
 
@@ -116,9 +116,10 @@ class SoftCappedHead:
 class Scorer(nn.Module):
     """A sequence classifier with one label: a reward model (read at last tokens) or a critic (read at every state)."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, fresh_head: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.fresh_head = fresh_head  # just drawn: its scores mean nothing yet
 
     def forward(self, batch: PackedBatch, nodes: Tensor) -> Tensor:
         """Score at each of the given nodes: (len(nodes),) float32."""
@@ -208,11 +209,12 @@ def load_scorer(name: str | Path, fresh_head: bool | None = False, trust_remote_
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; its architecture is not supported")
     architectures = stored_architectures(name, trust_remote_code)
     trained = has_score_head(architectures)
-    if fresh_head or (fresh_head is None and not trained):
+    fresh_head = not trained if fresh_head is None else fresh_head
+    if fresh_head:
         initialize_score_head(model)
     elif not trained:
         raise UserError(f"{name} holds no trained reward head: its config names {architectures}")
-    return Scorer(model)
+    return Scorer(model, fresh_head)
 
 
 def initialize_score_head(model: PreTrainedModel) -> None:
@@ -234,7 +236,7 @@ def scorer_from_policy(policy: Policy, trust_remote_code: bool = False) -> Score
     backbone(model).load_state_dict(backbone(policy.model).state_dict())
     disable_dropout(model)
     initialize_score_head(model)
-    return Scorer(model)
+    return Scorer(model, fresh_head=True)
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -430,7 +432,12 @@ def has_score_head(architectures: list[str]) -> bool:
 
 
 def _resolve(name: str | Path) -> str:
-    return str(DEMO_MODEL) if str(name) == "demo" else str(name)
+    if str(name) == "demo":
+        return str(DEMO_MODEL)
+    path = Path(name).expanduser()
+    if not path.exists() and looks_like_a_path(str(name)):
+        raise UserError(f"{name}: no model could be loaded there: there is no folder {path.absolute()}")
+    return str(path) if path.exists() else str(name)
 
 
 def _hint(source: str, error: Exception) -> str:

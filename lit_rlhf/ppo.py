@@ -11,25 +11,12 @@ from torch.optim import Optimizer
 from lit_rlhf.advantages import explained_variance, gae, make_row_mask, pad_rows, token_rewards, unpad_rows, whiten
 from lit_rlhf.batches import RolloutBatch
 from lit_rlhf.errors import require
-from lit_rlhf.experience import (
-    Experience,
-    pack_episodes,
-    plan_minibatches,
-    rollout_means,
-    split_by_episode,
-)
+from lit_rlhf.experience import Experience, pack_episodes, plan_minibatches, rollout_means, split_by_episode
 from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, k3
 from lit_rlhf.losses import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.on_policy import OnPolicyModule
 from lit_rlhf.packing import PackedBatch
-from lit_rlhf.policy import (
-    check_same_tokens,
-    frozen_copy,
-    load_policy,
-    load_scorer,
-    load_tokenizer,
-    scorer_from_policy,
-)
+from lit_rlhf.policy import check_same_tokens, frozen_copy, load_policy, load_scorer, load_tokenizer, scorer_from_policy
 from lit_rlhf.rollout import GenerationSettings, Play
 from lit_rlhf.shaping import RewardShaping
 
@@ -101,12 +88,8 @@ class PPO(OnPolicyModule):
         require(critic_warmup >= 0, "critic_warmup", critic_warmup, "0 or more")
         require(target_kl is None or target_kl > 0, "target_kl", target_kl, "more than 0, or null to take every step")
         require(clip_range > 0, "clip_range", clip_range, "more than 0")
-        require(
-            value_clip_range is None or value_clip_range > 0,
-            "value_clip_range",
-            value_clip_range,
-            "more than 0, or null",
-        )
+        clips = value_clip_range is None or value_clip_range > 0
+        require(clips, "value_clip_range", value_clip_range, "more than 0, or null")
         require(value_coef >= 0, "value_coef", value_coef, "0 or more")
         require(0 <= gamma <= 1, "gamma", gamma, "in [0, 1]")
         require(0 <= gae_lambda <= 1, "gae_lambda", gae_lambda, "in [0, 1]")

@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.calibration import Calibration, calibration
-from lit_rlhf.data.tokenize import as_text
+from lit_rlhf.data.tokenize import Options, as_text, tokenize_sft
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import bradley_terry_loss
 from lit_rlhf.module import AlignmentModule
-from lit_rlhf.packing import Example, PackedBatch, pack
+from lit_rlhf.packing import PackedBatch
 from lit_rlhf.policy import load_scorer, load_tokenizer, pad_token_id_for
+from lit_rlhf.rewards import scores
+from lit_rlhf.rollout import predicted_rows
 from lit_rlhf.sharding import gathered
 
 
@@ -55,6 +57,28 @@ class RewardModel(AlignmentModule):
         self.tokenizer = load_tokenizer(policy, self.reward_model.model.config, trust_remote_code)
         self.reward_model.model.config.pad_token_id = pad_token_id_for(self.tokenizer)
         self.bins: Tensor | None = None  # of the evaluation under way, see `calibration`
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The head of a checkpoint has learnt."""
+        super().on_load_checkpoint(checkpoint)
+        self.reward_model.fresh_head = False
+
+    def on_train_start(self) -> None:
+        """From here on the head learns."""
+        super().on_train_start()
+        self.reward_model.fresh_head = False
+
+    def on_predict_start(self) -> None:
+        """Refuse to hand out the scores of a head just drawn.
+
+        Raises:
+            UserError: neither the model's folder nor a checkpoint gave a trained one.
+        """
+        if self.reward_model.fresh_head:
+            raise UserError(
+                "the model's folder holds no trained reward head, so its scores would be random; name a trained reward "
+                "model as model.policy, or a checkpoint as ckpt_path"
+            )
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the Bradley-Terry loss of its pairs."""
@@ -108,7 +132,9 @@ class RewardModel(AlignmentModule):
 
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Score the `completion` that stands beside each prompt.
+        """Score the `completion` that stands beside each prompt, read as in training.
+
+        What does not fit into the context is cut: the prompt on its left, then the completion on its right.
 
         Raises:
             UserError: the rows have no completion.
@@ -119,14 +145,20 @@ class RewardModel(AlignmentModule):
                 "a reward model scores completions, so its predict data need the columns prompt and completion; "
                 f"found {sorted(batch.columns)}"
             )
-        rows = []
-        for prompt_ids, completion in zip(batch.prompt_ids, completions, strict=True):
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
-            response = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
-            packed = self.transfer_batch_to_device(pack([Example(prompt_ids, (np.array(response),))]), self.device, 0)
-            score = self.reward_model(packed, packed.last_nodes).item()
-            rows.append({"prompt": as_text(self.tokenizer, prompt_ids), "completion": text, "score": score})
-        return rows
+        pairs = zip(batch.columns["prompt"], completions, strict=True)
+        whole: dict[str, Any] = tokenize_sft(
+            [{"prompt": p, "completion": c} for p, c in pairs], self.tokenizer, Options(None)
+        )
+        prompts, responses, limit = [], [], self.tokenizer.model_max_length
+        for ids, mask in zip(whole["input_ids"], whole["loss_mask"], strict=True):
+            prompt, response = np.split(ids, [mask.argmax()])
+            responses.append(response[: limit - 1])
+            prompts.append(prompt[-(limit - len(responses[-1])) :])
+        rows = [
+            {"prompt": as_text(self.tokenizer, p), "completion": as_text(self.tokenizer, r), "score": score}
+            for p, r, score in zip(prompts, responses, scores(self.reward_model, prompts, responses), strict=True)
+        ]
+        return predicted_rows(batch, rows)
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Scores of held-out completions, where the data has them."""

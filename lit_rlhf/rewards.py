@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data.tokenize import as_text
 from lit_rlhf.errors import UserError
 from lit_rlhf.packing import Example, pack
-from lit_rlhf.policy import check_same_tokens, freeze, load_scorer, load_tokenizer
+from lit_rlhf.policy import Scorer, check_same_tokens, freeze, load_scorer, load_tokenizer
 
 
 class Reward:
@@ -72,18 +72,23 @@ class RewardModelReward(Reward):
         """The reward model."""
         yield self.scorer
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
         """(n,) scores."""
-        lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
-        scores = np.zeros(len(lengths))
-        order = np.argsort(lengths, kind="stable")
-        for rows in np.split(order, np.flatnonzero(np.diff(lengths[order].cumsum() // self.max_tokens)) + 1):
-            batch = move_data_to_device(
-                pack([Example(prompts[i], (responses[i],)) for i in rows]), self.scorer.model.device
-            )
-            scores[rows] = self.scorer(batch, batch.last_nodes).double().cpu().numpy()
-        return scores
+        return scores(self.scorer, prompts, responses, self.max_tokens)
+
+
+@torch.no_grad()
+def scores(
+    scorer: Scorer, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], max_tokens: int = 8192
+) -> np.ndarray:
+    """(n,) float64 scores of whole responses, in packed batches of like lengths and about `max_tokens` tokens."""
+    lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
+    values = np.zeros(len(lengths))
+    order = np.argsort(lengths, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(lengths[order].cumsum() // max_tokens)) + 1):
+        batch = move_data_to_device(pack([Example(prompts[i], (responses[i],)) for i in rows]), scorer.model.device)
+        values[rows] = scorer(batch, batch.last_nodes).double().cpu().numpy()
+    return values
 
 
 class TextReward(Reward):

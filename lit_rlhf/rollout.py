@@ -190,6 +190,21 @@ def completion_rows(
     return episode_rows(tokenizer, complete(policy, tokenizer, prompts, settings))
 
 
+def predicted_rows(prompts: PromptBatch, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was made of each prompt, beside the columns of its row.
+
+    The prompt is given as it stood in the data, before any tokens were cut; a completion that the data have is
+    `reference_completion` beside another one.
+    """
+    joined = []
+    for number, row in enumerate(rows):
+        given = {name: values[number] for name, values in prompts.columns.items()}
+        known = given.pop("completion", row["completion"])
+        reference = {} if known == row["completion"] else {"reference_completion": known}
+        joined.append({**given, **row, "prompt": given.get("prompt", row["prompt"]), **reference})
+    return joined
+
+
 def episode_rows(tokenizer: PreTrainedTokenizerBase, episodes: list[Episode]) -> list[dict[str, Any]]:
     """Episodes as text."""
     return [

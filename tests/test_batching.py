@@ -227,10 +227,11 @@ def test_state_counts_batches_handed_out_not_those_fetched_ahead():
     assert len(list(again)) == len(again), "the epoch after it is whole"
 
 
-def test_other_data_in_mid_epoch_is_refused_and_at_an_epochs_end_is_fine():
+def test_other_data_in_mid_epoch_is_refused_and_at_an_epochs_end_is_said():
     state = {**make_loader(0).state_dict(), "taken": 2}
     other = ResumableLoader(Squares(LENGTHS), TokenBudgetSampler(LENGTHS, max_tokens=200, seed=3))
     with pytest.raises(UserError, match="stopped after 2 micro-batches of epoch 0, but data, max_tokens"):
         other.load_state_dict(state)
-    other.load_state_dict({**state, "taken": state["length"]})
+    with pytest.warns(UserWarning, match="comes from a run with other data, max_tokens"):
+        other.load_state_dict({**state, "taken": state["length"]})
     assert SimpleNamespace(**other.state_dict()).epoch == 0

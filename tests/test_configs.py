@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf import SFT, RewardModel
 from lit_rlhf.callbacks import export
-from lit_rlhf.cli import main, users_mistake
+from lit_rlhf.cli import AlignmentCLI, main, users_mistake
+from lit_rlhf.module import AlignmentModule
 from lit_rlhf.sharding import full_state_dict
 from tests.tiny import save_tiny
 
@@ -64,12 +66,12 @@ def test_each_config_runs_two_steps_and_exports_a_model_that_transformers_loads(
 def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(workdir, monkeypatch):
     config = Path("configs/dpo.yaml").absolute()
     monkeypatch.chdir(workdir)
-    prompts = [{"prompt": f"Hello number {i}"} for i in range(5)]
+    prompts = [{"id": i, "prompt": f"Hello number {i}"} for i in range(5)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     options = ["--data.predict=prompts.jsonl", "--trainer.default_root_dir=out/predict"]
     assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=4") == 0
     rows = [json.loads(line) for line in Path("out/predict/predictions.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompts]
+    assert [{"id": row["id"], "prompt": row["prompt"]} for row in rows] == prompts
     assert all(row["finish_reason"] in ("stop", "length") for row in rows)
 
 
@@ -77,7 +79,7 @@ def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(wo
 def test_predict_scores_with_the_head_that_a_reward_model_was_trained_with(workdir, monkeypatch):
     config = Path("configs/reward_model.yaml").absolute()
     monkeypatch.chdir(workdir)
-    Path("scored.jsonl").write_text('{"prompt": "Say hello.", "completion": " Hello!"}\n')
+    Path("scored.jsonl").write_text('{"prompt": "Say hello.", "completion": " Hello!", "id": 7}\n')
     options = ["--model.policy=runs/reward_model/model", "--data.predict=scored.jsonl"]
     assert run("predict", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/scores") == 0
 
@@ -87,7 +89,46 @@ def test_predict_scores_with_the_head_that_a_reward_model_was_trained_with(workd
     with torch.no_grad():
         expected = model(torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)).logits.item()
     [row] = [json.loads(line) for line in Path("out/scores/predictions.jsonl").read_text().splitlines()]
-    assert row["score"] == pytest.approx(expected, rel=1e-3)
+    assert row["score"] == pytest.approx(expected, rel=1e-3) and row["id"] == 7
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_just_drawn_predicts_nothing(workdir, monkeypatch, capsys):
+    config = Path("configs/reward_model.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    Path("scored.jsonl").write_text('{"prompt": "Say hello.", "completion": " Hello!"}\n')
+    options = ["--data.predict=scored.jsonl", "--trainer.default_root_dir=out/drawn"]
+    assert run("predict", "--config", config, *QUICK, *options) == 2
+    assert "holds no trained reward head, so its scores would be random" in capsys.readouterr().err
+    assert not Path("out/drawn/predictions.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_dropped_prompts_were_is_said_and_the_answers_keep_their_ids(workdir, monkeypatch):
+    config = Path("configs/dpo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    said = []
+    monkeypatch.setattr("lit_rlhf.data.prompts.rank_zero_info", said.append)
+    Path("gaps.jsonl").write_text("".join(json.dumps({"id": i, "prompt": "Hello" * (i != 1)}) + "\n" for i in range(3)))
+    options = ["--data.predict=gaps.jsonl", "--trainer.default_root_dir=out/gaps"]
+    assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=2") == 0
+    assert said == ["predict prompts gaps.jsonl: 3 rows, 2 used, 1 dropped (1 no whole token as prompt): rows [2]"]
+    assert [json.loads(line)["id"] for line in Path("out/gaps/predictions.jsonl").read_text().splitlines()] == [0, 2]
+
+
+def test_the_command_line_can_be_used_from_python_without_a_command(workdir, monkeypatch):
+    config = str(Path("configs/sft.yaml").absolute())
+    monkeypatch.chdir(workdir)
+    cli = AlignmentCLI(
+        AlignmentModule,
+        LightningDataModule,
+        run=False,
+        auto_configure_optimizers=False,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        args=["--config", config],
+    )
+    assert isinstance(cli.model, SFT) and cli.datamodule.tokenizer is cli.model.tokenizer
 
 
 def nan_reward(prompts, responses, **columns):
@@ -98,8 +139,13 @@ NO_VALIDATION = "--data.validation=null"
 SMALL_PPO = ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8"]
 OWN_REWARD = ["--data.monitors=null", "--data.reward=lit_rlhf.TextReward"]
 MISTAKES = {  # what users get wrong -> config, options, and words that must be in the answer
-    "unknown option": ("sft", ["--model.betta=3"], "betta"),
-    "abbreviated option": ("sft", ["--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
+    "unknown option": ("dpo", ["--model.betta=3"], "there is no option --model.betta; did you mean beta?"),
+    "unknown option of the Trainer": ("sft", ["--trainer.max_stps=3"], "did you mean max_steps?"),
+    "unknown option of an option": ("ppo", ["--model.kl.kl_coeff=3"], "did you mean kl_coef?"),
+    "unknown class": ("sft", ["--model=lit_rlhf.SFTT"], "has no attribute 'SFTT'"),
+    "root that cannot be": ("sft", ["--trainer.default_root_dir=/proc/nowhere/x"], "/proc/nowhere/x cannot be made"),
+    "loaders made anew": ("ppo", ["--trainer.reload_dataloaders_every_n_epochs=1"], "would play the same prompts"),
+    "abbreviated option": ("sft", ["--trainer.max_epoch=3"], "--trainer.max_epoch; did you mean max_epochs?"),
     "value of a wrong type": ("sft", ["--model.learning_rate=abc"], "learning_rate"),
     "value out of range": ("sft", ["--model.generation.top_p=2"], "top_p (2.0)"),
     "unknown accelerator": ("sft", ["--trainer.accelerator=cpuu"], "cpuu"),
@@ -173,11 +219,13 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "subcommand"),
-        (["fti"], "'fti'"),
-        (["compare", "--polices=[sft]"], "--polices"),
+        ([], "no command is given"),
+        (["fti"], "there is no command 'fti'; did you mean fit?"),
+        (["comprae"], "did you mean compare?\nusage: lit-rlhf [-c CONFIG] {fit,validate,test,predict,compare}"),
+        (["compare", "--polices=[sft]"], "there is no option --polices; did you mean policies?"),
         (["compare", "--policies=[]"], "policies is empty"),
         (["compare", "--root=nowhere"], "nowhere/sft/model"),
+        (["compare", "--root=nowhere"], "nowhere holds no finished run; choose by --policies"),
     ],
 )
 def test_a_mistake_outside_of_a_config_is_answered_by_one_message_too(arguments, words, capsys):

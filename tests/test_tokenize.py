@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.tokenize import (
+    EMPTY,
     KEPT,
     LONG_PROMPT,
     NO_PROMPT,
@@ -71,7 +72,8 @@ def test_sft_masks_mark_the_completion_and_its_end_token():
         ([2, 4, 7, 1], [0, 1, 1, 1]),
     ]
     for (ids, mask, status), (expected_ids, expected_mask) in zip(sft(rows, tokenizer), expected, strict=True):
-        assert (ids.tolist(), mask.astype(int).tolist(), status) == (expected_ids, expected_mask, KEPT)
+        assert (ids.tolist(), mask.astype(int).tolist()) == (expected_ids, expected_mask)
+        assert status == (EMPTY if sum(expected_mask) == 1 else KEPT)
 
 
 def test_a_token_across_the_boundary_belongs_to_the_response():
@@ -97,7 +99,7 @@ def test_a_truncated_row_loses_its_end_and_gets_no_end_token():
     assert cut.tolist() == whole[:3].tolist() and mask.tolist() == [False, True, True] and status == TRUNCATED
     assert sft([row], tokenizer, Options(4, "drop"))[0][2] == TOO_LONG
     assert sft([{"prompt": "a b c", "completion": " d"}], tokenizer, Options(3, "truncate"))[0][2] == LONG_PROMPT
-    assert sft([{"prompt": "a", "completion": ""}], tokenizer, Options(3, "truncate"))[0][2] == KEPT, "an end token"
+    assert sft([{"prompt": "a", "completion": ""}], tokenizer, Options(3, "truncate"))[0][2] == EMPTY, "an end token"
 
 
 def test_end_tokens_are_learnt_where_pad_is_eos():
@@ -119,7 +121,8 @@ def test_chat_masks_mark_assistant_turns_with_their_end_of_turn(template):
     ]
     expected = [" yo <|im_end|>|ünd so<|im_end|>", "ünd so<|im_end|>", " yo <|im_end|>", "<|im_end|>"]
     for (ids, mask, status), text in zip(sft(rows, tokenizer), expected, strict=True):
-        assert learnt(tokenizer, ids, mask) == text and status == KEPT
+        assert learnt(tokenizer, ids, mask) == text
+        assert status == (EMPTY if text == "<|im_end|>" else KEPT)
         assert mask[-1], "nothing after the last response: the model never has to write it"
 
 
@@ -227,12 +230,21 @@ def test_pairs_are_dropped_or_cut_for_a_reason_that_is_counted():
     assert preference(row, tokenizer, Options(1, "truncate"))[3] == LONG_PROMPT
     assert preference(same, tokenizer)[3] == TIE
     assert preference({"prompt": "", "chosen": "a", "rejected": "b"}, tokenizer)[3] == NO_PROMPT
-    report = Report.of("pairs", np.array([KEPT, TRUNCATED, TIE, TIE, TOO_LONG]))
-    assert (report.rows, report.kept, report.truncated, sum(report.dropped.values())) == (5, 2, 1, 3)
-    assert (
-        str(report)
-        == "pairs: 5 rows, 2 used, 1 of them truncated, 3 dropped (1 too long, 2 ties: chosen equals rejected)"
+    report = Report.of("pairs", np.array([KEPT, TRUNCATED, EMPTY, TIE, TIE, TOO_LONG]))
+    assert (report.rows, report.kept, report.truncated, report.empty, sum(report.dropped.values())) == (6, 3, 1, 1, 3)
+    assert str(report) == (
+        "pairs: 6 rows, 3 used, 1 of them truncated, 1 of them with an empty response, 3 dropped (1 too long, "
+        "2 ties: chosen equals rejected)"
     )
+
+
+def test_an_empty_response_is_used_and_counted():
+    tokenizer = word_tokenizer("a b")
+    assert preference({"prompt": "a", "chosen": "", "rejected": " b"}, tokenizer)[3] == EMPTY
+    assert preference({"prompt": "a", "chosen": " b", "rejected": " a"}, tokenizer)[3] == KEPT
+    [(ids, mask, status)] = sft([{"prompt": "a", "completion": ""}], tokenizer)
+    assert (ids[mask].tolist(), status) == ([EOS], EMPTY)
+    assert sft([{"text": "a"}], tokenizer, Options(None, loss_on="all"))[0][2] == KEPT, "a text of one token"
 
 
 def test_long_prompts_keep_their_end_and_the_beginning_token():
@@ -278,7 +290,8 @@ TEXT = st.text(alphabet="ab é🙂\n .", max_size=12)
 def test_tokens_of_prompt_and_responses_are_those_of_the_whole_texts(prompt, first, second):
     tokenizer = BYTES
     ids, chosen, rejected, status = preference({"prompt": prompt, "chosen": first, "rejected": second}, tokenizer)
-    if status == KEPT:
+    if status in (KEPT, EMPTY):
+        assert (status == EMPTY) == ("" in (first, second))
         for response, text in ((chosen, prompt + first), (rejected, prompt + second)):
             assert np.concatenate([ids, response]).tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         assert tokenizer.decode(ids) == prompt  # bytes: every boundary between characters is one of tokens

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_rlhf.errors import UserError
@@ -242,6 +243,11 @@ class ResumableLoader(DataLoader):
                 f"the checkpoint stopped after {state['taken']} micro-batches of epoch {state['epoch']}, but data, "
                 "max_tokens, batch_size, seed or the number of ranks have changed, so what is left is unknown; resume "
                 "with the same, or from a checkpoint of an epoch's end"
+            )
+        if state["plan"] != sampler.fingerprint():
+            rank_zero_warn(
+                "the checkpoint comes from a run with other data, max_tokens, batch_size, seed or number of ranks; "
+                "the epochs that are left are planned from what is given now"
             )
         sampler.set_epoch(state["epoch"])
         self._resume = (state["epoch"], state["taken"])

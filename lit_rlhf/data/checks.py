@@ -37,7 +37,12 @@ def check_trainer_options(trainer: Any) -> None:
 
 
 def require_whole_epochs(trainer: Any) -> None:
-    """Refuse what ends an epoch early: on policy it is an iteration, and its rollout is learnt from to the end."""
+    """Refuse what ends an epoch early or starts the prompts anew: on policy an epoch is an iteration of one stream."""
+    if trainer.reload_dataloaders_every_n_epochs:
+        raise UserError(
+            f"reload_dataloaders_every_n_epochs ({trainer.reload_dataloaders_every_n_epochs}) would play the same "
+            "prompts with the same dice again; leave it out, since each epoch plays a new rollout as it is"
+        )
     limit = trainer.limit_train_batches
     whole = limit is None or (isinstance(limit, float) and limit == 1.0)  # the int 1 is one micro-batch
     if not whole and not trainer.fast_dev_run:

@@ -27,7 +27,7 @@ from lit_rlhf.data.tokenize import Options
 from lit_rlhf.errors import UserError
 from lit_rlhf.packing import Example, pack
 
-CACHE_VERSION = 2  # raise it when checks or masks change, so that no older cache is used
+CACHE_VERSION = 3  # raise it when checks or masks change, so that no older cache is used
 _IDS = datasets.List(datasets.Value("int32"))
 FEATURES = {
     "sft": datasets.Features(
@@ -174,7 +174,7 @@ def load_examples(
         rank_zero_info(str(report))
         if report.kept == 0:
             raise UserError(f"no row is left to use. {report}. The length limit is {options.max_length} tokens")
-        rows.append(weighted(np.flatnonzero(statuses <= tokenize.TRUNCATED), source.weight, seed) + offset)
+        rows.append(weighted(np.flatnonzero(statuses <= tokenize.EMPTY), source.weight, seed) + offset)
         tables.append(table)
         reports.append(report)
         offset += len(table)

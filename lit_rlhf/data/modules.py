@@ -14,14 +14,13 @@ from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows, r
 from lit_rlhf.data.examples import PackedDataset, load_examples
 from lit_rlhf.data.formats import Kind, Sources, as_prompt
 from lit_rlhf.data.prompts import PromptDataset, encode_prompts, load_prompts, to_columns
-from lit_rlhf.data.sources import DEMO, Role, iterate_rows, parse_sources
+from lit_rlhf.data.sources import DEMO, STAGES, Role, iterate_rows, parse_sources
 from lit_rlhf.data.tokenize import LossOn, Options, Truncation
 from lit_rlhf.errors import UserError, require
 
 __all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
 
 PREDICT_BATCH = 256  # prompts handed to `predict_step` at once; how many are played together is the model's affair
-STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 ROLES: dict[str, Role] = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
@@ -180,12 +179,6 @@ class ExamplesDataModule(LightningDataModule):
         columns = {name: values[:count] for name, values in self.prompts.columns.items()}
         return PromptBatch(self.prompts.prompt_ids[:count], columns)
 
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Prompts stay on the CPU, where the environment is."""
-        if isinstance(batch, PromptBatch):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     def _ranks(self) -> dict[str, int]:
         # Not world_size: ranks of one tensor-parallel group see the same data.
         ranks = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
@@ -211,7 +204,7 @@ class ExamplesDataModule(LightningDataModule):
         assert self.tokenizer is not None
         limit = self.max_prompt_length or (self.length_limit // 2 if self.length_limit is not None else None)
         if self.predict is not None:
-            return PromptDataset(*load_prompts(self.predict, "test", self.tokenizer, limit, self.seed))
+            return PromptDataset(*load_prompts(self.predict, "predict", self.tokenizer, limit, self.seed))
         held_out = self.sources["validation"]
         if held_out is None:
             raise UserError("predict needs prompts: set predict, or validation")

@@ -75,10 +75,12 @@ def encode_prompts(
         raise UserError(f"{name}: there are no rows; expected {EXPECTED['prompts']}")
     prompt_ids, statuses = tokenize.tokenize_prompts(rows, tokenizer, max_prompt_length)
     report = Report.of(name, np.array(statuses))
-    rank_zero_info(str(report))
+    used = np.array(statuses) <= tokenize.EMPTY
+    dropped = (np.flatnonzero(~used) + 1).tolist()  # named, since what is made of the others has a row for each of them
+    rank_zero_info(f"{report}{f': rows {dropped[:8]}' if dropped else ''}{' and more' if len(dropped) > 8 else ''}")
     if report.kept == 0:
         raise UserError(f"no prompt is left to use. {report}")
-    return prompt_ids, np.flatnonzero(np.array(statuses) <= tokenize.TRUNCATED)
+    return prompt_ids, np.flatnonzero(used)
 
 
 def to_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:

@@ -16,19 +16,21 @@ class Report:
     rows: int
     kept: int
     truncated: int = 0  # kept, cut to the length limit
+    empty: int = 0  # kept, with a response that says nothing
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
 
     @classmethod
     def of(cls, name: str, statuses: np.ndarray) -> "Report":
         """Count statuses; see `tokenize.STATUS`."""
         counts = Counter(np.asarray(statuses).tolist())
-        truncated = counts[tokenize.TRUNCATED]
-        dropped = {word: counts[status] for status, word in enumerate(tokenize.STATUS) if status > tokenize.TRUNCATED}
+        truncated, empty = counts[tokenize.TRUNCATED], counts[tokenize.EMPTY]
+        dropped = {word: counts[status] for status, word in enumerate(tokenize.STATUS) if status > tokenize.EMPTY}
         return cls(
             name,
             rows=len(statuses),
-            kept=counts[tokenize.KEPT] + truncated,
+            kept=counts[tokenize.KEPT] + truncated + empty,
             truncated=truncated,
+            empty=empty,
             dropped={reason: count for reason, count in dropped.items() if count},
         )
 
@@ -36,6 +38,8 @@ class Report:
         parts = [f"{self.rows} rows, {self.kept} used"]
         if self.truncated:
             parts.append(f"{self.truncated} of them truncated")
+        if self.empty:
+            parts.append(f"{self.empty} of them {tokenize.STATUS[tokenize.EMPTY]}")
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             parts.append(f"{self.rows - self.kept} dropped ({reasons})")

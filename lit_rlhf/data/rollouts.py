@@ -20,7 +20,7 @@ from lit_rlhf.data.checks import (
 )
 from lit_rlhf.data.formats import Sources
 from lit_rlhf.data.prompts import load_prompts
-from lit_rlhf.data.sources import Role
+from lit_rlhf.data.sources import STAGES, Role
 from lit_rlhf.data.tokenize import stop_token_ids
 from lit_rlhf.errors import UserError
 from lit_rlhf.experience import Experience
@@ -109,12 +109,11 @@ class RolloutDataModule(LightningDataModule):
                 f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in the context of "
                 f"{self.tokenizer.model_max_length}"
             )
-        splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
+        splits: tuple[Role, ...] = STAGES[stage]
         for split in splits:
             source = self.sources[split]
             if source is not None and split not in self.prompts:
-                name: Role = "train" if split == "train" else "validation"
-                prompt_ids, columns = load_prompts(source, name, self.tokenizer, limit)
+                prompt_ids, columns = load_prompts(source, split, self.tokenizer, limit)
                 self.prompts[split] = PromptBatch(prompt_ids, columns)
                 check_context(agent.policy, prompt_ids, self.max_new_tokens)
         for reward in (self.reward, *self.monitors.values()):
@@ -163,12 +162,6 @@ class RolloutDataModule(LightningDataModule):
         batches = [take(prompts, slice(start, end)) for start, end in itertools.pairwise(bounds)]
         mine: Any = batches[self.trainer.global_rank :: ranks]
         return DataLoader(mine, batch_size=None, collate_fn=as_it_is)
-
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Prompts stay on the CPU, where the environment is."""
-        return (
-            batch if isinstance(batch, PromptBatch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
-        )
 
     def sample_prompts(self, count: int) -> PromptBatch | None:
         """The first held-out prompts, for sample tables."""
@@ -259,7 +252,10 @@ class RolloutLoader:
             )
         mine = state["ranks"][self.trainer.global_rank]
         if mine["env"] is not None:
-            self.env.load_state_dict(mine["env"])
+            try:
+                self.env.load_state_dict(mine["env"])
+            except ValueError as error:
+                raise UserError(f"ckpt_path: {error}; resume with the data settings of the run") from error
             self.env_seed = None
         self.experience = None if mine["experience"] is None else Experience.from_state_dict(mine["experience"])
         self.done = mine["done"]

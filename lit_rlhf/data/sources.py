@@ -14,9 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_rlhf.data.formats import Kind, Row, Sources, check_row
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, looks_like_a_path
 
-Role = Literal["train", "validation", "test"]  # what the rows are for
+Role = Literal["train", "validation", "test", "predict"]  # what the rows are for
+# What each stage of the Trainer needs.
+STAGES: dict[str, tuple[Role, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
 
 DEMO = "demo"
 LINES = (".jsonl", ".json", ".ndjson")
@@ -27,6 +34,7 @@ SPLIT_WORDS: dict[Role, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "test"),
     "test": ("test", "validation", "valid", "val", "dev", "eval"),
+    "predict": ("predict", "test", "validation", "valid", "val", "dev", "eval"),
 }
 
 
@@ -99,8 +107,7 @@ def find_files(source: Source, role: Role) -> list[Path] | None:
         if not path.name.endswith(ENDINGS):
             raise UserError(f"{path}: unknown ending; data files end in {', '.join(LINES)} (or .gz, .zst) or .parquet")
         return [path]
-    looks_like_a_path = source.name.endswith(ENDINGS) or source.name.startswith((".", "/", "~")) or "\\" in source.name
-    if not path.exists() and (looks_like_a_path or source.name.count("/") > 1):
+    if not path.exists() and (source.name.endswith(ENDINGS) or looks_like_a_path(source.name)):
         raise UserError(f"{path}: no such file or folder; expected JSON Lines (plain, .gz or .zst) or Parquet")
     return None
 

@@ -18,17 +18,18 @@ from lit_rlhf.errors import UserError
 Truncation = Literal["drop", "truncate"]
 LossOn = Literal["response", "all"]
 
-# What became of a row. The first two are kept, the others counted by these words and dropped.
+# What became of a row. The first three are used, the others counted by these words and dropped.
 STATUS = (
     "kept",
     "truncated",
+    "with an empty response",
     "too long",
     "no response left to learn from",
     "ties: chosen equals rejected",
     "no whole token as prompt",
     "whose prompt alone reaches max_length: shorten prompts or raise max_length",
 )
-KEPT, TRUNCATED, TOO_LONG, NO_RESPONSE, TIE, NO_PROMPT, LONG_PROMPT = range(len(STATUS))
+KEPT, TRUNCATED, EMPTY, TOO_LONG, NO_RESPONSE, TIE, NO_PROMPT, LONG_PROMPT = range(len(STATUS))
 
 
 class Options(NamedTuple):
@@ -160,7 +161,9 @@ def _mask_sft(
         learnt = mask.any()
         ids, mask = ids[: options.max_length], mask[: options.max_length]
         return (ids, mask, TRUNCATED) if mask.any() else (ids[:0], mask[:0], LONG_PROMPT if learnt else NO_RESPONSE)
-    return (ids, mask, KEPT) if mask.any() else (ids[:0], mask[:0], NO_RESPONSE)
+    if not mask.any():
+        return ids[:0], mask[:0], NO_RESPONSE
+    return ids, mask, EMPTY if options.loss_on == "response" and is_empty(ids[mask], stops) else KEPT
 
 
 def tokenize_preference(
@@ -181,7 +184,7 @@ def tokenize_preference(
         pair: tuple[Encoding, Encoding] = chosen[number], rejected[number]
         boundary = sides[0][number].spans[0][0] if "prompt" in row else None
         responses, prompt_length = _split_pair(pair, boundary, stops)
-        values = _fit_pair(pair[0].ids[:prompt_length], responses, options)
+        values = _fit_pair(pair[0].ids[:prompt_length], responses, stops, options)
         for values_of, value in zip(columns.values(), (*values[:3], row["margin"], values[3]), strict=True):
             values_of.append(value)
     return columns
@@ -224,20 +227,25 @@ def _split_pair(
     return responses, shared
 
 
+def is_empty(response: np.ndarray, stops: Sequence[int]) -> bool:
+    """Whether a response says nothing before it stops."""
+    return len(response) == 1 and int(response[0]) in stops
+
+
 def _begins_a_word(encoding: Encoding, token: int) -> bool:
     start = encoding.ends[token - 1]  # not starts[token], from which white space may be missing
     return bool(start == 0 or encoding.text[start : start + 1].isspace() or encoding.text[start - 1].isspace())
 
 
 def _fit_pair(
-    prompt: np.ndarray, responses: list[np.ndarray], options: Options
+    prompt: np.ndarray, responses: list[np.ndarray], stops: Sequence[int], options: Options
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     nothing = prompt[:0]
     if np.array_equal(responses[0], responses[1]):
         return nothing, nothing, nothing, TIE
     if len(prompt) == 0:
         return nothing, nothing, nothing, NO_PROMPT
-    status = KEPT
+    status = EMPTY if any(is_empty(response, stops) for response in responses) else KEPT
     longest = len(prompt) + max(len(response) for response in responses)
     if options.max_length is not None and longest > options.max_length:
         room = options.max_length - len(prompt)

@@ -1,0 +1,62 @@
+"""Checkpoints that are whole or not there, and clear words about those that are not."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lit_rlhf.errors import UserError
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's single-file checkpoints, written aside and renamed: a full disk leaves no truncated one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a file; a remote address is left to Lightning.
+
+        Raises:
+            OSError: the disk is full or may not be written to; nothing is left behind, an older checkpoint stays.
+        """
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        target = Path(path)
+        aside = target.with_name(f".{target.name}.new")
+        try:
+            super().save_checkpoint(checkpoint, aside, storage_options)
+            os.replace(aside, target)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse, before models and data are read, what the Trainer could not go on from; tensors are not read.
+
+    Args:
+        path: one of torch's archives, or a folder of sharded weights, which is taken as it is.
+
+    Raises:
+        UserError: nothing is there, or an exported model, weights alone, or a damaged file.
+    """
+    not_ours = (
+        f"ckpt_path: {path.absolute()} is no checkpoint of the Trainer's, such as a run keeps under its "
+        "default_root_dir; an exported model is named by model.policy"
+    )
+    if not path.exists():
+        raise UserError(f"ckpt_path: there is no checkpoint {path.absolute()}")
+    if path.is_dir():
+        if (path / "config.json").exists():
+            raise UserError(not_ours)
+        return
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{not_ours}. Or it was cut short: then take an older one")
+    try:
+        checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="meta")
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:  # as torch reports a damaged archive
+        raise UserError(f"ckpt_path: {path.absolute()} is damaged and cannot be read; take an older one") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "loops"} <= checkpoint.keys():
+        raise UserError(not_ours)

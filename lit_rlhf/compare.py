@@ -16,8 +16,9 @@ from lit_rlhf.batches import PromptBatch
 from lit_rlhf.callbacks import write_json
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.errors import UserError
+from lit_rlhf.loading import check_same_tokens, load_policy, load_tokenizer
 from lit_rlhf.packing import Example, pack
-from lit_rlhf.policy import Policy, check_same_tokens, freeze, load_policy, load_tokenizer
+from lit_rlhf.policy import Policy, freeze
 from lit_rlhf.rewards import Reward, RewardModelReward, TextReward
 from lit_rlhf.rollout import GenerationSettings, complete
 from token_mdp import Episode

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from lit_rlhf.batches import PreferenceBatch
 from lit_rlhf.errors import UserError
+from lit_rlhf.loading import check_same_tokens, load_policy, load_tokenizer
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.packing import PackedBatch
-from lit_rlhf.policy import Policy, check_same_tokens, freeze, frozen_copy, load_policy, load_tokenizer
+from lit_rlhf.policy import Policy, freeze, frozen_copy
 from lit_rlhf.preference_loss import LossTerm, PreferenceLoss
 from lit_rlhf.reference_cache import ReferenceCache
 from lit_rlhf.reference_update import ReferenceUpdate

@@ -13,10 +13,11 @@ from lit_rlhf.batches import RolloutBatch
 from lit_rlhf.errors import require
 from lit_rlhf.experience import Experience, pack_episodes, plan_minibatches, rollout_means, split_by_episode
 from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, k3
+from lit_rlhf.loading import check_same_tokens, load_policy, load_scorer, load_tokenizer, scorer_from_policy
 from lit_rlhf.losses import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.on_policy import OnPolicyModule
 from lit_rlhf.packing import PackedBatch
-from lit_rlhf.policy import check_same_tokens, frozen_copy, load_policy, load_scorer, load_tokenizer, scorer_from_policy
+from lit_rlhf.policy import frozen_copy
 from lit_rlhf.rollout import GenerationSettings, Play
 from lit_rlhf.shaping import RewardShaping
 

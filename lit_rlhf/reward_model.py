@@ -12,10 +12,10 @@ from lit_rlhf.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.calibration import Calibration, calibration
 from lit_rlhf.data.tokenize import Options, as_text, tokenize_sft
 from lit_rlhf.errors import UserError
+from lit_rlhf.loading import load_scorer, load_tokenizer, pad_token_id_for
 from lit_rlhf.losses import bradley_terry_loss
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.packing import PackedBatch
-from lit_rlhf.policy import load_scorer, load_tokenizer, pad_token_id_for
 from lit_rlhf.rewards import scores
 from lit_rlhf.rollout import predicted_rows
 from lit_rlhf.sharding import gathered

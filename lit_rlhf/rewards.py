@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.tokenize import as_text
 from lit_rlhf.errors import UserError
+from lit_rlhf.loading import check_same_tokens, load_scorer, load_tokenizer
 from lit_rlhf.packing import Example, pack
-from lit_rlhf.policy import Scorer, check_same_tokens, freeze, load_scorer, load_tokenizer
+from lit_rlhf.policy import Scorer, freeze
 
 
 class Reward:

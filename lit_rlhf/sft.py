@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.batches import SFTBatch
+from lit_rlhf.loading import load_policy, load_tokenizer
 from lit_rlhf.losses import nll
 from lit_rlhf.module import AlignmentModule
-from lit_rlhf.policy import load_policy, load_tokenizer
 from lit_rlhf.rollout import GenerationSettings
 
 

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lit_rlhf import DPO, UserError, losses
 from lit_rlhf.cli import main
 from lit_rlhf.dpo import sequence_logprobs
+from lit_rlhf.loading import load_policy
 from lit_rlhf.losses import bco_pair_loss, dpo_loss, ipo_loss, length_normalized_dpo_loss
-from lit_rlhf.policy import load_policy
 from lit_rlhf.preference_loss import LossTerm
 from lit_rlhf.reference_update import ReferenceUpdate
 from tests.stages import make_stage, make_trainer, write_inputs

@@ -4,9 +4,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_rlhf import cli
+from lit_rlhf.loading import scorer_from_policy
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.performance import Performance, default_precision, forward_flops, matrix_weights, peak_flops
-from lit_rlhf.policy import scorer_from_policy
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
 from tests.tiny import random_examples, tiny_policy
 

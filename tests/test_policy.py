@@ -13,17 +13,9 @@ from lit_rlhf import DPO, PPO, RewardModel, RewardModelReward
 from lit_rlhf.callbacks import export
 from lit_rlhf.decoding import SlotDecoder
 from lit_rlhf.errors import UserError
+from lit_rlhf.loading import check_head, load_policy, load_scorer, load_tokenizer, pad_token_id_for, scorer_from_policy
 from lit_rlhf.packing import pack
-from lit_rlhf.policy import (
-    check_head,
-    frozen_copy,
-    load_policy,
-    load_scorer,
-    load_tokenizer,
-    pad_token_id_for,
-    runs_packed,
-    scorer_from_policy,
-)
+from lit_rlhf.policy import frozen_copy, runs_packed
 from lit_rlhf.sharding import full_state_dict
 from tests.tiny import EOS, SINKS, plain_response_logprobs, random_examples, save_tiny, tiny_policy, tiny_tokenizer
 

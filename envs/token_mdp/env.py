@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
 import numpy.typing as npt
-from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.error import ResetNeeded
 
+from token_mdp.actions import checked_token
 from token_mdp.checks import check_flag, check_render_mode
-from token_mdp.episodes import FinishReason, IntArray, episode_text
+from token_mdp.episodes import FinishReason, IntArray
 from token_mdp.prompts import PromptQueue
+from token_mdp.rendering import EpisodePrinter, episode_text, outcome_text
+from token_mdp.reset_options import single_prompt
 from token_mdp.rewards import RewardFn, RewardSpec
 from token_mdp.spaces import EMPTY
 from token_mdp.task import ActionMask, TokenTask
@@ -150,8 +152,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self._potential = np.zeros(1)
         self._return = 0.0
         self._allowed: npt.NDArray[np.bool_] | None = None
-        self._shown = ""  # what "human" has printed of the response
-        self._mid_line = False  # whether "human" is in the midst of an episode
+        self._printer = EpisodePrinter(self.task.tokenizer) if render_mode == "human" else None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -162,12 +163,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             seed: seeds `np_random`, which shuffles the prompts.
             options: `{"prompt_index": i}` starts from prompt i without drawing from the queue.
         """
-        options = options or {}
-        unknown = set(options) - {"prompt_index"}
-        if unknown:
-            raise ValueError(f"reset options {sorted(unknown)} are unknown; there is 'prompt_index'")
-        chosen = self.task.prompts.check_index(options["prompt_index"]) if "prompt_index" in options else None
-
+        chosen = single_prompt(options, self.task.prompts)
         super().reset(seed=seed)
         if seed is not None or not self._queue.started:
             self._queue.restart(self.np_random)
@@ -180,7 +176,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             self._potential = self.task.potentials([self._prompt_index], [self._response_ids()])
         info = self._info()
         self._ready = True
-        self._show_prompt()
+        if self._printer is not None:
+            self._printer.begin(self.task.prompts[self._prompt_index])
         return self._observation(), info
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -199,7 +196,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
                 f"step() after the end: the episode of prompt {self._prompt_index} ended with finish reason "
                 f"'{FinishReason(self._finish_reason).label}'; call reset()"
             )
-        token = self._checked_token(action)
+        token = checked_token(action, self.task.vocab_size, self._allowed, self._prompt_index)
         self._response.append(token)
         responses = [self._response_ids()]
         reasons = self.task.finish_reasons(np.array([token]), np.array([len(self._response)]))
@@ -220,7 +217,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             info |= {f"reward/{name}": values[0] for name, values in components.items()}
         self._ready = True
         self._return += reward
-        self._show_response()
+        if self._printer is not None:
+            self._printer.show(self._response, self._finish_reason, self._return)
         terminated = bool(self.task.is_terminal(reasons)[0])
         return self._observation(), reward, terminated, bool(self._finish_reason) and not terminated, info
 
@@ -238,18 +236,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             return None
         if not self._ready:
             raise ResetNeeded("render() before reset(): there is no episode yet")
-        return episode_text(self.task.prompts[self._prompt_index], self._response, self._outcome(), self.task.tokenizer)
-
-    def _checked_token(self, action: Any) -> int:
-        value = np.asarray(action)
-        if value.size != 1 or value.dtype.kind not in "iu":
-            raise InvalidAction(f"an action is one integer token id, got {action!r}")
-        token = int(value.item())
-        if not 0 <= token < self.task.vocab_size:
-            raise InvalidAction(f"token {token} is outside the vocabulary 0..{self.task.vocab_size - 1}")
-        if self._allowed is not None and not self._allowed[token]:
-            raise InvalidAction(f"token {token} is not allowed here by action_mask (prompt {self._prompt_index})")
-        return token
+        outcome = outcome_text(self._finish_reason, self._return)
+        return episode_text(self.task.prompts[self._prompt_index], self._response, outcome, self.task.tokenizer)
 
     def _response_ids(self) -> IntArray:
         return np.array(self._response, dtype=np.int64)
@@ -285,34 +273,3 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
                 self._allowed = self.task.allowed_tokens([self._prompt_index], [self._response_ids()])[0]
             info["action_mask"] = self.action_masks().astype(np.int8)
         return info
-
-    def _outcome(self) -> str:
-        if not self._finish_reason:
-            return "not yet"
-        return f"{self._return:.4g} ({FinishReason(self._finish_reason).label})"
-
-    def _show_prompt(self) -> None:
-        if self.render_mode != "human":
-            return
-        if self._mid_line:  # the last episode was cut short by this reset
-            sys.stdout.write("\n")
-        self._shown, self._mid_line = "", True
-        # Everything of an episode without response but its last line, the reward.
-        head = episode_text(self.task.prompts[self._prompt_index], [], "", self.task.tokenizer)
-        sys.stdout.write(head.rsplit("\n", 1)[0])
-        sys.stdout.flush()
-
-    def _show_response(self) -> None:
-        if self.render_mode != "human":
-            return
-        tokenizer = self.task.tokenizer
-        text = " ".join(map(str, self._response)) if tokenizer is None else tokenizer.decode(list(self._response))
-        # Half of a character waits for its other tokens, as long as there may be any.
-        if self._finish_reason or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            # Decoding the whole response keeps the spaces that a token alone would lose.
-            sys.stdout.write(text[len(self._shown) :])
-            self._shown = text
-        if self._finish_reason:
-            sys.stdout.write(f"\n{'reward':8} │ {self._outcome()}\n")
-            self._mid_line = False
-        sys.stdout.flush()

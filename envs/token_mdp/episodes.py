@@ -1,8 +1,7 @@
-"""What an episode is once it has ended, and how it is shown as text."""
+"""What an episode is once it has ended."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -58,35 +57,3 @@ class Episode(NamedTuple):
             "step_rewards": None if step_rewards is None else np.array(step_rewards, dtype=np.float64),
         }
         return cls(**(plain | arrays))
-
-
-def episode_text(
-    prompt_ids: Sequence[int] | IntArray,
-    response_ids: Sequence[int] | IntArray,
-    outcome: str,
-    tokenizer: Any = None,
-    title: str = "",
-) -> str:
-    """The episode in three labelled lines (more where the text has line breaks): prompt, response, reward.
-
-    Args:
-        prompt_ids: (P',) tokens of the prompt.
-        response_ids: (T',) tokens of the response so far.
-        outcome: what to say about the reward.
-        tokenizer: anything with `decode(ids) -> str`; None shows the ids themselves.
-        title: a line above, as "slot 3".
-    """
-
-    def text(ids: Sequence[int] | IntArray) -> str:
-        tokens = [int(token) for token in ids]
-        return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens)
-
-    def labelled(label: str, body: str) -> str:
-        return "\n".join(f"{label if row == 0 else '':8} │ {line}" for row, line in enumerate(body.split("\n")))
-
-    lines = [
-        labelled("prompt", text(prompt_ids)),
-        labelled("response", text(response_ids)),
-        labelled("reward", outcome),
-    ]
-    return "\n".join([title, *lines] if title else lines)

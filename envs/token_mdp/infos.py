@@ -9,6 +9,63 @@ import numpy as np
 import numpy.typing as npt
 
 from token_mdp.episodes import IntArray
+from token_mdp.slots import Slots
+from token_mdp.stream import RUNNING, Stream
+from token_mdp.task import BoolArray, TokenTask
+
+
+class SlotInfos:
+    """What the agent is told about B slots besides their observations: prompts, episodes, allowed tokens.
+
+    Args:
+        task: knows which tokens are allowed.
+        slots: the responses.
+        stream: the prompts.
+    """
+
+    def __init__(self, task: TokenTask, slots: Slots, stream: Stream) -> None:
+        self.allowed: BoolArray | None = None  # (B, V) where action_mask is a function
+        self._task = task
+        self._slots = slots
+        self._stream = stream
+        self._every_slot = np.arange(len(stream.status))
+
+    def action_masks(self) -> BoolArray:
+        """(B, V) True for each token that may come next, a copy."""
+        if self.allowed is not None:
+            return self.allowed.copy()
+        return np.ones((len(self._every_slot), self._task.vocab_size), dtype=np.bool_)
+
+    def put_state(self, infos: dict[str, Any], slots: IntArray) -> None:
+        """Infos of the states that `slots` are in; `episode_id` and `active` tell about all slots at any time."""
+        stream, num_slots = self._stream, len(self._every_slot)
+        values = stream.infos(slots)
+        if self._task.action_mask:
+            if callable(self._task.action_mask):
+                self.allowed = np.ones((num_slots, self._task.vocab_size), dtype=np.bool_)
+                running = np.flatnonzero(stream.status == RUNNING)
+                self.allowed[running] = self._task.allowed_tokens(
+                    stream.prompt_index[running], self._slots.responses(running)
+                )
+            values["action_mask"] = self.action_masks()[slots].astype(np.int8)
+        put(infos, num_slots, slots, values)
+        put(infos, num_slots, self._every_slot, {"episode_id": stream.episode_id.copy(), "active": stream.active})
+
+    def put_final(self, infos: dict[str, Any], done: IntArray, at_end: Mapping[str, npt.NDArray[Any]]) -> None:
+        """`final_obs` and `final_info` of the slots that are about to be refilled."""
+        num_slots = len(self._every_slot)
+        final_obs = np.full(num_slots, None, dtype=object)
+        for slot in done.tolist():
+            final_obs[slot] = self._slots.observation_of(slot)
+        values = self._stream.infos(done) | {"episode_id": self._stream.episode_id[done]}
+        if self._task.action_mask:
+            values["action_mask"] = np.ones((len(done), self._task.vocab_size), dtype=np.int8)
+        final_info: dict[str, Any] = {}
+        # The observation's own keys are for TorchRL, whose reader of a Dict looks for them here and nowhere else.
+        # `prompt_length`, a key of both, stays (B,) as in every info; the reader broadcasts it.
+        put(final_info, num_slots, done, {**self._slots.rows_of_observation(done), **values, **at_end})
+        infos |= {"final_obs": final_obs, "_final_obs": slot_mask(num_slots, done)}
+        infos |= {"final_info": final_info, "_final_info": slot_mask(num_slots, done)}
 
 
 def put(infos: dict[str, Any], num_slots: int, slots: IntArray, values: Mapping[str, npt.NDArray[Any]]) -> None:

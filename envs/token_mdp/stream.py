@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gymnasium.error import ResetNeeded
 
 from token_mdp.episodes import IntArray
 from token_mdp.prompts import PromptQueue, PromptStore
@@ -35,6 +36,31 @@ class Stream:
         self.prompt_index = np.full(num_slots, -1, dtype=np.int64)  # (B,) -1 in a slot that never got an episode
         self.episode_id = np.full(num_slots, -1, dtype=np.int64)  # (B,) likewise
         self.tokens_cut = np.zeros(num_slots, dtype=np.int64)  # (B,)
+
+    @property
+    def active(self) -> npt.NDArray[np.bool_]:
+        """(B,) False for slots that are parked."""
+        return self.status != PARKED
+
+    def running(self, refills: bool) -> IntArray:
+        """(n,) slots that a step plays; the others are parked, or wait for the reset that this step is to them.
+
+        Args:
+            refills: whether steps reset the slots that wait, or only the caller does.
+
+        Raises:
+            ResetNeeded: no slot will ever run again in this stream, or some wait for the caller.
+        """
+        running = np.flatnonzero(self.status == RUNNING)
+        if len(running) < len(self.status):
+            if not self.active.any():
+                raise ResetNeeded(f"all {len(self.status)} slots are parked: the stream has drained; call reset()")
+            if not refills and (self.status == WAITING).any():
+                raise ResetNeeded(
+                    f"the episodes of slots {np.flatnonzero(self.status == WAITING).tolist()} have ended; "
+                    "reset them with options={'reset_mask': ...}"
+                )
+        return running
 
     def start(self, max_episodes: int | None) -> None:
         """A new stream of `max_episodes`, or of no end, with all slots empty."""

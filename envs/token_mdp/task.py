@@ -101,6 +101,12 @@ class TokenTask:
             "flat": self.flat,
         }
 
+    def check_identity(self, saved: Mapping[str, Any]) -> None:
+        """Refuse the state of an env that played another task, as its `identity` tells."""
+        for name, mine in self.identity().items():
+            if saved[name] != mine:
+                raise ValueError(f"the saved state has {name} = {saved[name]}, this env {mine}")
+
     def finish_reasons(self, tokens: IntArray, lengths: IntArray) -> npt.NDArray[np.int8]:
         """(n,) FinishReason of each state after `tokens` (n,) made its response `lengths` (n,) long; 0 goes on."""
         reasons = np.zeros(len(tokens), dtype=np.int8)

@@ -8,19 +8,22 @@ from typing import Any, ClassVar, Literal
 import gymnasium
 import numpy as np
 import numpy.typing as npt
-from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from token_mdp.actions import checked_tokens
 from token_mdp.checks import check_choice, check_count, check_flag, check_render_mode
 from token_mdp.env import NO_EPISODE
-from token_mdp.episodes import Episode, FinishReason, FloatArray, IntArray, episode_text
-from token_mdp.infos import put, slot_mask
+from token_mdp.episodes import Episode, FloatArray, IntArray
+from token_mdp.infos import SlotInfos, put
 from token_mdp.prompts import PromptQueue
+from token_mdp.rendering import episode_text, outcome_text
+from token_mdp.reset_options import vector_reset
 from token_mdp.rewards import RewardFn, RewardSpec
 from token_mdp.slot_rewards import SlotRewards
 from token_mdp.slots import Slots, VectorObservation
-from token_mdp.stream import PARKED, RUNNING, WAITING, Stream
+from token_mdp.stream import WAITING, Stream
 from token_mdp.task import ActionMask, BoolArray, TokenTask
 
 
@@ -101,6 +104,8 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         check_flag("copy", copy)
         mode = getattr(autoreset_mode, "value", autoreset_mode)
         check_choice("autoreset_mode", mode, tuple(choice.value for choice in AutoresetMode))
+        if max_episodes is not None:
+            check_count("max_episodes", max_episodes)
         if max_episode_steps is not None:
             check_count("max_new_tokens", max_new_tokens)
             check_count("max_episode_steps", max_episode_steps)
@@ -132,19 +137,19 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self.autoreset_mode = AutoresetMode(mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
         self.copy = copy
-        self.max_episodes = _checked_max_episodes(max_episodes)
+        self.max_episodes = max_episodes
         self._every_slot = np.arange(num_envs)
         self._slots = Slots(num_envs, self.task.prompts.max_length, self.task.max_new_tokens, self.task.flat)
         self._stream = Stream(self.task.prompts, PromptQueue(len(self.task.prompts), shuffle), self._slots)
         self._rewards = SlotRewards(self.task, self._slots, self._stream, deferred=reward_mode == "deferred")
-        self._ready = False  # before the first reset and after a failed reward function, step() is refused
+        self._infos = SlotInfos(self.task, self._slots, self._stream)
+        self._ready = False  # before the first reset and after a failed function of the caller, step() is refused
         self._finish_reason = np.zeros(num_envs, dtype=np.int8)  # (B,) 0 while the episode goes on
-        self._allowed: BoolArray | None = None  # (B, V) where action_mask is a function
 
     @property
     def active(self) -> BoolArray:
         """(B,) False for slots that are parked until the next reset."""
-        return self._stream.status != PARKED
+        return self._stream.active
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -160,32 +165,19 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
                 these slots, within the current stream, which counts the episodes that this cuts short;
                 `prompt_index`: int or (B,), prompts to start from instead of drawing from the queue.
         """
-        options = options or {}
-        unknown = set(options) - {"max_episodes", "reset_mask", "prompt_index"}
-        if unknown:
-            raise ValueError(
-                f"reset options {sorted(unknown)} are unknown; there are 'max_episodes', 'reset_mask', 'prompt_index'"
-            )
-        # The mask stays in `options`: wrappers around this env look for it there after this call.
-        mask = options.get("reset_mask")
-        slots = self._every_slot if mask is None else np.flatnonzero(self._checked_reset_mask(mask))
-        prompt_indices = self._checked_prompt_indices(options.get("prompt_index"), slots)
-        if mask is not None and "max_episodes" in options:
-            raise ValueError("max_episodes starts a new stream and reset_mask continues one; pass one of them")
-        max_episodes = _checked_max_episodes(options.get("max_episodes", self.max_episodes))
-
+        ask = vector_reset(options, self.task.prompts, self.num_envs, self.max_episodes, self._ready)
         super().reset(seed=seed)
         if seed is not None or not self._stream.queue.started:
             self._stream.queue.restart(self.np_random)
-        if mask is None:
-            self._stream.start(max_episodes)
+        if ask.new_stream:
+            self._stream.start(ask.max_episodes)
             if seed is not None:
                 self._stream.next_episode_id = 0
                 self._rewards.forget()
         self._ready = False  # until all went well
-        self._begin(slots, prompt_indices)
+        self._begin(ask.slots, ask.prompt_indices)
         infos: dict[str, Any] = {}
-        self._put_state(infos, slots)
+        self._infos.put_state(infos, ask.slots)
         self._ready = True
         return self._slots.observation(self.copy), infos
 
@@ -201,7 +193,10 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             RewardError: a reward function failed; reset before the next step.
             ValueError: the function `action_mask` failed; likewise.
         """
-        running, tokens = self._playable(actions)
+        if not self._ready:
+            raise ResetNeeded(NO_EPISODE)
+        running = self._stream.running(refills=self.autoreset_mode != AutoresetMode.DISABLED)
+        tokens = checked_tokens(actions, running, self.num_envs, self.task.vocab_size, self._infos.allowed)
         waiting = np.flatnonzero(self._stream.status == WAITING)  # "NextStep": for them this step is the reset
         self._slots.append(running, tokens)
         lengths = self._slots.response_lengths(running)
@@ -221,7 +216,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
 
         infos: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.SAME_STEP and len(done):
-            self._put_final(infos, done, {name: values[ended] for name, values in step_infos.items()} | end_infos)
+            self._infos.put_final(infos, done, {name: values[ended] for name, values in step_infos.items()} | end_infos)
             self._begin(done)
             put(infos, self.num_envs, running[~ended], {name: value[~ended] for name, value in step_infos.items()})
         else:
@@ -229,7 +224,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             put(infos, self.num_envs, done, end_infos)
             self._begin(waiting)
             self._stream.wait(done)
-        self._put_state(infos, self._every_slot)
+        self._infos.put_state(infos, self._every_slot)
         self._ready = True
         return self._slots.observation(self.copy), rewards, terminated, truncated, infos
 
@@ -260,9 +255,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
 
     def action_masks(self) -> BoolArray:
         """(B, V) True for each token that may come next; the name is the one that sb3-contrib calls."""
-        if self._allowed is not None:
-            return self._allowed.copy()
-        return np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
+        return self._infos.action_masks()
 
     def render(self) -> tuple[str, ...] | None:
         """One text per slot under "ansi"; under "human" each episode has been printed when it ended."""
@@ -279,7 +272,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         if not self._ready:
             raise ResetNeeded("observe() before reset(): there are no episodes yet")
         infos: dict[str, Any] = {}
-        self._put_state(infos, self._every_slot)
+        self._infos.put_state(infos, self._every_slot)
         return self._slots.observation(self.copy), infos
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,9 +294,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             ValueError: the state is of an env with other prompts, another number of slots or of new tokens, another
                 layout of observations, or one that pays steps where this does not or the other way round.
         """
-        for name, mine in self.task.identity().items():
-            if state["task"][name] != mine:
-                raise ValueError(f"the saved state has {name} = {state['task'][name]}, this env {mine}")
+        self.task.check_identity(state["task"])
         self._stream.load_state_dict(state["stream"], self.np_random)
         self.np_random.bit_generator.state = state["np_random"]
         self._np_random_seed = state["np_random_seed"]
@@ -313,84 +304,17 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         if self._ready:
             self.observe()  # which also asks action_mask about the restored states
 
-    def _playable(self, actions: IntArray) -> tuple[IntArray, IntArray]:
-        """The running slots and their tokens, (n,) each, once all is found in order."""
-        if not self._ready:
-            raise ResetNeeded(NO_EPISODE)
-        tokens = np.asarray(actions)
-        if tokens.shape != (self.num_envs,) or tokens.dtype.kind not in "iu":
-            raise InvalidAction(
-                f"actions must be {self.num_envs} integer token ids, got shape {tokens.shape} of {tokens.dtype}"
-            )
-        given, tokens = tokens, tokens.astype(np.int64, copy=False)  # a huge uint64 becomes negative
-        status = self._stream.status
-        running = np.flatnonzero(status == RUNNING)
-        if len(running) < self.num_envs:
-            if (status == PARKED).all():
-                raise ResetNeeded(f"all {self.num_envs} slots are parked: the stream has drained; call reset()")
-            if self.autoreset_mode == AutoresetMode.DISABLED and (status == WAITING).any():
-                raise ResetNeeded(
-                    f"the episodes of slots {np.flatnonzero(status == WAITING).tolist()} have ended; "
-                    "reset them with options={'reset_mask': ...}"
-                )
-            given, tokens = given[running], tokens[running]
-        # One comparison for both bounds: seen as unsigned, a negative token is a huge one.
-        bad = tokens.view(np.uint64) >= self.task.vocab_size
-        if bad.any():
-            raise InvalidAction(
-                f"tokens {given[bad].tolist()} in slots {running[bad].tolist()} are outside the vocabulary "
-                f"0..{self.task.vocab_size - 1}"
-            )
-        if self._allowed is not None and not self._allowed[running, tokens].all():
-            bad = ~self._allowed[running, tokens]
-            raise InvalidAction(
-                f"tokens {tokens[bad].tolist()} in slots {running[bad].tolist()} are not allowed there by action_mask"
-            )
-        return running, tokens
-
     def _begin(self, slots: IntArray, prompt_indices: list[int] | None = None) -> None:
         started = self._stream.begin(slots, prompt_indices)
         self._finish_reason[started] = 0
         self._rewards.begin(started)
 
-    def _put_state(self, infos: dict[str, Any], slots: IntArray) -> None:
-        """Infos of the states that `slots` are in; `episode_id` and `active` tell about all slots at any time."""
-        stream = self._stream
-        values = stream.infos(slots)
-        if self.task.action_mask:
-            if callable(self.task.action_mask):
-                self._allowed = np.ones((self.num_envs, self.task.vocab_size), dtype=np.bool_)
-                running = np.flatnonzero(stream.status == RUNNING)
-                self._allowed[running] = self.task.allowed_tokens(
-                    stream.prompt_index[running], self._slots.responses(running)
-                )
-            values["action_mask"] = self.action_masks()[slots].astype(np.int8)
-        put(infos, self.num_envs, slots, values)
-        put(infos, self.num_envs, self._every_slot, {"episode_id": stream.episode_id.copy(), "active": self.active})
-
-    def _put_final(self, infos: dict[str, Any], done: IntArray, at_end: dict[str, npt.NDArray[Any]]) -> None:
-        """`final_obs` and `final_info` of the slots that are about to be refilled."""
-        final_obs = np.full(self.num_envs, None, dtype=object)
-        for slot in done.tolist():
-            final_obs[slot] = self._slots.observation_of(slot)
-        values = self._stream.infos(done) | {"episode_id": self._stream.episode_id[done]}
-        if self.task.action_mask:
-            values["action_mask"] = np.ones((len(done), self.task.vocab_size), dtype=np.int8)
-        final_info: dict[str, Any] = {}
-        # The observation's own keys are for TorchRL, whose reader of a Dict looks for them here and nowhere else.
-        # `prompt_length`, a key of both, stays (B,) as in every info; the reader broadcasts it.
-        put(final_info, self.num_envs, done, self._slots.rows_of_observation(done) | values | at_end)
-        infos |= {"final_obs": final_obs, "_final_obs": slot_mask(self.num_envs, done)}
-        infos |= {"final_info": final_info, "_final_info": slot_mask(self.num_envs, done)}
-
     def _text(self, slot: int) -> str:
-        reason = self._finish_reason[slot]
-        outcome = "not yet"
         if self._stream.episode_id[slot] < 0:
             outcome = "none: this slot has no episode"
-        elif reason:
-            score = "deferred" if self.reward_mode == "deferred" else f"{self._rewards.totals[slot]:.4g}"
-            outcome = f"{score} ({FinishReason(reason).label})"
+        else:
+            reward = None if self._rewards.deferred else float(self._rewards.totals[slot])
+            outcome = outcome_text(int(self._finish_reason[slot]), reward)
         return episode_text(
             self._slots.prompt(slot), self._slots.response(slot), outcome, self.task.tokenizer, title=f"slot {slot}"
         )
@@ -399,31 +323,3 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         if self.render_mode == "human":
             for slot in done.tolist():
                 print(self._text(slot), flush=True)
-
-    def _checked_reset_mask(self, mask: Any) -> BoolArray:
-        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (self.num_envs,):
-            raise ValueError(
-                f"options['reset_mask'] must be a bool array of shape ({self.num_envs},), got {mask!r:.80}"
-            )
-        if not mask.any():
-            raise ValueError("options['reset_mask'] is False everywhere; at least one slot must be reset")
-        if not self._ready and not mask.all():
-            raise ResetNeeded("reset all slots before resetting some of them with options['reset_mask']")
-        return mask
-
-    def _checked_prompt_indices(self, prompt_index: Any, slots: IntArray) -> list[int] | None:
-        if prompt_index is None:
-            return None
-        indices = np.asarray(prompt_index)
-        if indices.shape not in ((), (self.num_envs,)):
-            raise ValueError(
-                f"options['prompt_index'] must be one index or {self.num_envs} of them, got shape {indices.shape}"
-            )
-        chosen = np.broadcast_to(indices, (self.num_envs,))[slots]
-        return [self.task.prompts.check_index(index) for index in chosen.tolist()]
-
-
-def _checked_max_episodes(max_episodes: int | None) -> int | None:
-    if max_episodes is not None:
-        check_count("max_episodes", max_episodes)
-    return max_episodes

@@ -356,6 +356,21 @@ def test_human_holds_half_a_character_back_until_the_episode_ends_in_it():
     assert "response │ €\N{REPLACEMENT CHARACTER}\nreward" in shown.getvalue()
 
 
+def test_human_ends_with_the_text_of_ansi_also_over_several_lines():
+    class Lines:
+        def decode(self, ids):
+            return "".join("\n" if token == 6 else str(token) for token in ids)
+
+    env = TokenEnv(**task(tokenizer=Lines(), prompts=[[1, 6, 2]], render_mode="ansi"))
+    human = TokenEnv(**task(tokenizer=Lines(), prompts=[[1, 6, 2]], render_mode="human"))
+    with redirect_stdout(io.StringIO()) as shown:
+        for each in (env, human):
+            each.reset()
+            play(each, 3, 6, 4, END)
+    assert env.render().split("\n")[:4] == ["prompt   │ 1", "         │ 2", "response │ 3", "         │ 47"]
+    assert shown.getvalue() == env.render() + "\n"
+
+
 def test_text_is_decoded_in_render_only():
     calls = []
 

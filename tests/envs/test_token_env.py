@@ -9,6 +9,7 @@ from gymnasium.utils.env_checker import check_env
 from token_tasks import END, VOCAB, assert_same, task, weighted_sum
 
 from token_mdp import FinishReason, PromptQueue, RewardError, TokenEnv, TokenVectorEnv
+from token_mdp.registration import IDS
 from token_mdp.toy import ToyTokenizer
 
 
@@ -19,7 +20,7 @@ def play(env, *tokens):
 
 
 @pytest.mark.plays("gymnasium", "`check_env`", "single, Dict and flat")
-@pytest.mark.parametrize("env_id", ["LitRLHF/Token-v0", "LitRLHF/TokenFlat-v0"])
+@pytest.mark.parametrize("env_id", IDS)
 def test_gymnasiums_checker_accepts_every_registered_id(env_id):
     check_env(gymnasium.make(env_id).unwrapped)
 

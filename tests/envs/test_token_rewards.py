@@ -49,6 +49,26 @@ def test_a_bad_reward_names_the_function_the_fault_and_the_prompts(reward_fn, me
         ends_of_all_slots(reward_fn=reward_fn)
 
 
+@pytest.mark.parametrize(
+    ("reward_fn", "message"),
+    [
+        (lambda p, r: None, r"reward_fn must return .* shape \(1,\), got None \(prompt indices \[2\]\)"),
+        (lambda p, r: 1.0, r"shape \(1,\), got shape \(\) \(prompt indices \[2\]\)"),
+        (lambda p, r: [[1.0]], r"shape \(1,\), got shape \(1, 1\)"),
+        (lambda p, r: ["good"], r"got \['good'\]"),
+        (lambda p, r: [float("nan")], r"1 values that are not finite, by prompt index: \{2: nan\}"),
+        (raising, r"reward_fn raised KeyError: 'answer' \(prompt indices \[2\]\)"),
+        ({"style": raising}, r"reward_fn\['style'\] raised KeyError: 'answer' \(prompt indices \[2\]\)"),
+    ],
+)
+def test_the_single_env_names_the_fault_and_the_prompt_too(reward_fn, message):
+    env = TokenEnv(**task(reward_fn=reward_fn))
+    env.reset(options={"prompt_index": 2})
+    env.step(1)
+    with pytest.raises(RewardError, match=message):
+        env.step(END)
+
+
 def test_a_failed_flush_of_many_episodes_names_the_first_of_them():
     env = TokenVectorEnv(num_envs=20, **task(shuffle=False, reward_mode="deferred", reward_fn=raising))
     env.reset()

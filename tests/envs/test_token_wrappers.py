@@ -8,7 +8,7 @@ import pytest
 from gymnasium import wrappers
 from gymnasium.wrappers import vector as vector_wrappers
 from gymnasium.wrappers.utils import RunningMeanStd
-from token_tasks import END, VOCAB, assert_same, task, weighted_sum
+from token_tasks import END, assert_same, task, weighted_sum
 
 from token_mdp import TokenEnv, TokenVectorEnv
 from token_mdp.registration import IDS
@@ -72,17 +72,30 @@ def test_vector_record_episode_statistics_finds_the_reset_mask():
 
 
 @pytest.mark.plays("gymnasium", "vector `FlattenObservation`, `NormalizeReward`, `DictInfoToList`", "native, NextStep")
-def test_vector_observation_reward_and_info_wrappers_run():
-    env = TokenVectorEnv(num_envs=3, autoreset_mode="NextStep", **task())  # Gymnasium's flattening refuses SameStep
+def test_vector_wrappers_flatten_observations_normalize_rewards_and_list_infos():
+    env = TokenVectorEnv(num_envs=3, shuffle=False, autoreset_mode="NextStep", **task())  # SameStep is not flattened
+    single_space = env.single_observation_space
     env = vector_wrappers.FlattenObservation(vector_wrappers.NormalizeReward(env))
     env = vector_wrappers.DictInfoToList(env)
     observations, infos = env.reset(seed=0)
-    assert observations in env.observation_space and len(infos) == 3
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        observations, rewards, *_, infos = env.step(rng.integers(VOCAB, size=3))
-        assert observations in env.observation_space and np.isfinite(rewards).all()
-        assert all(info["active"] for info in infos)
+    assert observations in env.observation_space
+    assert [info["prompt_index"] for info in infos] == [0, 1, 2]
+
+    observations, rewards, *_, infos = env.step(np.array([1, END, 1]))
+    ended = {
+        "input_ids": np.array([2, 3, END, 0, 0, 0, 0]),
+        "attention_mask": np.array([1, 1, 1, 0, 0, 0, 0], dtype=np.int8),
+        "prompt_length": np.array([2]),
+        "length": np.array([3]),
+    }
+    np.testing.assert_array_equal(observations[1], gymnasium.spaces.flatten(single_space, ended))
+    # Paid: 0, 100 (2 + 3) + 7, 0; divided by the deviation of the returns so far, up to a prior that weighs 1e-4.
+    np.testing.assert_allclose(rewards, [0.0, 507 / np.std([0, 507, 0]), 0.0], rtol=1e-3)
+    assert [("finish_reason" in info) for info in infos] == [False, True, False]
+
+    _, rewards, *_, infos = env.step(np.array([END, 1, 1]))  # slot 1 is being reset, which pays and counts nothing
+    np.testing.assert_allclose(rewards, [115 / np.std([0, 507, 0, 115, 0]), 0.0, 0.0], rtol=1e-3)
+    assert [info["prompt_index"] for info in infos] == [0, 0, 2]
 
 
 def rollout(env, steps=12):

@@ -1,0 +1,58 @@
+"""The checks of arguments, one by one; `test_token_task.py` has what the envs make of them."""
+
+import numpy as np
+import pytest
+from gymnasium.error import ResetNeeded
+from token_tasks import END, task
+
+from token_mdp import TokenEnv, TokenVectorEnv
+from token_mdp.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_function,
+    check_render_mode,
+    check_share,
+)
+
+ACCEPTED = [
+    (check_count, (1, np.int32(7), 10**12)),
+    (check_share, (0, 1, 0.5, np.float32(0.25))),
+    (check_flag, (True, False, np.bool_(True))),
+    (lambda name, value: check_choice(name, value, ("a", "b")), ("a", "b")),
+    (lambda name, value: check_render_mode(value, ["ansi"]), (None, "ansi")),
+    (check_function, (None, len, TokenEnv)),
+]
+REFUSED = [
+    (check_count, (0, -1, 1.0, "1", None, True, np.float64(3)), "an integer and at least 1"),
+    (check_share, (-0.1, 1.1, float("nan"), "x", None, True, 1j), "a number in 0..1"),
+    (check_flag, (0, 1, "yes", None), "True or False"),
+    (lambda name, value: check_choice(name, value, ("a", "b")), ("c", "A", None, 3), "one of ('a', 'b')"),
+    (lambda name, value: check_render_mode(value, ["ansi"]), ("human", 1), "None or one of ['ansi']"),
+    (check_function, (3, "len", [len]), "a function (prompts, responses, **columns) -> (n,)"),
+]
+
+
+def test_what_fits_passes():
+    for check, values in ACCEPTED:
+        for value in values:
+            check("render_mode", value)
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "wanted"), [(check, value, wanted) for check, values, wanted in REFUSED for value in values]
+)
+def test_what_does_not_fit_is_refused_with_name_value_and_what_is_wanted(check, value, wanted):
+    with pytest.raises(ValueError) as error:
+        check("render_mode", value)
+    assert str(error.value).startswith(f"render_mode ({value!r}) must be ") and wanted in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
+def test_a_step_before_the_first_reset_is_refused_by_both_envs(mode):
+    envs = TokenEnv(**task()), TokenVectorEnv(num_envs=2, autoreset_mode=mode, **task())
+    for env, action in zip(envs, (END, np.array([END, END])), strict=True):
+        with pytest.raises(ResetNeeded, match=r"step\(\) without an episode: call reset\(\) first"):
+            env.step(action)
+        env.reset()
+        env.step(action)

@@ -3,8 +3,8 @@
     python docs/single_file_ppo.py
 
 Schulman et al. 2017, https://arxiv.org/abs/1707.06347, with the details of Huang et al. 2022,
-https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/. What knows that
-actions are tokens: the env's id, the import that registers it, and the embedding. Axes: T steps, B environments.
+https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/. Three things know that actions are tokens:
+the env's id, the import that registers it, and the embedding. Axes: T steps, B environments.
 """
 
 import argparse

@@ -24,9 +24,9 @@ class VectorReset(NamedTuple):
 
 
 def single_prompt(options: Mapping[str, Any] | None, prompts: PromptStore) -> int | None:
-    """The prompt that the options of `TokenEnv.reset` ask for, if they do."""
-    options = _known(options, ("prompt_index",))
-    return prompts.check_index(options["prompt_index"]) if "prompt_index" in options else None
+    """The prompt that the options of `TokenEnv.reset` ask for; None draws from the queue."""
+    index = _known(options, ("prompt_index",)).get("prompt_index")
+    return None if index is None else prompts.check_index(index)
 
 
 def vector_reset(

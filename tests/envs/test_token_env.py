@@ -141,11 +141,10 @@ def test_unshuffled_prompts_come_in_order():
 
 def test_picking_a_prompt_leaves_the_queue_as_it_is():
     env = TokenEnv(**task(shuffle=False))
-    assert [int(env.reset(options=options)[1]["prompt_index"]) for options in (None, {"prompt_index": 0}, None)] == [
-        0,
-        0,
-        1,
-    ]
+    assert [
+        int(env.reset(options=options)[1]["prompt_index"])
+        for options in (None, {"prompt_index": 0}, {"prompt_index": None}, {})
+    ] == [0, 0, 1, 2]
 
 
 @pytest.mark.plays("gymnasium", "seeding", "single")
@@ -193,7 +192,7 @@ def test_unknown_options_and_prompts_are_refused():
     env = TokenEnv(**task())
     with pytest.raises(ValueError, match="'prompt'"):
         env.reset(options={"prompt": 1})
-    for index in (-1, 3, 1.0):
+    for index in (-1, 3, 1.0, True):
         with pytest.raises(ValueError, match=rf"prompt_index \({index}\) must be an integer in 0..2"):
             env.reset(options={"prompt_index": index})
 

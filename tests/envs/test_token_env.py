@@ -207,6 +207,7 @@ def test_an_action_mask_function_restricts_the_tokens():
     np.testing.assert_array_equal(info["action_mask"], np.array([1, 0] * 4, dtype=np.int8))
     np.testing.assert_array_equal(env.action_masks(), [True, False] * 4)
     env.step(2)
+    env.action_masks()[:] = True  # a copy: it allows nothing
     with pytest.raises(InvalidAction, match="token 3 is not allowed"):
         env.step(3)
 

@@ -296,6 +296,7 @@ def test_tokens_outside_the_action_mask_name_slots_and_tokens():
     env.reset()
     assert env.action_masks().shape == (3, VOCAB) and not env.action_masks()[:, 3].any()
     env.step(np.array([1, 2, 4]))
+    env.action_masks()[:] = True  # a copy: it allows nothing
     with pytest.raises(InvalidAction, match=r"tokens \[3\] in slots \[1\] are not allowed"):
         env.step(np.array([1, 3, 4]))
 
@@ -409,7 +410,8 @@ def test_a_state_of_another_env_is_refused():
 
 
 def test_a_seeded_reset_is_the_same_whatever_was_played_before():
-    fresh, used = make(num_envs=4), make(num_envs=4)
+    arguments = {"prompts": [[1, 2], [3, 4], [5, 6]], "max_prompt_length": 1}  # all of them are cut
+    fresh, used = make(num_envs=4, **arguments), make(num_envs=4, **arguments)
     drain(used, np.random.default_rng(0), options={"max_episodes": 9})
     left = fresh.reset(seed=3, options={"max_episodes": 2})  # slots 2 and 3 get no episode
     assert_same(used.reset(seed=3, options={"max_episodes": 2}), left)

@@ -318,6 +318,18 @@ def test_step_before_reset_and_after_a_failed_reward_is_refused(mode):
     env.step(np.array([1, 1, 1]))
 
 
+def test_a_reset_that_fails_leaves_an_env_that_wants_another():
+    values = [[1.0] * 3, None, [2.0] * 3, [0.0] * 3]
+    env = make(shuffle=False, potential_fn=lambda prompts, responses: values.pop(0))
+    env.reset()
+    with pytest.raises(RewardError, match="potential_fn must return"):
+        env.reset()
+    with pytest.raises(ResetNeeded, match="also after a reward function"):
+        env.step(np.full(3, END))
+    env.reset(options={"prompt_index": 0})
+    assert env.step(np.full(3, END))[1].tolist() == [100 + END - 2.0] * 3  # Φ of this reset, not of the first
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -370,7 +382,19 @@ def test_a_restored_env_goes_on_bit_by_bit(mode, steps):
     restored = fresh()
     restored.load_state_dict(state)
     assert_same(restored.observe(), env.observe())
+    assert restored.np_random_seed == env.np_random_seed == 1
     assert_same(go_on(restored, np.random.default_rng(3)), go_on(env, np.random.default_rng(3)))
+
+
+def test_a_restored_env_shows_what_the_other_showed():
+    env, restored = (make(shuffle=False, autoreset_mode="Disabled", render_mode="ansi") for _ in range(2))
+    env.reset(seed=1)
+    env.step(np.array([1, END, 2]))
+    restored.load_state_dict(env.state_dict())
+    assert restored.render() == env.render()
+    assert [text.rsplit("│ ")[-1] for text in env.render()] == ["not yet", "507 (stop)", "not yet"]
+    with pytest.raises(ResetNeeded, match=r"slots \[1\] have ended"):
+        restored.step(np.array([1, 1, 1]))
 
 
 def test_state_is_plain_python_and_does_not_change_with_the_env():

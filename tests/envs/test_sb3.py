@@ -125,10 +125,20 @@ def test_the_adapter_seeds_and_places_prompts():
         env.seed(5)
         rollouts.append([env.reset(), *(env.step(np.array([1, 0, 2])) for _ in range(5))])
     assert_same(*rollouts)
+
+    def prompts():
+        return [int(info["prompt_index"]) for info in env.reset_infos]
+
+    env.seed(5)
+    env.reset()
+    seeded = prompts()
+    env.reset()
+    assert prompts() != seeded  # a seed is used once, and so are options
     env.set_options({"prompt_index": np.array([3, 1, 2])})
     env.reset()
-    assert [info["prompt_index"] for info in env.reset_infos] == [3, 1, 2]
-    env.reset()  # options are used once
+    assert prompts() == [3, 1, 2]
+    env.reset()
+    assert prompts() != [3, 1, 2]
     with pytest.raises(ValueError, match="one dict for all slots"):
         env.set_options([{"prompt_index": 1}] * 3)
     with pytest.raises(ValueError, match="max_episodes"):

@@ -316,6 +316,9 @@ def test_ansi_tells_prompt_response_and_reward_apart():
     assert env.render() == "prompt   │ 2 3\nresponse │ 5\nreward   │ not yet"
     play(env, END)  # 100 (2 + 3) + 1·5 + 2·7
     assert env.render() == "prompt   │ 2 3\nresponse │ 5 7\nreward   │ 519 (stop)"
+    env.reset(options={"prompt_index": 0})
+    play(env, END)
+    assert env.render() == "prompt   │ 1\nresponse │ 7\nreward   │ 107 (stop)"
 
 
 def test_human_streams_the_episode_to_stdout():

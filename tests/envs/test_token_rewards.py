@@ -176,3 +176,5 @@ def test_copies_of_a_shared_model_are_the_same_model():
     assert copy.copy(shared).target is model
     assert shared([], [1, 2]) == [2.0, 2.0] and shared.bias == 2.0
     assert pickle.loads(pickle.dumps(shared)).bias == 2.0
+    with pytest.raises(ValueError, match=r"prompts \(Shared\(\[\[1\]\]\)\) must be a sequence"):
+        TokenEnv(**task(prompts=Shared([[1]])))  # the handle calls and answers, but is no list

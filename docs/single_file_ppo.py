@@ -64,7 +64,10 @@ class Agent(nn.Module):
 
 
 def train(options: argparse.Namespace, envs: VectorEnv) -> float:
-    """Train an agent; the mean return of the last 100 episodes. `envs` must reset in the step that ends an episode."""
+    """Train an agent; the mean return of the last 100 episodes.
+
+    `envs` may be in either mode of autoreset; "NextStep" adds a transition per episode that no action decides.
+    """
     torch.manual_seed(options.seed)
     agent = Agent(envs)
     optimizer = torch.optim.Adam(agent.parameters(), lr=options.learning_rate, eps=1e-5)

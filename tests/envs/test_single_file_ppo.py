@@ -20,9 +20,14 @@ def native(num_envs):
     return gymnasium.make_vec("LitRLHF/TokenFlat-v0", num_envs)
 
 
-def sync(num_envs):
+def sync(num_envs, mode=AutoresetMode.SAME_STEP):
     makers = [lambda: RecordEpisodeStatistics(gymnasium.make("LitRLHF/TokenFlat-v0"))] * num_envs
-    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    return SyncVectorEnv(makers, autoreset_mode=mode)
+
+
+def cleanrls(num_envs):
+    """CleanRL's own scripts leave the mode at Gymnasium's default."""
+    return sync(num_envs, AutoresetMode.NEXT_STEP)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +39,11 @@ def script():
 
 
 @pytest.mark.plays(
-    "gymnasium", "a single-file PPO in CleanRL's manner solves the toy task", "flat; native, `SyncVectorEnv`"
+    "gymnasium",
+    "a single-file PPO in CleanRL's manner solves the toy task",
+    "flat; native, `SyncVectorEnv` SameStep and NextStep",
 )
-@pytest.mark.parametrize("make", [native, sync])
+@pytest.mark.parametrize("make", [native, sync, cleanrls])
 def test_a_single_file_ppo_in_cleanrls_manner_solves_the_toy_task(make, script):
     options = script.arguments().parse_args([])
     assert script.train(options, make(options.num_envs)) >= 0.9

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_rlhf.batches import PreferenceBatch
@@ -91,7 +92,8 @@ class DPO(AlignmentModule):
         self.reference_free = reference_free
         self.reference_update = reference_update
         self.cache_reference = cache_reference
-        self.reference_cache = ReferenceCache()  # split -> (pairs, 2): log π_ref of chosen and rejected
+        self.reference_cache = ReferenceCache()
+        self.has_learnt = False  # whether the policy has moved away from the reference
         self.generation = generation
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
@@ -185,35 +187,43 @@ class DPO(AlignmentModule):
 
     def on_fit_start(self) -> None:
         """Fill the cache of reference log-probs, unless a checkpoint brought it along."""
-        if self.cache_reference and not self.reference_cache:
-            self.fill_cache(("train", "val"))
+        self.fill_cache("train", "val")
+
+    def on_train_start(self) -> None:
+        """From here on the policy is no longer the reference."""
+        super().on_train_start()
+        self.has_learnt = True
 
     def on_validation_start(self) -> None:
-        """Validation alone starts from the policy as loaded: it is the reference."""
-        if self.cache_reference and not self.reference_cache:
-            self.fill_cache(("val",))
+        """Validation alone: the policy as loaded is the reference."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self.fill_cache("val")
 
     def on_test_start(self) -> None:
         """As `on_validation_start`."""
-        if self.cache_reference and "test" not in self.reference_cache:
-            self.fill_cache(("test",))
+        self.fill_cache("test")
 
-    def fill_cache(self, splits: tuple[str, ...]) -> None:
-        """Log-probs of every pair under the present policy."""
-        for split in splits:
+    def fill_cache(self, *splits: str) -> None:
+        """Reference log-probs of every pair of these splits."""
+        for split in splits if self.cache_reference else ():
             self.reference_cache.fill(
-                self.trainer, self.policy, split, lambda packed: sequence_logprobs(self.policy, packed)
+                self.trainer,
+                self.policy,
+                split,
+                lambda packed: sequence_logprobs(self.policy, packed),
+                is_reference=not self.has_learnt,
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the cache: after a resume, the policy is no longer the reference."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["reference_cache"] = dict(self.reference_cache)
+        checkpoint["reference_cache"] = self.reference_cache.by_rows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the cache of the run that goes on."""
         super().on_load_checkpoint(checkpoint)
         self.reference_cache = ReferenceCache(checkpoint["reference_cache"])
+        self.has_learnt = True
 
 
 def sequence_logprobs(policy: Policy | torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:

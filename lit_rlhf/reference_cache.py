@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_rlhf.batches import PreferenceBatch
+from lit_rlhf.errors import UserError
 from lit_rlhf.packing import PackedBatch
 from lit_rlhf.policy import Policy
 from lit_rlhf.sharding import full_state_dict
@@ -36,37 +37,70 @@ NOT_WEIGHTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", 
 PairLogprobs = Callable[[PackedBatch], tuple[Tensor, Tensor]]
 
 
-class ReferenceCache(dict[str, Tensor]):
-    """Split -> (n, 2) float32 log π_ref of chosen and rejected responses, on the CPU."""
+class ReferenceCache:
+    """Split -> (n, 2) float32 log π_ref of chosen and rejected responses, on the CPU.
 
-    def fill(self, trainer: Trainer, policy: Policy, split: str, pair_logprobs: PairLogprobs) -> None:
-        """Take a split's log-probs from disk, or compute what is missing, each rank doing its share.
+    Args:
+        known: what a checkpoint brought along, by the fingerprint of the rows: those of other rows are never used.
+    """
+
+    def __init__(self, known: dict[str, Tensor] | None = None) -> None:
+        self.by_rows = known or {}
+        self.by_split: dict[str, Tensor] = {}
+
+    def __getitem__(self, split: str) -> Tensor:
+        return self.by_split[split]
+
+    def fill(
+        self, trainer: Trainer, policy: Policy, split: str, pair_logprobs: PairLogprobs, is_reference: bool = True
+    ) -> None:
+        """Take a split's log-probs from memory or disk, or compute what is missing, each rank doing its share.
 
         Args:
             trainer: its data module deals the rows.
             policy: the reference, as it is now.
             split: train, val or test; without rows of it nothing happens.
             pair_logprobs: (B,) log-probs of chosen and rejected responses of a packed batch.
+            is_reference: whether the policy still is the reference; it is not once it has learnt.
+
+        Raises:
+            UserError: it is not, and these rows are new.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         loader = data.rows_dataloader(split)
         if loader is None:
             return
+        rows = data.rows_fingerprint(split)
+        if rows not in self.by_rows:
+            if not is_reference:
+                raise UserError(
+                    f"cache_reference: there are no reference log-probs of these {split} rows, and the policy that "
+                    "gave those of other rows has learnt since; set cache_reference: false and name the model that "
+                    "the run started from as model.reference"
+                )
+            self.by_rows[rows] = self._find(trainer, policy, split, loader, rows, pair_logprobs)
+        self.by_split[split] = self.by_rows[rows]
+
+    def _find(
+        self, trainer: Trainer, policy: Policy, split: str, loader: Any, rows: str, pair_logprobs: PairLogprobs
+    ) -> Tensor:
+        """(n, 2) from disk, or computed and written there."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         weights = full_state_dict(policy.model)  # every rank joins; rank 0 has them
-        key = cache_key(policy, weights, data.rows_fingerprint(split), trainer) if trainer.is_global_zero else ""
+        key = cache_key(policy, weights, rows, trainer) if trainer.is_global_zero else ""
         file = cache_folder() / f"{trainer.strategy.broadcast(key)}.safetensors"
         found = read(file)
         # What one rank sees on its disk decides for all: they must agree on whether to compute.
         if trainer.strategy.reduce_boolean_decision(found is not None, all=True) and found is not None:
             rank_zero_info(f"reference log-probs of {len(found['logprobs'])} {split} pairs are in {file}")
-            self[split] = found["logprobs"]
-            return
+            return found["logprobs"]
         rank_zero_info(f"computing reference log-probs of {data.num_rows(split)} {split} pairs")
         mine = self._compute(trainer, loader, data.num_rows(split), Parts(file.with_suffix(".parts")), pair_logprobs)
-        self[split] = trainer.strategy.reduce(mine, reduce_op="sum").cpu()
+        logprobs: Tensor = trainer.strategy.reduce(mine, reduce_op="sum").cpu()
         if trainer.is_global_zero:
-            write({"logprobs": self[split]}, file)
+            write({"logprobs": logprobs}, file)
             shutil.rmtree(file.with_suffix(".parts"), ignore_errors=True)
+        return logprobs
 
     @torch.no_grad()
     def _compute(

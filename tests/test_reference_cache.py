@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from lit_rlhf import reference_cache
+from lit_rlhf import UserError, reference_cache
 from lit_rlhf.dpo import sequence_logprobs
 from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tiny import save_tiny
@@ -40,7 +40,7 @@ def fill(workdir, split="train", data=None, **trainer):
     trainer.datamodule = datamodule
     module.trainer = datamodule.trainer = trainer
     datamodule.setup("fit")
-    module.fill_cache((split,))
+    module.fill_cache(split)
     return module.reference_cache[split]
 
 
@@ -143,3 +143,39 @@ def test_a_run_that_finds_its_folder_cleared_by_another_goes_on(workdir, monkeyp
     monkeypatch.setattr(reference_cache, "save_file", cleared_meanwhile)
     reference_cache.write({"rows": torch.tensor([0])}, workdir / "y.parts" / "z.safetensors")
     assert not (workdir / "y.parts").exists()
+
+
+def cached(workdir):
+    module, data = make_stage("dpo", workdir, cache_reference=True)
+    return module, data, make_trainer(workdir / "run", max_epochs=1, limit_val_batches=1.0)
+
+
+def test_validation_and_test_after_training_are_held_against_the_reference_of_the_start(workdir):
+    results = {}
+    for cache_reference in (True, False):
+        module, data = make_stage("dpo", workdir, cache_reference=cache_reference)
+        trainer = make_trainer(workdir / "run", max_epochs=1, limit_val_batches=1.0)
+        trainer.validate(module, data, verbose=False)  # before `fit`, which still finds all it needs
+        trainer.fit(module, data)
+        results[cache_reference] = [
+            trainer.validate(module, data, verbose=False),
+            trainer.test(module, data, verbose=False),  # of the validation rows, which are known
+        ]
+    [[cached_val], [cached_test]], [[val], [test]] = results[True], results[False]
+    assert cached_val == pytest.approx(val) and cached_test == pytest.approx(test)
+    assert val["val/reward_margin"] != 0
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_rows_that_the_reference_never_saw_are_refused_once_it_is_gone(workdir, split):
+    module, data, trainer = cached(workdir)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(workdir / "end.ckpt")
+    lines = (workdir / "preference.jsonl").read_text().splitlines()
+    (workdir / "other.jsonl").write_text("\n".join(lines[::-1]) + "\n")  # the same rows, in another order
+    module, data, _ = cached(workdir)
+    data.sources[split] = str(workdir / "other.jsonl")
+    trainer = make_trainer(workdir / "run", max_epochs=2, limit_val_batches=1.0)
+    run = {"train": trainer.fit, "validation": trainer.validate, "test": trainer.test}[split]
+    with pytest.raises(UserError, match="there are no reference log-probs of these"):
+        run(module, data, ckpt_path=workdir / "end.ckpt")

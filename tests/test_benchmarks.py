@@ -68,6 +68,19 @@ def test_a_contestant_that_dies_says_why():
         contestant.play()
 
 
+def test_a_contestant_that_takes_too_long_is_killed():
+    contestant = Contestant("slow", [sys.executable, "-c", "import time; time.sleep(60)"], threads=1)
+    with pytest.raises(RuntimeError, match="slow was killed at its time limit"):
+        contestant.play(limit=0.1)
+
+
+def test_a_contestant_may_say_more_than_a_pipe_holds():
+    talk = "import sys; sys.stderr.write('x' * 2**20); input(); print('{}', flush=True)"
+    contestant = Contestant("talker", [sys.executable, "-c", talk], threads=1)
+    assert contestant.play(limit=60) == {}
+    contestant.close()
+
+
 def test_a_peer_without_a_python_is_refused_with_what_to_do(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare", "--peer", "trl", "--peer-python", "nowhere/python"])
     with pytest.raises(SystemExit):

@@ -94,6 +94,8 @@ def arguments(folder: Path, task: str, options: argparse.Namespace) -> list[str]
         "model": f"lit_rlhf.{MODULES[task]}",
         "model.policy": folder / "model",
     }
+    if options.precision is not None:
+        settings |= {"trainer.precision": options.precision}
     if task != "generate":
         settings |= {"model.learning_rate": 1e-5, "model.lr_scheduler": "constant", "export.folder": "null"}
     if task == "dpo_cached":
@@ -187,6 +189,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--fixed", type=int, help="length of every response, instead of the heavy tail")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", help="of the Trainer; the device's own if not given")
     parser.add_argument("--bare", action="store_true")
     options = parser.parse_args()
 

@@ -163,15 +163,16 @@ def train_in_a_plain_loop(argv: list[str], task: str) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
     start = _now()
     for i, batch in enumerate(loader):
-        if task == "sft":
-            loss = -module.policy(batch.packed)[0].sum() / batch.denominator
-        elif task == "reward":
-            chosen, rejected = module.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
-            loss = bradley_terry_loss(chosen, rejected).mean()
-        else:
-            with torch.no_grad():
-                held = reference.get(i) or sequence_logprobs(module.frozen["reference"], batch.packed)
-            loss = dpo_loss(*sequence_logprobs(module.policy, batch.packed), *held, 0.1).mean()
+        with cli.trainer.precision_plugin.forward_context():
+            if task == "sft":
+                loss = -module.policy(batch.packed)[0].sum() / batch.denominator
+            elif task == "reward":
+                chosen, rejected = module.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
+                loss = bradley_terry_loss(chosen, rejected).mean()
+            else:
+                with torch.no_grad():
+                    held = reference.get(i) or sequence_logprobs(module.frozen["reference"], batch.packed)
+                loss = dpo_loss(*sequence_logprobs(module.policy, batch.packed), *held, 0.1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()

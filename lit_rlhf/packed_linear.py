@@ -19,11 +19,15 @@ from lit_rlhf.logprobs import is_plain_linear
 def packed_linears(network: nn.Module) -> Iterator[None]:
     """While inside, plain linear layers multiply by a packed copy of their weights; no gradient flows through them.
 
-    Layers that do more than multiply (LoRA) stay as they are, and so does a network for which `can_pack` is False.
+    Layers that do more than multiply (LoRA) stay as they are, and so do those within compiled code, which would be
+    compiled anew, and a network for which `can_pack` is False.
     """
-    layers = [layer for layer in network.modules() if is_plain_linear(layer)] if can_pack(network) else []
+    compiled = {
+        part for module in network.modules() if module._compiled_call_impl is not None for part in module.modules()
+    }
+    layers = [m for m in network.modules() if is_plain_linear(m) and m not in compiled] if can_pack(network) else []
     for layer in layers:
-        layer.forward = packed_forward(layer)  # type: ignore[method-assign]
+        layer.forward = packed_forward(layer)
     try:
         yield
     finally:

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -65,14 +64,15 @@ class Contestant:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-        timer = threading.Timer(limit or 0.0, self.process.kill)
+        late = threading.Event()
+        timer = threading.Timer(limit or 0.0, lambda: (late.set(), self.process.kill()))
         if limit is not None:
             timer.start()
         answer = self.process.stdout.readline()
         timer.cancel()
         if not answer:
             said = self.close()
-            died = "was killed at its time limit" if self.process.returncode == -signal.SIGKILL else "died"
+            died = "was killed at its time limit" if late.is_set() else f"died ({self.process.returncode})"
             raise RuntimeError(f"{self.name} {died}:\n{said[-3000:]}")
         self.results.append(json.loads(answer))
         return self.results[-1]

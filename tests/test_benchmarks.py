@@ -66,7 +66,7 @@ def test_every_response_of_a_forced_rollout_has_its_prescribed_length():
 
 def test_a_contestant_that_dies_says_why():
     contestant = Contestant("broken", [sys.executable, "-c", "raise SystemExit('no such model')"], threads=1)
-    with pytest.raises(RuntimeError, match="broken died:\nno such model"):
+    with pytest.raises(RuntimeError, match=r"broken died \(1\):\nno such model"):
         contestant.play()
 
 

@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM
 from lit_rlhf import UserError
 from lit_rlhf.callbacks import HuggingFaceExport
 from lit_rlhf.compilation import CompileModel, compile_parts
+from lit_rlhf.loading import scorer_from_policy
 from lit_rlhf.packed_linear import packed_linears
 from lit_rlhf.packing import pack
-from lit_rlhf.policy import scorer_from_policy
 from lit_rlhf.rollout import GenerationSettings, play
 from tests.stages import make_stage, make_trainer, write_inputs
 from tests.test_rollout import make_env

@@ -43,6 +43,8 @@ def contestants(task: str, options: argparse.Namespace) -> list[Contestant]:
     if task == "generate" and options.fixed is not None:
         common += ["--fixed", str(options.fixed)]
     ours = [sys.executable, "-m", "benchmarks.ours", *common]
+    if options.precision is not None:
+        ours += ["--precision", options.precision]
     entries = {"ours": ours}
     if task not in ("ppo", "generate"):
         entries["ours, no Trainer"] = [*ours, "--bare"]
@@ -125,6 +127,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "threads": options.threads,
+        "precision": options.precision or "the device's own",
         "clock": "CPU seconds of the process" if options.threads == 1 else "wall seconds",
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "lightning")},
@@ -147,6 +150,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--slots", type=int, default=16, help="completions written at the same time")
     parser.add_argument("--fixed", type=int, help="length of every completion of `generate`, instead of a heavy tail")
+    parser.add_argument("--precision", help="of ours: a Trainer's; the device's own if not given")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="with one, time is CPU time: other work does not count")
     parser.add_argument("--seed", type=int, default=0)

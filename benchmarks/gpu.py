@@ -3,8 +3,12 @@
     make bench-gpu
 
 A Llama of 1.2 billion parameters with random weights in bfloat16 (`--shape 1b`). Training goes through the command
-line's own modules and Trainer; decoding is our slot cache with and without CUDA graphs, beside `generate` of
-transformers. On a CPU it runs with a small shape, to show that the script works.
+line's own modules and Trainer. Decoding is our slot cache with and without CUDA graphs, beside `generate` of
+transformers, once with responses of equal length and once with a heavy tail.
+
+Every phase is a process of its own and prints a JSON line; one that fails or runs out of time says so in its line, and
+the others go on. A phase that runs out of memory starts again with half the batch. On a CPU it runs with a tiny shape,
+to show that the script works; `python -m benchmarks.gpu --phases sft decode` runs some of it.
 """
 
 import argparse
@@ -12,92 +16,173 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 
 from benchmarks import workload
 from benchmarks.compare import useful_tokens
-from benchmarks.rounds import Contestant
+from benchmarks.ours import ForcedLengths
+from benchmarks.peer_trl import forced
+from benchmarks.rounds import Contestant, serve
 from lit_rlhf.packing import IMPLEMENTATION
+from lit_rlhf.performance import measured_flops, peak_flops
 from lit_rlhf.policy import Policy
 from lit_rlhf.rollout import GenerationSettings, play
-from token_mdp import TokenVectorEnv
+
+# In order of worth, should time run out; sequences (of PPO and SFT) or pairs of a micro-batch, for 80 GB.
+BATCHES = {"sft": 64, "dpo": 32, "ppo": 8, "reward": 32, "dpo_cached": 32}
+PHASES = ("sft", "dpo", "decode", "ppo", "reward", "dpo_cached")
+LEAST_SECONDS = 30  # a phase is not begun with less time than this
 
 
-def training(task: str, options: argparse.Namespace) -> None:
-    """Tokens per second and MFU of a stage; the second round counts."""
-    settings = argparse.Namespace(**vars(options), fixed=None, seed=0)
+def training(task: str, options: argparse.Namespace, limit: float) -> dict[str, Any]:
+    """Tokens per second and MFU of a stage, in the largest batch that the memory holds."""
+    deadline = time.monotonic() + limit
+    batch = options.batch or BATCHES[task]
+    while True:
+        try:
+            return trained(task, batch, options, deadline)
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower() or batch == 1:
+                raise
+            batch //= 2
+
+
+def trained(task: str, batch: int, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
+    """As `training`, with this batch; the second round counts."""
+    pairs = min(options.pairs, 128) if task == "ppo" else options.pairs
+    settings = argparse.Namespace(shape=options.shape, pairs=pairs, seed=0, fixed=None)
     command = [sys.executable, "-m", "benchmarks.ours", "--task", task, "--shape", options.shape]
-    command += ["--pairs", str(options.pairs), "--batch", str(options.batch), "--slots", str(options.slots)]
-    contestant = Contestant("ours", command, threads=os.cpu_count() or 2)
-    for _ in range(2):
-        result = contestant.play()
-    contestant.close()
-    line: dict[str, Any] = {"task": task, "tokens_per_second": useful_tokens(task, settings) / result["seconds"]}
-    if task != "ppo" and (peak := peak_flops()):
+    command += ["--pairs", str(pairs), "--batch", str(batch), "--slots", str(options.slots)]
+    contestant = Contestant(task, command, threads=max(2, os.cpu_count() or 2))
+    try:
+        for _ in range(2):
+            result = contestant.play(limit=deadline - time.monotonic())
+    finally:
+        contestant.close()
+    line = {"batch": batch, "pairs": pairs, "tokens_per_second": useful_tokens(task, settings) / result["seconds"]}
+    if task == "ppo":
+        rollouts = result["perf/rollout_fraction"]
+        line["rollout_fraction"] = rollouts
+        rate = result.get("perf/mfu", 0.0) / (1 - rollouts) * (options.peak_flops or 0.0)  # while it learns
+    else:
         shape = workload.SHAPES[options.shape]
-        flops = workload.training_flops(task, shape, workload.make_pairs(options.pairs, shape))
-        line["mfu"] = flops / result["seconds"] / peak
-    print(json.dumps(line | {"peak_memory_mb": result["peak_memory_mb"]}), flush=True)
+        rate = workload.training_flops(task, shape, workload.make_pairs(pairs, shape)) / result["seconds"]
+    line["useful_tflops_per_second"] = rate / 1e12
+    if options.peak_flops:
+        line["mfu"] = rate / options.peak_flops
+    line["share_of_measured_matmul_rate"] = rate / options.matmul_flops
+    return line | {"seconds": result["seconds"], "peak_memory_mb": result["peak_memory_mb"]}
 
 
-def decoding(options: argparse.Namespace) -> None:
-    """New tokens per second of a rollout, by engine, and what bandwidth allows."""
-    device, shape = device_of(), workload.SHAPES[options.shape]
+def decode(options: argparse.Namespace, limit: float) -> dict[str, Any]:
+    """New tokens per second of a rollout, by engine and law of lengths, and what bandwidth allows."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--serve", "--shape", options.shape]
+    command += ["--slots", str(options.slots), "--new-tokens", str(options.new_tokens)]
+    command += ["--bandwidth", str(options.bandwidth)]
+    contestant = Contestant("decode", command, threads=max(2, os.cpu_count() or 2))
+    try:
+        return contestant.play(limit=limit)
+    finally:
+        contestant.close()
+
+
+def decoding(options: argparse.Namespace) -> dict[str, Any]:
+    """All engines in this process; one that fails leaves its error."""
+    device, shape, slots = device_of(), workload.SHAPES[options.shape], options.slots
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = Policy(workload.make_model(shape, attn_implementation=IMPLEMENTATION).to(device, dtype).eval())
-    prompts = [np.array(pair["prompt"]) for pair in workload.make_pairs(4 * options.slots, shape)]
+    prompts = [np.array(pair["prompt"]) for pair in workload.make_pairs(4 * slots, shape)]
+    heavy = np.minimum(workload.response_lengths(len(prompts)), options.new_tokens)
+    laws = {"fixed": np.full(len(prompts), options.new_tokens), "heavy tail": heavy}
+    engines: dict[str, Callable[[np.ndarray], int]] = {
+        "slot cache": lambda due: rollout(policy, prompts, due, slots, cuda_graphs=False),
+        "slot cache, CUDA graphs": lambda due: rollout(policy, prompts, due, slots, cuda_graphs=True),
+        "generate": lambda due: generate(policy, prompts, due, slots),
+    }
+    if device.type != "cuda":
+        del engines["slot cache, CUDA graphs"]
+    lines = []
+    for law, due in laws.items():
+        context = np.mean([len(prompt) for prompt in prompts]) + (due**2).sum() / due.sum() / 2  # of a token written
+        limit = bandwidth_limit(shape, slots, float(context), dtype.itemsize, options.bandwidth)
+        for name, engine in engines.items():
+            line: dict[str, Any] = {"engine": name, "lengths": law, "slots": slots}
+            try:
+                engine(due)
+                start = now()
+                written = engine(due)
+                rate = written / (now() - start)
+                line |= {"tokens_per_second": rate, "share_of_bandwidth_limit": rate / limit}
+            except RuntimeError as error:
+                line["error"] = str(error)[-300:]
+            lines.append(line)
+    return {"engines": lines}
 
-    def rollout(cuda_graphs: bool) -> tuple[float, int]:
-        env = TokenVectorEnv(
-            prompts=prompts,
-            num_envs=options.slots,
-            vocab_size=shape.vocabulary,
-            stop_token_ids=workload.EOS,
-            max_new_tokens=options.new_tokens,
-            reward_fn=lambda prompts, responses: np.zeros(len(responses)),
-            reward_mode="deferred",
-            copy=False,
-        )
-        start = now()
-        played = play(policy, env, GenerationSettings(), len(prompts), env_seed=0, cuda_graphs=cuda_graphs)
-        return now() - start, sum(len(episode.response_ids) for episode in played.episodes)
 
-    def generate() -> tuple[float, int]:
-        policy.model.set_attn_implementation("sdpa")
-        start, written = now(), 0
-        for first in range(0, len(prompts), options.slots):
-            batch = prompts[first : first + options.slots]
+def rollout(policy: Policy, prompts: list[np.ndarray], due: np.ndarray, slots: int, cuda_graphs: bool) -> int:
+    """Complete every prompt in the token environment; returns the number of tokens written."""
+    ForcedLengths.lengths = due
+    env = ForcedLengths(
+        prompts=prompts,
+        num_envs=slots,
+        vocab_size=policy.vocabulary_size,
+        stop_token_ids=workload.EOS,
+        max_new_tokens=int(due.max()),
+        reward_fn=lambda prompts, responses: np.zeros(len(responses)),
+        reward_mode="deferred",
+        shuffle=False,
+        copy=False,
+    )
+    played = play(policy, env, GenerationSettings(), len(prompts), env_seed=0, cuda_graphs=cuda_graphs)
+    return sum(len(episode.response_ids) for episode in played.episodes)
+
+
+@torch.no_grad()
+def generate(policy: Policy, prompts: list[np.ndarray], due: np.ndarray, slots: int) -> int:
+    """The same by transformers' `generate`, in batches of `slots`."""
+    device = policy.model.device
+    policy.model.set_attn_implementation("sdpa")
+    try:
+        for first in range(0, len(prompts), slots):
+            batch, lengths = prompts[first : first + slots], due[first : first + slots]
             longest = max(map(len, batch))
-            ids = torch.tensor([[workload.PAD] * (longest - len(p)) + p.tolist() for p in batch], device=device)
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
-            out = policy.model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=options.new_tokens
+            ids = [[workload.PAD] * (longest - len(prompt)) + prompt.tolist() for prompt in batch]
+            mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch]
+            policy.model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=int(lengths.max()),
+                logits_processor=[forced(lengths, longest)],
             )
-            written += out[:, longest:].ne(workload.PAD).sum().item()
+    finally:
         policy.model.set_attn_implementation(IMPLEMENTATION)
-        return now() - start, written
-
-    engines = {"slot cache": lambda: rollout(False), "generate": generate}
-    if device.type == "cuda":
-        engines["slot cache, CUDA graphs"] = lambda: rollout(True)
-    mean = float(np.mean([len(p) for p in prompts])) + options.new_tokens / 2
-    kv_bytes = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * dtype.itemsize * mean
-    weights = (shape.linear_parameters() + shape.hidden * shape.vocabulary) * dtype.itemsize
-    limit = options.slots * bandwidth(device) / (weights + options.slots * kv_bytes)
-    for name, engine in engines.items():
-        engine()
-        seconds, written = engine()
-        line = {"task": "decode", "engine": name, "slots": options.slots, "tokens_per_second": written / seconds}
-        print(json.dumps(line | {"share_of_bandwidth_limit": written / seconds / limit}), flush=True)
+    return int(due.sum())
 
 
-def bandwidth(device: torch.device) -> float:
+def bandwidth_limit(shape: workload.Shape, slots: int, context: float, itemsize: int, bandwidth: float) -> float:
+    """Tokens per second if a step did nothing but read every weight once and each row's keys and values.
+
+    Args:
+        shape: of the model.
+        slots: rows of a step.
+        context: tokens that a row has cached, in the mean over steps.
+        itemsize: bytes of a number.
+        bandwidth: bytes per second.
+    """
+    weights = shape.linear_parameters() + shape.hidden * shape.vocabulary
+    cached = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * context
+    return slots * bandwidth / ((weights + slots * cached) * itemsize)
+
+
+def measured_bandwidth(device: torch.device) -> float:
     """Bytes per second that a large copy reads and writes."""
-    source = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
+    source = torch.empty(2**30 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(6):
@@ -119,30 +204,50 @@ def device_of() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def peak_flops() -> float | None:
-    """Of the GPU in bfloat16, by its data sheet."""
-    device = device_of()
-    return get_available_flops(device, torch.bfloat16) if device.type == "cuda" else None
+def measure(options: argparse.Namespace) -> None:
+    """Run the phases, as many as the time allows; print a line for each."""
+    deadline = time.monotonic() + 60 * options.minutes
+    for phase in options.phases:
+        start = time.monotonic()
+        left = deadline - start
+        line: dict[str, Any] = {"phase": phase}
+        if left < LEAST_SECONDS:
+            line["skipped"] = f"{left:.0f} s of --minutes {options.minutes} were left"
+        else:
+            try:
+                line |= decode(options, left) if phase == "decode" else training(phase, options, left)
+            except RuntimeError as error:
+                line["error"] = str(error)[-2000:]
+        print(json.dumps(line | {"phase_seconds": round(time.monotonic() - start, 1)}), flush=True)
 
 
-def main() -> None:
-    """Run all phases."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure the device's ceilings, then run the phases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
+    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
+    parser.add_argument("--minutes", type=float, default=9.0, help="phases that do not fit are left out or stopped")
     parser.add_argument("--shape", default="1b" if on_gpu else "tiny", choices=sorted(workload.SHAPES))
     parser.add_argument("--pairs", type=int, default=512 if on_gpu else 8)
-    parser.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="sequences or pairs of a micro-batch")
+    parser.add_argument("--batch", type=int, help="sequences or pairs of a micro-batch, instead of each phase's own")
     parser.add_argument("--slots", type=int, default=64 if on_gpu else 4)
-    parser.add_argument("--new-tokens", type=int, default=256 if on_gpu else 16)
-    options = parser.parse_args()
+    parser.add_argument("--new-tokens", type=int, default=128 if on_gpu else 16)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # as the process of `decode`
+    parser.add_argument("--bandwidth", type=float, help="bytes per second; measured if not given")
+    options = parser.parse_args(arguments)
+    if options.serve:
+        torch.set_num_threads(int(os.environ.get("BENCHMARK_THREADS", "1")))
+        serve(lambda: decoding(options))
+        return
+    device = device_of()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    options.bandwidth = options.bandwidth or measured_bandwidth(device)
+    options.matmul_flops, options.peak_flops = measured_flops(device, dtype), peak_flops(device, dtype)
+    if on_gpu:
+        torch.cuda.empty_cache()
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(json.dumps({"device": name, "torch": torch.__version__, **vars(options)}), flush=True)
-    decoding(options)
-    torch.cuda.empty_cache()
-    for task in ("sft", "reward", "dpo_cached", "dpo"):
-        training(task, options)
-    options.pairs = min(options.pairs, 128)
-    training("ppo", options)
+    measure(options)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ def arguments(folder: Path, task: str, options: argparse.Namespace) -> list[str]
         "model": f"lit_rlhf.{MODULES[task]}",
         "model.policy": folder / "model",
     }
+    if options.precision is not None:
+        settings |= {"trainer.precision": options.precision}
     if task != "generate":
         settings |= {"model.learning_rate": 1e-5, "model.lr_scheduler": "constant", "export.folder": "null"}
     if task == "dpo_cached":
@@ -131,8 +133,9 @@ def arguments(folder: Path, task: str, options: argparse.Namespace) -> list[str]
 
 def train_through_the_command_line(argv: list[str]) -> dict[str, Any]:
     """A round of ours."""
-    run(argv)
-    return {"seconds": Clock.seconds}
+    metrics = run(argv).trainer.callback_metrics
+    speed = {name: float(value) for name, value in metrics.items() if name.startswith("perf/")}
+    return {"seconds": Clock.seconds, **speed}
 
 
 def train_in_a_plain_loop(argv: list[str], task: str) -> dict[str, Any]:
@@ -160,15 +163,16 @@ def train_in_a_plain_loop(argv: list[str], task: str) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
     start = _now()
     for i, batch in enumerate(loader):
-        if task == "sft":
-            loss = -module.policy(batch.packed)[0].sum() / batch.denominator
-        elif task == "reward":
-            chosen, rejected = module.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
-            loss = bradley_terry_loss(chosen, rejected).mean()
-        else:
-            with torch.no_grad():
-                held = reference.get(i) or sequence_logprobs(module.frozen["reference"], batch.packed)
-            loss = dpo_loss(*sequence_logprobs(module.policy, batch.packed), *held, 0.1).mean()
+        with cli.trainer.precision_plugin.forward_context():
+            if task == "sft":
+                loss = -module.policy(batch.packed)[0].sum() / batch.denominator
+            elif task == "reward":
+                chosen, rejected = module.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
+                loss = bradley_terry_loss(chosen, rejected).mean()
+            else:
+                with torch.no_grad():
+                    held = reference.get(i) or sequence_logprobs(module.frozen["reference"], batch.packed)
+                loss = dpo_loss(*sequence_logprobs(module.policy, batch.packed), *held, 0.1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
@@ -186,6 +190,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--fixed", type=int, help="length of every response, instead of the heavy tail")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", help="of the Trainer; the device's own if not given")
     parser.add_argument("--bare", action="store_true")
     options = parser.parse_args()
 

@@ -48,7 +48,7 @@ def forced(lengths: Any, prompt_length: int) -> Any:
 
     def process(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores[:, : workload.FIRST_WORD] = float("-inf")
-        ended = due <= input_ids.shape[1] - prompt_length + 1
+        ended = due.to(scores.device) <= input_ids.shape[1] - prompt_length + 1
         scores[ended] = float("-inf")
         scores[ended, workload.EOS] = 0.0
         return scores

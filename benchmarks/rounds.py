@@ -10,6 +10,8 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,29 +45,46 @@ class Contestant:
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(threads), "BENCHMARK_THREADS": str(threads)}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "envs")])
+        # A file, not a pipe: nobody reads along, and a full pipe would stop the process.
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, env=environment, text=True
         )
 
-    def play(self) -> dict[str, Any]:
+    def play(self, limit: float | None = None) -> dict[str, Any]:
         """One round.
 
+        Args:
+            limit: seconds after which the process is killed; None = as long as it takes.
+
         Raises:
-            RuntimeError: the process died; the message has the end of what it said.
+            RuntimeError: the process died or was killed; the message has the end of what it said.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write("\n")
             self.process.stdin.flush()
+        late = threading.Event()
+        timer = threading.Timer(limit or 0.0, lambda: (late.set(), self.process.kill()))
+        if limit is not None:
+            timer.start()
         answer = self.process.stdout.readline()
+        timer.cancel()
         if not answer:
-            raise RuntimeError(f"{self.name} died:\n{self.process.communicate()[1][-3000:]}")
+            said = self.close()
+            died = "was killed at its time limit" if late.is_set() else f"died ({self.process.returncode})"
+            raise RuntimeError(f"{self.name} {died}:\n{said[-3000:]}")
         self.results.append(json.loads(answer))
         return self.results[-1]
 
-    def close(self) -> None:
-        """Let the process end."""
+    def close(self) -> str:
+        """Let the process end; returns what it said beside its answers, once."""
+        if self.said.closed:
+            return ""
         self.process.communicate()
+        with self.said:
+            self.said.seek(0)
+            return self.said.read()
 
 
 def clock() -> float:

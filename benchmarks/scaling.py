@@ -8,7 +8,6 @@ parameters; between 1 and 2 for response length, attention being quadratic; 0 fo
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -84,19 +83,23 @@ def sweep(
 ) -> None:
     """Time each size, fit the exponent, print a line."""
     costs = [seconds(make(i), repeats) for i in range(len(sizes))]
-    exponent = float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+    exponent = fitted_exponent(sizes, costs)
     line = {"sweep": name, "of": what, "sizes": list(sizes), "cpu_seconds": [round(c, 4) for c in costs]}
     print(json.dumps(line | {"exponent": round(exponent, 2)}), flush=True)
 
 
-def main() -> None:
+def fitted_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The e of cost = c size^e, by least squares on logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Run all sweeps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--smallest", action="store_true", help="only the two smallest sizes of each sweep")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
 
     def run(name: str, what: str, sizes: Sequence[int], make: Callable[[int], Callable[[], None]]) -> None:
         taken = sizes[:2] if options.smallest else sizes
@@ -106,6 +109,9 @@ def main() -> None:
     run("training step", "sequences", (2, 4, 8, 16), lambda n: training_step(BASE, n, 96))
     run("head alone", "vocabulary", (8192, 16_384, 32_768, 65_536), head_step)
     run("training step", "layers", (4, 8, 16, 32), lambda n: training_step(replace(BASE, layers=n), 4, 96))
+    shapes = [replace(BASE, hidden=h, intermediate=h * 8 // 3) for h in (96, 192, 384, 768)]
+    weights = [shape.linear_parameters() for shape in shapes]
+    run("training step", "weights, by width", weights, lambda n: training_step(shapes[weights.index(n)], 4, 96))
     run("decode step", "active of 32 slots", (4, 8, 16, 32), lambda n: decode_step(32, n))
     run("decode step", "finished slots beside 4 active", (4, 12, 28, 60), lambda n: decode_step(4 + n, 4))
 

@@ -34,7 +34,8 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate on the first update, when dtype, device and head count are known."""
         shape = (self.num_slots, key_states.shape[1], self.max_length)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        # Keys in the values' dtype: under autocast, rotary embeddings promote keys to float32, which nobody reads.
+        self.keys = value_states.new_zeros(*shape, key_states.shape[-1])
         self.values = value_states.new_zeros(*shape, value_states.shape[-1])
         self.is_initialized = True
 
@@ -43,6 +44,7 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
+        key_states = key_states.to(self.keys.dtype)
         if self.window is None:  # packed prompts attend among themselves, by their layout
             self.keys[self.rows, :, self.positions] = key_states[0].transpose(0, 1)
             self.values[self.rows, :, self.positions] = value_states[0].transpose(0, 1)

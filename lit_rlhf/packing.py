@@ -10,6 +10,7 @@ Axes: N nodes, B sequences, C cells of all sequences end to end (a shared node c
 H heads, D head dimension.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from transformers.masking_utils import AttentionMaskInterface
 IMPLEMENTATION = "lit_rlhf_packed"
 # Starting another bucket costs about as much as this many query-key pairs (measured on CPU, 6 heads of 64).
 BUCKET_OVERHEAD = 20_000
+# Whether the kernel takes fewer heads of keys than of queries: torch 2.12 says so, 2.11 has no such argument.
+VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class EndToEnd(NamedTuple):
@@ -228,6 +231,8 @@ def packed_attention(
     Returns:
         (1, N, H, D) or (B, 1, H, D), and None for the attention weights.
     """
+    if query.dtype != value.dtype:  # under autocast, rotary embeddings promote queries and keys to float32
+        query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is None:
@@ -263,12 +268,16 @@ def packed_attention(
 
 
 def takes_variable_lengths(q: Tensor) -> bool:
-    """Whether flash attention can take these queries: half precision on CUDA, compute capability 8 or more."""
+    """Whether flash attention can take these queries: half precision on CUDA, compute capability 8 or more.
+
+    Heads of at most 256 numbers, and a multiple of 8, as the kernel asks for.
+    """
     return (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
         and q.shape[-1] <= 256
+        and q.shape[-1] % 8 == 0
     )
 
 
@@ -276,17 +285,23 @@ def _end_to_end_attention(
     q: Tensor, k: Tensor, v: Tensor, cells: EndToEnd, scaling: float, groups: int, sliding_window: int | None
 ) -> Tensor:
     """(N, H, D) outputs; queries, keys and values (N, H, D) are laid end to end by sequence, without any padding."""
+    q, k, v = (x[cells.nodes] for x in (q, k, v))
+    grouped: dict[str, Any] = {}
+    if groups > 1 and VARLEN_SHARES_KEYS:
+        grouped = {"enable_gqa": True}
+    elif groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     out = varlen_attn(
-        q[cells.nodes],
-        k[cells.nodes],
-        v[cells.nodes],
+        q,
+        k,
+        v,
         cells.bounds,
         cells.bounds,
         cells.longest,
         cells.longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=groups > 1,
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out[cells.source]

@@ -1,6 +1,7 @@
 """How fast training is against what the device could do, and the precision that suits the device."""
 
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -116,17 +117,30 @@ def forward_flops(network: Policy | Scorer, batch: PackedBatch, weights: int) ->
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations per second that the device can do: a GPU's by its data sheet, a CPU's as measured; None if unknown."""
-    if device.type == "cuda":
-        return get_available_flops(device, dtype)
-    if device.type != "cpu":
+    """Operations per second that the device can do: a GPU's by its data sheet, else as measured; None if unknown."""
+    if device.type not in ("cpu", "cuda"):
         return None
-    n = 768
-    a, b = torch.rand(n, n, dtype=dtype), torch.rand(n, n, dtype=dtype)
+    listed = None
+    if device.type == "cuda":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the GPU is not in Lightning's list: it is measured instead
+            listed = get_available_flops(device, dtype)
+    return measured_flops(device, dtype) if listed is None else float(listed)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a product of large matrices, on random numbers; zeros would be faster."""
+    on_gpu = device.type == "cuda"
+    n = 8192 if on_gpu else 768
+    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(5):
+        if on_gpu:
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         a @ b
+        if on_gpu:
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / min(seconds)
 

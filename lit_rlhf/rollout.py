@@ -12,6 +12,7 @@ from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data.tokenize import as_text, stop_token_ids
 from lit_rlhf.decoding import SlotDecoder, sample
 from lit_rlhf.errors import UserError
+from lit_rlhf.packed_linear import packed_linears
 from lit_rlhf.policy import Policy
 from lit_rlhf.sharding import gathered
 from token_mdp import Episode, TokenVectorEnv
@@ -129,7 +130,7 @@ def play(
     logprobs_of: dict[int, np.ndarray] = {}
     device = policy.model.device
 
-    with gathered(policy):
+    with gathered(policy), packed_linears(policy):
         observation: Any
         observation, info = env.reset(seed=env_seed, options={"max_episodes": num_episodes})
         while (active := info["active"]).any():

@@ -1,8 +1,8 @@
 """Rollouts by vLLM, in the process of the Trainer: the extra `vllm`.
 
-Written against vLLM's documented interface (https://docs.vllm.ai/en/latest/training/weight_transfer/): `LLM.generate`
-on token ids, and weights by its "disk" transfer, which reads a folder of safetensors between two rollouts. Tested
-against a stand-in that keeps that contract; vLLM itself could not be installed where this was written.
+Written against the interface of vLLM 0.33 (https://docs.vllm.ai/en/v0.33.0/): `LLM.generate` on token ids, and
+`LLM.collective_rpc` of the workers' `reload_weights`, which reads a folder of safetensors between two rollouts. Tested
+against a stand-in that keeps that contract; vLLM itself, which needs CUDA, could not be run where this was written.
 """
 
 import shutil
@@ -129,9 +129,7 @@ class VLLMBackend(RolloutBackend):
             if self.engine is None:
                 self.start(folder)
             else:
-                self.engine.start_weight_update()
-                self.engine.update_weights({"update_info": {"path": str(folder)}})
-                self.engine.finish_weight_update()
+                self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
                 self.engine.reset_prefix_cache()  # its keys are of the old weights
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -144,7 +142,6 @@ class VLLMBackend(RolloutBackend):
         """
         try:
             import vllm
-            from vllm.config import WeightTransferConfig
         except ImportError as error:
             raise UserError(f"the vLLM backend needs vLLM ({error}); pip install 'lit-rlhf[vllm]'") from error
         self.vllm = vllm
@@ -153,10 +150,8 @@ class VLLMBackend(RolloutBackend):
             skip_tokenizer_init=True,
             gpu_memory_utilization=self.gpu_memory_utilization,
             logprobs_mode="processed_logprobs",  # after temperature and filters: of the distribution sampled from
-            weight_transfer_config=WeightTransferConfig(backend="disk"),
             **self.engine_args,
         )
-        self.engine.init_weight_transfer_engine({"init_info": {}})
 
     def save(self, policy: Policy) -> Path:
         """The policy's weights as a Hugging Face folder of safetensors, for the engine to read."""

@@ -4,12 +4,14 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import compare, workload
+from benchmarks import compare, scaling, workload
 from benchmarks.rounds import Contestant
 
 ROOT = Path(__file__).parents[1]
@@ -64,8 +66,21 @@ def test_every_response_of_a_forced_rollout_has_its_prescribed_length():
 
 def test_a_contestant_that_dies_says_why():
     contestant = Contestant("broken", [sys.executable, "-c", "raise SystemExit('no such model')"], threads=1)
-    with pytest.raises(RuntimeError, match="broken died:\nno such model"):
+    with pytest.raises(RuntimeError, match=r"broken died \(1\):\nno such model"):
         contestant.play()
+
+
+def test_a_contestant_that_takes_too_long_is_killed():
+    contestant = Contestant("slow", [sys.executable, "-c", "import time; time.sleep(60)"], threads=1)
+    with pytest.raises(RuntimeError, match="slow was killed at its time limit"):
+        contestant.play(limit=0.1)
+
+
+def test_a_contestant_may_say_more_than_a_pipe_holds():
+    talk = "import sys; sys.stderr.write('x' * 2**20); input(); print('{}', flush=True)"
+    contestant = Contestant("talker", [sys.executable, "-c", talk], threads=1)
+    assert contestant.play(limit=60) == {}
+    contestant.close()
 
 
 def test_a_peer_without_a_python_is_refused_with_what_to_do(capsys, monkeypatch):
@@ -73,6 +88,29 @@ def test_a_peer_without_a_python_is_refused_with_what_to_do(capsys, monkeypatch)
     with pytest.raises(SystemExit):
         compare.main()
     assert "a Python with TRL, see docs/performance.md" in capsys.readouterr().err
+
+
+def test_the_fit_recovers_a_known_exponent():
+    sizes = [2.0, 4.0, 8.0, 16.0]
+    assert scaling.fitted_exponent(sizes, [3.0 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert scaling.fitted_exponent(sizes, [7.0] * 4) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_every_sweep_of_the_scaling_benchmark_runs(capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "BASE", replace(scaling.BASE, hidden=24, layers=1, intermediate=32, vocabulary=64))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    scaling.main(["--smallest", "--repeats", "1"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {(line["sweep"], line["of"]) for line in lines} == {
+        ("training step", "response length"),
+        ("training step", "sequences"),
+        ("training step", "layers"),
+        ("training step", "weights, by width"),
+        ("head alone", "vocabulary"),
+        ("decode step", "active of 32 slots"),
+        ("decode step", "finished slots beside 4 active"),
+    }
+    assert all(len(line["sizes"]) == 2 and min(line["cpu_seconds"]) >= 0 for line in lines)
 
 
 @pytest.mark.slow

@@ -63,6 +63,20 @@ def test_clear_forgets_keys_of_old_weights():
     torch.testing.assert_close(decoder.logits(ids, np.array([4])), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_keys_are_cached_in_the_precision_of_values_under_autocast():
+    policy, decoders = tiny_policy(), []
+    ids, lengths = np.array([[5, 6, 7, 8, 0, 0, 0, 0]] * 2), np.array([3, 2])
+    for enabled in (False, True):
+        decoder = SlotDecoder(policy, 2, 8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            decoder.logits(ids, lengths)
+            logits = decoder.logits(ids, lengths + 1)
+        decoders.append((decoder, logits.float()))
+    (_, exact), (decoder, rounded) = decoders
+    assert all(layer.keys.dtype == layer.values.dtype == torch.bfloat16 for layer in decoder.layers)
+    assert (rounded - exact).norm() / exact.norm() < 0.02  # bfloat16 keeps eight bits
+
+
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 

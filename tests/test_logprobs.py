@@ -1,11 +1,12 @@
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_rlhf.logprobs import nll_sum, token_logprobs
+from lit_rlhf.logprobs import chunk_size, nll_sum, token_logprobs
 
 
 @pytest.fixture
@@ -43,6 +44,16 @@ def test_chunks_change_neither_values_nor_gradients(problem, rows):
         )
     for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "megabytes"),
+    [(2, 64), (16, 256), (4096, 1024)],  # at least, a 64th of the memory, at most
+)
+def test_the_size_of_a_chunk_follows_from_the_memory_of_the_device(gigabytes, megabytes, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=gigabytes * 2**30))
+    head = nn.Linear(4, 1024, device="meta")
+    assert chunk_size(head, torch.device("cpu")) == megabytes * 2**20 // (4 * 1024)
 
 
 def test_logits_of_one_chunk_at_most_are_held_for_the_backward_pass(problem):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_rlhf import DPO, RewardModel, RewardModelReward, TextReward, UserError
 from lit_rlhf.callbacks import HuggingFaceExport, SampleTable, export, markdown_table
 from lit_rlhf.rollout import GenerationSettings
-from lit_rlhf.sharding import full_state_dict
+from lit_rlhf.sharding import full_state_dict, total_norm
 from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tiny import EOS, save_tiny, tiny_tokenizer
 
@@ -46,6 +46,24 @@ def watch(stage, inputs, folder, data=None, trainer=None, **options):
         setattr(datamodule, name, value)
     make_trainer(folder, max_epochs=1, callbacks=[watcher], **(trainer or {})).fit(module, datamodule)
     return watcher
+
+
+class ClippedNorms(Callback):
+    def __init__(self):
+        self.norms = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.norms.append(total_norm([p.grad for p in pl_module.parameters() if p.grad is not None]).item())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_every_precision(precision, inputs, tmp_path):
+    module, data = make_stage("sft", inputs)
+    clipped = ClippedNorms()
+    make_trainer(tmp_path, max_steps=2, precision=precision, gradient_clip_val=0.01, callbacks=[clipped]).fit(
+        module, data
+    )
+    assert clipped.norms == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])

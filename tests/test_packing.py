@@ -126,12 +126,14 @@ def test_the_padding_fraction_counts_cells_of_attention_without_a_token():
     assert batch.layout.padding_fraction() == 0.25
 
 
+@pytest.mark.parametrize("shares_keys", [True, False])  # torch 2.12, torch 2.11
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
-def test_variable_length_attention_equals_the_buckets(architecture, monkeypatch):
+def test_variable_length_attention_equals_the_buckets(architecture, shares_keys, monkeypatch):
     """The call of the CUDA kernel, with a slow stand-in of it that follows its documentation."""
 
-    def stand_in(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
+    def stand_in(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, enable_gqa=False):
         assert longest_q == longest_k == int(bounds_q.diff().max())
+        assert enable_gqa is shares_keys and (shares_keys or q.shape == k.shape == v.shape)
         outputs = []
         for start, end in itertools.pairwise(bounds_q.tolist()):
             distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
@@ -146,6 +148,7 @@ def test_variable_length_attention_equals_the_buckets(architecture, monkeypatch)
     in_buckets, _ = policy(batch)
     monkeypatch.setattr(packing, "takes_variable_lengths", lambda q: True)
     monkeypatch.setattr(packing, "varlen_attn", stand_in)
+    monkeypatch.setattr(packing, "VARLEN_SHARES_KEYS", shares_keys)
     end_to_end, _ = policy(batch)
     torch.testing.assert_close(end_to_end, in_buckets, rtol=1e-5, atol=1e-5)
 
@@ -159,6 +162,15 @@ def test_variable_length_attention_on_cuda_equals_the_buckets(architecture, monk
     monkeypatch.setattr(packing, "takes_variable_lengths", lambda q: False)
     in_buckets, _ = policy(batch)
     torch.testing.assert_close(end_to_end, in_buckets, rtol=0.05, atol=0.1)  # bfloat16 keeps eight bits
+
+
+def test_under_autocast_the_kernel_meets_one_half_precision(monkeypatch):
+    """Rotary embeddings are float32 there, and what they turn with them: flash attention would refuse the mixture."""
+    met = []
+    monkeypatch.setattr(packing, "takes_variable_lengths", lambda q: met.append(q.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_policy("llama")(pack(random_examples(3)))
+    assert met == [torch.bfloat16] * 2  # in each layer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,3 +1,4 @@
+import collections
 import csv
 import json
 import shutil
@@ -28,6 +29,26 @@ def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(folder, tm
     for batch, _ in module.seen:
         assert torch.equal(batch.old_logprobs, batch.ref_logprobs)
     assert module.rollout_metrics["rollout/kl"] == 0.0
+
+
+def test_each_role_reads_each_response_no_more_often_than_it_must(folder, tmp_path, monkeypatch):
+    """Once to score a rollout; policy and critic once more in each pass. The sampler's own steps are no forward."""
+    sequences = collections.Counter()
+
+    def counted(network, name):
+        forward = network.forward
+
+        def count(batch, *args, **kwargs):
+            sequences[name] += batch.num_sequences
+            return forward(batch, *args, **kwargs)
+
+        monkeypatch.setattr(network, "forward", count)
+
+    module, data, trainer = make(folder, tmp_path, ppo_epochs=3, num_minibatches=2)
+    for name, network in (("policy", module.policy), ("critic", module.critic), *module.frozen.items()):
+        counted(network, name)
+    trainer.fit(module, data)
+    assert sequences == {"policy": 16 * (1 + 3), "critic": 16 * (1 + 3), "reference": 16}
 
 
 def test_advantages_are_whitened_over_the_whole_rollout_not_over_minibatches(folder, tmp_path):

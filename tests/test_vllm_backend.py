@@ -19,42 +19,33 @@ from tests.tiny import tiny_policy
 
 
 class StandInLLM:
-    """`vllm.LLM` as documented: prompts of token ids in, token ids with log-probs out; weights in four phases."""
+    """`vllm.LLM` as of 0.33: prompts of token ids in, token ids with log-probs out; weights reloaded from a folder."""
 
-    def __init__(self, model, skip_tokenizer_init, gpu_memory_utilization, logprobs_mode, weight_transfer_config):
+    def __init__(self, model, *, skip_tokenizer_init, gpu_memory_utilization, logprobs_mode):
         assert skip_tokenizer_init
         assert logprobs_mode == "processed_logprobs"
-        assert weight_transfer_config.backend == "disk"
         assert 0 < gpu_memory_utilization < 1
         self.model = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
-        self.phase, self.stale, self.calls = "new", False, 0
+        self.stale, self.calls = False, 0
 
-    def init_weight_transfer_engine(self, request):
-        assert request == {"init_info": {}} and self.phase == "new"
-        self.phase = "ready"
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        return [getattr(self, "worker_" + method)(*args, **(kwargs or {}))]
 
-    def start_weight_update(self):
-        assert self.phase == "ready"
-        self.phase = "updating"
-
-    def update_weights(self, request):
-        assert self.phase == "updating"
-        path = Path(request["update_info"]["path"])
-        assert path.is_absolute()
+    def worker_reload_weights(self, weights_iterator=None, weights_path=None, is_checkpoint_format=True):
+        assert weights_iterator is None and is_checkpoint_format
+        path = Path(weights_path)
+        assert path.is_absolute()  # workers are processes of their own
         weights = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
         self.model.load_state_dict(weights, strict=False)
         self.model.tie_weights()
-
-    def finish_weight_update(self, weight_version=None):
-        assert self.phase == "updating"
-        self.phase, self.stale = "ready", True
+        self.stale = True
 
     def reset_prefix_cache(self):
         self.stale = False
 
     @torch.no_grad()
     def generate(self, prompts, sampling_params, use_tqdm):
-        assert self.phase == "ready" and not self.stale
+        assert not self.stale
         self.calls += 1
         return [self.complete(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
 
@@ -73,11 +64,9 @@ class StandInLLM:
 
 @pytest.fixture
 def vllm(monkeypatch):
-    module, config = types.ModuleType("vllm"), types.ModuleType("vllm.config")
+    module = types.ModuleType("vllm")
     module.LLM, module.SamplingParams = StandInLLM, types.SimpleNamespace
-    config.WeightTransferConfig = types.SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setitem(sys.modules, "vllm.config", config)
 
 
 def logprobs_of(policy, played, temperature):

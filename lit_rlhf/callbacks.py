@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from safetensors import SafetensorError
 
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.module import AlignmentModule
@@ -23,18 +24,23 @@ from lit_rlhf.sharding import full_state_dict
 
 
 class HuggingFaceExport(Callback):
-    """Write the trained model and its tokenizer as a Hugging Face folder when `fit` ends.
+    """Write the trained model and its tokenizer as a Hugging Face folder when `fit` ends; not after `fast_dev_run`.
 
     Args:
-        folder: where, relative to the Trainer's `default_root_dir`; null = no export.
+        folder: where, relative to the Trainer's `default_root_dir`, in place of an older export; null = no export.
     """
 
     def __init__(self, folder: str | None = "model") -> None:
         self.folder = folder
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export on rank 0; all ranks join to collect sharded weights."""
-        if self.folder is None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at the folder before an hour of training."""
+        if stage == "fit" and self.folder is not None and trainer.is_global_zero:
+            require_replaceable(Path(trainer.default_root_dir) / self.folder)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export on rank 0, also where a checkpoint left nothing to train; all ranks join to collect the weights."""
+        if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, AlignmentModule)
         pl_module.before_export()
@@ -43,6 +49,18 @@ class HuggingFaceExport(Callback):
             target = Path(trainer.default_root_dir) / self.folder
             export(pl_module, weights, target)
             rank_zero_info(f"exported {type(pl_module).__name__} to {target}")
+
+
+def require_replaceable(target: Path) -> None:
+    """Refuse to replace what is no export: a model's folder, once it is written, is deleted with all that is in it.
+
+    Raises:
+        UserError: a file, or a folder that holds something and no config.json.
+    """
+    if target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir())):
+        return
+    if target.exists():
+        raise UserError(f"export.folder: {target} is there and no export of a model; name a folder of its own")
 
 
 def export(module: AlignmentModule, weights: dict[str, torch.Tensor], target: Path) -> None:
@@ -54,8 +72,10 @@ def export(module: AlignmentModule, weights: dict[str, torch.Tensor], target: Pa
         target: the folder; one that is there is replaced.
 
     Raises:
-        UserError: the disk is full or may not be written to; nothing is left behind, an older export stays.
+        UserError: the disk is full or may not be written to, or something else than an export is there; nothing is left
+            behind, an older export stays.
     """
+    require_replaceable(target)
     aside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -67,11 +87,13 @@ def export(module: AlignmentModule, weights: dict[str, torch.Tensor], target: Pa
             target.rename(old)
         aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError
+    except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         if old.exists() and not target.exists():
             old.rename(target)
-        raise UserError(f"the export to {target} failed and left nothing there: {error}") from error
+        if isinstance(error, OSError | SafetensorError):  # as a full disk is reported
+            raise UserError(f"the export to {target} failed and left nothing new there: {error}") from error
+        raise
 
 
 class SampleTable(Callback):
@@ -117,22 +139,44 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 class RunSummary(Callback):
-    """Write summary.json into the run's folder when `fit` ends: time, peak memory, models held, last metrics."""
+    """Write summary.json into the run's folder when `fit` ends: time, peak memory, models held, last metrics.
+
+    Nothing is written where nothing was trained, nor after `fast_dev_run`. The time of a resumed run is that of all its
+    parts, up to the checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.seconds_before = 0.0  # of the parts before a resume
+        self.since = time.perf_counter()
+        self.trained = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self.since = time.perf_counter()
+        self.trained = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """There is something to train."""
+        self.trained = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time so far."""
+        return {"seconds": self.seconds_before + time.perf_counter() - self.since}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the time of a checkpoint."""
+        self.seconds_before = state_dict["seconds"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.trained or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, AlignmentModule)
         data: Any = getattr(trainer, "datamodule", None)
         rewards = [data.reward, *data.monitors.values()] if hasattr(data, "monitors") else []
         reward_networks = [network for reward in rewards for network in reward.networks()]
         summary = {
-            "seconds": time.perf_counter() - self.since,
+            "seconds": self.state_dict()["seconds"],
             "peak_memory_mb": peak_memory_mb(pl_module.device),
             "models_in_memory": len(list(pl_module.networks())) + len(reward_networks),
             "steps": trainer.global_step,

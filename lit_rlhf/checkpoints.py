@@ -33,11 +33,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise
 
 
-def require_checkpoint(path: Path) -> None:
+def require_checkpoint(path: Path, training: bool = False) -> None:
     """Refuse, before models and data are read, what the Trainer could not go on from; tensors are not read.
 
     Args:
         path: one of torch's archives, or a folder of sharded weights, which is taken as it is.
+        training: whether training is to go on, which takes more than weights.
 
     Raises:
         UserError: nothing is there, or an exported model, weights alone, or a damaged file.
@@ -57,6 +58,12 @@ def require_checkpoint(path: Path) -> None:
     try:
         checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="meta")
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:  # as torch reports a damaged archive
-        raise UserError(f"ckpt_path: {path.absolute()} is damaged and cannot be read; take an older one") from error
+        raise UserError(
+            f"ckpt_path: {path.absolute()} is damaged, or holds more than tensors and plain values; take an older one"
+        ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "loops"} <= checkpoint.keys():
         raise UserError(not_ours)
+    if training and "optimizer_states" not in checkpoint:
+        raise UserError(
+            f"ckpt_path: {path.absolute()} holds weights alone (save_weights_only), so no training can go on from it"
+        )

@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
 from lit_rlhf.checkpoints import WholeCheckpointIO, require_checkpoint
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.parser import Parser, did_you_mean
 from lit_rlhf.performance import Performance, default_precision
@@ -64,8 +65,13 @@ class AlignmentCLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")  # none with `run=False`
         checkpoint = None if subcommand is None else self.config[subcommand].get("ckpt_path")
-        if checkpoint not in (None, "best", "last", "hpc"):
-            require_checkpoint(Path(checkpoint))
+        if checkpoint == "best":
+            raise UserError("ckpt_path: best is known to the run that found it alone; name its file")
+        if checkpoint not in (None, "last", "hpc"):
+            require_checkpoint(Path(checkpoint), training=subcommand == "fit")
+        seed = (self.config if subcommand is None else self.config[subcommand]).get("seed_everything")
+        if seed is not None and not isinstance(seed, bool):
+            require(0 <= seed < 2**32, "seed_everything", seed, "in [0, 2^32)")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the precision that suits the device unless the user names one, and checkpoints that are whole."""
@@ -90,6 +96,9 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, str(Path.cwd()))
     Parser.typed = argv
     try:
+        if argv == ["--version"]:
+            print(f"lit-rlhf {version('lit-rlhf')}")
+            return
         if not argv:
             raise UserError(f"no command is given\nusage: {USAGE}")
         if not argv[0].startswith("-") and argv[0] not in COMMANDS:

@@ -15,7 +15,7 @@ from rich.table import Table
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.callbacks import write_json
 from lit_rlhf.data.prompts import load_prompts
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.loading import check_same_tokens, load_policy, load_tokenizer
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Policy, freeze
@@ -60,10 +60,13 @@ def compare(
         output: JSON file for the results; null = results.json in `root`.
 
     Returns:
-        The measured figures by run.
+        The measured figures by run; the KL is None where `generation` cuts the distribution (top_k, top_p, min_p, or
+        temperature 0).
     """
     if not policies:
         raise UserError("policies is empty: name at least the baseline")
+    require(max_prompts >= 1, "max_prompts", max_prompts, "1 or more")
+    results_file = Path(output) if output else Path(root) / "results.json"
     folders = {name: run_folder(root, name) for name in policies}
     baseline, *_ = policies
     tokenizers = {name: load_tokenizer(*model_and_config(folder)) for name, folder in folders.items()}
@@ -71,7 +74,13 @@ def compare(
     for name, other in tokenizers.items():  # one's ids are what all play, judge and decode
         check_same_tokens(tokenizer, other, f"policy {name}")
     costs = {name: read_json(folder / "summary.json") for name, folder in folders.items()}
-    prompt_ids, columns = load_prompts(prompts, "validation", tokenizer, tokenizer.model_max_length)
+    room = tokenizer.model_max_length - generation.max_new_tokens
+    require(room >= 1, "generation.max_new_tokens", generation.max_new_tokens, "less than the models' context")
+    prompt_ids, columns = load_prompts(prompts, "validation", tokenizer, room)
+    try:  # before all the playing, not after it
+        results_file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {results_file.parent.absolute()} cannot be made ({error})") from error
     held_out = PromptBatch(prompt_ids[:max_prompts], {name: values[:max_prompts] for name, values in columns.items()})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if gold is None and prompts == "demo":
@@ -98,7 +107,8 @@ def compare(
         margin = scores[name] - scores[baseline]
         results[name] = {
             **{what: float(values.mean()) for what, values in judged.items()},
-            "kl": sequence_kl(policy, reference, episodes, generation.temperature),
+            # What a cut distribution wrote is no sample of π, nor its log-ratio an estimate of the KL.
+            "kl": sequence_kl(policy, reference, episodes, generation.temperature) if generation.is_whole else None,
             "win_rate": float(((margin > 0) + 0.5 * (margin == 0)).mean()),
             "response_length": float(np.mean([len(response) for response in responses])),
             **{key: costs[name][key] for key in ("models_in_memory", "peak_memory_mb", "seconds")},
@@ -106,7 +116,7 @@ def compare(
     print_table(results, baseline)
     if reward_model is not None:
         results["reward_model"] = reward_model_results(run_folder(root, reward_model), prompts)
-    write_json(results, Path(output) if output else Path(root) / "results.json")
+    write_json(results, results_file)
     return results
 
 
@@ -117,7 +127,7 @@ def sequence_kl(policy: Policy, reference: Policy, episodes: list[Episode], temp
     for start in range(0, len(episodes), EPISODES_PER_FORWARD):
         examples = [Example(e.prompt_ids, (e.response_ids,)) for e in episodes[start : start + EPISODES_PER_FORWARD]]
         batch = move_data_to_device(pack(examples), policy.model.device)
-        logratio = policy(batch, temperature or 1.0)[0] - reference(batch, temperature or 1.0)[0]
+        logratio = policy(batch, temperature)[0] - reference(batch, temperature)[0]
         total += logratio.double().sum().item()
     return total / len(episodes)
 
@@ -161,7 +171,8 @@ def print_table(results: dict[str, dict[str, Any]], baseline: str) -> None:
     for key, (heading, form) in FIGURES.items():
         if key in results[baseline]:
             table.add_row(
-                escape(heading.format(baseline=baseline)), *(format(row[key], form) for row in results.values())
+                escape(heading.format(baseline=baseline)),
+                *("-" if row[key] is None else format(row[key], form) for row in results.values()),
             )
     Console().print(table)
 

@@ -41,6 +41,7 @@ class DPO(AlignmentModule):
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
 
+    learns_from = "preference"
     reward_shift: Tensor  # () where the loss asks for it: mean implicit reward of the pairs seen so far
     pairs_seen: Tensor  # () how many these are
 

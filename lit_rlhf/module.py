@@ -1,9 +1,9 @@
 """What the algorithms share: the policy and its tokenizer, the optimiser, frozen networks, sharding."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.advantages import Moments, masked_moments
 from lit_rlhf.batches import PromptBatch
+from lit_rlhf.data.formats import Kind
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.policy import Policy
 from lit_rlhf.rollout import GenerationSettings, completion_rows, predicted_rows, room_for_response
@@ -35,6 +36,8 @@ class AlignmentModule(LightningModule):
         warmup_steps: optimiser steps of linear warm-up; below 1, that share of all steps.
     """
 
+    learns_from: ClassVar[Kind]  # what the rows of its data are
+    predicts_from: ClassVar[Kind] = "prompts"
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
     generation: GenerationSettings  # how `predict` and the sample tables write completions
@@ -63,6 +66,7 @@ class AlignmentModule(LightningModule):
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
         self.frozen: dict[str, nn.Module] = {}
         self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
+        self.untrained: str | None = None  # what is random in the network that predicts, and what to do about it
         # Of the optimiser step's micro-batches so far, by metric: weighted sum and weight.
         self.step_sums: dict[str, tuple[Tensor, int]] = {}
 
@@ -173,7 +177,9 @@ class AlignmentModule(LightningModule):
                 f"ckpt_path: the checkpoint is of {theirs}, this run is of {mine}; resume the same config, or start "
                 f"{mine} from the model that {theirs} exported, by model.policy"
             )
+        require_same_shapes(checkpoint.get("state_dict", {}), self.state_dict())
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        self.untrained = None
 
     def on_train_start(self) -> None:
         """Put the training data back to where the checkpoint was taken.
@@ -183,7 +189,16 @@ class AlignmentModule(LightningModule):
         """
         for state in self.loader_states:
             self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
-        self.loader_states = []
+        self.loader_states, self.untrained = [], None
+
+    def on_predict_start(self) -> None:
+        """Refuse to hand out what random weights make.
+
+        Raises:
+            UserError: neither the model's folder nor a checkpoint gave trained ones.
+        """
+        if self.untrained is not None:
+            raise UserError(self.untrained)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log this step, gradient norm before clipping included; refuse one that would write NaN into the weights."""
@@ -239,3 +254,18 @@ class AlignmentModule(LightningModule):
         for tag, mean in zip(self.step_sums, totals / weights, strict=True):
             self.log(tag, mean, prog_bar=tag.removeprefix("train/") in PROGRESS)
         self.step_sums = {}
+
+
+def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not those of this module."""
+    differing = [
+        f"{name} ({tuple(given[name].shape) if name in given else 'missing'} there, "
+        f"{tuple(mine[name].shape) if name in mine else 'missing'} here)"
+        for name in sorted(given.keys() | mine.keys())
+        if name not in given or name not in mine or given[name].shape != mine[name].shape
+    ]
+    if given and differing:
+        raise UserError(
+            f"ckpt_path: the checkpoint is of another model, {len(differing)} tensors differ, like {differing[0]}; "
+            "resume with the model settings of the run"
+        )

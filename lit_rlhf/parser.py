@@ -24,6 +24,9 @@ NOISE = (
     "Given value: Nested",
 )
 
+CLASS_GIVEN = ("--config", "-c", "--model=", "--data=")
+EXAMPLES = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}
+
 
 class Parser(LightningArgumentParser):
     """Answers a mistake with what is wrong, not with two screens of usage; takes no abbreviated option."""
@@ -40,14 +43,21 @@ class Parser(LightningArgumentParser):
         if unknown is not None:
             name = unknown[1] or unknown[2]
             full = next((arg.split("=")[0] for arg in self.typed if arg.split("=")[0].endswith(name)), name)
-            lines = [f"there is no option {full}{did_you_mean(name.split('.')[-1], option_names(self))}"]
+            lines = [f"there is no option {full}{did_you_mean(name.split('.')[-1], option_names(self), cutoff=0.7)}"]
+            owner = full.lstrip("-").split(".")[0]
+            if (
+                owner in ("model", "data")
+                and "." in full
+                and not any(arg.startswith(CLASS_GIVEN) for arg in self.typed)
+            ):
+                lines = [f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={EXAMPLES[owner]}"]
         print("error: " + "\n".join(lines) + f"\n{HINT}", file=sys.stderr)
         raise SystemExit(2)
 
 
-def did_you_mean(given: str, names: Iterable[str]) -> str:
+def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The nearest name as a question, or nothing."""
-    near = difflib.get_close_matches(given, list(names), n=1)
+    near = difflib.get_close_matches(given, list(names), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
 
 

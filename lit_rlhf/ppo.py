@@ -57,6 +57,8 @@ class PPO(OnPolicyModule):
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
 
+    learns_from = "prompts"
+
     def __init__(
         self,
         policy: str = "demo",
@@ -84,6 +86,7 @@ class PPO(OnPolicyModule):
     ) -> None:
         super().__init__(adam_eps=adam_eps, **kwargs)
         require(temperature > 0, "temperature", temperature, "more than 0: PPO learns from sampled responses")
+        require(seed >= 0, "seed", seed, "0 or more")
         require(ppo_epochs >= 1, "ppo_epochs", ppo_epochs, "1 or more")
         require(num_minibatches >= 1, "num_minibatches", num_minibatches, "1 or more")
         require(critic_warmup >= 0, "critic_warmup", critic_warmup, "0 or more")

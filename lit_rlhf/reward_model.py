@@ -5,12 +5,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.calibration import Calibration, calibration
-from lit_rlhf.data.tokenize import Options, as_text, tokenize_sft
+from lit_rlhf.data.tokenize import Options, tokenize_sft
 from lit_rlhf.errors import UserError
 from lit_rlhf.loading import load_scorer, load_tokenizer, pad_token_id_for
 from lit_rlhf.losses import bradley_terry_loss
@@ -41,6 +42,9 @@ class RewardModel(AlignmentModule):
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
 
+    learns_from = "preference"
+    predicts_from = "scored"
+
     def __init__(
         self,
         policy: str = "demo",
@@ -56,29 +60,12 @@ class RewardModel(AlignmentModule):
         self.reward_model = load_scorer(policy, fresh_head=fresh_head, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(policy, self.reward_model.model.config, trust_remote_code)
         self.reward_model.model.config.pad_token_id = pad_token_id_for(self.tokenizer)
-        self.bins: Tensor | None = None  # of the evaluation under way, see `calibration`
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The head of a checkpoint has learnt."""
-        super().on_load_checkpoint(checkpoint)
-        self.reward_model.fresh_head = False
-
-    def on_train_start(self) -> None:
-        """From here on the head learns."""
-        super().on_train_start()
-        self.reward_model.fresh_head = False
-
-    def on_predict_start(self) -> None:
-        """Refuse to hand out the scores of a head just drawn.
-
-        Raises:
-            UserError: neither the model's folder nor a checkpoint gave a trained one.
-        """
         if self.reward_model.fresh_head:
-            raise UserError(
+            self.untrained = (
                 "the model's folder holds no trained reward head, so its scores would be random; name a trained reward "
                 "model as model.policy, or a checkpoint as ckpt_path"
             )
+        self.bins: Tensor | None = None  # of the evaluation under way, see `calibration`
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the Bradley-Terry loss of its pairs."""
@@ -118,6 +105,7 @@ class RewardModel(AlignmentModule):
         """Normalise the scores over reference responses: the gain into the head, the shift into the config."""
         if self.normalize is None:
             return
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # not yet, where a checkpoint left nothing to train
         batches: Any = self.trainer.val_dataloaders or self.trainer.train_dataloader
         scores = []
         with gathered(self.reward_model), self.trainer.precision_plugin.forward_context():
@@ -134,7 +122,7 @@ class RewardModel(AlignmentModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Score the `completion` that stands beside each prompt, read as in training.
 
-        What does not fit into the context is cut: the prompt on its left, then the completion on its right.
+        What does not fit into the context is cut: the prompt on its left, as it came, and the completion on its right.
 
         Raises:
             UserError: the rows have no completion.
@@ -150,19 +138,19 @@ class RewardModel(AlignmentModule):
             [{"prompt": p, "completion": c} for p, c in pairs], self.tokenizer, Options(None)
         )
         prompts, responses, limit = [], [], self.tokenizer.model_max_length
-        for ids, mask in zip(whole["input_ids"], whole["loss_mask"], strict=True):
+        for ids, mask, cut in zip(whole["input_ids"], whole["loss_mask"], batch.prompt_ids, strict=True):
             prompt, response = np.split(ids, [mask.argmax()])
-            responses.append(response[: limit - 1])
-            prompts.append(prompt[-(limit - len(responses[-1])) :])
-        rows = [
-            {"prompt": as_text(self.tokenizer, p), "completion": as_text(self.tokenizer, r), "score": score}
-            for p, r, score in zip(prompts, responses, scores(self.reward_model, prompts, responses), strict=True)
-        ]
-        return predicted_rows(batch, rows)
+            prompts.append(min(prompt, cut, key=len))
+            responses.append(response[: limit - len(prompts[-1])])
+        if any(len(ids) > limit for ids in whole["input_ids"]):
+            rank_zero_warn(f"some completions do not fit into the context of {limit} tokens and are scored as cut")
+        values = scores(self.reward_model, prompts, responses)
+        return predicted_rows(batch, [{"score": value} for value in values.tolist()])
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Scores of held-out completions, where the data has them."""
-        return self.predict_step(prompts, 0) if "completion" in prompts.columns else []
+        rows = self.predict_step(prompts, 0) if "completion" in prompts.columns else []
+        return [{"prompt": row["prompt"], "completion": row["completion"], "score": row["score"]} for row in rows]
 
     def exportable(self) -> PreTrainedModel:
         """The sequence classifier with its scalar head."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data.tokenize import as_text, stop_token_ids
 from lit_rlhf.decoding import SlotDecoder, sample
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.packed_linear import packed_linears
 from lit_rlhf.policy import Policy
 from lit_rlhf.sharding import gathered
@@ -49,8 +49,14 @@ class GenerationSettings:
                 f"temperature ({self.temperature}) must be 0 or more, top_p ({self.top_p}) in (0, 1], "
                 f"min_p ({self.min_p}) in [0, 1]"
             )
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k ({self.top_k}) must be 1 or more, or null for all tokens")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether completions are samples of the whole distribution at this temperature."""
+        return self.temperature > 0 and self.top_k is None and self.top_p == 1 and self.min_p == 0
 
 
 class Play(NamedTuple):
@@ -191,19 +197,25 @@ def completion_rows(
     return episode_rows(tokenizer, complete(policy, tokenizer, prompts, settings))
 
 
-def predicted_rows(prompts: PromptBatch, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def predicted_rows(prompts: PromptBatch, made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was made of each prompt, beside the columns of its row.
 
-    The prompt is given as it stood in the data, before any tokens were cut; a completion that the data have is
-    `reference_completion` beside another one.
+    The prompt is given as it stood in the data, before any tokens were cut. A completion that the data have stands as
+    `reference_completion` beside one that was generated.
+
+    Raises:
+        UserError: the data have another column of a name that is written.
     """
-    joined = []
-    for number, row in enumerate(rows):
-        given = {name: values[number] for name, values in prompts.columns.items()}
-        known = given.pop("completion", row["completion"])
-        reference = {} if known == row["completion"] else {"reference_completion": known}
-        joined.append({**given, **row, "prompt": given.get("prompt", row["prompt"]), **reference})
-    return joined
+    columns, written = dict(prompts.columns), set().union(*made)
+    if "completion" in written & columns.keys():
+        columns["reference_completion"] = columns.pop("completion")
+    if clash := sorted((written & columns.keys()) - {"prompt"}):
+        raise UserError(f"predict writes {clash}, and the data have columns of that name; rename them in the data")
+    rows = []
+    for number, row in enumerate(made):
+        given = {name: values[number] for name, values in columns.items()}
+        rows.append({**row, **given, "prompt": given.get("prompt", row.get("prompt"))})
+    return rows
 
 
 def episode_rows(tokenizer: PreTrainedTokenizerBase, episodes: list[Episode]) -> list[dict[str, Any]]:

@@ -24,6 +24,8 @@ class SFT(AlignmentModule):
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
 
+    learns_from = "sft"
+
     def __init__(
         self,
         policy: str = "demo",
@@ -36,6 +38,11 @@ class SFT(AlignmentModule):
         self.policy = load_policy(policy, from_scratch, trust_remote_code)
         self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
         self.generation = generation
+        if from_scratch:
+            self.untrained = (
+                "from_scratch is true, so the weights are random; to predict, set model.from_scratch: false and "
+                "model.policy to the folder that a run exported, or name a checkpoint as ckpt_path"
+            )
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the negative log-likelihood of the demonstrated tokens."""

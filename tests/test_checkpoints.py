@@ -32,6 +32,8 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint_and_nothing_else(tmp_p
 def test_a_whole_checkpoint_and_a_folder_of_shards_are_taken(tmp_path):
     WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "a.ckpt")
     require_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="holds weights alone"):
+        require_checkpoint(tmp_path / "a.ckpt", training=True)
     (tmp_path / "sharded").mkdir()
     require_checkpoint(tmp_path / "sharded")
 
@@ -40,7 +42,7 @@ def test_a_whole_checkpoint_and_a_folder_of_shards_are_taken(tmp_path):
     ("damage", "words"),
     [
         (lambda content: content[: len(content) // 2], "is no checkpoint of the Trainer's.*cut short"),
-        (lambda content: content[:100] + bytes(400) + content[500:], "is damaged and cannot be read"),
+        (lambda content: content[:100] + bytes(400) + content[500:], "is damaged, or holds more"),
         (lambda content: b"{}", "is no checkpoint of the Trainer's"),
     ],
     ids=["cut short", "overwritten", "another file"],

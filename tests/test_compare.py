@@ -97,6 +97,22 @@ def test_a_better_policy_wins_every_prompt_at_the_kl_of_what_it_writes(root, res
     assert better["kl"] == pytest.approx(np.mean(surprise), rel=1e-4)
 
 
+def test_a_long_prompt_is_cut_to_what_the_response_leaves_and_a_cut_distribution_has_no_kl(root, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "w3 " * 200}) + "\n")
+    found = compare(
+        root=str(root),
+        policies=("sft",),
+        prompts=str(tmp_path / "long.jsonl"),
+        gold=share_of_w9,
+        generation=GenerationSettings(max_new_tokens=8, temperature=0),
+        output=str(tmp_path / "new" / "results.json"),
+    )
+    assert found["sft"]["kl"] is None and found["sft"]["response_length"] <= 8
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["sft"]["kl"] is None
+    [kl] = [line for line in capsys.readouterr().out.splitlines() if "KL to" in line]
+    assert "-" in kl.split("│")[2]
+
+
 def test_models_in_memory_are_those_that_the_stage_needs(results):
     models = {name: results[name]["models_in_memory"] for name in RUNS}
     # PPO: policy, critic, reference and reward model, learnt from or watched; DPO: policy and reference, if not cached.

@@ -131,6 +131,42 @@ def test_the_command_line_can_be_used_from_python_without_a_command(workdir, mon
     assert isinstance(cli.model, SFT) and cli.datamodule.tokenizer is cli.model.tokenizer
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("completion", ["null", "5", '[{"role": "assistant", "content": "x"}]'])
+def test_a_completion_that_cannot_be_scored_is_named_with_its_line(completion, workdir, monkeypatch, capsys):
+    config = Path("configs/reward_model.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    good, bad = '{"prompt": "a", "completion": "b"}', f'{{"prompt": "a", "completion": {completion}}}'
+    Path("unscored.jsonl").write_text(f"{good}\n{bad}\n")
+    options = ["--model.policy=runs/reward_model/model", "--data.predict=unscored.jsonl"]
+    assert run("predict", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/unscored") == 2
+    assert "unscored.jsonl, line 2" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_weights_predict_nothing(workdir, monkeypatch, capsys):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    assert run("predict", "--config", config, *QUICK, "--trainer.default_root_dir=out/random") == 2
+    assert "from_scratch is true, so the weights are random" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_columns_that_predict_would_overwrite_are_refused_and_known_completions_kept(workdir, monkeypatch, capsys):
+    config = Path("configs/dpo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    options = ["--data.predict=columns.jsonl", "--trainer.default_root_dir=out/columns"]
+    options.append("--model.generation.max_new_tokens=2")
+    Path("columns.jsonl").write_text('{"prompt": "Hello", "completion": " you", "id": 3}\n')
+    assert run("predict", "--config", config, *QUICK, *options) == 0
+    [row] = [json.loads(line) for line in Path("out/columns/predictions.jsonl").read_text().splitlines()]
+    assert set(row) == {"prompt", "completion", "finish_reason", "reference_completion", "id"}
+    assert row["reference_completion"] == " you"
+    Path("columns.jsonl").write_text('{"prompt": "Hello", "finish_reason": "x"}\n')
+    assert run("predict", "--config", config, *QUICK, *options) == 2
+    assert "predict writes ['finish_reason']" in capsys.readouterr().err
+
+
 def nan_reward(prompts, responses, **columns):
     return [float("nan")] * len(responses)
 
@@ -143,6 +179,33 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "unknown option of the Trainer": ("sft", ["--trainer.max_stps=3"], "did you mean max_steps?"),
     "unknown option of an option": ("ppo", ["--model.kl.kl_coeff=3"], "did you mean kl_coef?"),
     "unknown class": ("sft", ["--model=lit_rlhf.SFTT"], "has no attribute 'SFTT'"),
+    "pairs as demonstrations": (
+        "sft",
+        ["--data=lit_rlhf.PreferenceDataModule"],
+        "SFT learns from a SFTDataModule, not from a PreferenceDataModule",
+    ),
+    "demonstrations as pairs": ("dpo", ["--data=lit_rlhf.SFTDataModule"], "DPO learns from a PreferenceDataModule"),
+    "prompts as pairs": (
+        "reward_model",
+        ["--data=lit_rlhf.RolloutDataModule", *OWN_REWARD[1:], "--data.reward.function=lit_rlhf.demo.gold_reward"],
+        "RewardModel learns from a PreferenceDataModule",
+    ),
+    "negative seed": ("sft", ["--data.seed=-1"], "seed (-1) must be 0 or more"),
+    "negative seed of all": ("sft", ["--seed_everything=-1"], "seed_everything (-1) must be in [0, 2^32)"),
+    "negative workers": ("sft", ["--data.num_workers=-1"], "num_workers (-1) must be 0 or more"),
+    "no accumulation": ("sft", ["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches (0) must be 1 or"),
+    "weight that is no number": (
+        "sft",
+        [NO_VALIDATION, '--data.train=[{"source": "demo", "weight": "x"}]'],
+        "weight ('x') must be a number",
+    ),
+    "split of a file": ("sft", [NO_VALIDATION, '--data.train=[{"source": "demo", "split": "x"}]'], "files have none"),
+    "export over the run": (
+        "sft",
+        ["--export.folder=..", "--trainer.default_root_dir=out/a/b"],
+        "no export of a model",
+    ),
+    "best of another run": ("sft", ["--ckpt_path=best"], "name its file"),
     "root that cannot be": ("sft", ["--trainer.default_root_dir=/proc/nowhere/x"], "/proc/nowhere/x cannot be made"),
     "loaders made anew": ("ppo", ["--trainer.reload_dataloaders_every_n_epochs=1"], "would play the same prompts"),
     "abbreviated option": ("sft", ["--trainer.max_epoch=3"], "--trainer.max_epoch; did you mean max_epochs?"),
@@ -221,6 +284,8 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
     [
         ([], "no command is given"),
         (["fti"], "there is no command 'fti'; did you mean fit?"),
+        (["fit", "--model.policy=x"], "--model.policy: name a class first, by --config or --model="),
+        (["compare", "--max_prompts=0"], "max_prompts (0) must be 1 or more"),
         (["comprae"], "did you mean compare?\nusage: lit-rlhf [-c CONFIG] {fit,validate,test,predict,compare}"),
         (["compare", "--polices=[sft]"], "there is no option --polices; did you mean policies?"),
         (["compare", "--policies=[]"], "policies is empty"),

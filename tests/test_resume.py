@@ -8,6 +8,7 @@ from lit_rlhf import KLPenalty, RewardShaping, UserError
 from lit_rlhf.losses import bco_pair_loss
 from lit_rlhf.reference_update import ReferenceUpdate
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+from tests.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,27 @@ def test_the_reference_is_the_same_before_and_after_training(inputs, tmp_path, s
     assert any(not torch.equal(p, start[name]) for name, p in module.policy.named_parameters())
     for name, p in module.frozen["reference"].named_parameters():
         assert torch.equal(p, before[name])
+
+
+def test_the_checkpoint_of_another_model_is_refused_with_a_tensor_that_differs(inputs, tmp_path):
+    _, trainer = fit("sft", inputs, tmp_path / "sft")
+    trainer.save_checkpoint(tmp_path / "sft.ckpt")
+    (tmp_path / "other").mkdir()
+    write_inputs(tmp_path / "other")
+    save_tiny(tmp_path / "other" / "model", "gpt2")
+    with pytest.raises(UserError, match=r"is of another model, \d+ tensors differ, like policy"):
+        fit("sft", tmp_path / "other", tmp_path / "again", ckpt_path=tmp_path / "sft.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_an_iteration_under_way_is_not_gone_on_with_by_another_plan(inputs, tmp_path):
+    fit("ppo", inputs, tmp_path / "whole")
+    module, data = make_stage("ppo", inputs)
+    module.num_minibatches = 4
+    with pytest.raises(
+        UserError, match=r"in the middle of an iteration of .*'num_minibatches': 2.* 'num_minibatches': 4"
+    ):
+        make_trainer(tmp_path, max_epochs=3).fit(module, data, ckpt_path=tmp_path / "whole" / "step=3.ckpt")
 
 
 def test_the_checkpoint_of_another_algorithm_is_refused_by_name(inputs, tmp_path):

@@ -81,6 +81,18 @@ def test_any_stop_token_ends_a_response_and_stays_in_it():
     assert all(len(e.response_ids) == 10 for e in episodes if e.finish_reason is FinishReason.LENGTH)
 
 
+def test_a_completion_ends_at_any_stop_token_of_the_model():
+    policy, stops = tiny_policy(), [EOS, *range(3, 20)]
+    policy.model.generation_config.eos_token_id = stops
+    prompts = PromptBatch([example.prompt_ids for example in random_examples(16)], {})
+    episodes = complete(policy, tiny_tokenizer(), prompts, GenerationSettings(max_new_tokens=12))
+    for episode in episodes:
+        assert not set(episode.response_ids[:-1].tolist()) & set(stops)
+        stopped = int(episode.response_ids[-1]) in stops
+        assert episode.finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+    assert {int(episode.response_ids[-1]) for episode in episodes} & set(range(3, 20))
+
+
 def test_pad_equal_to_eos_changes_no_episode():
     policy = tiny_policy()
     plain, pad_is_eos = (

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lit_rlhf.data.formats import Sources
+from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.sources import DEMO, parse_sources
 from lit_rlhf.errors import UserError, require
 
@@ -22,8 +22,24 @@ def require_prompt_length(limit: int | None) -> None:
     require(limit is None or limit >= 1, "max_prompt_length", limit, "1 or more, or null")
 
 
+DATA_MODULES = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "prompts": "RolloutDataModule"}
+
+
+def require_kind(trainer: Any, kind: Kind) -> None:
+    """Refuse data of another kind than the module learns from: rows of pairs would pass as demonstrations."""
+    module = trainer.lightning_module if trainer is not None else None
+    wanted = getattr(module, "learns_from", kind)  # a user's own module knows what it does
+    if wanted != kind:
+        raise UserError(
+            f"{type(module).__name__} learns from a {DATA_MODULES[wanted]}, not from a {DATA_MODULES[kind]}; "
+            f"set data.class_path: lit_rlhf.{DATA_MODULES[wanted]}"
+        )
+
+
 def check_trainer_options(trainer: Any) -> None:
     """Refuse options of the Trainer that change the training batches behind their plan's back."""
+    accumulate = trainer.accumulate_grad_batches
+    require(accumulate >= 1, "accumulate_grad_batches", accumulate, "1 or more")
     if trainer.overfit_batches:
         raise UserError(
             f"overfit_batches ({trainer.overfit_batches}) would replace the plan of the micro-batches; to learn from "

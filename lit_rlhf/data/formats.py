@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lit_rlhf.errors import UserError
 
-Kind = Literal["sft", "preference", "prompts"]
+Kind = Literal["sft", "preference", "prompts", "scored"]  # scored: completions to be scored
 Row = dict[str, Any]
 # How a user names where rows come from: see `sources.parse_sources`.
 Sources = str | list[str] | list[dict[str, Any]] | dict[str, float]
@@ -18,6 +18,7 @@ EXPECTED = {
     "sft": "`messages`, or `prompt` and `completion`, or `text`",
     "preference": "`chosen` and `rejected`, and `prompt` unless both repeat it",
     "prompts": "`prompt`",
+    "scored": "`prompt` and `completion`",
 }
 
 
@@ -48,6 +49,8 @@ def check_row(row: Any, kind: Kind, place: str) -> Row:
 
     if kind == "prompts":
         return {**row, **keep("prompt")}
+    if kind == "scored":
+        return {**row, **keep("prompt", "completion")}
     if kind == "sft":
         if "messages" in present:
             if isinstance(row["messages"], str):

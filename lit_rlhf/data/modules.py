@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
-from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows, require_prompt_length
+from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows, require_kind, require_prompt_length
 from lit_rlhf.data.examples import PackedDataset, load_examples
 from lit_rlhf.data.formats import Kind, Sources, as_prompt
 from lit_rlhf.data.prompts import PromptDataset, encode_prompts, load_prompts, to_columns
@@ -28,7 +28,7 @@ class ExamplesDataModule(LightningDataModule):
     """Base of the data modules that learn from rows.
 
     Args:
-        train: rows to learn from: a JSON Lines (.gz, .zst) or Parquet file, a folder of them, the name of a dataset,
+        train: rows to learn from: a JSON Lines (.gz, .zst, .bz2) or Parquet file, a folder, the name of a dataset,
             "demo" for the embedded text, or a list of {source, weight, split}.
         validation: held-out rows; null = no validation.
         test: rows of `test`; null = the validation rows.
@@ -71,6 +71,9 @@ class ExamplesDataModule(LightningDataModule):
         if max_tokens is None and batch_size is None:
             raise UserError("max_tokens and batch_size are both null: one of them must limit a micro-batch")
         require_prompt_length(max_prompt_length)
+        require(seed >= 0, "seed", seed, "0 or more")
+        require(num_workers >= 0, "num_workers", num_workers, "0 or more")
+        require(num_proc is None or num_proc >= 1, "num_proc", num_proc, "1 or more, or null")
         require(max_length is None or max_length >= 2, "max_length", max_length, "2 or more: a prompt and a response")
         self.sources: dict[str, Sources | None] = {"train": train, "validation": validation, "test": test or validation}
         self.predict = predict
@@ -102,6 +105,8 @@ class ExamplesDataModule(LightningDataModule):
         """
         if self.tokenizer is None:
             raise UserError(f"{type(self).__name__} needs the model's tokenizer: pass tokenizer=model.tokenizer")
+        if stage != "predict":
+            require_kind(self.trainer, self.kind)
         context = self.tokenizer.model_max_length
         fits = self.max_prompt_length is None or self.max_prompt_length < context
         require(fits, "max_prompt_length", self.max_prompt_length, f"less than the model's context of {context} tokens")
@@ -204,7 +209,8 @@ class ExamplesDataModule(LightningDataModule):
         assert self.tokenizer is not None
         limit = self.max_prompt_length or (self.length_limit // 2 if self.length_limit is not None else None)
         if self.predict is not None:
-            return PromptDataset(*load_prompts(self.predict, "predict", self.tokenizer, limit, self.seed))
+            kind: Kind = getattr(self.trainer.lightning_module if self.trainer else None, "predicts_from", "prompts")
+            return PromptDataset(*load_prompts(self.predict, "predict", self.tokenizer, limit, self.seed, kind))
         held_out = self.sources["validation"]
         if held_out is None:
             raise UserError("predict needs prompts: set predict, or validation")
@@ -224,7 +230,7 @@ class SFTDataModule(ExamplesDataModule):
     """Demonstrations: rows with `messages`, or `prompt` and `completion`, or `text`.
 
     Args:
-        train: rows to learn from: a JSON Lines (.gz, .zst) or Parquet file, a folder of them, the name of a dataset,
+        train: rows to learn from: a JSON Lines (.gz, .zst, .bz2) or Parquet file, a folder, the name of a dataset,
             "demo" for the embedded text, or a list of {source, weight, split}.
         validation: held-out rows; null = no validation.
         truncation: what to do with rows longer than max_length: truncate them on the right, without an end token, or

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data import tokenize
 from lit_rlhf.data.batching import MicroBatch
-from lit_rlhf.data.formats import EXPECTED, Row, Sources
+from lit_rlhf.data.formats import EXPECTED, Kind, Row, Sources
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.sources import Role, iterate_rows, parse_sources, weighted
 from lit_rlhf.errors import UserError
@@ -40,6 +40,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int | None = None,
     seed: int = 0,
+    kind: Kind = "prompts",
 ) -> tuple[list[np.ndarray], dict[str, list[Any]]]:
     """Prompts as ids, and all columns of their rows as they are.
 
@@ -49,6 +50,7 @@ def load_prompts(
         tokenizer: makes ids; message lists end with its template's generation prompt.
         max_prompt_length: longer prompts lose tokens on the left; None = no limit.
         seed: of the share that a weight below 1 takes.
+        kind: prompts, or scored where a completion must stand beside each.
 
     Returns:
         n arrays (P,) int64, and n values for each column; None where a row lacks it.
@@ -59,7 +61,7 @@ def load_prompts(
     prompt_ids: list[np.ndarray] = []
     rows: list[Row] = []
     for source in parse_sources(sources):
-        read = list(iterate_rows(source, "prompts", role))
+        read = list(iterate_rows(source, kind, role))
         tokenized, kept = encode_prompts(read, tokenizer, max_prompt_length, f"{role} prompts {source.name}")
         for row in weighted(kept, source.weight, seed):
             prompt_ids.append(tokenized[row])

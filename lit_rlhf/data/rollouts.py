@@ -15,6 +15,7 @@ from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.checks import (
     check_trainer_options,
     require_held_out_rows,
+    require_kind,
     require_prompt_length,
     require_whole_epochs,
 )
@@ -22,7 +23,7 @@ from lit_rlhf.data.formats import Sources
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.sources import STAGES, Role
 from lit_rlhf.data.tokenize import stop_token_ids
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.experience import Experience
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import Reward
@@ -75,6 +76,7 @@ class RolloutDataModule(LightningDataModule):
                 f"max_validation_prompts ({max_validation_prompts}) must be 1 or more"
             )
         require_prompt_length(max_prompt_length)
+        require(seed >= 0, "seed", seed, "0 or more")
         self.reward = reward
         self.monitors = monitors or {}
         self.sources = {"train": train, "validation": validation, "test": test or validation}
@@ -102,6 +104,7 @@ class RolloutDataModule(LightningDataModule):
             raise UserError("RolloutDataModule needs the policy's tokenizer: pass tokenizer=model.tokenizer")
         trainer = self.trainer
         assert trainer is not None
+        require_kind(trainer, "prompts")
         agent: Any = trainer.lightning_module
         limit = self.max_prompt_length or self.tokenizer.model_max_length - self.max_new_tokens
         if limit < 1:
@@ -208,6 +211,15 @@ class RolloutLoader:
         self.experience: Experience | None = None  # of the iteration under way
         self.done = 0  # its micro-batches handed out so far
 
+    @property
+    def plan(self) -> dict[str, int]:
+        """What an iteration's micro-batches are cut by."""
+        return {
+            "ppo_epochs": self.agent.ppo_epochs,
+            "num_minibatches": self.agent.num_minibatches,
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+        }
+
     def __len__(self) -> int:
         return int(self.agent.ppo_epochs * self.agent.num_minibatches * self.trainer.accumulate_grad_batches)
 
@@ -237,6 +249,7 @@ class RolloutLoader:
             "env": None if self.env_seed is not None else self.env.state_dict(),
             "experience": self.experience.state_dict() if under_way and self.experience is not None else None,
             "done": self.done if under_way else 0,
+            "plan": self.plan,
         }
         states: list[Any] = [mine] * self.trainer.world_size
         if dist.is_available() and dist.is_initialized():
@@ -251,6 +264,11 @@ class RolloutLoader:
                 "prompts and rollouts cannot be divided anew; resume with as many ranks"
             )
         mine = state["ranks"][self.trainer.global_rank]
+        if mine["done"] and mine["plan"] != self.plan:
+            raise UserError(
+                f"the checkpoint stopped in the middle of an iteration of {mine['plan']}, this run has {self.plan}; "
+                "resume with the same, or from a checkpoint of an iteration's end"
+            )
         if mine["env"] is not None:
             try:
                 self.env.load_state_dict(mine["env"])

@@ -70,9 +70,11 @@ def parse_sources(sources: Sources) -> list[Source]:
         unknown = set(fields) - {"source", "weight", "split", "config"}
         if unknown or "source" not in fields:
             raise UserError(f"a data source has the keys source, weight, split and config; found {sorted(fields)}")
-        source = Source(
-            os.fspath(fields["source"]), float(fields.get("weight", 1.0)), fields.get("split"), fields.get("config")
-        )
+        try:
+            weight = float(fields.get("weight", 1.0))
+        except (TypeError, ValueError):
+            raise UserError(f"{fields['source']}: weight ({fields['weight']!r}) must be a number") from None
+        source = Source(os.fspath(fields["source"]), weight, fields.get("split"), fields.get("config"))
         if source.weight <= 0:
             raise UserError(f"{source.name}: weight ({source.weight}) must be above 0; leave the source out instead")
         parsed.append(source)
@@ -105,10 +107,12 @@ def find_files(source: Source, role: Role) -> list[Path] | None:
         return _files_of_folder(path, role)
     if path.is_file():
         if not path.name.endswith(ENDINGS):
-            raise UserError(f"{path}: unknown ending; data files end in {', '.join(LINES)} (or .gz, .zst) or .parquet")
+            raise UserError(
+                f"{path}: unknown ending; data files end in {', '.join(LINES)} (or .gz, .zst, .bz2) or .parquet"
+            )
         return [path]
     if not path.exists() and (source.name.endswith(ENDINGS) or looks_like_a_path(source.name)):
-        raise UserError(f"{path}: no such file or folder; expected JSON Lines (plain, .gz or .zst) or Parquet")
+        raise UserError(f"{path}: no such file or folder; expected JSON Lines (plain, .gz, .zst, .bz2) or Parquet")
     return None
 
 
@@ -123,7 +127,8 @@ def _iterate(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, Any]
     if source.name == DEMO:
         from lit_rlhf import demo  # its grammar is only needed here
 
-        rows = demo.rows(kind, "train" if role == "train" else "validation")
+        _require_no_split(source)
+        rows = demo.rows("sft" if kind == "scored" else kind, "train" if role == "train" else "validation")
         yield from ((f"demo, row {number}", row) for number, row in enumerate(rows, 1))
         return
     files = find_files(source, role)
@@ -131,6 +136,7 @@ def _iterate(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, Any]
         named = _load_named(source, role)
         yield from ((f"{source.name}, row {number}", row) for number, row in enumerate(named, 1))
         return
+    _require_no_split(source)
     for file in files:
         yield from _iterate_parquet(file) if file.suffix == ".parquet" else _iterate_lines(file)
 
@@ -189,6 +195,8 @@ def _load_named(source: Source, role: Role) -> datasets.Dataset:
             loaded = datasets.load_from_disk(str(path))
             if isinstance(loaded, datasets.Dataset):
                 return loaded
+            if source.split is not None and source.split not in loaded:
+                raise UserError(f"{source.name}: there is no split {source.split!r}; it has {sorted(loaded)}")
             return loaded[source.split or _choose_split(source.name, list(loaded), role)]
         splits = datasets.get_dataset_split_names(source.name, source.config) if source.split is None else []
         split = source.split or _choose_split(source.name, splits, role)
@@ -198,9 +206,17 @@ def _load_named(source: Source, role: Role) -> datasets.Dataset:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{source.name}: neither a file or folder ({path} does not exist) nor a dataset that the `datasets` "
-            f"library could load ({type(error).__name__}: {reason})"
+            f"{source.name}: neither a file or folder ({path}) nor a dataset that the `datasets` library could load "
+            f"({type(error).__name__}: {reason})"
         ) from error
+
+
+def _require_no_split(source: Source) -> None:
+    if source.split is not None or source.config is not None:
+        raise UserError(
+            f"{source.name}: split ({source.split}) and config ({source.config}) choose among those of a dataset; "
+            "files have none: name the file that holds the rows"
+        )
 
 
 def _choose_split(name: str, splits: list[str], role: Role) -> str:

@@ -33,6 +33,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise
 
 
+def newest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint that was written last under a run's folder, if any."""
+    found = [path for path in root.rglob("*.ckpt") if not path.name.startswith(".")]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def require_checkpoint(path: Path, training: bool = False) -> None:
     """Refuse, before models and data are read, what the Trainer could not go on from; tensors are not read.
 

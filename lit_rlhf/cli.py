@@ -10,17 +10,18 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
-from lit_rlhf.checkpoints import WholeCheckpointIO, require_checkpoint
+from lit_rlhf.checkpoints import WholeCheckpointIO, newest_checkpoint, require_checkpoint
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.parser import Parser, did_you_mean
@@ -38,6 +39,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EAC
 
 class AlignmentCLI(LightningCLI):
     """Adds what every run has: the tokenizer from model to data, exports, samples, throughput."""
+
+    root: ClassVar[Path | None] = None  # of the run that this process last set up
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of the callbacks that every run has."""
@@ -67,7 +70,14 @@ class AlignmentCLI(LightningCLI):
         checkpoint = None if subcommand is None else self.config[subcommand].get("ckpt_path")
         if checkpoint == "best":
             raise UserError("ckpt_path: best is known to the run that found it alone; name its file")
-        if checkpoint not in (None, "last", "hpc"):
+        if checkpoint == "last":  # Lightning would start anew where it finds none, and replace the export
+            root = Path(self.config[subcommand].trainer.default_root_dir or ".")
+            checkpoint = newest_checkpoint(root)
+            if checkpoint is None:
+                raise UserError(f"ckpt_path: there is no checkpoint under {root.absolute()}")
+            self.config[subcommand].ckpt_path = str(checkpoint)
+            rank_zero_info(f"ckpt_path last is {checkpoint}")
+        if checkpoint not in (None, "hpc"):
             require_checkpoint(Path(checkpoint), training=subcommand == "fit")
         seed = (self.config if subcommand is None else self.config[subcommand]).get("seed_everything")
         if seed is not None and not isinstance(seed, bool):
@@ -79,6 +89,7 @@ class AlignmentCLI(LightningCLI):
         if given.get("precision") is None and given.get("plugins") is None:
             kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
         trainer = super().instantiate_trainer(**kwargs)
+        AlignmentCLI.root = Path(trainer.default_root_dir)
         try:  # before an hour of training, not after it
             Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -106,9 +117,18 @@ def main(args: Sequence[str] | None = None) -> None:
         if argv[:1] == [COMPARE]:
             from lit_rlhf.compare import compare
 
-            auto_cli(compare, args=argv[1:], as_positional=False, parser_class=Parser, prog=f"lit-rlhf {COMPARE}")
+            about: Any = {
+                "prog": f"lit-rlhf {COMPARE}",
+                "description": "Play finished runs on the same held-out prompts.",
+            }
+            auto_cli(compare, args=argv[1:], as_positional=False, parser_class=Parser, **about)
         else:
             run(None if args is None else argv)  # LightningCLI warns when it is handed the process's own arguments
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print(interrupted(argv), file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         mistake = users_mistake(error)
         if mistake is None:
@@ -117,10 +137,19 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
+def interrupted(argv: Sequence[str]) -> str:
+    """What a run that Ctrl-C stopped has left, and how it goes on."""
+    newest = None if AlignmentCLI.root is None or argv[0] != "fit" else newest_checkpoint(AlignmentCLI.root)
+    if newest is None:
+        return "interrupted"
+    return f"interrupted; no model was exported. The run goes on from its newest checkpoint with --ckpt_path={newest}"
+
+
 def quiet_libraries() -> None:
     """Keep advertisements, bars for the reading of a file, and warnings about Lightning's own code off the terminal."""
     disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # each part of a run has a folder of its own
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # `validation: null`
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")  # CompletionWriter goes without
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

@@ -289,7 +289,7 @@ def _hint(source: str, error: Exception) -> str:
     if "trust_remote_code=True" in str(error):
         return "; if you trust that code, set trust_remote_code: true"
     if source == str(DEMO_MODEL):
-        return "; the embedded demo model has no weights, train it with from_scratch: true"
+        return "; the embedded demo model has no weights: SFT trains it with from_scratch: true, and exports a policy"
     if Path(source).is_dir():
         return f"; the folder holds {sorted(p.name for p in Path(source).iterdir())[:8]}"
     return f"; there is no folder {Path(source).absolute()}"

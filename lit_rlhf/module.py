@@ -209,7 +209,8 @@ class AlignmentModule(LightningModule):
         if not scaled and not torch.isfinite(norm):
             raise UserError(
                 f"the gradient norm is {norm.item()} at step {self.global_step}: no step was taken and the weights are "
-                "as they were. Lower learning_rate, set trainer.gradient_clip_val, or look for outliers in the data"
+                "as they were; if earlier steps have ruined them already, go back to an older checkpoint. Lower "
+                "learning_rate, set trainer.gradient_clip_val, or look for outliers in the data"
             )
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])

@@ -41,7 +41,8 @@ class OnPolicyModule(AlignmentModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the rollout that this iteration learnt from."""
-        self.log_dict(self.rollout_metrics, sync_dist=True)
+        for name, value in self.rollout_metrics.items():
+            self.log(name, value, sync_dist=True, prog_bar=name in ("rollout/score", "rollout/kl"))
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
         """Log score, KL to the reference and length of one episode per held-out prompt."""

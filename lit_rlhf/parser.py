@@ -24,6 +24,17 @@ NOISE = (
     "Given value: Nested",
 )
 
+UNKNOWN = re.compile(
+    r"Option '([^']+)' is not accepted|unrecognized arguments: --([^=\s]+)|does not accept option '([^']+)'"
+)
+WRONG_VALUE = re.compile(r'Parser key "([^"]+)":\s*Expected a <class \'(\w+)\'>\. Got value: (.*)')
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "a list, [a, b]",
+}
 CLASS_GIVEN = ("--config", "-c", "--model=", "--data=")
 EXAMPLES = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}
 
@@ -39,20 +50,32 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and where to look; exit with status 2."""
         lines = [line for line in message.splitlines() if not line.strip().startswith(NOISE) and line.strip()]
-        unknown = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^=\s]+)", message)
-        if unknown is not None:
-            name = unknown[1] or unknown[2]
-            full = next((arg.split("=")[0] for arg in self.typed if arg.split("=")[0].endswith(name)), name)
-            lines = [f"there is no option {full}{did_you_mean(name.split('.')[-1], option_names(self), cutoff=0.7)}"]
-            owner = full.lstrip("-").split(".")[0]
-            if (
-                owner in ("model", "data")
-                and "." in full
-                and not any(arg.startswith(CLASS_GIVEN) for arg in self.typed)
-            ):
-                lines = [f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={EXAMPLES[owner]}"]
-        print("error: " + "\n".join(lines) + f"\n{HINT}", file=sys.stderr)
+        said = "\n".join(lines)
+        if unknown := UNKNOWN.search(message):
+            said = self.unknown_option(next(filter(None, unknown.groups())))
+        elif wrong := WRONG_VALUE.fullmatch(said):
+            said = f"{self.as_typed(wrong[1])}: expected {TYPES.get(wrong[2], wrong[2])}, got {wrong[3]}"
+        elif "No module named" in message:
+            said += "\nmodules are found in the current folder and among what is installed"
+        elif "fit.model" in message and "required" in message:
+            said = "there is neither model nor data; name a config, such as --config configs/sft.yaml"
+        print(f"error: {said}\n{HINT}", file=sys.stderr)
         raise SystemExit(2)
+
+    def unknown_option(self, name: str) -> str:
+        """What to say of an option that is not there."""
+        full = self.as_typed(name)
+        owner = full.lstrip("-").split(".")[0]
+        if owner in EXAMPLES and "." in full and not any(arg.startswith(CLASS_GIVEN) for arg in self.typed):
+            return f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={EXAMPLES[owner]}"
+        names = option_names(self)
+        last, first = name.split(".")[-1], name.split(".")[0]
+        near = did_you_mean(first if last in names else last, names | {"model", "data", "trainer"}, cutoff=0.7)
+        return f"there is no option {full}{near}"
+
+    def as_typed(self, name: str) -> str:
+        """An option as it stands on the command line; by its own name where it stands in a YAML."""
+        return next((arg.split("=")[0] for arg in self.typed if arg.split("=")[0].endswith(name)), name)
 
 
 def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:

@@ -4,6 +4,7 @@ Each is called by the environment with token ids, `reward(prompts, responses, **
 policy's tokenizer and device before the first call.
 """
 
+import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -97,11 +98,12 @@ class TextReward(Reward):
 
     Args:
         function: called as function(prompts, responses, **columns) with lists of n strings, without special tokens;
-            returns n numbers. In YAML, its import path.
+            returns n numbers. One that names no **columns gets those that it names. In YAML, its import path.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
+        self.wanted = _named_columns(function)
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
@@ -117,11 +119,16 @@ class TextReward(Reward):
         prompt_texts = [as_text(self.tokenizer, ids) for ids in prompts]
         response_texts = [as_text(self.tokenizer, ids) for ids in responses]
         try:
-            returned = self.function(prompt_texts, response_texts, **columns)
+            given = {name: columns[name] for name in columns if self.wanted is None or name in self.wanted}
+            returned = self.function(prompt_texts, response_texts, **given)
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{self.name} raised {type(error).__name__}: {error}{_place(error)}") from error
+            place = _place(error)
+            hint = (
+                "" if place else f"; it is called as function(prompts, responses, **columns), columns {sorted(columns)}"
+            )
+            raise UserError(f"{self.name} raised {type(error).__name__}: {error}{place}{hint}") from error
         try:
             values = torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach().numpy()
         except (TypeError, ValueError, RuntimeError):
@@ -143,6 +150,16 @@ class TextReward(Reward):
         """The function by its import path, and the options that may have named it."""
         named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
         return f"reward function {named.__module__}.{named.__qualname__} (of data.reward, data.monitors or gold)"
+
+
+def _named_columns(function: Callable[..., Any]) -> set[str] | None:
+    """The columns that a function takes by name; None if it takes all, or does not tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return None if takes_all else {parameter.name for parameter in list(parameters)[2:]}
 
 
 def _place(error: Exception) -> str:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batches import PromptBatch
-from lit_rlhf.data.tokenize import as_text, stop_token_ids
+from lit_rlhf.data.tokenize import as_text, response_text, stop_token_ids
 from lit_rlhf.decoding import SlotDecoder, sample
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.packed_linear import packed_linears
@@ -223,7 +223,7 @@ def episode_rows(tokenizer: PreTrainedTokenizerBase, episodes: list[Episode]) ->
     return [
         {
             "prompt": as_text(tokenizer, episode.prompt_ids),
-            "completion": as_text(tokenizer, episode.response_ids),
+            "completion": response_text(tokenizer, episode.prompt_ids, episode.response_ids),
             "finish_reason": episode.finish_reason.label,
         }
         for episode in episodes

@@ -144,6 +144,37 @@ def test_a_completion_that_cannot_be_scored_is_named_with_its_line(completion, w
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_last_checkpoint_is_the_newest_of_the_run(workdir, monkeypatch):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    options = ["--trainer.limit_val_batches=0", "--trainer.default_root_dir=out/last"]
+    assert run("fit", "--config", config, *QUICK, *options, "--trainer.max_steps=2") == 0
+    assert run("fit", "--config", config, *QUICK, *options, "--trainer.max_steps=3", "--ckpt_path=last") == 0
+    assert json.loads(Path("out/last/summary.json").read_text())["steps"] == 3
+    assert sorted(path.name for path in Path("out/last").rglob("*.ckpt"))[-1].endswith("step=3.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_interrupted_run_says_how_it_goes_on(workdir, monkeypatch, capsys):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    step = SFT.training_step
+
+    def interrupt(self, batch, batch_idx):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SFT, "training_step", interrupt)
+    options = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint"]
+    options += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.default_root_dir=out/stopped"]
+    assert run("fit", "--config", config, *QUICK, *options) == 130
+    said = capsys.readouterr().err
+    assert "no model was exported. The run goes on from its newest checkpoint with --ckpt_path=out/stopped" in said
+    assert not Path("out/stopped/model").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_random_weights_predict_nothing(workdir, monkeypatch, capsys):
     config = Path("configs/sft.yaml").absolute()
     monkeypatch.chdir(workdir)
@@ -209,7 +240,17 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "root that cannot be": ("sft", ["--trainer.default_root_dir=/proc/nowhere/x"], "/proc/nowhere/x cannot be made"),
     "loaders made anew": ("ppo", ["--trainer.reload_dataloaders_every_n_epochs=1"], "would play the same prompts"),
     "abbreviated option": ("sft", ["--trainer.max_epoch=3"], "--trainer.max_epoch; did you mean max_epochs?"),
-    "value of a wrong type": ("sft", ["--model.learning_rate=abc"], "learning_rate"),
+    "value of a wrong type": (
+        "sft",
+        ["--model.learning_rate=abc"],
+        "--model.learning_rate: expected a number, got abc",
+    ),
+    "no checkpoint yet": ("sft", ["--ckpt_path=last", "--trainer.default_root_dir=out/new"], "no checkpoint under"),
+    "function of a module that is not there": (
+        "ppo",
+        [*OWN_REWARD, "--data.reward.function=nowhere.brief"],
+        "modules are found in the current folder",
+    ),
     "value out of range": ("sft", ["--model.generation.top_p=2"], "top_p (2.0)"),
     "unknown accelerator": ("sft", ["--trainer.accelerator=cpuu"], "cpuu"),
     "unknown strategy": ("sft", ["--trainer.strategy=ddpp"], "ddpp"),
@@ -285,6 +326,8 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
         ([], "no command is given"),
         (["fti"], "there is no command 'fti'; did you mean fit?"),
         (["fit", "--model.policy=x"], "--model.policy: name a class first, by --config or --model="),
+        (["fit"], "there is neither model nor data; name a config"),
+        (["compare", "--policies=a,b"], "--policies: expected a list, [a, b], got a,b"),
         (["compare", "--max_prompts=0"], "max_prompts (0) must be 1 or more"),
         (["comprae"], "did you mean compare?\nusage: lit-rlhf [-c CONFIG] {fit,validate,test,predict,compare}"),
         (["compare", "--polices=[sft]"], "there is no option --polices; did you mean policies?"),

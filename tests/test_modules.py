@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_rlhf import DPO, RewardModel, RewardModelReward, TextReward, UserError
+from lit_rlhf import DPO, RewardModel, RewardModelReward, RolloutDataModule, TextReward, UserError
 from lit_rlhf.callbacks import HuggingFaceExport, SampleTable, export, markdown_table
 from lit_rlhf.rollout import GenerationSettings
 from lit_rlhf.sharding import full_state_dict, total_norm
@@ -120,6 +120,32 @@ def test_an_export_loads_in_transformers_and_a_failing_one_leaves_the_old_one(in
         export(module, weights, target)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     AutoModelForCausalLM.from_pretrained(target)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda prompts, responses: [1.0] * len(responses),
+        lambda prompts, responses, answer: [float(x == "yes") for x in answer],
+        lambda prompts, responses, **columns: [float(len(columns) == 2)] * len(responses),
+    ],
+    ids=["no column", "one by name", "all"],
+)
+def test_a_reward_function_gets_the_columns_that_it_names(function):
+    reward = TextReward(function)
+    reward.bind(tiny_tokenizer(), torch.device("cpu"))
+    ids = [np.array([5])]
+    assert reward(ids, ids, answer=["yes"], prompt=["w5"]).tolist() == [1.0]
+
+
+def test_a_reward_function_that_asks_for_a_column_that_is_not_there_hears_which_are():
+    reward = TextReward(lambda prompts, responses, solution: [1.0])
+    reward.bind(tiny_tokenizer(), torch.device("cpu"))
+    ids = [np.array([5])]
+    with pytest.raises(UserError, match=r"'solution'; it is called as .*\*\*columns\), columns \['answer'\]"):
+        reward(ids, ids, answer=["yes"])
+    with pytest.raises(UserError, match="a function of text becomes one as TextReward"):
+        RolloutDataModule(lambda prompts, responses: [1.0])
 
 
 def test_reward_model_scores_are_the_same_in_transformers_with_pad_equal_to_eos(tmp_path):

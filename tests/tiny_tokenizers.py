@@ -40,3 +40,12 @@ def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     fast.chat_template = chat_template
     return fast
+
+
+def metaspace_tokenizer(words: str) -> PreTrainedTokenizerFast:
+    """As SentencePiece does: a token begins with the mark of the space before it, which is lost at a text's start."""
+    vocabulary = ["<unk>", "<eos>", *("▁" + word for word in words.split())]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")

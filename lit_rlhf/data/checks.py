@@ -13,7 +13,7 @@ def require_held_out_rows(train: Sources, validation: Sources | None) -> None:
     """Refuse to judge what was learnt from the user's rows by the demo's, which nobody asked for."""
     if validation == DEMO and not any(source.name == DEMO for source in parse_sources(train)):
         raise UserError(
-            f"validation is still {DEMO!r} while train is {train!r}; name held-out rows of your own, or null"
+            f"data.validation is still {DEMO!r} while data.train is {train!r}; name held-out rows of your own, or null"
         )
 
 

@@ -79,6 +79,9 @@ class RolloutDataModule(LightningDataModule):
         require(seed >= 0, "seed", seed, "0 or more")
         self.reward = reward
         self.monitors = monitors or {}
+        for given in (self.reward, *self.monitors.values()):
+            if not isinstance(given, Reward):
+                raise UserError(f"{given!r} is no Reward; a function of text becomes one as TextReward(function)")
         self.sources = {"train": train, "validation": validation, "test": test or validation}
         self.sources["predict"] = predict or validation
         self.rollout_size = rollout_size

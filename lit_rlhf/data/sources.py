@@ -147,7 +147,7 @@ def _iterate_lines(file: Path) -> Iterator[tuple[str, Any]]:
         with pa.input_stream(str(file), compression="detect") as stream:
             for number, line in enumerate(io.BufferedReader(stream), 1):
                 if line.strip():
-                    yield f"{file}, line {number}", json.loads(line.decode("utf-8-sig"))
+                    yield f"{file}, line {number}", json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except json.JSONDecodeError as error:
         hint = "; one object per line is expected, not an array over many" if error.doc.lstrip()[:1] == "[" else ""
         raise UserError(f"{file}, line {number}: not valid JSON ({error.msg} at column {error.colno}){hint}") from error

@@ -60,4 +60,8 @@ def run_stage(stage: str, root: str, seed: int, extra: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(demo, as_positional=False)
+    try:
+        auto_cli(demo, as_positional=False)
+    except KeyboardInterrupt:
+        print("interrupted; finished stages stay where they are, the demo starts again from its first", file=sys.stderr)
+        raise SystemExit(130) from None

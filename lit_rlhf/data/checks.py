@@ -27,7 +27,7 @@ DATA_MODULES = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "p
 
 def require_kind(trainer: Any, kind: Kind) -> None:
     """Refuse data of another kind than the module learns from: rows of pairs would pass as demonstrations."""
-    module = trainer.lightning_module if trainer is not None else None
+    module = getattr(trainer, "lightning_module", None)
     wanted = getattr(module, "learns_from", kind)  # a user's own module knows what it does
     if wanted != kind:
         raise UserError(

@@ -209,7 +209,7 @@ class ExamplesDataModule(LightningDataModule):
         assert self.tokenizer is not None
         limit = self.max_prompt_length or (self.length_limit // 2 if self.length_limit is not None else None)
         if self.predict is not None:
-            kind: Kind = getattr(self.trainer.lightning_module if self.trainer else None, "predicts_from", "prompts")
+            kind: Kind = getattr(getattr(self.trainer, "lightning_module", None), "predicts_from", "prompts")
             return PromptDataset(*load_prompts(self.predict, "predict", self.tokenizer, limit, self.seed, kind))
         held_out = self.sources["validation"]
         if held_out is None:

@@ -174,7 +174,7 @@ def test_a_fast_dev_run_plays_one_rollout(folder, tmp_path):
 
 
 def test_the_demos_held_out_prompts_are_not_taken_for_those_of_other_training_prompts(folder, tmp_path):
-    with pytest.raises(UserError, match=r"validation is still 'demo' while train is '.*prompts\.jsonl'"):
+    with pytest.raises(UserError, match=r"data.validation is still 'demo' while data.train is '.*prompts\.jsonl'"):
         make(folder, tmp_path, data={"validation": "demo"})
 
 

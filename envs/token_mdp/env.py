@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import gymnasium
@@ -78,7 +78,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         far beyond the true maximum.
     shuffle: shuffle the prompts anew for each pass, or take them in order; a `prompt_queue` knows for itself.
     action_mask: True puts an all-ones `action_mask` into info; a function (prompts, responses, **columns)
-        -> (n, V) bool says which tokens may come next, and any other raises `InvalidAction`. Costs O(V) per step.
+        -> (n, V) says True (or 1) for each token that may come next, False (or 0) for others, which raise
+        `InvalidAction`. Costs O(V) per step.
     tokenizer: anything with `decode(ids)`; for `render` and `reward_on="text"` (then also `skip_special_tokens`).
     reward_on: "tokens", or "text" to hand decoded strings, without special tokens, to all reward functions.
     observation: "dict" or "flat".
@@ -95,13 +96,13 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self,
         prompts: Sequence[Any],
         vocab_size: int,
-        stop_token_ids: Sequence[int] | int,
+        stop_token_ids: Iterable[int] | int,
         max_new_tokens: int,
         max_prompt_length: int | None = None,
         reward_fn: RewardSpec | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
         process_reward_fn: RewardFn | None = None,
-        step_boundary_ids: Sequence[int] | int | None = None,
+        step_boundary_ids: Iterable[int] | int | None = None,
         potential_fn: RewardFn | None = None,
         gamma: float = 1.0,
         limit: Literal["terminate", "truncate"] = "terminate",

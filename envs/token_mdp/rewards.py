@@ -132,9 +132,19 @@ def _with_weight(entry: Any) -> tuple[Any, Any]:
     return entry, 1.0
 
 
+def without_torch(returned: Any) -> Any:
+    """A torch tensor, perhaps bfloat16, on a GPU or with a gradient, as an array; anything else as it is."""
+    if not hasattr(returned, "detach"):  # torch itself is not imported
+        return returned
+    tensor = returned.detach().cpu()
+    try:
+        return tensor.numpy()
+    except TypeError:  # NumPy knows no bfloat16
+        return tensor.float().numpy()
+
+
 def _as_array(returned: Any) -> FloatArray | None:
-    if hasattr(returned, "detach"):  # a torch tensor, perhaps bfloat16 and on a GPU; torch itself is not imported
-        returned = returned.detach().float().cpu().numpy()
+    returned = without_torch(returned)
     try:
         # A list of one-element tensors also ends up here; a copy keeps the caller's buffer apart from ours.
         return None if np.asarray(returned).dtype.kind not in "biufO" else np.array(returned, dtype=np.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +12,19 @@ from gymnasium import spaces
 from token_mdp.checks import check_choice, check_count, check_function, check_share
 from token_mdp.episodes import FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptStore
-from token_mdp.rewards import RewardError, RewardFn, RewardSpec, as_components, call_batched, name_prompts
+from token_mdp.rewards import (
+    RewardError,
+    RewardFn,
+    RewardSpec,
+    as_components,
+    call_batched,
+    name_prompts,
+    without_torch,
+)
 from token_mdp.spaces import observation_space
 
 BoolArray = npt.NDArray[np.bool_]
-ActionMask = bool | Callable[..., Any] | None  # callable: (prompts, responses, **columns) -> (n, V) bool
+ActionMask = bool | Callable[..., Any] | None  # callable: (prompts, responses, **columns) -> (n, V) of True or False
 STOP, LENGTH = int(FinishReason.STOP), int(FinishReason.LENGTH)  # looking up an Enum's member costs 1 µs, per step
 
 
@@ -34,13 +42,13 @@ class TokenTask:
         self,
         prompts: Sequence[Any],
         vocab_size: int,
-        stop_token_ids: Sequence[int] | int,
+        stop_token_ids: Iterable[int] | int,
         max_new_tokens: int,
         max_prompt_length: int | None = None,
         reward_fn: RewardSpec | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
         process_reward_fn: RewardFn | None = None,
-        step_boundary_ids: Sequence[int] | int | None = None,
+        step_boundary_ids: Iterable[int] | int | None = None,
         potential_fn: RewardFn | None = None,
         gamma: float = 1.0,
         limit: Literal["terminate", "truncate"] = "terminate",
@@ -198,15 +206,22 @@ class TokenTask:
         indices = [int(index) for index in prompt_indices]
         arguments = self._arguments(indices, responses)
         try:
-            allowed = np.asarray(self.action_mask(*arguments, **self._rows_of_columns(indices)))
+            allowed = np.asarray(without_torch(self.action_mask(*arguments, **self._rows_of_columns(indices))))
         except Exception as error:
             raise ValueError(f"action_mask raised {type(error).__name__}: {error} ({name_prompts(indices)})") from error
+        if allowed.dtype != np.bool_:  # logits to add, 0 for yes and -inf for no, would mean the contrary
+            strange = allowed[~((allowed == 0) | (allowed == 1))] if allowed.dtype.kind in "iuf" else allowed.ravel()
+            if strange.size:
+                raise ValueError(
+                    f"action_mask must return True (or 1) for each token that may come next and False (or 0) for the "
+                    f"others, got {strange[0]!r} of {allowed.dtype} ({name_prompts(indices)})"
+                )
         if allowed.shape != shape or not allowed.any(axis=1).all():
             raise ValueError(
                 f"action_mask must return shape {shape} with at least one token allowed per row, got shape "
                 f"{allowed.shape} ({name_prompts(indices)})"
             )
-        return allowed.astype(np.bool_)
+        return allowed.astype(np.bool_)  # a copy: the function may use its buffer again
 
     def _call(
         self, role: str, fn: RewardFn, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]
@@ -231,24 +246,33 @@ class TokenTask:
         return {name: [values[index] for index in indices] for name, values in self._columns.items()}
 
 
-def _token_table(name: str, token_ids: Sequence[int] | int, vocab_size: int) -> BoolArray:
+def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> BoolArray:
     """(V,) True at the given tokens."""
-    ids = np.atleast_1d(np.asarray(token_ids))
+    given = list(token_ids) if isinstance(token_ids, Set | Iterator) else token_ids
+    try:
+        ids = np.atleast_1d(np.asarray(given))
+    except ValueError:  # sequences of unequal lengths inside of it
+        ids = np.empty((1, 1))
     if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size):
-        raise ValueError(f"{name} ({token_ids!r}) must be token ids inside the vocabulary 0..{vocab_size - 1}")
+        raise ValueError(f"{name} ({given!r}) must be token ids inside the vocabulary 0..{vocab_size - 1}")
     table = np.zeros(vocab_size, dtype=np.bool_)
     table[ids.astype(np.int64)] = True
     return table
 
 
-def _checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> dict[str, Sequence[Any]]:
+def _checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> dict[str, list[Any]]:
     if not isinstance(columns, Mapping):
         raise ValueError(f"columns ({columns!r:.80}) must map names to one value per prompt")
+    rows: dict[str, list[Any]] = {}
     for name, values in columns.items():
+        if not isinstance(name, str):
+            raise ValueError(f"columns[{name!r}]: the name must be a string; rewards get columns by keyword")
         if name in ("prompts", "responses"):
             raise ValueError(f"columns[{name!r}] would hide the argument {name!r} of the reward function; rename it")
-        if not hasattr(values, "__len__"):
-            raise ValueError(f"columns[{name!r}] ({values!r}) must be a sequence with one value per prompt")
-        if len(values) != num_prompts:
-            raise ValueError(f"columns[{name!r}] has {len(values)} rows, but there are {num_prompts} prompts")
-    return dict(columns)
+        if not hasattr(values, "__len__") or isinstance(values, str | Set | Mapping):
+            raise ValueError(f"columns[{name!r}] ({values!r:.80}) must be a sequence with one value per prompt")
+        # By position: an index into a pandas column is a label, which another row may carry.
+        rows[name] = list(values)
+        if len(rows[name]) != num_prompts:
+            raise ValueError(f"columns[{name!r}] has {len(rows[name])} rows, but there are {num_prompts} prompts")
+    return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import gymnasium
@@ -75,7 +75,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         prompts: Sequence[Any],
         num_envs: int,
         vocab_size: int,
-        stop_token_ids: Sequence[int] | int,
+        stop_token_ids: Iterable[int] | int,
         max_new_tokens: int,
         max_prompt_length: int | None = None,
         reward_fn: RewardSpec | None = None,
@@ -92,7 +92,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         reward_on: Literal["tokens", "text"] = "tokens",
         render_mode: str | None = None,
         max_episode_steps: int | None = None,
-        step_boundary_ids: Sequence[int] | int | None = None,
+        step_boundary_ids: Iterable[int] | int | None = None,
         potential_fn: RewardFn | None = None,
         gamma: float = 1.0,
         observation: Literal["dict", "flat"] = "dict",
@@ -176,10 +176,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
                 self._rewards.forget()
         self._ready = False  # until all went well
         self._begin(ask.slots, ask.prompt_indices)
-        infos: dict[str, Any] = {}
-        self._infos.put_state(infos, ask.slots)
-        self._ready = True
-        return self._slots.observation(self.copy), infos
+        return self._observe(ask.slots)
 
     def step(self, actions: IntArray) -> tuple[VectorObservation, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
         """Append one token to each running slot.
@@ -271,9 +268,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         """What the agent sees now, as `reset` returns it, without a step; to go on after `load_state_dict`."""
         if not self._ready:
             raise ResetNeeded("observe() before reset(): there are no episodes yet")
-        infos: dict[str, Any] = {}
-        self._infos.put_state(infos, self._every_slot)
-        return self._slots.observation(self.copy), infos
+        return self._observe(self._every_slot)
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides how the env goes on, running and unflushed episodes included, as plain Python values."""
@@ -296,13 +291,20 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         """
         self.task.check_identity(state["task"])
         self._stream.load_state_dict(state["stream"], self.np_random)
+        self._ready = False  # until all went well
         self.np_random.bit_generator.state = state["np_random"]
         self._np_random_seed = state["np_random_seed"]
         self._rewards.load_state_dict(state["rewards"])
         self._finish_reason[:] = state["finish_reason"]
-        self._ready = state["ready"]
-        if self._ready:
-            self.observe()  # which also asks action_mask about the restored states
+        if state["ready"]:
+            self._observe(self._every_slot)  # which asks action_mask about the restored states
+
+    def _observe(self, slots: IntArray) -> tuple[VectorObservation, dict[str, Any]]:
+        self._ready = False  # until action_mask went well
+        infos: dict[str, Any] = {}
+        self._infos.put_state(infos, slots)
+        self._ready = True
+        return self._slots.observation(self.copy), infos
 
     def _begin(self, slots: IntArray, prompt_indices: list[int] | None = None) -> None:
         started = self._stream.begin(slots, prompt_indices)

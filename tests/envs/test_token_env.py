@@ -227,6 +227,41 @@ def test_an_action_mask_of_the_wrong_shape_or_without_a_token_is_refused(bad):
         env.reset(options={"prompt_index": 2})
 
 
+@pytest.mark.parametrize(
+    ("mask", "shown"),
+    [
+        (np.where(np.arange(VOCAB) == 3, -np.inf, 0.0)[None], "-inf"),  # to add to logits: 0 means yes there
+        (np.full((1, VOCAB), np.nan), "nan"),
+        (np.full((1, VOCAB), 0.5), "0.5"),
+        (np.full((1, VOCAB), 2), "2"),
+        ([["no"] * VOCAB], "'no'"),
+        ([[None] * VOCAB], "None"),
+        (None, "None"),
+    ],
+)
+def test_an_action_mask_that_is_neither_bool_nor_0_and_1_is_refused(mask, shown):
+    env = TokenEnv(**task(action_mask=lambda prompts, responses: mask))
+    with pytest.raises(ValueError, match=rf"must return True \(or 1\).*got .*{shown}.*prompt indices \[2\]"):
+        env.reset(options={"prompt_index": 2})
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int64, np.float32])
+def test_an_action_mask_may_be_bool_or_0_and_1(dtype):
+    mask = np.array([[1, 0] * 4], dtype=dtype)
+    env = TokenEnv(**task(action_mask=lambda prompts, responses: mask))
+    env.reset()
+    mask[:] = 1  # the function's buffer, not the env's
+    assert env.action_masks().tolist() == [True, False] * 4
+
+
+def test_an_action_mask_may_be_a_tensor_with_a_gradient_or_in_bfloat16():
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.ones(1, VOCAB, requires_grad=True), torch.ones(1, VOCAB, dtype=torch.bfloat16)):
+        env = TokenEnv(**task(action_mask=lambda prompts, responses, tensor=tensor: tensor))
+        env.reset()
+        assert env.action_masks().all()
+
+
 @pytest.mark.parametrize("failing", ["reward_fn", "process_reward_fn"])
 def test_a_failed_reward_leaves_an_env_that_wants_a_reset(failing):
     results = [None, [0.0]]

@@ -100,12 +100,22 @@ def test_the_cause_of_a_raising_reward_function_is_kept():
 class BFloat16OnAGpu:
     """What a torch tensor looks like to the env, which does not know torch."""
 
-    def detach(self):
-        return self
+    def __init__(self, *done):
+        self.done = done
 
-    float = cpu = detach
+    def detach(self):
+        return BFloat16OnAGpu(*self.done, "detach")
+
+    def float(self):
+        return BFloat16OnAGpu(*self.done, "float")
+
+    def cpu(self):
+        return BFloat16OnAGpu(*self.done, "cpu")
 
     def numpy(self):
+        for needed, error in (("detach", RuntimeError), ("cpu", TypeError), ("float", TypeError)):  # as torch raises
+            if needed not in self.done:
+                raise error(needed)
         return np.array([0.5, 1.5, 2.5], dtype=np.float32)
 
 

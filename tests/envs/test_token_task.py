@@ -29,12 +29,18 @@ def envs_of(**changes):
         ({"columns": 3}, r"columns \(3\) must map names"),
         ({"columns": [1, 2, 3]}, r"columns \(\[1, 2, 3\]\) must map names"),
         ({"columns": {"answer": 3}}, r"columns\['answer'\] \(3\) must be a sequence"),
+        ({"columns": {"answer": {1, 2, 3}}}, r"columns\['answer'\] \(\{1, 2, 3\}\) must be a sequence"),
+        ({"columns": {"answer": {0: 1, 1: 2, 2: 3}}}, r"columns\['answer'\] .* must be a sequence"),
+        ({"columns": {"answer": "abc"}}, r"columns\['answer'\] \('abc'\) must be a sequence"),
+        ({"columns": {3: [1, 2, 3]}}, r"columns\[3\]: the name must be a string"),
         ({"gamma": "x", "potential_fn": len}, r"gamma \('x'\) must be a number in 0..1"),
         ({"shuffle": "no"}, r"shuffle \('no'\) must be True or False"),
         ({"vocab_size": 0}, r"vocab_size \(0\)"),
         ({"stop_token_ids": [8]}, r"stop_token_ids \(\[8\]\) must be token ids inside the vocabulary 0..7"),
         ({"stop_token_ids": [-1]}, r"stop_token_ids \(\[-1\]\)"),
         ({"stop_token_ids": ["eos"]}, r"stop_token_ids \(\['eos'\]\)"),
+        ({"stop_token_ids": {8}}, r"stop_token_ids \(\[8\]\) must be token ids inside"),
+        ({"stop_token_ids": [[1, 2], [3]]}, r"stop_token_ids \(\[\[1, 2\], \[3\]\]\) must be token ids inside"),
         ({"max_new_tokens": 0}, r"max_new_tokens \(0\) must be an integer and at least 1"),
         ({"max_new_tokens": -3}, r"max_new_tokens \(-3\)"),
         ({"max_new_tokens": 2.5}, r"max_new_tokens \(2.5\)"),
@@ -89,3 +95,39 @@ def test_prompts_may_be_lists_or_integer_arrays_and_one_stop_token_may_be_an_int
     observation, _ = env.reset(options={"prompt_index": 1})
     assert observation["input_ids"].dtype == np.int64
     assert env.step(7)[2]
+
+
+@pytest.mark.parametrize("ids", [{3, 7}, frozenset({3, 7}), (token for token in (3, 7)), range(3, 8, 4)])
+def test_stop_tokens_may_be_any_collection_of_ids(ids):
+    env = TokenEnv(**task(stop_token_ids=ids))
+    for token, ends in ((3, True), (7, True), (5, False)):
+        env.reset()
+        assert env.step(token)[2] == ends
+
+
+def test_an_empty_set_of_stop_tokens_leaves_the_limit_alone():
+    env = TokenEnv(**task(stop_token_ids=set(), max_new_tokens=2))
+    env.reset()
+    assert [env.step(token)[2] for token in (7, 7)] == [False, True]
+
+
+class ByLabel(list):
+    """Like a column of pandas whose rows were turned round: an index is a label, iteration goes by position."""
+
+    def __getitem__(self, label):
+        return super().__getitem__(len(self) - 1 - label)
+
+
+def test_columns_go_with_the_prompts_by_position_not_by_label():
+    seen = []
+
+    def reward(prompts, responses, name):
+        seen.extend(zip([prompt.tolist() for prompt in prompts], name, strict=True))
+        return [0.0] * len(responses)
+
+    env = TokenVectorEnv(
+        num_envs=3, **task(shuffle=False, reward_fn=reward, columns={"name": ByLabel(["one", "two", "three"])})
+    )
+    env.reset()
+    env.step(np.full(3, 7))
+    assert seen == [([1], "one"), ([2, 3], "two"), ([4, 5, 6], "three")]

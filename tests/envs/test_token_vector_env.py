@@ -453,6 +453,37 @@ def test_a_restored_env_asks_the_action_mask_at_once():
         restored.step(np.array([3, 1, 1]))
 
 
+@pytest.mark.parametrize("call", ["load_state_dict", "observe"])
+def test_an_action_mask_that_fails_on_a_restored_state_leaves_an_env_that_wants_a_reset(call):
+    faults = []
+
+    def no_threes(prompts, responses):
+        if faults:
+            raise KeyError("grammar")
+        return np.arange(VOCAB) != np.full((len(responses), 1), 3)
+
+    env = make(action_mask=no_threes)
+    env.reset(seed=0)
+    restored = make(action_mask=no_threes)
+    if call == "observe":
+        restored.load_state_dict(env.state_dict())
+    faults.append(True)
+    with pytest.raises(ValueError, match="action_mask raised KeyError"):
+        restored.observe() if call == "observe" else restored.load_state_dict(env.state_dict())
+    with pytest.raises(ResetNeeded, match="or action_mask has failed"):
+        restored.step(np.array([3, 1, 1]))
+
+
+def test_the_action_mask_is_not_asked_about_a_drained_stream():
+    def stacked(prompts, responses):
+        return np.stack([np.arange(VOCAB) != 3 for _ in responses])  # fails for none
+
+    env = make(num_envs=2, max_episodes=2, action_mask=stacked)
+    env.reset(seed=0)
+    *_, infos = env.step(np.array([END, END]))
+    assert not infos["active"].any()
+
+
 def test_render_shows_every_slot():
     env = make(num_envs=2, shuffle=False, max_episodes=1, render_mode="ansi")
     with pytest.raises(ResetNeeded, match="render"):

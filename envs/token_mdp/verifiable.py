@@ -15,18 +15,22 @@ from typing import Any
 
 import numpy as np
 
+from token_mdp.checks import check_flag
 from token_mdp.episodes import FloatArray
 
-GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")  # commas that only group digits
-FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+# A sign before or after the currency, as in -$5 and $-5; commas only where they group digits.
+NUMBER = re.compile(
+    r"([+-]?)(?:[$€£]\s*)?([+-]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)"
+)
+FENCE = re.compile(r"(?:^([ \t]*))?```[^\n`]*\n(.*?)```", re.DOTALL | re.MULTILINE)
 
 
 class ExactAnswer:
     r"""1 where the answer in the response equals the one in a column of the prompts, else 0.
 
-    Two answers are equal if they are the same number ("1,234", "$1234" and "1234.0"), or the same text up to case,
-    spaces around it and a full stop at its end. A percentage is text: "50%" is neither 50 nor 0.5. An empty answer is
-    never right.
+    Two answers are equal if they are the same number ("1,234", "$1234" and "1234.0"; "-$5", "$-5" and "−5"), or the
+    same text up to case, spaces around it and a full stop at its end. A percentage is text: "50%" is neither 50 nor
+    0.5. An empty answer is never right.
 
     Args:
         column: name of the column that holds the right answers.
@@ -34,12 +38,12 @@ class ExactAnswer:
             It is applied to the column too where it matches there. None takes the whole response.
 
     Raises:
-        ValueError: the pattern has no group or more than one.
+        ValueError: the pattern is no regular expression, or has no group or more than one.
     """
 
     def __init__(self, column: str = "answer", pattern: str | None = None) -> None:
         self.column = column
-        self.pattern = None if pattern is None else re.compile(pattern)
+        self.pattern = None if pattern is None else _compiled(pattern)
         if self.pattern is not None and self.pattern.groups != 1:
             raise ValueError(
                 f"pattern ({pattern!r}) must have one group, around the answer; it has {self.pattern.groups}"
@@ -69,7 +73,8 @@ class RegexMatch:
     """
 
     def __init__(self, pattern: str, whole: bool = False) -> None:
-        self.pattern = re.compile(pattern, re.DOTALL)
+        self.pattern = _compiled(pattern, re.DOTALL)
+        check_flag("whole", whole)
         self.whole = whole
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> FloatArray:
@@ -82,7 +87,7 @@ class PythonParses:
     """1 where the response is Python code that parses, else 0; the code is never run.
 
     Where the response has fenced blocks, all of them must parse and the text around them is ignored; without a fence
-    the whole response is code. Empty code is 0.
+    the whole response is code. Lines of a block lose the indentation of its fence, as in a list. Empty code is 0.
     """
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> FloatArray:
@@ -90,8 +95,21 @@ class PythonParses:
         return np.array([float(all(map(_parses, _code_blocks(_text(response))))) for response in responses])
 
 
+def _compiled(pattern: Any, flags: int = 0) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern ({pattern!r}) must be a regular expression as a string")
+    try:
+        return re.compile(pattern, flags)
+    except re.error as error:
+        raise ValueError(f"pattern ({pattern!r}) is no regular expression: {error}") from error
+
+
 def _code_blocks(text: str) -> list[str]:
-    return FENCE.findall(text) or [text]
+    blocks = [
+        re.sub(rf"^[ \t]{{1,{len(indent)}}}", "", code, flags=re.MULTILINE) if indent else code
+        for indent, code in FENCE.findall(text)
+    ]
+    return blocks or [text]
 
 
 def _parses(code: str) -> bool:
@@ -114,11 +132,11 @@ def _same(left: str, right: str) -> bool:
 
 
 def _number(text: str) -> Decimal | None:
-    digits = _plain(text).lstrip("$€£")
-    if GROUPED.fullmatch(digits):
-        digits = digits.replace(",", "")
+    found = NUMBER.fullmatch(_plain(text).replace("\N{MINUS SIGN}", "-"))
+    if found is None or (found[1] and found[2]):
+        return None
     try:
-        number = Decimal(digits)
+        number = Decimal(found[1] + found[2] + found[3].replace(",", ""))
     except InvalidOperation:
         return None
     return number if number.is_finite() else None

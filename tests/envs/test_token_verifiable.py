@@ -14,6 +14,23 @@ from token_mdp.verifiable import ExactAnswer, PythonParses, RegexMatch
         ("1,234", "1234", 1),
         ("$18", "18", 1),
         ("-3", "3", 0),
+        ("€18", "18", 1),
+        ("£ 18", "18", 1),
+        ("$-5", "-5", 1),
+        ("-$5", "-5", 1),
+        ("+$5", "5", 1),
+        ("-$1,234.50", "-1234.5", 1),
+        ("\N{MINUS SIGN}5", "-5", 1),
+        ("-$5", "5", 0),
+        ("--5", "5", 0),
+        ("-$-5", "5", 0),
+        ("$$42", "42", 0),
+        ("1_000", "1000", 0),
+        (".5", "0.5", 1),
+        ("1e3", "1000", 1),
+        ("1E3", "1000", 1),
+        ("5.", "5", 1),
+        ("infinity", "inf", 0),
         ("Paris", "paris", 1),
         ("Paris, France", "Paris", 0),
         ("", "42", 0),
@@ -47,6 +64,15 @@ def test_exact_answer_wants_one_group_and_its_column():
         ExactAnswer()(["?"], ["1"], reply=["1"])
 
 
+@pytest.mark.parametrize("reward", [ExactAnswer, RegexMatch])
+def test_a_pattern_that_is_none_is_refused_by_name(reward):
+    for pattern, message in (("(", r"pattern \('\('\) is no regular expression"), (3, r"pattern \(3\) must be")):
+        with pytest.raises(ValueError, match=message):
+            reward(pattern=pattern)
+    with pytest.raises(ValueError, match=r"whole \('no'\) must be True or False"):
+        RegexMatch("a", whole="no")
+
+
 def test_regex_match_searches_or_wants_the_whole_response():
     responses = ["<think>a\nb</think> 3", "3 <think></think>", "3"]
     assert RegexMatch("<think>.*</think>")([], responses).tolist() == [1, 1, 0]
@@ -64,6 +90,14 @@ def test_regex_match_searches_or_wants_the_whole_response():
         ("```python\n```", 0),
         ("pattern = '\\d'", 1),  # an odd escape warns, but parses
         ("x = 1\0", 0),
+        ("x = '\ud800'", 0),  # half a surrogate pair
+        ("1" + " + 1" * 20_000, 0),  # too deep for the parser, though not wrong
+        ("-" * 100_000 + "1", 0),
+        ("1. Do:\n   ```python\n   if x:\n       y = 1\n   ```\n2. Done", 1),
+        ("1. Do:\n\t```\n\tx = 1\n\t```", 1),
+        ("```python\n   x = 1\n```", 0),  # the fence is not indented, so the code is
+        ("   ```python\nx = 1\n   ```", 1),
+        ("Say ```python\nx = 1\n``` here", 1),
         ("(" * 10_000, 0),
     ],
 )

@@ -33,7 +33,9 @@ def test_the_built_wheel_installs_and_works_outside_of_the_checkout(tmp_path):
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT, folder=tmp_path)
     (built,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(built) as archive:
-        top = {name.split("/")[0] for name in archive.namelist()}
+        names = set(archive.namelist())
+    assert {"lit_rlhf/py.typed", "token_mdp/py.typed"} <= names  # the annotations are for users' type checkers too
+    top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"lit_rlhf", "token_mdp"}
 
     venv.create(tmp_path / "venv", with_pip=False)

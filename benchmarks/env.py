@@ -44,9 +44,9 @@ def task(length: int) -> dict[str, Any]:
     }
 
 
-def native(slots: int, length: int, copy: bool = True) -> Step:
+def native(slots: int, length: int, **arguments: Any) -> Step:
     """`TokenVectorEnv`."""
-    env = gymnasium.make_vec("LitRLHF/Token-v0", num_envs=slots, copy=copy, **task(length))
+    env = gymnasium.make_vec("LitRLHF/Token-v0", num_envs=slots, **task(length) | arguments)
     env.reset(seed=0)
     return env.step
 
@@ -54,6 +54,17 @@ def native(slots: int, length: int, copy: bool = True) -> Step:
 def native_without_copies(slots: int, length: int) -> Step:
     """`TokenVectorEnv` whose observations are its own arrays, overwritten by the next step."""
     return native(slots, length, copy=False)
+
+
+def native_with_masks(slots: int, length: int) -> Step:
+    """`TokenVectorEnv` whose infos hold an `action_mask` of ones."""
+    return native(slots, length, action_mask=True)
+
+
+def native_asking_for_masks(slots: int, length: int) -> Step:
+    """`TokenVectorEnv` with a function that says which tokens may come next, at no cost of its own."""
+    ready = np.ones((slots, VOCAB_SIZE), dtype=np.bool_)
+    return native(slots, length, action_mask=lambda prompts, responses: ready[: len(responses)])
 
 
 def sync_vector_env(slots: int, length: int) -> Step:
@@ -95,6 +106,8 @@ def torchrl_wrapper(slots: int, length: int) -> Step:
 IMPLEMENTATIONS: dict[str, tuple[Callable[[int, int], Step], str]] = {
     "native": (native, "gymnasium"),
     "native, copy=False": (native_without_copies, "gymnasium"),
+    "native, action_mask=True": (native_with_masks, "gymnasium"),
+    "native, action_mask=function": (native_asking_for_masks, "gymnasium"),
     "SyncVectorEnv": (sync_vector_env, "gymnasium"),
     "SB3 adapter": (sb3_adapter, "stable_baselines3"),
     "TorchRL": (torchrl_wrapper, "torchrl"),

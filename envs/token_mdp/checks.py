@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
 
-def check_count(name: str, value: Any) -> None:
-    """Refuse what is not a positive integer."""
+def check_count(name: str, value: Any) -> int:
+    """A positive integer as an int, which saved states can hold whatever NumPy type it came in."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} ({value!r}) must be an integer and at least 1")
+    return int(value)
 
 
 def check_share(name: str, value: Any) -> None:
@@ -22,7 +24,7 @@ def check_share(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuse what is none of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} ({value!r}) must be one of {choices}")
 
 
@@ -34,7 +36,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_render_mode(value: Any, modes: list[str]) -> None:
     """Refuse what is neither None nor one of the modes."""
-    if value is not None and value not in modes:
+    if value is not None and (not isinstance(value, str) or value not in modes):
         raise ValueError(f"render_mode ({value!r}) must be None or one of {modes}")
 
 
@@ -42,3 +44,10 @@ def check_function(name: str, value: Any) -> None:
     """Refuse what is neither None nor a function."""
     if value is not None and not callable(value):
         raise ValueError(f"{name} ({value!r}) must be None or a function (prompts, responses, **columns) -> (n,)")
+
+
+def check_identity(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse the saved state of an env that differs from this one in something that `mine` names."""
+    for name, value in mine.items():
+        if saved.get(name) != value:
+            raise ValueError(f"the saved state has {name} = {saved.get(name)}, this env {value}")

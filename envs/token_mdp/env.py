@@ -17,10 +17,11 @@ from token_mdp.prompts import PromptQueue
 from token_mdp.rendering import EpisodePrinter, episode_text, outcome_text
 from token_mdp.reset_options import single_prompt
 from token_mdp.rewards import RewardFn, RewardSpec
-from token_mdp.spaces import EMPTY
+from token_mdp.slots import Slots
 from token_mdp.task import ActionMask, TokenTask
 
 Observation = dict[str, npt.NDArray[Any]] | IntArray
+THE_SLOT = np.array([0])  # a single episode is a vector of one
 NO_EPISODE = "step() without an episode: call reset() first, also after a reward function or action_mask has failed"
 
 
@@ -95,6 +96,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     def __init__(
         self,
         prompts: Sequence[Any],
+        *,
         vocab_size: int,
         stop_token_ids: Iterable[int] | int,
         max_new_tokens: int,
@@ -134,6 +136,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         )
         check_flag("shuffle", shuffle)
         check_render_mode(render_mode, self.metadata["render_modes"])
+        if prompt_queue is not None and not hasattr(prompt_queue, "num_prompts"):
+            raise ValueError(f"prompt_queue ({prompt_queue!r}) must be None or a PromptQueue")
         if prompt_queue is not None and prompt_queue.num_prompts != len(self.task.prompts):
             raise ValueError(
                 f"prompt_queue deals {prompt_queue.num_prompts} prompts, but there are {len(self.task.prompts)}"
@@ -147,7 +151,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self.render_mode = render_mode
         self._queue = PromptQueue(len(self.task.prompts), shuffle) if prompt_queue is None else prompt_queue
         self._prompt_index = -1
-        self._response: list[int] = []
+        self._slots = Slots(1, self.task.prompts.max_length, self.task.max_new_tokens, self.task.flat)
         self._ready = False  # before the first reset and after a failed function of the caller, step() is refused
         self._finish_reason = 0  # 0 while the episode goes on
         self._potential = np.zeros(1)
@@ -170,16 +174,16 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             self._queue.restart(self.np_random)
         self._prompt_index = self._queue.draw() if chosen is None else chosen
         self._ready = False  # until all went well
-        self._response = []
+        self._slots.begin(0, self.task.prompts[self._prompt_index])
         self._finish_reason = 0
         self._return = 0.0
         if self.task.shapes:
-            self._potential = self.task.potentials([self._prompt_index], [self._response_ids()])
+            self._potential = self.task.potentials([self._prompt_index], self._slots.responses(THE_SLOT))
         info = self._info()
         self._ready = True
         if self._printer is not None:
             self._printer.begin(self.task.prompts[self._prompt_index])
-        return self._observation(), info
+        return self._slots.observation_of(0), info
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Append a token.
@@ -198,30 +202,31 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
                 f"'{FinishReason(self._finish_reason).label}'; call reset()"
             )
         token = checked_token(action, self.task.vocab_size, self._allowed, self._prompt_index)
-        self._response.append(token)
-        responses = [self._response_ids()]
-        reasons = self.task.finish_reasons(np.array([token]), np.array([len(self._response)]))
+        tokens = np.array([token])
+        self._slots.append(THE_SLOT, tokens)
+        lengths = self._slots.response_lengths(THE_SLOT)
+        reasons = self.task.finish_reasons(tokens, lengths)
         self._finish_reason = int(reasons[0])
         self._ready = False  # until all rewards are paid
         info = self._info()
         reward = 0.0
         if self.task.pays_steps:
             paid, parts, self._potential = self.task.step_rewards(
-                [self._prompt_index], responses, reasons, self._potential
+                np.array([self._prompt_index]), tokens, self._slots.responses, reasons, self._potential
             )
             reward += float(paid[0])
             info |= {f"reward/{name}": values[0] for name, values in parts.items()}
         if self._finish_reason:
-            total, components = self.task.outcome_rewards([self._prompt_index], responses)
+            total, components = self.task.outcome_rewards([self._prompt_index], self._slots.responses(THE_SLOT))
             reward += float(total[0])
-            info |= {"response_length": np.int64(len(self._response)), "finish_reason": reasons[0]}
+            info |= {"response_length": lengths[0], "finish_reason": reasons[0]}
             info |= {f"reward/{name}": values[0] for name, values in components.items()}
         self._ready = True
         self._return += reward
         if self._printer is not None:
-            self._printer.show(self._response, self._finish_reason, self._return)
+            self._printer.show(self._slots.response(0), self._finish_reason, self._return)
         terminated = bool(self.task.is_terminal(reasons)[0])
-        return self._observation(), reward, terminated, bool(self._finish_reason) and not terminated, info
+        return self._slots.observation_of(0), reward, terminated, bool(self._finish_reason) and not terminated, info
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """(V,) True for each token that may come next; the name is the one that sb3-contrib calls."""
@@ -238,30 +243,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         if not self._ready:
             raise ResetNeeded("render() before reset(): there is no episode yet")
         outcome = outcome_text(self._finish_reason, self._return)
-        return episode_text(self.task.prompts[self._prompt_index], self._response, outcome, self.task.tokenizer)
-
-    def _response_ids(self) -> IntArray:
-        return np.array(self._response, dtype=np.int64)
-
-    def _observation(self) -> Observation:
-        task, prompt = self.task, self.task.prompts[self._prompt_index]
-        p, n = len(prompt), len(self._response)
-        width = task.prompts.max_length + task.max_new_tokens
-        if task.flat:
-            flat = np.full(width, EMPTY, dtype=np.int64)
-            flat[task.prompts.max_length - p : task.prompts.max_length] = prompt
-            flat[task.prompts.max_length : task.prompts.max_length + n] = self._response
-            return flat
-        input_ids = np.zeros(width, dtype=np.int64)
-        input_ids[:p], input_ids[p : p + n] = prompt, self._response
-        attention_mask = np.zeros(width, dtype=np.int8)
-        attention_mask[: p + n] = 1
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "prompt_length": np.array([p], dtype=np.int64),
-            "length": np.array([p + n], dtype=np.int64),
-        }
+        return episode_text(self._slots.prompt(0), self._slots.response(0), outcome, self.task.tokenizer)
 
     def _info(self) -> dict[str, Any]:
         info: dict[str, Any] = {
@@ -271,6 +253,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         }
         if self.task.action_mask:
             if callable(self.task.action_mask) and not self._finish_reason:
-                self._allowed = self.task.allowed_tokens([self._prompt_index], [self._response_ids()])[0]
+                self._allowed = self.task.allowed_tokens([self._prompt_index], self._slots.responses(THE_SLOT))[
+                    0
+                ].copy()
             info["action_mask"] = self.action_masks().astype(np.int8)
         return info

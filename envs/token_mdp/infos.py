@@ -42,14 +42,22 @@ class SlotInfos:
         values = stream.infos(slots)
         if self._task.action_mask:
             if callable(self._task.action_mask):
-                self.allowed = np.ones((num_slots, self._task.vocab_size), dtype=np.bool_)
-                running = np.flatnonzero(stream.status == RUNNING)
-                self.allowed[running] = self._task.allowed_tokens(
-                    stream.prompt_index[running], self._slots.responses(running)
-                )
-            values["action_mask"] = self.action_masks()[slots].astype(np.int8)
+                self._ask()
+            if self.allowed is None:
+                values["action_mask"] = np.ones((len(slots), self._task.vocab_size), dtype=np.int8)
+            else:  # `take` copies rows whole; an index array goes cell by cell and costs 30 times as much
+                values["action_mask"] = self.allowed.view(np.int8).take(slots, axis=0)
         put(infos, num_slots, slots, values)
         put(infos, num_slots, self._every_slot, {"episode_id": stream.episode_id.copy(), "active": stream.active})
+
+    def _ask(self) -> None:
+        if self.allowed is None:  # once: memory that is new to the process costs more than what is written to it
+            self.allowed = self.action_masks()
+        running = np.flatnonzero(self._stream.status == RUNNING)
+        rows = self._task.allowed_tokens(self._stream.prompt_index[running], self._slots.responses(running))
+        self.allowed[self._stream.status != RUNNING] = True
+        for slot, row in zip(running.tolist(), rows, strict=True):
+            self.allowed[slot] = row
 
     def put_final(self, infos: dict[str, Any], done: IntArray, at_end: Mapping[str, npt.NDArray[Any]]) -> None:
         """`final_obs` and `final_info` of the slots that are about to be refilled."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+from gymnasium.error import ResetNeeded
 
-from token_mdp.checks import check_count
+from token_mdp.checks import check_count, check_flag
 from token_mdp.episodes import IntArray
 
 
@@ -25,15 +26,15 @@ class PromptStore:
     """
 
     def __init__(self, prompts: Sequence[Any], vocab_size: int, max_prompt_length: int | None = None) -> None:
-        if not hasattr(prompts, "__len__"):
+        if not hasattr(prompts, "__len__") or isinstance(prompts, str | Set | Mapping):
             raise ValueError(f"prompts ({prompts!r}) must be a sequence with the token ids of each prompt")
         if len(prompts) == 0:
             raise ValueError("prompts is empty; the env needs at least one prompt to start an episode from")
         if max_prompt_length is not None:
-            check_count("max_prompt_length", max_prompt_length)
+            max_prompt_length = check_count("max_prompt_length", max_prompt_length)
         rows = [_token_ids(prompt, index, vocab_size) for index, prompt in enumerate(prompts)]
         full_lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self.max_length = int(full_lengths.max() if max_prompt_length is None else max_prompt_length)
+        self.max_length = int(full_lengths.max()) if max_prompt_length is None else max_prompt_length
         self.lengths: IntArray = np.minimum(full_lengths, self.max_length)  # (N,)
         self.tokens_cut: IntArray = full_lengths - self.lengths  # (N,)
         self._rows = [row[-self.max_length :] for row in rows]
@@ -69,7 +70,8 @@ class PromptQueue:
     """
 
     def __init__(self, num_prompts: int, shuffle: bool = True) -> None:
-        self.num_prompts = num_prompts
+        check_flag("shuffle", shuffle)
+        self.num_prompts = check_count("num_prompts", num_prompts)
         self.shuffle = shuffle
         self._rng: np.random.Generator | None = None
         self._order: list[int] = []
@@ -86,8 +88,9 @@ class PromptQueue:
 
     def draw(self) -> int:
         """The next prompt index."""
+        if self._rng is None:
+            raise ResetNeeded("draw() before restart(rng): the queue has no random generator to deal by")
         if self._cursor == len(self._order):
-            assert self._rng is not None, "a queue deals only after restart(rng)"
             order = self._rng.permutation(self.num_prompts) if self.shuffle else np.arange(self.num_prompts)
             self._order, self._cursor = order.tolist(), 0
         self._cursor += 1

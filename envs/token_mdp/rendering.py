@@ -59,14 +59,17 @@ class EpisodePrinter:
         print("\n" * self._mid_line, head, "\n", self._shown, sep="", end="", flush=True)
         self._mid_line = True
 
-    def show(self, response_ids: Sequence[int], reason: int, reward: float) -> None:
+    def show(self, response_ids: IntArray, reason: int, reward: float) -> None:
         """What has come since the last call, and the reward at the end."""
         text = _decoded(response_ids, self._tokenizer)
         # Half of a character waits for its other tokens, as long as there may be any.
         if reason or not text.endswith("\N{REPLACEMENT CHARACTER}"):
             # Decoding the whole response keeps the spaces that a token alone would lose.
             text = _labelled("response", text)
-            sys.stdout.write(text[len(self._shown) :])
+            if text.startswith(self._shown):
+                sys.stdout.write(text[len(self._shown) :])
+            else:  # a later token changed what stands there, as a merge or a clean-up of spaces does
+                sys.stdout.write("\n" + text)
             self._shown = text
         if reason:
             print("\n", _labelled("reward", outcome_text(reason, reward)), sep="")

@@ -53,7 +53,7 @@ def vector_reset(
         raise ValueError("max_episodes starts a new stream and reset_mask continues one; pass one of them")
     max_episodes = options.get("max_episodes", max_episodes)
     if max_episodes is not None:
-        check_count("max_episodes", max_episodes)
+        max_episodes = check_count("max_episodes", max_episodes)
     return VectorReset(slots, prompt_indices, mask is None, max_episodes)
 
 

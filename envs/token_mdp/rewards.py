@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import gymnasium.error
 import numpy as np
 
-from token_mdp.episodes import FloatArray
+from token_mdp.episodes import FloatArray, IntArray
 
 RewardFn = Callable[..., Any]  # (prompts, responses, **columns) -> (n,)
 RewardSpec = RewardFn | Mapping[str, Any] | Sequence[Any]
@@ -73,8 +73,12 @@ def as_components(reward_fn: RewardSpec) -> list[Component]:
     if isinstance(reward_fn, Mapping):
         entries = [(str(name), *_with_weight(entry)) for name, entry in reward_fn.items()]
     elif isinstance(reward_fn, Sequence) and not isinstance(reward_fn, str):
+        if len(reward_fn) == 2 and callable(reward_fn[0]) and isinstance(reward_fn[1], Real):
+            raise ValueError(
+                f"reward_fn {reward_fn!r} is a function and its weight; put the pair into a list, [(fn, w)]"
+            )
         pairs = [_with_weight(entry) for entry in reward_fn]
-        entries = [(getattr(fn, "__name__", type(fn).__name__), fn, weight) for fn, weight in pairs]
+        entries = [(_name_of(fn), fn, weight) for fn, weight in pairs]
     else:
         raise ValueError(
             f"reward_fn must be a function (prompts, responses, **columns) -> (n,), or several with weights, "
@@ -112,18 +116,28 @@ def call_batched(
         raise RewardError(
             f"{role} must return one number per response, shape ({len(indices)},), got {got} ({name_prompts(indices)})"
         )
+    check_finite(f"{role} returned", values, indices)
+    return values
+
+
+def check_finite(role: str, values: FloatArray, prompt_indices: Sequence[int] | IntArray) -> None:
+    """Refuse infinite and missing rewards, (n,), of these n prompts; `role` says in words where they come from."""
     finite = np.isfinite(values)
     if not finite.all():
-        wrong = ((indices[row], float(values[row])) for row in np.flatnonzero(~finite))
+        wrong = zip(np.asarray(prompt_indices)[~finite].tolist(), values[~finite].tolist(), strict=True)
         raise RewardError(
-            f"{role} returned {(~finite).sum()} values that are not finite, by prompt index: {dict(islice(wrong, 5))}"
+            f"{role} {(~finite).sum()} values that are not finite, by prompt index: {dict(islice(wrong, 5))}"
         )
-    return values
 
 
 def name_prompts(indices: list[int]) -> str:
     """The prompt indices for an error's text, or the first of very many."""
     return f"prompt indices {indices}" if len(indices) <= 10 else f"{len(indices)} prompts, the first {indices[:5]}"
+
+
+def _name_of(fn: Any) -> str:
+    fn = fn.target if isinstance(fn, Shared) else fn
+    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def _with_weight(entry: Any) -> tuple[Any, Any]:

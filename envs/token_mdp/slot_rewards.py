@@ -45,9 +45,9 @@ class SlotRewards:
             )
 
     def pay(
-        self, running: IntArray, lengths: IntArray, reasons: npt.NDArray[np.int8]
+        self, running: IntArray, tokens: IntArray, lengths: IntArray, reasons: npt.NDArray[np.int8]
     ) -> tuple[FloatArray, Infos, Infos]:
-        """Rewards of the step in which the responses of `running` became `lengths` long and ended for `reasons`.
+        """Rewards of the step in which `tokens` made the responses of `running` `lengths` long and ended for `reasons`.
 
         Returns:
             (B,) rewards; infos of the running slots; infos of those that ended, both (n,) per key.
@@ -57,7 +57,11 @@ class SlotRewards:
         end_infos: Infos = {}
         if self._task.pays_steps and len(running):
             paid, parts, self._potential[running] = self._task.step_rewards(
-                self._stream.prompt_index[running], self._slots.responses(running), reasons, self._potential[running]
+                self._stream.prompt_index[running],
+                tokens,
+                lambda rows: self._slots.responses(running[rows]),
+                reasons,
+                self._potential[running],
             )
             rewards[running] = paid
             self._step_rewards[running, lengths - 1] = paid

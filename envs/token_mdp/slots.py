@@ -28,7 +28,7 @@ class Slots:
         self._flat = flat
         self._max_prompt_length = max_prompt_length
         self._ids = np.full((num_slots, width), EMPTY if flat else 0, dtype=np.int64)
-        self._attention_mask = np.zeros((num_slots, width), dtype=np.int8)
+        self._attention_mask = np.zeros((num_slots, 0 if flat else width), dtype=np.int8)
         self._prompt_length = np.zeros((num_slots, 1), dtype=np.int64)
         self._length = np.zeros((num_slots, 1), dtype=np.int64)
         self._response_start = np.zeros(num_slots, dtype=np.int64)  # (B,) column of the first response token
@@ -61,6 +61,15 @@ class Slots:
         self._next_column[slots] = columns + 1
         self._lengths[slots] += 1
 
+    def extend(self, slot: int, tokens: IntArray) -> None:
+        """Write several tokens to one slot."""
+        start = self._next_column[slot]
+        stop = start + len(tokens)
+        self._ids[slot, start:stop] = tokens
+        self._attention_mask[slot, start:stop] = 1
+        self._next_column[slot] = stop
+        self._lengths[slot] += len(tokens)
+
     def response_lengths(self, slots: IntArray) -> IntArray:
         """(n,) number of response tokens in each of `slots`."""
         return self._next_column[slots] - self._response_start[slots]
@@ -70,8 +79,9 @@ class Slots:
         return self._ids[slot, self._response_start[slot] : self._next_column[slot]].copy()
 
     def responses(self, slots: IntArray) -> list[IntArray]:
-        """The responses of `slots`, copies."""
-        return [self.response(slot) for slot in slots.tolist()]
+        """The responses of `slots`, views: the task copies what it hands to functions of the caller."""
+        ends = zip(slots.tolist(), self._response_start[slots].tolist(), self._next_column[slots].tolist(), strict=True)
+        return [self._ids[slot, start:stop] for slot, start, stop in ends]
 
     def prompt(self, slot: int) -> IntArray:
         """The slot's prompt, a copy."""

@@ -137,5 +137,4 @@ class Stream:
                 continue
             self._slots.begin(slot, self._prompts[index])
             self.tokens_cut[slot] = self._prompts.tokens_cut[index]
-            for token in response:
-                self._slots.append(np.array([slot]), np.array([token]))
+            self._slots.extend(slot, np.array(response, dtype=np.int64))

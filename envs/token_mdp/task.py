@@ -18,6 +18,7 @@ from token_mdp.rewards import (
     RewardSpec,
     as_components,
     call_batched,
+    check_finite,
     name_prompts,
     without_torch,
 )
@@ -25,6 +26,7 @@ from token_mdp.spaces import observation_space
 
 BoolArray = npt.NDArray[np.bool_]
 ActionMask = bool | Callable[..., Any] | None  # callable: (prompts, responses, **columns) -> (n, V) of True or False
+ResponsesOf = Callable[[IntArray], list[IntArray]]  # rows of a batch -> their responses
 STOP, LENGTH = int(FinishReason.STOP), int(FinishReason.LENGTH)  # looking up an Enum's member costs 1 µs, per step
 
 
@@ -57,8 +59,8 @@ class TokenTask:
         reward_on: Literal["tokens", "text"] = "tokens",
         observation: Literal["dict", "flat"] = "dict",
     ) -> None:
-        check_count("vocab_size", vocab_size)
-        check_count("max_new_tokens", max_new_tokens)
+        vocab_size = check_count("vocab_size", vocab_size)
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         check_choice("limit", limit, ("terminate", "truncate"))
         check_choice("reward_on", reward_on, ("tokens", "text"))
         check_choice("observation", observation, ("dict", "flat"))
@@ -66,6 +68,8 @@ class TokenTask:
         check_function("potential_fn", potential_fn)
         if reward_fn is None:
             raise ValueError("reward_fn is missing; hand in a function (prompts, responses, **columns) -> (n,)")
+        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+            raise ValueError(f"tokenizer ({tokenizer!r:.80}) must be None or have a method decode(ids) -> str")
         if reward_on == "text" and tokenizer is None:
             raise ValueError("reward_on='text' needs a tokenizer to decode the responses with")
         if step_boundary_ids is not None and process_reward_fn is None:
@@ -104,16 +108,14 @@ class TokenTask:
         """What a saved state must share with the env that goes on from it, as plain values."""
         return {
             "prompts": self.prompts.digest(),
+            "vocab_size": self.vocab_size,
+            "stop_token_ids": np.flatnonzero(self.is_stop).tolist(),
             "max_new_tokens": self.max_new_tokens,
+            "limit": "terminate" if self._limit_terminates else "truncate",
+            "reward components": len(self._components),
             "pays steps": self.pays_steps,
             "flat": self.flat,
         }
-
-    def check_identity(self, saved: Mapping[str, Any]) -> None:
-        """Refuse the state of an env that played another task, as its `identity` tells."""
-        for name, mine in self.identity().items():
-            if saved[name] != mine:
-                raise ValueError(f"the saved state has {name} = {saved[name]}, this env {mine}")
 
     def finish_reasons(self, tokens: IntArray, lengths: IntArray) -> npt.NDArray[np.int8]:
         """(n,) FinishReason of each state after `tokens` (n,) made its response `lengths` (n,) long; 0 goes on."""
@@ -136,27 +138,24 @@ class TokenTask:
         for name, fn, weight in self._components:
             role = f"reward_fn[{name!r}]" if name else "reward_fn"
             value = self._call(role, fn, prompt_indices, responses)
-            total += weight * value
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the prompts
+                total += weight * value
             if name:
                 values[name] = value
+        check_finite("the weighted sum of reward_fn has", total, prompt_indices)
         return total, values
 
     def process_rewards(
-        self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray], ended: BoolArray
+        self, prompt_indices: IntArray, tokens: IntArray, responses: ResponsesOf, ended: BoolArray
     ) -> FloatArray:
         """(n,) rewards of the newest steps, 0 where the newest token closes none; the end closes one in any case."""
         assert self._process_reward_fn is not None, "process rewards are asked for only where there is a function"
-        rewards = np.zeros(len(responses))
-        if self._is_boundary is None:
-            due = np.arange(len(responses))
-        else:
-            newest = np.array([response[-1] for response in responses], dtype=np.int64)
-            due = np.flatnonzero(self._is_boundary[newest] | ended)
+        rewards = np.zeros(len(tokens))
+        due = np.arange(len(tokens))
+        if self._is_boundary is not None:
+            due = np.flatnonzero(self._is_boundary[tokens] | ended)
         if len(due):
-            indices = np.asarray(prompt_indices)[due]
-            rewards[due] = self._call(
-                "process_reward_fn", self._process_reward_fn, indices, [responses[row] for row in due]
-            )
+            rewards[due] = self._call("process_reward_fn", self._process_reward_fn, prompt_indices[due], responses(due))
         return rewards
 
     def potentials(self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]) -> FloatArray:
@@ -166,8 +165,9 @@ class TokenTask:
 
     def step_rewards(
         self,
-        prompt_indices: Sequence[int] | IntArray,
-        responses: list[IntArray],
+        prompt_indices: IntArray,
+        tokens: IntArray,
+        responses: ResponsesOf,
         reasons: npt.NDArray[np.int8],
         potentials: FloatArray,
     ) -> tuple[FloatArray, dict[str, FloatArray], FloatArray]:
@@ -179,7 +179,9 @@ class TokenTask:
 
         Args:
             prompt_indices: (n,) prompts of the states.
-            responses: the responses, newest token included.
+            tokens: (n,) the newest tokens.
+            responses: gives the responses at some of the n rows, newest token included; asked only for those that a
+                function of the caller is to see, since they are long.
             reasons: (n,) FinishReason of each, 0 where the episode goes on.
             potentials: (n,) Φ of the states before the step.
 
@@ -188,18 +190,23 @@ class TokenTask:
         """
         parts: dict[str, FloatArray] = {}
         if self._process_reward_fn is not None:
-            parts["process"] = self.process_rewards(prompt_indices, responses, reasons != 0)
+            parts["process"] = self.process_rewards(prompt_indices, tokens, responses, reasons != 0)
         if self.shapes:
-            after = np.zeros(len(responses))
+            after = np.zeros(len(tokens))
             alive = np.flatnonzero(~self.is_terminal(reasons))
             if len(alive):
-                after[alive] = self.potentials(np.asarray(prompt_indices)[alive], [responses[row] for row in alive])
-            parts["shaping"] = self._gamma * after - potentials
+                after[alive] = self.potentials(prompt_indices[alive], responses(alive))
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the prompts
+                parts["shaping"] = self._gamma * after - potentials
+            check_finite("the shaping by potential_fn has", parts["shaping"], prompt_indices)
             potentials = after
-        return np.sum(list(parts.values()), axis=0), parts, potentials
+        with np.errstate(over="ignore", invalid="ignore"):
+            paid = np.sum(list(parts.values()), axis=0)
+        check_finite("the sum of process_reward_fn and shaping has", paid, prompt_indices)
+        return paid, parts, potentials
 
     def allowed_tokens(self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]) -> BoolArray:
-        """(n, V) which tokens may come next; all of them unless `action_mask` is a function."""
+        """(n, V) which tokens may come next, all unless `action_mask` is a function; perhaps its own array."""
         shape = (len(responses), self.vocab_size)
         if not callable(self.action_mask) or not responses:
             return np.ones(shape, dtype=np.bool_)
@@ -221,7 +228,7 @@ class TokenTask:
                 f"action_mask must return shape {shape} with at least one token allowed per row, got shape "
                 f"{allowed.shape} ({name_prompts(indices)})"
             )
-        return allowed.astype(np.bool_)  # a copy: the function may use its buffer again
+        return allowed.astype(np.bool_, copy=False)
 
     def _call(
         self, role: str, fn: RewardFn, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]

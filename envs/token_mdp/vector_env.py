@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from token_mdp.actions import checked_tokens
-from token_mdp.checks import check_choice, check_count, check_flag, check_render_mode
+from token_mdp.checks import check_choice, check_count, check_flag, check_identity, check_render_mode
 from token_mdp.env import NO_EPISODE
 from token_mdp.episodes import Episode, FloatArray, IntArray
 from token_mdp.infos import SlotInfos, put
@@ -51,11 +51,11 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     paid by the steps.
 
     ## Info
-    As in `TokenEnv`, with Gymnasium's `_key` masks; besides `episode_id` (B,) (counted from 0, -1 in a slot that never
-    got an episode) and `active` (B,) bool.
+    As in `TokenEnv`, with Gymnasium's `_key` masks; besides `episode_id` (B,) (counted from 0) and `active` (B,) bool.
+    In a slot that got no episode from the stream, `episode_id` and `prompt_index` are -1.
 
     ## Arguments
-    Those of `TokenEnv`, and:
+    Those of `TokenEnv` but `prompt_queue`, and:
     num_envs: B.
     reward_mode: "immediate" or "deferred".
     autoreset_mode: Gymnasium's mode, as a string or Enum.
@@ -73,6 +73,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     def __init__(
         self,
         prompts: Sequence[Any],
+        *,
         num_envs: int,
         vocab_size: int,
         stop_token_ids: Iterable[int] | int,
@@ -81,23 +82,23 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         reward_fn: RewardSpec | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
         process_reward_fn: RewardFn | None = None,
-        reward_mode: Literal["immediate", "deferred"] = "immediate",
-        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
-        max_episodes: int | None = None,
-        limit: Literal["terminate", "truncate"] = "terminate",
-        shuffle: bool = True,
-        copy: bool = True,
-        action_mask: ActionMask = None,
-        tokenizer: Any = None,
-        reward_on: Literal["tokens", "text"] = "tokens",
-        render_mode: str | None = None,
-        max_episode_steps: int | None = None,
         step_boundary_ids: Iterable[int] | int | None = None,
         potential_fn: RewardFn | None = None,
         gamma: float = 1.0,
+        limit: Literal["terminate", "truncate"] = "terminate",
+        shuffle: bool = True,
+        action_mask: ActionMask = None,
+        tokenizer: Any = None,
+        reward_on: Literal["tokens", "text"] = "tokens",
         observation: Literal["dict", "flat"] = "dict",
+        render_mode: str | None = None,
+        reward_mode: Literal["immediate", "deferred"] = "immediate",
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        max_episodes: int | None = None,
+        copy: bool = True,
+        max_episode_steps: int | None = None,
     ) -> None:
-        check_count("num_envs", num_envs)
+        num_envs = check_count("num_envs", num_envs)
         check_choice("reward_mode", reward_mode, ("immediate", "deferred"))
         check_flag("shuffle", shuffle)
         check_render_mode(render_mode, self.metadata["render_modes"])
@@ -105,15 +106,16 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         mode = getattr(autoreset_mode, "value", autoreset_mode)
         check_choice("autoreset_mode", mode, tuple(choice.value for choice in AutoresetMode))
         if max_episodes is not None:
-            check_count("max_episodes", max_episodes)
+            max_episodes = check_count("max_episodes", max_episodes)
         if max_episode_steps is not None:
-            check_count("max_new_tokens", max_new_tokens)
-            check_count("max_episode_steps", max_episode_steps)
+            max_new_tokens = min(
+                check_count("max_new_tokens", max_new_tokens), check_count("max_episode_steps", max_episode_steps)
+            )
         self.task = TokenTask(
             prompts=prompts,
             vocab_size=vocab_size,
             stop_token_ids=stop_token_ids,
-            max_new_tokens=max_new_tokens if max_episode_steps is None else min(max_new_tokens, max_episode_steps),
+            max_new_tokens=max_new_tokens,
             max_prompt_length=max_prompt_length,
             reward_fn=reward_fn,
             columns=columns,
@@ -133,7 +135,6 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.render_mode = render_mode
-        self.reward_mode = reward_mode
         self.autoreset_mode = AutoresetMode(mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
         self.copy = copy
@@ -147,6 +148,11 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self._finish_reason = np.zeros(num_envs, dtype=np.int8)  # (B,) 0 while the episode goes on
 
     @property
+    def reward_mode(self) -> str:
+        """When whole responses are paid for, "immediate" or "deferred"; fixed for the life of the env."""
+        return "deferred" if self._rewards.deferred else "immediate"
+
+    @property
     def active(self) -> BoolArray:
         """(B,) False for slots that are parked until the next reset."""
         return self._stream.active
@@ -157,7 +163,8 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         """Start a new stream in all slots, or new episodes in some.
 
         Without a seed the prompt queue goes on where it stands; prompts of episodes that were cut short by the reset
-        do not come again in this pass. A seed starts everything over: queue, episode ids, episodes not yet flushed.
+        do not come again in this pass. A seed starts everything over: queue, episode ids, episodes not yet flushed;
+        with a `reset_mask`, which goes on with the stream, the queue alone.
 
         Args:
             seed: seeds `np_random`, which shuffles the prompts.
@@ -208,7 +215,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             terminated[done] = self.task.is_terminal(reasons[ended])
             truncated[done] = ~terminated[done]
         self._ready = False  # until all rewards are paid
-        rewards, step_infos, end_infos = self._rewards.pay(running, lengths, reasons)
+        rewards, step_infos, end_infos = self._rewards.pay(running, tokens, lengths, reasons)
         self._show(done)
 
         infos: dict[str, Any] = {}
@@ -279,17 +286,17 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             "stream": self._stream.state_dict(),
             "finish_reason": self._finish_reason.tolist(),
             "rewards": self._rewards.state_dict(),
-            "task": self.task.identity(),
+            "task": self._identity(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly as the env that gave `state`: `reset()` for the next stream, or `observe()` and `step()`.
 
         Raises:
-            ValueError: the state is of an env with other prompts, another number of slots or of new tokens, another
-                layout of observations, or one that pays steps where this does not or the other way round.
+            ValueError: the state is of an env with another number of slots, or with other prompts, V, stop tokens, T,
+                limit, layout of observations, reward mode, number of reward components, or payment of steps.
         """
-        self.task.check_identity(state["task"])
+        check_identity(state["task"], self._identity())
         self._stream.load_state_dict(state["stream"], self.np_random)
         self._ready = False  # until all went well
         self.np_random.bit_generator.state = state["np_random"]
@@ -298,6 +305,9 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self._finish_reason[:] = state["finish_reason"]
         if state["ready"]:
             self._observe(self._every_slot)  # which asks action_mask about the restored states
+
+    def _identity(self) -> dict[str, Any]:
+        return self.task.identity() | {"reward_mode": self.reward_mode}
 
     def _observe(self, slots: IntArray) -> tuple[VectorObservation, dict[str, Any]]:
         self._ready = False  # until action_mask went well

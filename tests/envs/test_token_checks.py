@@ -27,8 +27,12 @@ REFUSED = [
     (check_count, (0, -1, 1.0, "1", None, True, np.float64(3)), "an integer and at least 1"),
     (check_share, (-0.1, 1.1, float("nan"), "x", None, True, 1j), "a number in 0..1"),
     (check_flag, (0, 1, "yes", None), "True or False"),
-    (lambda name, value: check_choice(name, value, ("a", "b")), ("c", "A", None, 3), "one of ('a', 'b')"),
-    (lambda name, value: check_render_mode(value, ["ansi"]), ("human", 1), "None or one of ['ansi']"),
+    (
+        lambda name, value: check_choice(name, value, ("a", "b")),
+        ("c", "A", None, 3, np.ones(2), ["a"]),
+        "one of ('a', 'b')",
+    ),
+    (lambda name, value: check_render_mode(value, ["ansi"]), ("human", 1, np.ones(2), {}), "None or one of ['ansi']"),
     (check_function, (3, "len", [len]), "a function (prompts, responses, **columns) -> (n,)"),
 ]
 

@@ -245,13 +245,14 @@ def test_an_action_mask_that_is_neither_bool_nor_0_and_1_is_refused(mask, shown)
         env.reset(options={"prompt_index": 2})
 
 
+@pytest.mark.parametrize("make", [TokenEnv, lambda **arguments: TokenVectorEnv(num_envs=1, **arguments)])
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int64, np.float32])
-def test_an_action_mask_may_be_bool_or_0_and_1(dtype):
+def test_an_action_mask_may_be_bool_or_0_and_1(make, dtype):
     mask = np.array([[1, 0] * 4], dtype=dtype)
-    env = TokenEnv(**task(action_mask=lambda prompts, responses: mask))
+    env = make(**task(action_mask=lambda prompts, responses: mask))
     env.reset()
     mask[:] = 1  # the function's buffer, not the env's
-    assert env.action_masks().tolist() == [True, False] * 4
+    assert env.action_masks().ravel().tolist() == [True, False] * 4
 
 
 def test_an_action_mask_may_be_a_tensor_with_a_gradient_or_in_bfloat16():
@@ -330,6 +331,37 @@ def test_a_shuffling_queue_and_no_shuffling_contradict_each_other():
     assert [env.reset()[1]["prompt_index"] for _ in range(3)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), r"num_prompts \(0\) must be an integer"),
+        (("3",), r"num_prompts \('3'\) must be an integer"),
+        ((3, "no"), r"shuffle \('no'\) must be True or False"),
+    ],
+)
+def test_a_queue_refuses_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PromptQueue(*arguments)
+
+
+def test_a_queue_deals_only_once_it_has_a_random_generator():
+    with pytest.raises(ResetNeeded, match="before restart"):
+        PromptQueue(3).draw()
+    with pytest.raises(ValueError, match=r"prompt_queue \(3\) must be None or a PromptQueue"):
+        TokenEnv(**task(prompt_queue=3))
+
+
+def test_a_tokenizer_that_fails_is_named_with_the_prompts():
+    class Failing:
+        def decode(self, ids, skip_special_tokens=False):
+            raise UnicodeError("half a character")
+
+    env = TokenEnv(**task(tokenizer=Failing(), reward_on="text"))
+    env.reset(options={"prompt_index": 2})
+    with pytest.raises(RewardError, match=r"tokenizer.decode raised UnicodeError.*prompt indices \[2\]"):
+        env.step(END)
+
+
 def test_rewards_on_text_get_decoded_strings_without_special_tokens():
     seen = []
 
@@ -354,6 +386,30 @@ def test_ansi_tells_prompt_response_and_reward_apart():
     env.reset(options={"prompt_index": 0})
     play(env, END)
     assert env.render() == "prompt   │ 1\nresponse │ 7\nreward   │ 107 (stop)"
+
+
+@pytest.mark.parametrize("mode", ["ansi", "human"])
+def test_the_reward_shown_is_that_of_all_steps_together(mode):
+    env = TokenEnv(**task(render_mode=mode, process_reward_fn=lambda p, r: [0.25], reward_fn=lambda p, r: [1.0]))
+    with redirect_stdout(io.StringIO()) as shown:
+        env.reset(options={"prompt_index": 0})
+        play(env, 1, 2, END)
+    text = env.render() if mode == "ansi" else shown.getvalue().rstrip()
+    assert text.endswith("reward   │ 1.75 (stop)")  # 3 · 0.25 + 1
+
+
+def test_human_shows_the_response_anew_where_a_token_changes_earlier_text():
+    class Merging:
+        def decode(self, ids):
+            return "".join("ab"[token % 2] for token in ids).replace("ab", "X")
+
+    human, ansi = (TokenEnv(**task(tokenizer=Merging(), render_mode=mode)) for mode in ("human", "ansi"))
+    with redirect_stdout(io.StringIO()) as shown:
+        for env in (human, ansi):
+            env.reset(options={"prompt_index": 0})
+            play(env, 2, 2, END)  # a, aa, aX
+    assert shown.getvalue() == "prompt   │ b\nresponse │ aa\nresponse │ aX\nreward   │ 127 (stop)\n"
+    assert "response │ aX" in ansi.render()
 
 
 def test_human_streams_the_episode_to_stdout():

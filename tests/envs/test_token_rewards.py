@@ -42,6 +42,7 @@ def raising(prompts, responses):
         (raising, r"reward_fn raised KeyError: 'answer' \(prompt indices \[0, 1, 2\]\)"),
         (lambda p: [1.0], r"reward_fn raised TypeError.*prompt indices \[0, 1, 2\]"),
         ({"style": raising}, r"reward_fn\['style'\] raised KeyError"),
+        ({"huge": (lambda p, r: [1e308, 1.0, 1.0], 10.0)}, r"weighted sum of reward_fn has 1 values .*: \{0: inf\}"),
     ],
 )
 def test_a_bad_reward_names_the_function_the_fault_and_the_prompts(reward_fn, message):
@@ -161,6 +162,8 @@ def test_a_list_of_components_is_named_after_its_functions():
         ({"a": 3.0}, r"reward_fn\['a'\]"),
         ({"a": (lengths, "much")}, r"reward_fn\['a'\]"),
         ({"a": (lengths, float("nan"))}, r"reward_fn\['a'\]"),
+        ((lengths, 0.5), r"is a function and its weight; put the pair into a list"),
+        ([lengths, 0.5], r"is a function and its weight; put the pair into a list"),
     ],
 )
 def test_bad_components_are_refused(reward_fn, message):
@@ -188,3 +191,8 @@ def test_copies_of_a_shared_model_are_the_same_model():
     assert pickle.loads(pickle.dumps(shared)).bias == 2.0
     with pytest.raises(ValueError, match=r"prompts \(Shared\(\[\[1\]\]\)\) must be a sequence"):
         TokenEnv(**task(prompts=Shared([[1]])))  # the handle calls and answers, but is no list
+
+
+def test_a_shared_model_in_a_list_is_named_after_itself():
+    *_, infos = ends_of_all_slots(reward_fn=[Shared(Model(1.0)), Shared(lengths)])
+    assert {"reward/Model", "reward/lengths"} <= infos["final_info"].keys()

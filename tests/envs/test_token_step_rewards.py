@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from token_tasks import END, task
 
-from token_mdp import TokenEnv, TokenVectorEnv
+from token_mdp import RewardError, TokenEnv, TokenVectorEnv
 
 NEWLINE = 6
 
@@ -62,6 +62,38 @@ def test_the_vector_env_asks_for_all_process_rewards_of_a_step_in_one_call():
     _, rewards, *_ = env.step(np.array([NEWLINE, 1, END]))
     assert batches == [["a", "c"]]
     assert rewards.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_a_step_that_closes_nowhere_looks_at_no_response(monkeypatch):
+    # Responses are long: looking at all of them would make every step cost by their length.
+    asked = []
+    arguments = task(process_reward_fn=newest_token, step_boundary_ids=NEWLINE, reward_fn=zero, max_new_tokens=9)
+    env = TokenVectorEnv(num_envs=3, **arguments)
+    env.reset()
+    responses = env._slots.responses
+    monkeypatch.setattr(env._slots, "responses", lambda slots: asked.append(slots.tolist()) or responses(slots))
+    env.step(np.array([1, 1, 1]))
+    assert asked == []
+    env.step(np.array([1, NEWLINE, 1]))
+    assert asked == [[1]]
+
+
+def test_functions_for_steps_cannot_reach_the_envs_own_tokens():
+    def vandal(prompts, responses):
+        for ids in prompts + responses:
+            ids[:] = 0
+        return np.zeros(len(responses))
+
+    def vandal_mask(prompts, responses):
+        vandal(prompts, responses)
+        return np.ones((len(responses), 8), dtype=bool)
+
+    arguments = task(process_reward_fn=vandal, potential_fn=vandal, reward_fn=vandal, action_mask=vandal_mask)
+    for env in (TokenEnv(**arguments), TokenVectorEnv(num_envs=1, autoreset_mode="NextStep", **arguments)):
+        env.reset(options={"prompt_index": 2})
+        for token in (5, END):
+            observation, *_ = env.step(np.array(token).reshape(env.action_space.shape))
+        assert observation["input_ids"].ravel().tolist() == [4, 5, 6, 5, END, 0, 0]
 
 
 def test_deferred_mode_pays_steps_at_once_and_keeps_them_in_the_records():
@@ -141,6 +173,21 @@ def test_each_step_pays_the_difference_of_potentials():
     # 0.5·11 - 10, 0.5·12 - 11, 0.5·0 - 12
     assert rewards == [-4.5, -5.0, -12.0]
     assert [info["reward/shaping"] for info in infos] == rewards
+
+
+def test_sums_of_step_rewards_that_overflow_are_refused():
+    def huge(sign):
+        return lambda prompts, responses: [sign * 1.5e308] * len(responses)
+
+    shaped = task(potential_fn=lambda p, r: [1.5e308 if len(r[0]) else -1.5e308])
+    for arguments, message in (
+        (shaped, r"shaping by potential_fn has 1 values .*: \{2: inf\}"),
+        (task(process_reward_fn=huge(-1), potential_fn=huge(1)), r"sum of process_reward_fn and shaping has 1 values"),
+    ):
+        env = TokenEnv(**arguments)
+        env.reset(options={"prompt_index": 2})
+        with pytest.raises(RewardError, match=message):
+            env.step(END if arguments is not shaped else 1)
 
 
 def test_a_truncated_state_keeps_its_potential():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 from token_tasks import task
 
 from token_mdp import TokenEnv, TokenVectorEnv
@@ -16,6 +17,12 @@ def envs_of(**changes):
     [
         ({"prompts": []}, "prompts is empty"),
         ({"prompts": None}, r"prompts \(None\) must be a sequence"),
+        ({"prompts": {(1,), (2,)}}, r"prompts \(\{.*\}\) must be a sequence"),
+        ({"prompts": {0: [1]}}, r"prompts \(\{0: \[1\]\}\) must be a sequence"),
+        ({"prompts": "text"}, r"prompts \('text'\) must be a sequence"),
+        ({"tokenizer": 3}, r"tokenizer \(3\) must be None or have a method decode"),
+        ({"tokenizer": 3, "reward_on": "text"}, r"tokenizer \(3\) must be None or have a method decode"),
+        ({"limit": np.ones(2)}, r"limit \(array\(\[1., 1.\]\)\) must be one of"),
         ({"prompts": [[1], []]}, r"prompts\[1\] has no tokens"),
         ({"prompts": [[1], [2, 8]]}, r"prompts\[1\] contains token 8, outside the vocabulary 0..7"),
         ({"prompts": [[-1]]}, r"prompts\[0\] contains token -1"),
@@ -131,3 +138,24 @@ def test_columns_go_with_the_prompts_by_position_not_by_label():
     env.reset()
     env.step(np.full(3, 7))
     assert seen == [([1], "one"), ([2, 3], "two"), ([4, 5, 6], "three")]
+
+
+def test_the_spaces_are_those_of_the_contract():
+    # P = 3, T = 4, V = 8
+    env = TokenEnv(**task())
+    assert env.action_space == spaces.Discrete(8)
+    assert env.observation_space == spaces.Dict(
+        {
+            "input_ids": spaces.Box(0, 7, (7,), np.int64),
+            "attention_mask": spaces.Box(0, 1, (7,), np.int8),
+            "prompt_length": spaces.Box(0, 3, (1,), np.int64),
+            "length": spaces.Box(0, 7, (1,), np.int64),
+        }
+    )
+    assert TokenEnv(**task(observation="flat")).observation_space == spaces.Box(-1, 7, (7,), np.int64)
+
+
+def test_all_arguments_but_the_prompts_go_by_name():
+    for make in (TokenEnv, TokenVectorEnv):
+        with pytest.raises(TypeError, match="takes 2 positional arguments"):
+            make([[1]], 8, stop_token_ids=7, max_new_tokens=4, reward_fn=len)

@@ -414,6 +414,80 @@ def test_state_is_plain_python_and_does_not_change_with_the_env():
     assert repr(state) == text
 
 
+def test_numpy_numbers_among_the_arguments_leave_a_state_that_torch_loads_with_weights_only():
+    torch = pytest.importorskip("torch")
+    changes = {"max_new_tokens": np.int64(4), "vocab_size": np.int32(VOCAB), "max_prompt_length": np.int64(2)}
+    env = make(num_envs=np.int64(2), max_episodes=np.int64(5), **changes)
+    for options in (None, {"max_episodes": np.int64(3), "prompt_index": np.int64(1)}):
+        env.reset(seed=0, options=options)
+        env.step(np.array([END, 1]))
+        with io.BytesIO() as file:
+            torch.save(env.state_dict(), file)
+            file.seek(0)
+            assert torch.load(file, weights_only=True) == env.state_dict()
+
+
+def test_a_state_before_the_first_reset_or_after_a_failed_reward_restores_an_env_that_wants_a_reset():
+    env = make(num_envs=2, reward_fn=lambda p, r: [float("nan")] * len(r))
+    states = [env.state_dict()]
+    env.reset(seed=0)
+    with pytest.raises(RewardError):
+        env.step(np.array([1, END]))
+    states.append(env.state_dict())
+    for state in states:
+        restored = make(num_envs=2)
+        restored.reset(seed=0)
+        restored.load_state_dict(state)
+        with pytest.raises(ResetNeeded):
+            restored.step(np.array([1, 1]))
+
+
+def test_a_restored_env_knows_how_much_of_its_prompts_was_cut():
+    env, restored = (make(num_envs=3, shuffle=False, max_prompt_length=1) for _ in range(2))
+    env.reset(seed=0)
+    restored.load_state_dict(env.state_dict())
+    assert restored.observe()[1]["prompt_tokens_cut"].tolist() == [0, 1, 2]
+
+
+def test_a_long_state_loads_in_the_time_of_its_rows():
+    writes = []
+    env, restored = (make(num_envs=2, max_new_tokens=50) for _ in range(2))
+    env.reset(seed=0)
+    for _ in range(40):
+        env.step(np.array([1, 2]))
+    restored._slots.append = lambda slots, tokens: writes.append(slots)
+    restored.load_state_dict(env.state_dict())
+    assert writes == []  # not token by token
+    assert_same(restored.observe(), env.observe())
+
+
+def test_a_seed_with_a_reset_mask_starts_the_queue_over_and_goes_on_with_the_stream():
+    env = make(num_envs=2, reward_mode="deferred", autoreset_mode="Disabled")
+    first = env.reset(seed=0)[1]
+    env.step(np.array([END, END]))
+    again = env.reset(seed=0, options={"reset_mask": np.ones(2, dtype=bool)})[1]
+    assert again["prompt_index"].tolist() == first["prompt_index"].tolist() and again["episode_id"].tolist() == [2, 3]
+    assert [episode.episode_id for episode in env.pop_episodes()] == [0, 1]
+
+
+def test_the_first_reset_may_carry_a_mask_of_all_slots():
+    env = make(num_envs=2, shuffle=False, autoreset_mode="Disabled")
+    _, infos = env.reset(options={"reset_mask": np.ones(2, dtype=bool), "prompt_index": 1})
+    assert infos["prompt_index"].tolist() == [1, 1]
+
+
+def test_a_slot_without_an_episode_has_the_prompt_minus_one():
+    env = make(num_envs=2, max_episodes=1)
+    assert env.reset(seed=0)[1]["prompt_index"][1] == -1
+
+
+def test_the_reward_mode_is_fixed_for_the_life_of_an_env():
+    env = make()
+    with pytest.raises(AttributeError, match="reward_mode"):
+        env.reward_mode = "deferred"
+    assert (env.reward_mode, make(reward_mode="deferred").reward_mode) == ("immediate", "deferred")
+
+
 def test_a_state_of_another_env_is_refused():
     env = make(num_envs=2)
     env.reset(seed=0)
@@ -424,6 +498,11 @@ def test_a_state_of_another_env_is_refused():
         ({"prompts": [[1], [2, 3], [4, 5, 0]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
         ({"prompts": [[1, 2], [3], [4, 5, 6]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
         ({"max_new_tokens": 5}, "max_new_tokens = 4, this env 5"),
+        ({"vocab_size": 9}, "vocab_size = 8, this env 9"),
+        ({"stop_token_ids": [6, END]}, r"stop_token_ids = \[7\], this env \[6, 7\]"),
+        ({"limit": "truncate"}, "limit = terminate, this env truncate"),
+        ({"reward_mode": "deferred"}, "reward_mode = immediate, this env deferred"),
+        ({"reward_fn": {"a": weighted_sum, "b": weighted_sum}}, "reward components = 1, this env 2"),
         ({"potential_fn": weighted_sum}, "pays steps = False, this env True"),
         ({"observation": "flat"}, "flat = False, this env True"),
     ):

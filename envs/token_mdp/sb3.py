@@ -8,7 +8,6 @@ Also for sb3-contrib: MaskablePPO finds `action_masks`, RecurrentPPO needs nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ class SB3VecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         """First observations; the seed and the options set before are those of the whole vector env, and used once."""
+        _check_setup(self.env)  # attributes may have been set since
         observations, infos = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
         self.reset_infos = _rows(infos, self.num_envs)
         self._reset_seeds()
@@ -76,26 +76,59 @@ class SB3VecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """The vector env's attribute, once per slot."""
-        value = getattr(self.env.unwrapped, attr_name)
+        """The attribute of the vector env or of a wrapper around it, once per slot."""
+        value = self._found(attr_name)
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of the vector env, which all slots share."""
+        """Set an attribute of the vector env, which all slots share.
+
+        Raises:
+            ValueError: as the constructor would with this value; the attribute stays what it was.
+        """
         if indices is not None:
             raise ValueError(f"the slots share {attr_name!r}; it cannot be set for slots {indices} only")
-        setattr(self.env.unwrapped, attr_name, value)
+        base = self.env.unwrapped
+        before = getattr(base, attr_name, None)
+        setattr(base, attr_name, value)
+        try:
+            _check_setup(self.env)
+        except ValueError:
+            setattr(base, attr_name, before)
+            raise
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method of the vector env that answers for each slot, as `action_masks`; the answers of `indices`."""
-        answers: Sequence[Any] | None = getattr(self.env.unwrapped, method_name)(*method_args, **method_kwargs)
+        """Call a method of the vector env that answers for each slot, as `action_masks`; the answers of `indices`.
+
+        Raises:
+            ValueError: it answers for all slots together, as `observe` and `state_dict` do; call it on `env` itself.
+        """
+        answers = self._found(method_name)(*method_args, **method_kwargs)
+        if answers is not None and not _one_per_slot(answers, self.num_envs):
+            raise ValueError(
+                f"{method_name}() must answer with one value for each of {self.num_envs} slots, got "
+                f"{type(answers).__name__}; call it on the vector env itself"
+            )
         return [None if answers is None else answers[index] for index in self._get_indices(indices)]
+
+    def _found(self, name: str) -> Any:
+        layer: Any = self.env  # Gymnasium's vector wrappers forward no attributes
+        while not hasattr(layer, name) and layer is not self.env.unwrapped:
+            layer = layer.env
+        return getattr(layer, name)
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: VecEnvIndices = None) -> list[bool]:
         """False: wrappers of single envs, which this asks for, are never around a slot."""
         return [False for _ in self._get_indices(indices)]
+
+
+def _one_per_slot(answers: Any, num_envs: int) -> bool:
+    """Whether these are B values; (observations, infos), say, are a pair also where B is 2."""
+    if not isinstance(answers, np.ndarray | list | tuple) or len(answers) != num_envs:
+        return False
+    return isinstance(answers, np.ndarray) or not any(isinstance(answer, dict) for answer in answers)
 
 
 def _rows(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:

@@ -125,6 +125,8 @@ def test_the_adapter_seeds_and_places_prompts():
         env.seed(5)
         rollouts.append([env.reset(), *(env.step(np.array([1, 0, 2])) for _ in range(5))])
     assert_same(*rollouts)
+    unwrapped = gymnasium.make_vec("LitRLHF/Token-v0", num_envs=3).reset(seed=5)[0]
+    assert_same({**rollouts[0][0]}, {**unwrapped})
 
     def prompts():
         return [int(info["prompt_index"]) for info in env.reset_infos]
@@ -155,6 +157,7 @@ def test_the_adapter_reaches_attributes_and_methods_of_the_slots():
     assert env.env_is_wrapped(gymnasium.Wrapper) == [False] * 3
     env.set_attr("comment", "hello")
     assert env.env.unwrapped.comment == "hello"
+    env.env_method("close")  # answers nothing
     with pytest.raises(ValueError, match="slots share 'comment'"):
         env.set_attr("comment", "hello", indices=[0])
     env.close()
@@ -173,6 +176,52 @@ def test_the_adapter_reaches_attributes_and_methods_of_the_slots():
 def test_the_adapter_refuses_what_would_teach_nonsense(arguments, message):
     with pytest.raises(ValueError, match=message):
         native(**arguments)
+
+
+@pytest.mark.parametrize(("name", "value"), [("copy", False), ("max_episodes", 1)])
+def test_the_adapter_refuses_to_be_set_to_what_would_teach_nonsense(name, value):
+    env = native()
+    before = env.get_attr(name)
+    with pytest.raises(ValueError, match=rf"{name} \({value}\) must be"):
+        env.set_attr(name, value)
+    assert env.get_attr(name) == before
+    setattr(env.env.unwrapped, name, value)  # past the adapter
+    with pytest.raises(ValueError, match=rf"{name} \({value}\) must be"):
+        env.reset()
+
+
+def test_the_adapter_cannot_change_when_rewards_are_paid():
+    env = native()
+    with pytest.raises(AttributeError, match="reward_mode"):
+        env.set_attr("reward_mode", "deferred")
+    assert env.get_attr("reward_mode", indices=0) == ["immediate"]
+
+
+def test_the_adapter_finds_attributes_and_methods_of_wrappers():
+    env = SB3VecEnv(TransformReward(RecordEpisodeStatistics(TokenVectorEnv(num_envs=2, **task())), np.negative))
+    (queue, _) = env.get_attr("return_queue")
+    assert queue is env.env.env.return_queue and env.get_attr("reward_mode", indices=0) == ["immediate"]
+    assert not env.has_attr("no_such_thing")
+
+
+@pytest.mark.parametrize("observation", ["dict", "flat"])
+@pytest.mark.parametrize("method", ["observe", "state_dict", "reset"])
+def test_the_adapter_refuses_to_deal_out_an_answer_that_is_for_all_slots_together(method, observation):
+    env = SB3VecEnv(TokenVectorEnv(num_envs=2, **task(observation=observation)))
+    env.reset()
+    with pytest.raises(ValueError, match=rf"{method}\(\) must answer with one value for each of 2 slots"):
+        env.env_method(method)
+
+
+def test_a_step_that_is_both_an_end_and_a_cut_bootstraps_from_nothing():
+    class Both(gymnasium.vector.VectorWrapper):
+        def step(self, actions):
+            observations, rewards, terminated, _, infos = self.env.step(actions)
+            return observations, rewards, terminated, np.ones_like(terminated), infos
+
+    env = SB3VecEnv(Both(TokenVectorEnv(num_envs=2, **task(max_new_tokens=1))))
+    env.reset()
+    assert [info["TimeLimit.truncated"] for info in env.step(np.array([1, END]))[3]] == [False, False]
 
 
 def learns_something(model, steps):

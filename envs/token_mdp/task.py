@@ -133,15 +133,14 @@ class TokenTask:
         self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]
     ) -> tuple[FloatArray, dict[str, FloatArray]]:
         """r(x, y) of whole responses, (n,), and the unweighted components by name (none for a single function)."""
+        if not self._components[0].name:  # a single function, which nothing is added to
+            return self._call("reward_fn", self._components[0].fn, prompt_indices, responses), {}
         total = np.zeros(len(responses))
         values: dict[str, FloatArray] = {}
         for name, fn, weight in self._components:
-            role = f"reward_fn[{name!r}]" if name else "reward_fn"
-            value = self._call(role, fn, prompt_indices, responses)
+            values[name] = self._call(f"reward_fn[{name!r}]", fn, prompt_indices, responses)
             with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the prompts
-                total += weight * value
-            if name:
-                values[name] = value
+                total += weight * values[name]
         check_finite("the weighted sum of reward_fn has", total, prompt_indices)
         return total, values
 

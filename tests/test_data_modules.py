@@ -208,7 +208,7 @@ def test_no_row_left_is_an_error_with_the_reasons(tmp_path):
 
 def test_options_that_cannot_be_honoured_are_refused_by_name(tmp_path):
     source, tokenizer = sft_file(tmp_path), word_tokenizer(WORDS)
-    with pytest.raises(UserError, match="data.validation is still 'demo' while data.train is"):
+    with pytest.raises(UserError, match=r"data.validation is still 'demo' while data.train is"):
         SFTDataModule(source)
     with pytest.raises(UserError, match="max_tokens and batch_size are both null"):
         SFTDataModule(source, None, max_tokens=None)

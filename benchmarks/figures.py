@@ -49,6 +49,7 @@ def optimality(rows: list[dict[str, Any]]) -> Figure:
         "dpo": ("DPO, exact preferences", ORANGE, "s"),
         "reward_model": ("optimum of the learnt reward", GREEN, "^"),
     }
+    rows = [row for row in rows if row["algorithm"] in shown]
     problems = list(dict.fromkeys(row["mdp"] for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.7), layout="constrained", sharex=True)
     for axis, key, bound, title in (

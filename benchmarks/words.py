@@ -2,12 +2,14 @@
 
 Here the policy is a neural network, played in slots, trained in packed batches by `Trainer.fit`, and read back by the
 oracle with plain forward passes. A sentence has up to three words of three and ends there or by the end token before:
-words earn, one of them most of all after another, and what is no such sentence earns nothing.
+words earn, one of them most of all after another, and what is no such sentence earns nothing. TRL may play, too.
 """
 
 import itertools
 import json
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from benchmarks import workload
+from benchmarks.rounds import Contestant
 from benchmarks.workload import BOS, EOS, FIRST_WORD, PAD
 from lit_rlhf import DPO, PPO, FixedKL, PreferenceDataModule, RolloutDataModule
 from lit_rlhf.data.examples import FEATURES, PreferenceDataset
@@ -28,6 +32,8 @@ from lit_rlhf.rewards import Reward
 SHAPE = workload.Shape(hidden=32, layers=2, heads=4, kv_heads=4, intermediate=64, vocabulary=6, tied=False, context=16)
 # Two tokens: with rotary positions, a Llama that has seen one token again and again cannot tell how often.
 PROMPT = [BOS, FIRST_WORD]
+ITERATIONS, EPISODES, EPOCHS = 200, 256, 10  # of PPO, of each of its iterations, and of DPO over all pairs
+LEARNING_RATES = {"ppo": (1e-3, 2e-3, 4e-3), "dpo": (1.5e-3, 3e-3, 6e-3)}  # the peer's; ours take those in the middle
 
 
 def word_problem(folder: Path, seed: int = 0, steps: int = 200) -> Problem:
@@ -81,14 +87,19 @@ class TreeReward(Reward):
 
 
 def learn_ppo_module(
-    problem: Problem, folder: Path, beta: float, iterations: int = 200, rollout_size: int = 256, seed: int = 0
+    problem: Problem,
+    folder: Path,
+    beta: float,
+    iterations: int = ITERATIONS,
+    rollout_size: int = EPISODES,
+    seed: int = 0,
 ) -> PPO:
     """`lit_rlhf.PPO` from the reference in `folder`, plain: β from the first step to the last."""
     torch.manual_seed(seed)
     module = PPO(
         str(folder),
         kl=FixedKL(beta),
-        learning_rate=2e-3,
+        learning_rate=LEARNING_RATES["ppo"][1],
         lr_scheduler="linear",
         value_coef=1.0,
         gae_lambda=1.0,
@@ -127,10 +138,11 @@ class IdPairs(PreferenceDataModule):
 
 
 def learn_dpo_module(
-    folder: Path, pairs: list[workload.Pair], beta: float, epochs: int = 10, batch_size: int = 256
+    folder: Path, pairs: list[workload.Pair], beta: float, epochs: int = EPOCHS, batch_size: int = 256
 ) -> DPO:
     """`lit_rlhf.DPO` from the reference in `folder`."""
-    module = DPO(str(folder), beta=beta, learning_rate=3e-3, lr_scheduler="linear", cache_reference=True)
+    learning_rate = LEARNING_RATES["dpo"][1]
+    module = DPO(str(folder), beta=beta, learning_rate=learning_rate, lr_scheduler="linear", cache_reference=True)
     fit(module, IdPairs(pairs, batch_size=batch_size, tokenizer=module.tokenizer), epochs)
     return module
 
@@ -164,3 +176,61 @@ def fit(module: AlignmentModule, data: LightningDataModule, epochs: int) -> None
         enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(module, data)
+
+
+def learn_trl(
+    task: str, problem: Problem, folder: Path, pairs: list[workload.Pair], beta: float, rate: float, python: str
+) -> tuple[Any, float]:
+    """The model that TRL's trainer makes of the reference in `folder`, and the CPU seconds it took."""
+    tree, output = problem.tree, folder / f"trl_{task}"
+    rewards = problem.reward_fn(problem.prompts[0], tree.completions, tree.lengths).tolist()
+    texts = [" ".join(map(str, row[:n])) for row, n in zip(tree.completions.tolist(), tree.lengths, strict=True)]
+    known = {"prompt": PROMPT, "max_new_tokens": tree.max_new_tokens, "pairs": pairs}
+    (folder / "words.json").write_text(json.dumps(known | {"rewards": dict(zip(texts, rewards, strict=True))}))
+    command = [python, "-m", "benchmarks.words_trl", f"--task={task}", f"--folder={folder}", f"--output={output}"]
+    passes = ITERATIONS if task == "ppo" else EPOCHS
+    command += [f"--beta={beta}", f"--learning_rate={rate}", f"--passes={passes}"]
+    peer = Contestant(f"trl_{task}", command, threads=1)
+    seconds = peer.play()["seconds"]
+    peer.close()
+    return AutoModelForCausalLM.from_pretrained(output), seconds
+
+
+def measure_words(
+    betas: Sequence[float], algorithms: Container[str], pythons: dict[str, str | None]
+) -> Iterator[dict[str, Any]]:
+    """A line for each of the algorithms and β, and for each learning rate of the peer.
+
+    Args:
+        betas: weights of the KL.
+        algorithms: names among ppo_module, dpo_module, trl_ppo and trl_dpo.
+        pythons: for each that is TRL's, a Python that has it; None = leave it out.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        problem = word_problem(folder)
+        pairs = all_pairs(problem, is_sentence(problem.tree))
+        ours: dict[str, Callable[[float], Any]] = {
+            "ppo": lambda beta: learn_ppo_module(problem, folder, beta),
+            "dpo": lambda beta: learn_dpo_module(folder, pairs, beta),
+        }
+        data = {"ppo": {"episodes": ITERATIONS * EPISODES}, "dpo": {"pairs": len(pairs), "epochs": EPOCHS}}
+        for beta, (task, learn) in itertools.product(betas, ours.items()):
+            rates = LEARNING_RATES[task]
+            if f"{task}_module" in algorithms:
+                start = time.process_time()
+                model = learn(beta).policy.model
+                figures = {"seconds": time.process_time() - start, "learning_rate": rates[1]}
+                yield judged(f"{task}_module", problem, beta, model) | figures | data[task]
+            python = pythons[f"trl_{task}"]
+            for rate in rates if f"trl_{task}" in algorithms and python is not None else ():
+                model, seconds = learn_trl(task, problem, folder, pairs, beta, rate, python)
+                figures = {"seconds": seconds, "learning_rate": rate}
+                yield judged(f"trl_{task}", problem, beta, model) | figures | data[task]
+
+
+def judged(algorithm: str, problem: Problem, beta: float, model: Any) -> dict[str, Any]:
+    """How far a model is from the optimum."""
+    evaluation = problem.oracle(beta).evaluate(causal_lm(model))
+    figures = {"gap": evaluation.gap, "kl_to_optimum": evaluation.kl_to_optimum}
+    return {"algorithm": algorithm, "mdp": problem.name, "beta": beta} | figures

@@ -21,10 +21,12 @@ from benchmarks.optimality import (
     learn_ppo,
     learn_preferences,
     learn_reward_model,
+    print_table,
     sampled_pairs,
 )
 from benchmarks.words import PROMPT, SHAPE, all_pairs, is_sentence, learn_dpo_module, learn_ppo_module, word_problem
-from benchmarks.workload import EOS, FIRST_WORD
+from benchmarks.words_trl import TableReward
+from benchmarks.workload import EOS, FIRST_WORD, PAD
 from lit_rlhf.losses import (
     bco_pair_loss,
     conservative_dpo_loss,
@@ -39,6 +41,15 @@ from lit_rlhf.oracle import TablePolicy, bayes_accuracy, causal_lm, kl_divergenc
 
 PROBLEMS = {problem.name: problem for problem in small_problems()}
 EVERYWHERE = [pytest.param(name, beta, marks=pytest.mark.slow) for name in PROBLEMS for beta in BETAS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that threads would mostly wait for one another, for minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class TestPPO:
@@ -267,3 +278,23 @@ class TestModules:
         assert torch.allclose(once, thrice, atol=1e-6)
         apart = [policy(torch.tensor(PROMPT), torch.full((1, n), FIRST_WORD)) for n in (0, 2)]
         assert not torch.allclose(*apart, atol=1e-3)
+
+    def test_the_peer_is_paid_for_each_completion_at_its_last_token_what_ours_is(self, words):
+        tree, rewards = words.tree, words.reward_fn(words.prompts[0], None, None)
+        ended = torch.arange(tree.max_new_tokens) >= tree.lengths[:, None]
+        texts = [" ".join(map(str, row[:n])) for row, n in zip(tree.completions.tolist(), tree.lengths, strict=True)]
+        table = TableReward(len(PROMPT), dict(zip(texts, rewards.tolist(), strict=True)))
+        ids = torch.cat([torch.tensor(PROMPT).repeat(len(ended), 1), tree.completions.masked_fill(ended, PAD)], dim=1)
+        mask = torch.cat([torch.ones(len(ended), len(PROMPT), dtype=torch.bool), ~ended], dim=1)
+        paid = table.score(table.backbone(input_ids=ids, attention_mask=mask).hidden_states[-1])
+        last = len(PROMPT) + tree.lengths - 1
+        assert torch.equal(paid[torch.arange(len(last)), last, 0], rewards.float())
+
+
+def test_the_table_shows_of_a_peers_learning_rates_the_one_that_came_nearest(capsys):
+    line = {"mdp": "words", "beta": 0.1, "seconds": 1.0}
+    figures = [{"gap": 0.5, "kl_to_optimum": 0.75}, {"gap": 0.25, "kl_to_optimum": 0.125}]
+    rows = [{"algorithm": "trl_ppo"} | line | figure for figure in figures]
+    print_table([{"algorithm": "ppo_module"} | line | figures[0] | {"beta": 0.5}, *rows])
+    said = capsys.readouterr().out
+    assert "25.000% | 0.12500" in said and said.count("75000") == 1

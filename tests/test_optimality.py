@@ -244,7 +244,7 @@ class TestModules:
         [
             (0.1, 60, 0.02, 0.1),
             pytest.param(0.1, 200, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
-            pytest.param(0.5, 200, 0.01, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+            pytest.param(0.5, 200, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
         ],
     )
     def test_ppo_through_the_trainer_reaches_the_optimum(self, words, folder, beta, iterations, gap, kl):

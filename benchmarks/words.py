@@ -181,7 +181,7 @@ def fit(module: AlignmentModule, data: LightningDataModule, epochs: int) -> None
 def learn_trl(
     task: str, problem: Problem, folder: Path, pairs: list[workload.Pair], beta: float, rate: float, python: str
 ) -> tuple[Any, float]:
-    """The model that TRL's trainer makes of the reference in `folder`, and the CPU seconds it took."""
+    """The model that TRL's trainer makes of the reference in `folder`, and its CPU seconds, import included."""
     tree, output = problem.tree, folder / f"trl_{task}"
     rewards = problem.reward_fn(problem.prompts[0], tree.completions, tree.lengths).tolist()
     texts = [" ".join(map(str, row[:n])) for row, n in zip(tree.completions.tolist(), tree.lengths, strict=True)]

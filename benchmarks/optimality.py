@@ -429,7 +429,7 @@ def optimal_policy(problem: Problem, beta: float) -> TablePolicy:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Gap and KL by algorithm and β, the worst over the MDPs; of a peer's learning rates, the one of least KL."""
+    """Gap and KL by algorithm and β, the worst over the MDPs; of several learning rates, the one of least KL."""
     table = Table(title="Worst over the MDPs: gap | KL to the optimum [nats]", title_justify="left")
     table.add_column("algorithm")
     betas = sorted({row["beta"] for row in rows})

@@ -33,7 +33,7 @@ SHAPE = workload.Shape(hidden=32, layers=2, heads=4, kv_heads=4, intermediate=64
 # Two tokens: with rotary positions, a Llama that has seen one token again and again cannot tell how often.
 PROMPT = [BOS, FIRST_WORD]
 ITERATIONS, EPISODES, EPOCHS = 200, 256, 10  # of PPO, of each of its iterations, and of DPO over all pairs
-LEARNING_RATES = {"ppo": (1e-3, 2e-3, 4e-3), "dpo": (1.5e-3, 3e-3, 6e-3)}  # the peer's; ours take those in the middle
+LEARNING_RATES = {"ppo": (1e-3, 2e-3, 4e-3), "dpo": (1.5e-3, 3e-3, 6e-3)}  # tried by each contestant
 
 
 def word_problem(folder: Path, seed: int = 0, steps: int = 200) -> Problem:
@@ -91,6 +91,7 @@ def learn_ppo_module(
     folder: Path,
     beta: float,
     iterations: int = ITERATIONS,
+    learning_rate: float = 2e-3,
     rollout_size: int = EPISODES,
     seed: int = 0,
 ) -> PPO:
@@ -99,7 +100,7 @@ def learn_ppo_module(
     module = PPO(
         str(folder),
         kl=FixedKL(beta),
-        learning_rate=LEARNING_RATES["ppo"][1],
+        learning_rate=learning_rate,
         lr_scheduler="linear",
         value_coef=1.0,
         gae_lambda=1.0,
@@ -138,10 +139,14 @@ class IdPairs(PreferenceDataModule):
 
 
 def learn_dpo_module(
-    folder: Path, pairs: list[workload.Pair], beta: float, epochs: int = EPOCHS, batch_size: int = 256
+    folder: Path,
+    pairs: list[workload.Pair],
+    beta: float,
+    epochs: int = EPOCHS,
+    learning_rate: float = 3e-3,
+    batch_size: int = 256,
 ) -> DPO:
     """`lit_rlhf.DPO` from the reference in `folder`."""
-    learning_rate = LEARNING_RATES["dpo"][1]
     module = DPO(str(folder), beta=beta, learning_rate=learning_rate, lr_scheduler="linear", cache_reference=True)
     fit(module, IdPairs(pairs, batch_size=batch_size, tokenizer=module.tokenizer), epochs)
     return module
@@ -199,7 +204,7 @@ def learn_trl(
 def measure_words(
     betas: Sequence[float], algorithms: Container[str], pythons: dict[str, str | None]
 ) -> Iterator[dict[str, Any]]:
-    """A line for each of the algorithms and β, and for each learning rate of the peer.
+    """A line for each of the algorithms, β and learning rates.
 
     Args:
         betas: weights of the KL.
@@ -210,20 +215,19 @@ def measure_words(
         folder = Path(name)
         problem = word_problem(folder)
         pairs = all_pairs(problem, is_sentence(problem.tree))
-        ours: dict[str, Callable[[float], Any]] = {
-            "ppo": lambda beta: learn_ppo_module(problem, folder, beta),
-            "dpo": lambda beta: learn_dpo_module(folder, pairs, beta),
+        ours: dict[str, Callable[[float, float], Any]] = {
+            "ppo": lambda beta, rate: learn_ppo_module(problem, folder, beta, learning_rate=rate),
+            "dpo": lambda beta, rate: learn_dpo_module(folder, pairs, beta, learning_rate=rate),
         }
         data = {"ppo": {"episodes": ITERATIONS * EPISODES}, "dpo": {"pairs": len(pairs), "epochs": EPOCHS}}
         for beta, (task, learn) in itertools.product(betas, ours.items()):
-            rates = LEARNING_RATES[task]
-            if f"{task}_module" in algorithms:
+            for rate in LEARNING_RATES[task] if f"{task}_module" in algorithms else ():
                 start = time.process_time()
-                model = learn(beta).policy.model
-                figures = {"seconds": time.process_time() - start, "learning_rate": rates[1]}
+                model = learn(beta, rate).policy.model
+                figures = {"seconds": time.process_time() - start, "learning_rate": rate}
                 yield judged(f"{task}_module", problem, beta, model) | figures | data[task]
             python = pythons[f"trl_{task}"]
-            for rate in rates if f"trl_{task}" in algorithms and python is not None else ():
+            for rate in LEARNING_RATES[task] if f"trl_{task}" in algorithms and python is not None else ():
                 model, seconds = learn_trl(task, problem, folder, pairs, beta, rate, python)
                 figures = {"seconds": seconds, "learning_rate": rate}
                 yield judged(f"trl_{task}", problem, beta, model) | figures | data[task]

@@ -263,7 +263,7 @@ class TestModules:
         beta, tree = 0.5, words.tree
         compared = is_sentence(tree) & ((tree.completions == EOS).any(1) | cut_too)
         oracle = words.oracle(beta)
-        module = learn_dpo_module(folder, all_pairs(words, compared, copies), beta, epochs, batch_size)
+        module = learn_dpo_module(folder, all_pairs(words, compared, copies), beta, epochs, batch_size=batch_size)
         logprobs = oracle.logprobs(causal_lm(module.policy.model))
         implicit, rewards = beta * (logprobs - oracle.ref_logprobs)[0, compared], oracle.rewards[0, compared]
         assert torch.corrcoef(torch.stack([implicit, rewards]))[0, 1] >= 0.99
@@ -291,7 +291,7 @@ class TestModules:
         assert torch.equal(paid[torch.arange(len(last)), last, 0], rewards.float())
 
 
-def test_the_table_shows_of_a_peers_learning_rates_the_one_that_came_nearest(capsys):
+def test_the_table_shows_of_several_learning_rates_the_one_that_came_nearest(capsys):
     line = {"mdp": "words", "beta": 0.1, "seconds": 1.0}
     figures = [{"gap": 0.5, "kl_to_optimum": 0.75}, {"gap": 0.25, "kl_to_optimum": 0.125}]
     rows = [{"algorithm": "trl_ppo"} | line | figure for figure in figures]

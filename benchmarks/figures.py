@@ -49,6 +49,7 @@ def optimality(rows: list[dict[str, Any]]) -> Figure:
         "dpo": ("DPO, exact preferences", ORANGE, "s"),
         "reward_model": ("optimum of the learnt reward", GREEN, "^"),
     }
+    rows = [row for row in rows if row["algorithm"] in shown]
     problems = list(dict.fromkeys(row["mdp"] for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.7), layout="constrained", sharex=True)
     for axis, key, bound, title in (
@@ -101,35 +102,43 @@ def credit_assignment(rows: list[dict[str, Any]]) -> Figure:
 
 
 def frontier(rows: list[dict[str, Any]]) -> Figure:
-    """Reward against KL as β is swept: what the reward model says (proxy) and what is true (gold)."""
+    """Reward against KL as β is swept: what the reward model says (proxy) and what is true (gold).
+
+    The axis of KL is that of its square root, a distance from the reference (Gao et al. 2022,
+    https://arxiv.org/abs/2210.10760).
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained", sharex=True)
     titles = {"proxy_reward": "Proxy: the reward model's score", "gold_reward": "Gold: the true reward"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         draw_frontier(axis, rows, key)
         axis.set_title(title)
-        axis.set_xlabel("KL(π‖π_ref) [nats per response]")
+        axis.set_xlabel("KL(π‖π_ref) [nats per response], square-root scale")
+        axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+        axis.set_xlim(0, 1.15 * max(row["kl"] for row in rows))
+        axis.set_xticks([kl for kl in (0, 1, 4, 10, 25, 50, 100) if kl <= axis.get_xlim()[1]])
     axes[0].set_ylabel("mean reward, held-out prompts")
     axes[0].legend(loc="lower right")
     return figure
 
 
 def draw_frontier(axis: Axes, rows: list[dict[str, Any]], key: str) -> None:
-    """One line per algorithm in order of β, each point with its β."""
+    """One line per algorithm from SFT (β → ∞) down to the least β, each point with its β."""
     start = next(row for row in rows if row["algorithm"] == "sft")
-    axis.plot(start["kl"], start[key], "D", color=INK, ms=6)
-    axis.annotate("SFT", (start["kl"], start[key]), xytext=(6, -10), textcoords="offset points")
+    axis.plot(start["kl"], start[key], "D", color=INK, ms=7, zorder=3, clip_on=False)
+    axis.annotate("SFT", (start["kl"], start[key]), xytext=(9, -5), textcoords="offset points")
     for algorithm, label, colour, marker in (("ppo", "PPO", BLUE, "o"), ("dpo", "DPO", ORANGE, "s")):
         ours = sorted((row for row in rows if row["algorithm"] == algorithm), key=lambda row: -row["beta"])
         if not ours:
             continue
-        axis.plot([r["kl"] for r in ours], [r[key] for r in ours], marker=marker, color=colour, lw=1.4, label=label)
+        line = [start, *ours]
+        axis.plot([r["kl"] for r in line], [r[key] for r in line], marker=marker, color=colour, lw=1.4, label=label)
         for row in ours:
             axis.annotate(
                 f"{row['beta']:g}",
                 (row["kl"], row[key]),
-                xytext=(0, 6 if algorithm == "ppo" else -13),
+                xytext=(-7, 3) if algorithm == "ppo" else (7, -13),
                 textcoords="offset points",
-                ha="center",
+                ha="right" if algorithm == "ppo" else "left",
                 fontsize=8,
                 color=colour,
             )

@@ -21,8 +21,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def main(
     root: str = "runs/demo",
-    ppo_betas: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.15, 0.3, 0.6),
-    dpo_betas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
+    ppo_betas: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 1.0),
+    dpo_betas: tuple[float, ...] = (0.05, 0.15, 0.5, 1.5),
     output: str | None = None,
     max_prompts: int = 256,
     ppo: tuple[str, ...] = (),

@@ -6,13 +6,18 @@ One JSON line per (algorithm, MDP, β), then a table. The losses, estimators and
 the policies are tables of logits, which can be the optimum exactly: what is left is the algorithm's own error.
 `gap` is (J* - J)/(J* - J_ref), 0 at the optimum of E[r] - β KL and 1 at the reference; `kl_to_optimum` is KL(π‖π°) in
 nats, π° being that optimum, or for losses that have another one (`optimum`: "own") theirs.
+
+The MDP "words" is for `lit_rlhf.PPO` and `lit_rlhf.DPO` themselves, on a tiny Llama (benchmarks/words.py); with
+PEER_PYTHON and PEER_PPO_PYTHON set (docs/performance.md), TRL's trainers learn it from as many episodes and pairs.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Container, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +45,8 @@ from lit_rlhf.oracle import (
 from token_mdp import TokenVectorEnv
 
 BETAS = (0.05, 0.1, 0.5, 1.0)
+WORD_BETAS = (0.1, 0.5)
+ON_WORDS = ("ppo_module", "trl_ppo", "dpo_module", "trl_dpo")
 
 
 class Rollout(NamedTuple):
@@ -422,7 +429,7 @@ def optimal_policy(problem: Problem, beta: float) -> TablePolicy:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Gap and KL by algorithm and β, the worst over the MDPs."""
+    """Gap and KL by algorithm and β, the worst over the MDPs; of several learning rates, the one of least KL."""
     table = Table(title="Worst over the MDPs: gap | KL to the optimum [nats]", title_justify="left")
     table.add_column("algorithm")
     betas = sorted({row["beta"] for row in rows})
@@ -432,6 +439,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         cells = []
         for beta in betas:
             ours = [row for row in rows if row["algorithm"] == algorithm and row["beta"] == beta]
+            if not ours:
+                cells.append("")
+                continue
+            if algorithm in ON_WORDS:
+                ours = [min(ours, key=lambda row: row["kl_to_optimum"])]
             gap, kl = (max(row[key] for row in ours) for key in ("gap", "kl_to_optimum"))
             cells.append(f"{'own' if 'optimum' in ours[0] else f'{gap:.3%}'} | {kl:.5f}")
         table.add_row(algorithm, *cells)
@@ -440,25 +452,32 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main(
     output: str | None = None,
-    problems: tuple[str, ...] = ("random", "wide", "long", "sparse", "trap"),
+    problems: tuple[str, ...] = ("random", "wide", "long", "sparse", "trap", "words"),
     betas: tuple[float, ...] = BETAS,
-    algorithms: tuple[str, ...] = ("ppo", *SIBLINGS, "dpo_sampled", "reward_model"),
+    algorithms: tuple[str, ...] = ("ppo", *SIBLINGS, "dpo_sampled", "reward_model", *ON_WORDS),
+    peer_python: str | None = os.environ.get("PEER_PYTHON"),
+    peer_ppo_python: str | None = os.environ.get("PEER_PPO_PYTHON"),
 ) -> None:
     """Measure and print.
 
     Args:
         output: file for the JSON lines as well, such as docs/data/optimality.jsonl.
-        problems: names among `small_problems`.
-        betas: weights of the KL.
+        problems: names among `small_problems`, and words.
+        betas: weights of the KL; on words, those of them that are in WORD_BETAS.
         algorithms: names as in the lines.
+        peer_python: a Python that has TRL, for trl_dpo; without one it is left out.
+        peer_ppo_python: one that has TRL 1.12, for trl_ppo.
     """
+    from benchmarks.words import measure_words  # from here: a script finds it only now
+
     torch.set_num_threads(1)
+    pythons = {"trl_ppo": peer_ppo_python, "trl_dpo": peer_python}
+    tables = (measure(p, beta, algorithms) for p in small_problems() if p.name in problems for beta in betas)
+    words = measure_words([beta for beta in betas if beta in WORD_BETAS], algorithms, pythons)
     rows = []
-    for problem in small_problems():
-        for beta in betas if problem.name in problems else ():
-            for row in measure(problem, beta, algorithms):
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+    for row in chain(chain.from_iterable(tables), words if "words" in problems else ()):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     print_table(rows)
     if output is not None:
         Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,15 +1,13 @@
 """Every algorithm reaches the optimum that theory gives; the learners are those of benchmarks/optimality.py."""
 
-import json
 import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks import workload
 from benchmarks.optimality import (
     BETAS,
     SIBLINGS,
@@ -23,9 +21,12 @@ from benchmarks.optimality import (
     learn_ppo,
     learn_preferences,
     learn_reward_model,
+    print_table,
     sampled_pairs,
 )
-from lit_rlhf import DPO, PPO, FixedKL, PreferenceDataModule, RolloutDataModule
+from benchmarks.words import PROMPT, SHAPE, all_pairs, is_sentence, learn_dpo_module, learn_ppo_module, word_problem
+from benchmarks.words_trl import TableReward
+from benchmarks.workload import EOS, FIRST_WORD, PAD
 from lit_rlhf.losses import (
     bco_pair_loss,
     conservative_dpo_loss,
@@ -36,12 +37,19 @@ from lit_rlhf.losses import (
     nca_pair_loss,
     sppo_hard_loss,
 )
-from lit_rlhf.oracle import Oracle, TablePolicy, TokenTree, bayes_accuracy, causal_lm, random_problem, small_problems
-from lit_rlhf.rewards import Reward
-from tests.stages import make_trainer
+from lit_rlhf.oracle import TablePolicy, bayes_accuracy, causal_lm, kl_divergence, random_problem, small_problems
 
 PROBLEMS = {problem.name: problem for problem in small_problems()}
 EVERYWHERE = [pytest.param(name, beta, marks=pytest.mark.slow) for name in PROBLEMS for beta in BETAS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that threads would mostly wait for one another, for minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class TestPPO:
@@ -218,93 +226,75 @@ class TestRewardModel:
         assert right.mean().item() == pytest.approx(bayes_accuracy(*true).item(), abs=0.01)
 
 
-class TreeReward(Reward):
-    """Rewards of token ids by a function of the oracle."""
-
-    def __init__(self, tree, reward_fn):
-        self.tree, self.reward_fn = tree, reward_fn
-
-    def __call__(self, prompts, responses, **columns):
-        rewards = self.reward_fn(None, self.tree.completions, self.tree.lengths)
-        return np.array([rewards[self.tree.index(response)].item() for response in responses])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("words")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("optimality")
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=8, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=6, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n' * 64)
-    return folder
+def words(folder):
+    return word_problem(folder)
 
 
 class TestModules:
-    """The LightningModules themselves, on a model small enough to enumerate: vocabulary 6, completions of up to 3."""
+    """The LightningModules themselves, through the Trainer, on a tiny Llama whose completions can be listed."""
 
-    @staticmethod
-    def reward_fn(prompt_ids, completions, lengths):
-        """Likes b, dislikes <pad> and <s>, and b after a most of all."""
-        value = torch.tensor([-0.3, -0.3, 0.0, 0.1, 0.3, 0.0], dtype=torch.float64)
-        mask = torch.arange(completions.shape[1]) < lengths[:, None]
-        pairs = ((completions[:, :-1] == 3) & (completions[:, 1:] == 4)).sum(1)
-        return (value[completions] * mask).sum(1) + 0.4 * pairs
+    @pytest.mark.parametrize(
+        ("beta", "iterations", "gap", "kl"),
+        [
+            (0.1, 60, 0.02, 0.1),
+            pytest.param(0.1, 200, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+            pytest.param(0.5, 200, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        ],
+    )
+    def test_ppo_through_the_trainer_reaches_the_optimum(self, words, folder, beta, iterations, gap, kl):
+        module = learn_ppo_module(words, folder, beta, iterations)
+        evaluation = words.oracle(beta).evaluate(causal_lm(module.policy.model))
+        assert evaluation.gap <= gap
+        assert evaluation.kl_to_optimum <= kl
 
-    def oracle(self, policy, beta):
-        model = policy.policy.model
-        return Oracle(TokenTree(6, [2], 3), [torch.tensor([3])], causal_lm(model), self.reward_fn, beta)
+    @pytest.mark.parametrize(
+        ("cut_too", "copies", "epochs", "batch_size"),
+        [(False, 80, 8, 128), pytest.param(True, 20, 10, 256, marks=pytest.mark.slow)],
+    )
+    def test_the_implicit_reward_of_dpo_through_the_trainer_is_the_reward(
+        self, words, folder, cut_too, copies, epochs, batch_size
+    ):
+        beta, tree = 0.5, words.tree
+        compared = is_sentence(tree) & ((tree.completions == EOS).any(1) | cut_too)
+        oracle = words.oracle(beta)
+        module = learn_dpo_module(folder, all_pairs(words, compared, copies), beta, epochs, batch_size=batch_size)
+        logprobs = oracle.logprobs(causal_lm(module.policy.model))
+        implicit, rewards = beta * (logprobs - oracle.ref_logprobs)[0, compared], oracle.rewards[0, compared]
+        assert torch.corrcoef(torch.stack([implicit, rewards]))[0, 1] >= 0.99
+        assert np.polyfit(rewards.numpy(), implicit.numpy(), 1)[0] == pytest.approx(1, abs=0.1)
+        if cut_too:  # else nothing says what becomes of those that were not compared
+            assert kl_divergence(logprobs, oracle.optimal_logprobs).item() <= 0.01
 
-    def test_ppo_through_the_trainer(self, folder, tmp_path):
-        torch.manual_seed(0)
-        beta = 0.3
-        module = PPO(
-            str(folder), kl=FixedKL(beta), learning_rate=6e-3, lr_scheduler="linear", ppo_epochs=2, num_minibatches=2,
-            value_coef=0.5, gae_lambda=0.9,
-        )  # fmt: skip
-        oracle = self.oracle(module, beta)
-        reward = TreeReward(oracle.tree, self.reward_fn)
-        prompts = str(folder / "prompts.jsonl")
-        sizes = {"rollout_size": 256, "num_slots": 128, "max_new_tokens": 3}
-        data = RolloutDataModule(reward, train=prompts, validation=None, tokenizer=module.tokenizer, **sizes)
-        make_trainer(tmp_path, max_epochs=60).fit(module, data)
-        evaluation = oracle.evaluate(causal_lm(module.policy.model))
-        assert evaluation.gap < 0.1
-        assert evaluation.kl_to_optimum < 0.1
+    def test_a_llama_that_has_seen_one_token_alone_cannot_tell_how_often(self):
+        # Why the prompt holds two: attention averages equal values, however its rotary scores weigh them.
+        policy = causal_lm(workload.make_model(SHAPE))
+        once, thrice = (policy(torch.tensor([FIRST_WORD]), torch.full((1, n), FIRST_WORD)) for n in (0, 2))
+        assert torch.allclose(once, thrice, atol=1e-6)
+        apart = [policy(torch.tensor(PROMPT), torch.full((1, n), FIRST_WORD)) for n in (0, 2)]
+        assert not torch.allclose(*apart, atol=1e-3)
 
-    def test_dpo_through_the_trainer(self, folder, tmp_path):
-        torch.manual_seed(0)
-        beta, rng = 0.5, np.random.default_rng(0)
-        module = DPO(str(folder), beta=beta, learning_rate=1e-2, lr_scheduler="linear")
-        oracle = self.oracle(module, beta)
-        words = {3: "a", 4: "b", 5: "c"}
-        listed = zip(oracle.tree.completions.tolist(), oracle.tree.lengths.tolist(), strict=True)
-        rows = {row: y[: n - 1] for row, (y, n) in enumerate(listed) if n > 1 and y[n - 1] == 2 and min(y[: n - 1]) > 2}
-        numbers = sorted(rows)
-        assert len(numbers) == 3 + 9  # one or two words and the end token
-        rewards, lines = oracle.rewards[0], []
-        for first in numbers:
-            for second in numbers:
-                wins = rng.random(30) < (2 * (rewards[first] - rewards[second])).sigmoid().item()
-                for win in wins if first != second else ():
-                    pair = (first, second) if win else (second, first)
-                    chosen, rejected = (" " + " ".join(words[token] for token in rows[row]) for row in pair)
-                    lines.append(json.dumps({"prompt": "a", "chosen": chosen, "rejected": rejected}) + "\n")
-        (folder / "pairs.jsonl").write_text("".join(lines))
-        data = PreferenceDataModule(
-            train=str(folder / "pairs.jsonl"), validation=None, max_tokens=512, tokenizer=module.tokenizer
-        )
-        make_trainer(tmp_path, max_epochs=3).fit(module, data)
-        with torch.no_grad():
-            implicit = beta * (oracle.logprobs(causal_lm(module.policy.model)) - oracle.ref_logprobs)[0, numbers]
-        expected = 2 * rewards[numbers]  # the reward that the labels were drawn by
-        correlation = np.corrcoef(implicit.numpy(), expected.numpy())[0, 1]
-        slope = np.polyfit(expected.numpy(), implicit.numpy(), 1)[0]
-        assert (correlation, slope) == (pytest.approx(1, abs=0.1), pytest.approx(1, abs=0.3))
+    def test_the_peer_is_paid_for_each_completion_at_its_last_token_what_ours_is(self, words):
+        tree, rewards = words.tree, words.reward_fn(words.prompts[0], None, None)
+        ended = torch.arange(tree.max_new_tokens) >= tree.lengths[:, None]
+        texts = [" ".join(map(str, row[:n])) for row, n in zip(tree.completions.tolist(), tree.lengths, strict=True)]
+        table = TableReward(len(PROMPT), dict(zip(texts, rewards.tolist(), strict=True)))
+        ids = torch.cat([torch.tensor(PROMPT).repeat(len(ended), 1), tree.completions.masked_fill(ended, PAD)], dim=1)
+        mask = torch.cat([torch.ones(len(ended), len(PROMPT), dtype=torch.bool), ~ended], dim=1)
+        paid = table.score(table.backbone(input_ids=ids, attention_mask=mask).hidden_states[-1])
+        last = len(PROMPT) + tree.lengths - 1
+        assert torch.equal(paid[torch.arange(len(last)), last, 0], rewards.float())
+
+
+def test_the_table_shows_of_several_learning_rates_the_one_that_came_nearest(capsys):
+    line = {"mdp": "words", "beta": 0.1, "seconds": 1.0}
+    figures = [{"gap": 0.5, "kl_to_optimum": 0.75}, {"gap": 0.25, "kl_to_optimum": 0.125}]
+    rows = [{"algorithm": "trl_ppo"} | line | figure for figure in figures]
+    print_table([{"algorithm": "ppo_module"} | line | figures[0] | {"beta": 0.5}, *rows])
+    said = capsys.readouterr().out
+    assert "25.000% | 0.12500" in said and said.count("75000") == 1

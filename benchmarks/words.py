@@ -1,0 +1,240 @@
+"""A token MDP of words whose reference is a tiny Llama: the modules through the Trainer against the closed form.
+
+Here the policy is a neural network, played in slots, trained in packed batches by `Trainer.fit`, and read back by the
+oracle with plain forward passes. A sentence has up to three words of three and ends there or by the end token before:
+words earn, one of them most of all after another, and what is no such sentence earns nothing. TRL may play, too.
+"""
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from benchmarks import workload
+from benchmarks.rounds import Contestant
+from benchmarks.workload import BOS, EOS, FIRST_WORD, PAD
+from lit_rlhf import DPO, PPO, FixedKL, PreferenceDataModule, RolloutDataModule
+from lit_rlhf.data.examples import FEATURES, PreferenceDataset
+from lit_rlhf.module import AlignmentModule
+from lit_rlhf.oracle import Problem, TokenTree, causal_lm
+from lit_rlhf.rewards import Reward
+
+SHAPE = workload.Shape(hidden=32, layers=2, heads=4, kv_heads=4, intermediate=64, vocabulary=6, tied=False, context=16)
+# Two tokens: with rotary positions, a Llama that has seen one token again and again cannot tell how often.
+PROMPT = [BOS, FIRST_WORD]
+ITERATIONS, EPISODES, EPOCHS = 200, 256, 10  # of PPO, of each of its iterations, and of DPO over all pairs
+LEARNING_RATES = {"ppo": (1e-3, 2e-3, 4e-3), "dpo": (1.5e-3, 3e-3, 6e-3)}  # tried by each contestant
+
+
+def word_problem(folder: Path, seed: int = 0, steps: int = 200) -> Problem:
+    """The problem; its reference, with a tokenizer, is left in `folder` for policies to start from.
+
+    The reference is fitted to random probabilities of the next word by exact cross-entropy, as SFT would on endless
+    data, so that it hardly ever writes a special token where it should not.
+    """
+    tree, prompt = TokenTree(SHAPE.vocabulary, [EOS], max_new_tokens=3), torch.tensor(PROMPT)
+    draw = torch.Generator().manual_seed(seed)
+    table = []
+    for level in range(tree.max_new_tokens):
+        logits = 0.5 * torch.randn(tree.num_prefixes(level), SHAPE.vocabulary, generator=draw, dtype=torch.float64)
+        logits[:, [PAD, BOS]] = -torch.inf
+        table.append(logits.log_softmax(-1))
+    target = tree.completion_logprobs(table).exp()
+
+    model = workload.make_model(SHAPE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        logprobs = tree.completion_logprobs(tree.tabulate(causal_lm(model, requires_grad=True), prompt))
+        optimizer.zero_grad()
+        (-(target * logprobs).sum()).backward()
+        optimizer.step()
+        schedule.step()
+    model.save_pretrained(folder)
+    workload.make_tokenizer(SHAPE).save_pretrained(folder)
+
+    values = torch.tensor([0.0, 0.0, 0.0, 0.1, 0.3, 0.0], dtype=torch.float64)[tree.completions].sum(1)
+    follows = (tree.completions[:, :-1] == FIRST_WORD) & (tree.completions[:, 1:] == FIRST_WORD + 1)
+    rewards = torch.where(is_sentence(tree), values + 0.4 * follows.sum(1), 0.0)
+    return Problem("words", tree, [prompt], causal_lm(model), lambda *_: rewards)
+
+
+def is_sentence(tree: TokenTree) -> Tensor:
+    """(C,) bool, True = words and perhaps the end token, no other special one."""
+    return (tree.completions >= EOS).sum(1) == tree.lengths
+
+
+class TreeReward(Reward):
+    """The rewards of a problem for token ids."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.tree = problem.tree
+        self.rewards = problem.reward_fn(problem.prompts[0], problem.tree.completions, problem.tree.lengths).tolist()
+
+    def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
+        """(n,) rewards."""
+        return np.array([self.rewards[self.tree.index(response)] for response in responses])
+
+
+def learn_ppo_module(
+    problem: Problem,
+    folder: Path,
+    beta: float,
+    iterations: int = ITERATIONS,
+    learning_rate: float = 2e-3,
+    rollout_size: int = EPISODES,
+    seed: int = 0,
+) -> PPO:
+    """`lit_rlhf.PPO` from the reference in `folder`, plain: β from the first step to the last."""
+    torch.manual_seed(seed)
+    module = PPO(
+        str(folder),
+        kl=FixedKL(beta),
+        learning_rate=learning_rate,
+        lr_scheduler="linear",
+        value_coef=1.0,
+        gae_lambda=1.0,
+        ppo_epochs=2,
+        num_minibatches=2,
+        seed=seed,
+    )
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": workload.as_text(PROMPT)}) + "\n")
+    data = RolloutDataModule(
+        TreeReward(problem),
+        train=str(prompts),
+        validation=None,
+        tokenizer=module.tokenizer,
+        rollout_size=rollout_size,
+        num_slots=rollout_size,
+        max_new_tokens=problem.tree.max_new_tokens,
+    )
+    fit(module, data, iterations)
+    return module
+
+
+class IdPairs(PreferenceDataModule):
+    """Pairs that are token ids already: text cannot say that a response was cut before its end token."""
+
+    def __init__(self, pairs: list[workload.Pair], **options: Any) -> None:
+        super().__init__(validation=None, max_tokens=None, **options)
+        self.pairs = pairs
+
+    def setup(self, stage: str) -> None:
+        """Make the table that tokenisation would make."""
+        columns: dict[str, Any] = {f"{key}_ids": [pair[key] for pair in self.pairs] for key in self.pairs[0]}
+        columns |= {"margin": [0.0] * len(self.pairs), "status": [0] * len(self.pairs)}
+        table = datasets.Dataset.from_dict(columns, FEATURES["preference"])
+        self.datasets["train"] = PreferenceDataset(table, np.arange(len(table)), [])
+
+
+def learn_dpo_module(
+    folder: Path,
+    pairs: list[workload.Pair],
+    beta: float,
+    epochs: int = EPOCHS,
+    learning_rate: float = 3e-3,
+    batch_size: int = 256,
+) -> DPO:
+    """`lit_rlhf.DPO` from the reference in `folder`."""
+    module = DPO(str(folder), beta=beta, learning_rate=learning_rate, lr_scheduler="linear", cache_reference=True)
+    fit(module, IdPairs(pairs, batch_size=batch_size, tokenizer=module.tokenizer), epochs)
+    return module
+
+
+def all_pairs(problem: Problem, compared: Tensor, copies: int = 20) -> list[workload.Pair]:
+    """Each two of the compared completions `copies` times, won as often as Bradley-Terry says, rounded at random.
+
+    Args:
+        problem: what they are completions of.
+        compared: (C,) bool, such as `is_sentence`.
+        copies: of each pair; the more, the less the rounding counts.
+    """
+    tree, rows = problem.tree, compared.nonzero().flatten().tolist()
+    rewards = problem.reward_fn(problem.prompts[0], tree.completions, tree.lengths)
+    tokens = {row: tree.completions[row, : tree.lengths[row]].tolist() for row in rows}
+    pairs, rng = [], np.random.default_rng(0)
+    for first, second in itertools.combinations(rows, 2):
+        wins = int(copies * (rewards[first] - rewards[second]).sigmoid().item() + rng.random())
+        for chosen, rejected in [(first, second)] * wins + [(second, first)] * (copies - wins):
+            pairs.append({"prompt": PROMPT, "chosen": tokens[chosen], "rejected": tokens[rejected]})
+    return pairs
+
+
+def fit(module: AlignmentModule, data: LightningDataModule, epochs: int) -> None:
+    """Train with nothing but the loop."""
+    Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, data)
+
+
+def learn_trl(
+    task: str, problem: Problem, folder: Path, pairs: list[workload.Pair], beta: float, rate: float, python: str
+) -> tuple[Any, float]:
+    """The model that TRL's trainer makes of the reference in `folder`, and its CPU seconds, import included."""
+    tree, output = problem.tree, folder / f"trl_{task}"
+    rewards = problem.reward_fn(problem.prompts[0], tree.completions, tree.lengths).tolist()
+    texts = [" ".join(map(str, row[:n])) for row, n in zip(tree.completions.tolist(), tree.lengths, strict=True)]
+    known = {"prompt": PROMPT, "max_new_tokens": tree.max_new_tokens, "pairs": pairs}
+    (folder / "words.json").write_text(json.dumps(known | {"rewards": dict(zip(texts, rewards, strict=True))}))
+    command = [python, "-m", "benchmarks.words_trl", f"--task={task}", f"--folder={folder}", f"--output={output}"]
+    passes = ITERATIONS if task == "ppo" else EPOCHS
+    command += [f"--beta={beta}", f"--learning_rate={rate}", f"--passes={passes}"]
+    peer = Contestant(f"trl_{task}", command, threads=1)
+    seconds = peer.play()["seconds"]
+    peer.close()
+    return AutoModelForCausalLM.from_pretrained(output), seconds
+
+
+def measure_words(
+    betas: Sequence[float], algorithms: Container[str], pythons: dict[str, str | None]
+) -> Iterator[dict[str, Any]]:
+    """A line for each of the algorithms, β and learning rates.
+
+    Args:
+        betas: weights of the KL.
+        algorithms: names among ppo_module, dpo_module, trl_ppo and trl_dpo.
+        pythons: for each that is TRL's, a Python that has it; None = leave it out.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        problem = word_problem(folder)
+        pairs = all_pairs(problem, is_sentence(problem.tree))
+        ours: dict[str, Callable[[float, float], Any]] = {
+            "ppo": lambda beta, rate: learn_ppo_module(problem, folder, beta, learning_rate=rate),
+            "dpo": lambda beta, rate: learn_dpo_module(folder, pairs, beta, learning_rate=rate),
+        }
+        data = {"ppo": {"episodes": ITERATIONS * EPISODES}, "dpo": {"pairs": len(pairs), "epochs": EPOCHS}}
+        for beta, (task, learn) in itertools.product(betas, ours.items()):
+            for rate in LEARNING_RATES[task] if f"{task}_module" in algorithms else ():
+                start = time.process_time()
+                model = learn(beta, rate).policy.model
+                figures = {"seconds": time.process_time() - start, "learning_rate": rate}
+                yield judged(f"{task}_module", problem, beta, model) | figures | data[task]
+            python = pythons[f"trl_{task}"]
+            for rate in LEARNING_RATES[task] if f"trl_{task}" in algorithms and python is not None else ():
+                model, seconds = learn_trl(task, problem, folder, pairs, beta, rate, python)
+                figures = {"seconds": seconds, "learning_rate": rate}
+                yield judged(f"trl_{task}", problem, beta, model) | figures | data[task]
+
+
+def judged(algorithm: str, problem: Problem, beta: float, model: Any) -> dict[str, Any]:
+    """How far a model is from the optimum."""
+    evaluation = problem.oracle(beta).evaluate(causal_lm(model))
+    figures = {"gap": evaluation.gap, "kl_to_optimum": evaluation.kl_to_optimum}
+    return {"algorithm": algorithm, "mdp": problem.name, "beta": beta} | figures

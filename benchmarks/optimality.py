@@ -308,7 +308,7 @@ class Sibling(NamedTuple):
     loss: Callable[..., Tensor]
     optimum: Callable[[Oracle, float], Tensor] | None = None  # (prompts, C) log-probs; None = that of E[r] - β KL
     flipped: float = 0.0  # share of labels turned round
-    all_pairs: bool = False  # the optimum depends on who meets whom
+    all_pairs: bool = False  # the optimum depends on who meets whom, or how well-conditioned the problem is
     steps: int = 150  # of L-BFGS; bounded or steep links make the problem ill-conditioned
 
 
@@ -331,7 +331,10 @@ SIBLINGS = {
     ),
     "forward_kl_dpo": Sibling(losses.forward_kl_dpo_loss, partial(link_optimum, losses.forward_kl_link), steps=600),
     "jensen_shannon_dpo": Sibling(
-        losses.jensen_shannon_dpo_loss, partial(link_optimum, losses.jensen_shannon_link), steps=600
+        losses.jensen_shannon_dpo_loss,
+        partial(link_optimum, losses.jensen_shannon_link),
+        all_pairs=True,
+        steps=600,
     ),
     "alpha_dpo": Sibling(
         partial(losses.alpha_dpo_loss, alpha=0.5), partial(link_optimum, losses.alpha_link(0.5)), steps=600

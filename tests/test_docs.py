@@ -106,6 +106,6 @@ def test_the_readme_tree_names_every_file_of_the_package():
     missing = [
         path.name
         for path in (ROOT / "lit_rlhf").iterdir()
-        if path.name not in ("__init__.py", "__main__.py", "__pycache__") and path.name not in tree
+        if path.name not in ("__init__.py", "__main__.py", "__pycache__", "py.typed") and path.name not in tree
     ]
     assert not missing

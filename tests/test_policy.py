@@ -43,7 +43,7 @@ def test_from_scratch_ignores_the_stored_weights(folder):
 def test_a_missing_model_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"no model could be loaded there.*there is no folder .*nowhere"):
         load_policy(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="has no weights, train it with from_scratch: true"):
+    with pytest.raises(UserError, match="has no weights: SFT trains it with from_scratch: true"):
         load_policy("demo")
 
 

@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 
 from lit_rlhf.errors import UserError, require
@@ -186,10 +186,16 @@ class RunSummary(Callback):
 
 
 def write_json(content: Any, file: Path) -> None:
+    """One value as JSON, see `write_lines`."""
+    write_lines([json.dumps(content, indent=2)], file)
+
+
+def write_lines(lines: Iterable[str], file: Path) -> None:
     """Write aside and rename into place."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.new")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line in lines)
     aside.rename(file)
 
 
@@ -225,15 +231,5 @@ class CompletionWriter(BasePredictionWriter):
             batches = [batch for kth in itertools.zip_longest(*ranks, fillvalue=()) for batch in kth]
             rows = [row for batch in batches for row in batch]
             target = Path(trainer.default_root_dir) / self.file
-            write_jsonl(rows, target)
+            write_lines((json.dumps(row, ensure_ascii=False, default=str) for row in rows), target)
             rank_zero_info(f"wrote {len(rows)} rows to {target}")
-
-
-@rank_zero_only
-def write_jsonl(rows: Sequence[dict[str, Any]], target: Path) -> None:
-    """Write rows aside and rename into place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    aside.rename(target)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.errors import UserError
 
@@ -31,6 +32,30 @@ class WholeCheckpointIO(TorchCheckpointIO):
         except OSError:
             aside.unlink(missing_ok=True)
             raise
+
+
+def choose_checkpoint(name: str, root: Path, training: bool) -> str:
+    """The checkpoint that `ckpt_path` means, found in order; "last" is the newest of the run.
+
+    Args:
+        name: a path, "last", or Lightning's "hpc", which it finds itself.
+        root: the run's folder.
+        training: whether training is to go on.
+
+    Raises:
+        UserError: there is none, or one that cannot be gone on from.
+    """
+    if name == "best":
+        raise UserError("ckpt_path: best is known to the run that found it alone; name its file")
+    if name == "last":  # Lightning would start anew where it finds none, and replace the export
+        newest = newest_checkpoint(root)
+        if newest is None:
+            raise UserError(f"ckpt_path: there is no checkpoint under {root.absolute()}")
+        rank_zero_info(f"ckpt_path last is {newest}")
+        name = str(newest)
+    if name != "hpc":
+        require_checkpoint(Path(name), training)
+    return name
 
 
 def newest_checkpoint(root: Path) -> Path | None:

@@ -17,11 +17,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
-from lit_rlhf.checkpoints import WholeCheckpointIO, newest_checkpoint, require_checkpoint
+from lit_rlhf.checkpoints import WholeCheckpointIO, choose_checkpoint, newest_checkpoint
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.parser import Parser, did_you_mean
@@ -67,19 +66,11 @@ class AlignmentCLI(LightningCLI):
         """Look at the checkpoint before it, a model or any data is read."""
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")  # none with `run=False`
-        checkpoint = None if subcommand is None else self.config[subcommand].get("ckpt_path")
-        if checkpoint == "best":
-            raise UserError("ckpt_path: best is known to the run that found it alone; name its file")
-        if checkpoint == "last":  # Lightning would start anew where it finds none, and replace the export
-            root = Path(self.config[subcommand].trainer.default_root_dir or ".")
-            checkpoint = newest_checkpoint(root)
-            if checkpoint is None:
-                raise UserError(f"ckpt_path: there is no checkpoint under {root.absolute()}")
-            self.config[subcommand].ckpt_path = str(checkpoint)
-            rank_zero_info(f"ckpt_path last is {checkpoint}")
-        if checkpoint not in (None, "hpc"):
-            require_checkpoint(Path(checkpoint), training=subcommand == "fit")
-        seed = (self.config if subcommand is None else self.config[subcommand]).get("seed_everything")
+        given = self.config if subcommand is None else self.config[subcommand]
+        if given.get("ckpt_path") is not None:
+            root = Path(given.trainer.default_root_dir or ".")
+            given.ckpt_path = choose_checkpoint(given.ckpt_path, root, training=subcommand == "fit")
+        seed = given.get("seed_everything")
         if seed is not None and not isinstance(seed, bool):
             require(0 <= seed < 2**32, "seed_everything", seed, "in [0, 2^32)")
 

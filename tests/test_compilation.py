@@ -10,7 +10,7 @@ from lit_rlhf.loading import scorer_from_policy
 from lit_rlhf.packed_linear import packed_linears
 from lit_rlhf.packing import pack
 from lit_rlhf.rollout import GenerationSettings, play
-from tests.stages import make_stage, make_trainer, write_inputs
+from tests.stages import make_stage, make_trainer
 from tests.test_rollout import make_env
 from tests.tiny import random_examples, tiny_policy
 
@@ -23,13 +23,6 @@ def forget():
     """No compiled code outlives its test."""
     yield
     torch.compiler.reset()
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compilation")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -43,6 +43,11 @@ def run(*args):
     return 0
 
 
+def predictions(root):
+    """What `predict` wrote, row by row."""
+    return [json.loads(line) for line in Path(root, "predictions.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.filterwarnings("ignore")  # a user's run warns where it likes; here it must only work
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_each_config_runs_two_steps_and_exports_a_model_that_transformers_loads(config, workdir, monkeypatch):
@@ -70,7 +75,7 @@ def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(wo
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     options = ["--data.predict=prompts.jsonl", "--trainer.default_root_dir=out/predict"]
     assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=4") == 0
-    rows = [json.loads(line) for line in Path("out/predict/predictions.jsonl").read_text().splitlines()]
+    rows = predictions("out/predict")
     assert [{"id": row["id"], "prompt": row["prompt"]} for row in rows] == prompts
     assert all(row["finish_reason"] in ("stop", "length") for row in rows)
 
@@ -88,7 +93,7 @@ def test_predict_scores_with_the_head_that_a_reward_model_was_trained_with(workd
     ids = tokenizer("Say hello. Hello!", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = model(torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)).logits.item()
-    [row] = [json.loads(line) for line in Path("out/scores/predictions.jsonl").read_text().splitlines()]
+    [row] = predictions("out/scores")
     assert row["score"] == pytest.approx(expected, rel=1e-3) and row["id"] == 7
 
 
@@ -113,7 +118,7 @@ def test_what_dropped_prompts_were_is_said_and_the_answers_keep_their_ids(workdi
     options = ["--data.predict=gaps.jsonl", "--trainer.default_root_dir=out/gaps"]
     assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=2") == 0
     assert said == ["predict prompts gaps.jsonl: 3 rows, 2 used, 1 dropped (1 no whole token as prompt): rows [2]"]
-    assert [json.loads(line)["id"] for line in Path("out/gaps/predictions.jsonl").read_text().splitlines()] == [0, 2]
+    assert [row["id"] for row in predictions("out/gaps")] == [0, 2]
 
 
 def test_the_command_line_can_be_used_from_python_without_a_command(workdir, monkeypatch):
@@ -190,7 +195,7 @@ def test_columns_that_predict_would_overwrite_are_refused_and_known_completions_
     options.append("--model.generation.max_new_tokens=2")
     Path("columns.jsonl").write_text('{"prompt": "Hello", "completion": " you", "id": 3}\n')
     assert run("predict", "--config", config, *QUICK, *options) == 0
-    [row] = [json.loads(line) for line in Path("out/columns/predictions.jsonl").read_text().splitlines()]
+    [row] = predictions("out/columns")
     assert set(row) == {"prompt", "completion", "finish_reason", "reference_completion", "id"}
     assert row["reference_completion"] == " you"
     Path("columns.jsonl").write_text('{"prompt": "Hello", "finish_reason": "x"}\n')

@@ -15,7 +15,7 @@ from lit_rlhf.loading import load_policy
 from lit_rlhf.losses import bco_pair_loss, dpo_loss, ipo_loss, length_normalized_dpo_loss
 from lit_rlhf.preference_loss import LossTerm
 from lit_rlhf.reference_update import ReferenceUpdate
-from tests.stages import make_stage, make_trainer, write_inputs
+from tests.stages import make_stage, make_trainer
 
 OPTIONS = {  # of losses that need some
     "alpha_dpo_loss": {"alpha": 0.5},
@@ -24,13 +24,6 @@ OPTIONS = {  # of losses that need some
 }
 NOT_PREFERENCES = ("bradley_terry_loss", "ppo_policy_loss", "value_loss")
 FAMILY = [name for name in losses.__all__ if name.endswith("_loss") and name not in NOT_PREFERENCES]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dpo")
-    write_inputs(folder)
-    return folder
 
 
 class Watch(Callback):

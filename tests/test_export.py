@@ -9,14 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_rlhf import UserError
 from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
-from tests.stages import make_stage, make_trainer, write_inputs
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    write_inputs(folder)
-    return folder
+from tests.stages import make_stage, make_trainer
 
 
 def fit(inputs, folder, stage="sft", export="model", ckpt_path=None, **options):

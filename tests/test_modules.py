@@ -12,15 +12,8 @@ from lit_rlhf import DPO, RewardModel, RewardModelReward, RolloutDataModule, Tex
 from lit_rlhf.callbacks import HuggingFaceExport, SampleTable, export, markdown_table
 from lit_rlhf.rollout import GenerationSettings
 from lit_rlhf.sharding import full_state_dict, total_norm
-from tests.stages import make_stage, make_trainer, write_inputs
+from tests.stages import make_stage, make_trainer
 from tests.tiny import EOS, save_tiny, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("modules")
-    write_inputs(folder)
-    return folder
 
 
 class Watch(Callback):

@@ -7,15 +7,8 @@ from lit_rlhf import cli
 from lit_rlhf.loading import scorer_from_policy
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.performance import Performance, default_precision, forward_flops, matrix_weights, peak_flops
-from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+from tests.stages import STAGES, make_stage, make_trainer
 from tests.tiny import random_examples, tiny_policy
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("performance")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,13 +11,6 @@ from tests.stages import STAGES, make_stage, make_trainer, write_inputs
 from tests.tiny import save_tiny
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    write_inputs(folder)
-    return folder
-
-
 def fit(stage, inputs, folder, ckpt_path=None, **options):
     """Three epochs, with a checkpoint after each step."""
     module, data = make_stage(stage, inputs, **copy.deepcopy(options))  # some have a state

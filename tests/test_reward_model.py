@@ -7,15 +7,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf import RewardModel, RewardModelReward, UserError
 from lit_rlhf.callbacks import HuggingFaceExport
-from tests.stages import make_stage, make_trainer, write_inputs
+from tests.stages import make_stage, make_trainer
 from tests.tiny import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reward_model")
-    write_inputs(folder)
-    return folder
 
 
 def fit(inputs, folder, **options):

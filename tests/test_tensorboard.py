@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+from tests.stages import STAGES, make_stage, make_trainer
 
 STEP = {"epoch", "train/loss", "train/grad_norm", "train/learning_rate"}
 IMPLICIT = {"reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward", "chosen_logprobs"}
@@ -24,13 +24,6 @@ TAGS = {
     | {f"{prefix}/{name}" for prefix in ("rollout", "val") for name in EPISODES}
     | {f"rollout/{name}" for name in ("shaped_score", "sampler_gap", "kl_coef")},
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tensorboard")
-    write_inputs(folder)
-    return folder
 
 
 def events(folder, stage, inputs, trainer, **options):

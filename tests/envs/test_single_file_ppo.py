@@ -1,6 +1,5 @@
 """The single-file PPO of the docs, in CleanRL's manner, on the flat observation."""
 
-import importlib.util
 from pathlib import Path
 
 import gymnasium
@@ -10,6 +9,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics
 
 import token_mdp  # noqa: F401 (registers the ids)
+from tests.scripts import load_script
 
 pytest.importorskip("torch", reason="the script is a torch program")
 
@@ -32,10 +32,7 @@ def cleanrls(num_envs):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("single_file_ppo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.mark.plays(

@@ -61,10 +61,20 @@ def native_with_masks(slots: int, length: int) -> Step:
     return native(slots, length, action_mask=True)
 
 
-def native_asking_for_masks(slots: int, length: int) -> Step:
-    """`TokenVectorEnv` with a function that says which tokens may come next, at no cost of its own."""
+def all_tokens(slots: int) -> Callable[[Any, Any], np.ndarray]:
+    """A mask function that costs nothing itself."""
     ready = np.ones((slots, VOCAB_SIZE), dtype=np.bool_)
-    return native(slots, length, action_mask=lambda prompts, responses: ready[: len(responses)])
+    return lambda prompts, responses: ready[: len(responses)]
+
+
+def native_asking_for_masks(slots: int, length: int) -> Step:
+    """`TokenVectorEnv` that asks a function which tokens may come next."""
+    return native(slots, length, action_mask=all_tokens(slots))
+
+
+def native_asking_without_copies(slots: int, length: int) -> Step:
+    """The same, whose observations and masks are its own arrays."""
+    return native(slots, length, action_mask=all_tokens(slots), copy=False)
 
 
 def sync_vector_env(slots: int, length: int) -> Step:
@@ -108,6 +118,7 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[int, int], Step], str]] = {
     "native, copy=False": (native_without_copies, "gymnasium"),
     "native, action_mask=True": (native_with_masks, "gymnasium"),
     "native, action_mask=function": (native_asking_for_masks, "gymnasium"),
+    "native, action_mask=function, copy=False": (native_asking_without_copies, "gymnasium"),
     "SyncVectorEnv": (sync_vector_env, "gymnasium"),
     "SB3 adapter": (sb3_adapter, "stable_baselines3"),
     "TorchRL": (torchrl_wrapper, "torchrl"),

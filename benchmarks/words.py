@@ -9,7 +9,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,24 @@ from lit_rlhf.rewards import Reward
 SHAPE = workload.Shape(hidden=32, layers=2, heads=4, kv_heads=4, intermediate=64, vocabulary=6, tied=False, context=16)
 # Two tokens: with rotary positions, a Llama that has seen one token again and again cannot tell how often.
 PROMPT = [BOS, FIRST_WORD]
+PROMPTS = "prompts.jsonl"
 ITERATIONS, EPISODES, EPOCHS = 200, 256, 10  # of PPO, of each of its iterations, and of DPO over all pairs
-LEARNING_RATES = {"ppo": (1e-3, 2e-3, 4e-3), "dpo": (1.5e-3, 3e-3, 6e-3)}  # tried by each contestant
+PPO_RATES, DPO_RATES = (1e-3, 2e-3, 4e-3), (1.5e-3, 3e-3, 6e-3)  # the same for both libraries
+LEARNING_RATES = {"trl_ppo": PPO_RATES, "trl_dpo": DPO_RATES, "ppo_module": PPO_RATES, "dpo_module": DPO_RATES}
 
 
-def word_problem(folder: Path, seed: int = 0, steps: int = 200) -> Problem:
-    """The problem; its reference, with a tokenizer, is left in `folder` for policies to start from.
+def word_tree() -> TokenTree:
+    """Sentences of up to three tokens."""
+    return TokenTree(SHAPE.vocabulary, [EOS], max_new_tokens=3)
 
-    The reference is fitted to random probabilities of the next word by exact cross-entropy, as SFT would on endless
-    data, so that it hardly ever writes a special token where it should not.
+
+def make_reference(folder: Path, seed: int = 0, steps: int = 200) -> None:
+    """Leave the reference with its tokenizer and the prompt in `folder`, for policies to start from.
+
+    It is fitted to random probabilities of the next word by exact cross-entropy, as SFT would on endless data, so that
+    it hardly ever writes a special token where it should not.
     """
-    tree, prompt = TokenTree(SHAPE.vocabulary, [EOS], max_new_tokens=3), torch.tensor(PROMPT)
+    tree, prompt = word_tree(), torch.tensor(PROMPT)
     draw = torch.Generator().manual_seed(seed)
     table = []
     for level in range(tree.max_new_tokens):
@@ -62,11 +69,16 @@ def word_problem(folder: Path, seed: int = 0, steps: int = 200) -> Problem:
         schedule.step()
     model.save_pretrained(folder)
     workload.make_tokenizer(SHAPE).save_pretrained(folder)
+    (folder / PROMPTS).write_text(json.dumps({"prompt": workload.as_text(PROMPT)}) + "\n")
 
+
+def word_problem(folder: Path) -> Problem:
+    """The problem whose reference is in `folder`."""
+    tree, model = word_tree(), AutoModelForCausalLM.from_pretrained(folder)
     values = torch.tensor([0.0, 0.0, 0.0, 0.1, 0.3, 0.0], dtype=torch.float64)[tree.completions].sum(1)
     follows = (tree.completions[:, :-1] == FIRST_WORD) & (tree.completions[:, 1:] == FIRST_WORD + 1)
     rewards = torch.where(is_sentence(tree), values + 0.4 * follows.sum(1), 0.0)
-    return Problem("words", tree, [prompt], causal_lm(model), lambda *_: rewards)
+    return Problem("words", tree, [torch.tensor(PROMPT)], causal_lm(model), lambda *_: rewards)
 
 
 def is_sentence(tree: TokenTree) -> Tensor:
@@ -108,11 +120,9 @@ def learn_ppo_module(
         num_minibatches=2,
         seed=seed,
     )
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": workload.as_text(PROMPT)}) + "\n")
     data = RolloutDataModule(
         TreeReward(problem),
-        train=str(prompts),
+        train=str(folder / PROMPTS),
         validation=None,
         tokenizer=module.tokenizer,
         rollout_size=rollout_size,
@@ -187,54 +197,46 @@ def learn_trl(
     task: str, problem: Problem, folder: Path, pairs: list[workload.Pair], beta: float, rate: float, python: str
 ) -> tuple[Any, float]:
     """The model that TRL's trainer makes of the reference in `folder`, and its CPU seconds, import included."""
-    tree, output = problem.tree, folder / f"trl_{task}"
+    tree = problem.tree
     rewards = problem.reward_fn(problem.prompts[0], tree.completions, tree.lengths).tolist()
     texts = [" ".join(map(str, row[:n])) for row, n in zip(tree.completions.tolist(), tree.lengths, strict=True)]
     known = {"prompt": PROMPT, "max_new_tokens": tree.max_new_tokens, "pairs": pairs}
-    (folder / "words.json").write_text(json.dumps(known | {"rewards": dict(zip(texts, rewards, strict=True))}))
-    command = [python, "-m", "benchmarks.words_trl", f"--task={task}", f"--folder={folder}", f"--output={output}"]
-    passes = ITERATIONS if task == "ppo" else EPOCHS
-    command += [f"--beta={beta}", f"--learning_rate={rate}", f"--passes={passes}"]
-    peer = Contestant(f"trl_{task}", command, threads=1)
-    seconds = peer.play()["seconds"]
-    peer.close()
-    return AutoModelForCausalLM.from_pretrained(output), seconds
+    known |= {"rewards": dict(zip(texts, rewards, strict=True))}
+    with tempfile.TemporaryDirectory() as output:
+        words = Path(output) / "words.json"
+        words.write_text(json.dumps(known))
+        command = [python, "-m", "benchmarks.words_trl", f"--task={task}", f"--folder={folder}", f"--words={words}"]
+        passes = ITERATIONS if task == "ppo" else EPOCHS
+        command += [f"--output={output}", f"--beta={beta}", f"--learning_rate={rate}", f"--passes={passes}"]
+        peer = Contestant(f"trl_{task}", command, threads=1)
+        seconds = peer.play()["seconds"]
+        peer.close()
+        return AutoModelForCausalLM.from_pretrained(output), seconds
 
 
-def measure_words(
-    betas: Sequence[float], algorithms: Container[str], pythons: dict[str, str | None]
-) -> Iterator[dict[str, Any]]:
-    """A line for each of the algorithms, β and learning rates.
+def measure_words(folder: Path, algorithm: str, beta: float, rate: float, python: str | None) -> dict[str, Any]:
+    """How near an algorithm comes to the optimum.
 
     Args:
-        betas: weights of the KL.
-        algorithms: names among ppo_module, dpo_module, trl_ppo and trl_dpo.
-        pythons: for each that is TRL's, a Python that has it; None = leave it out.
+        folder: with the reference.
+        algorithm: ppo_module, dpo_module, trl_ppo or trl_dpo.
+        beta: weight of the KL.
+        rate: learning rate.
+        python: one that has TRL, if it is TRL's.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        problem = word_problem(folder)
-        pairs = all_pairs(problem, is_sentence(problem.tree))
-        ours: dict[str, Callable[[float, float], Any]] = {
-            "ppo": lambda beta, rate: learn_ppo_module(problem, folder, beta, learning_rate=rate),
-            "dpo": lambda beta, rate: learn_dpo_module(folder, pairs, beta, learning_rate=rate),
-        }
-        data = {"ppo": {"episodes": ITERATIONS * EPISODES}, "dpo": {"pairs": len(pairs), "epochs": EPOCHS}}
-        for beta, (task, learn) in itertools.product(betas, ours.items()):
-            for rate in LEARNING_RATES[task] if f"{task}_module" in algorithms else ():
-                start = time.process_time()
-                model = learn(beta, rate).policy.model
-                figures = {"seconds": time.process_time() - start, "learning_rate": rate}
-                yield judged(f"{task}_module", problem, beta, model) | figures | data[task]
-            python = pythons[f"trl_{task}"]
-            for rate in LEARNING_RATES[task] if f"trl_{task}" in algorithms and python is not None else ():
-                model, seconds = learn_trl(task, problem, folder, pairs, beta, rate, python)
-                figures = {"seconds": seconds, "learning_rate": rate}
-                yield judged(f"trl_{task}", problem, beta, model) | figures | data[task]
-
-
-def judged(algorithm: str, problem: Problem, beta: float, model: Any) -> dict[str, Any]:
-    """How far a model is from the optimum."""
+    problem = word_problem(folder)
+    pairs = all_pairs(problem, is_sentence(problem.tree)) if "dpo" in algorithm else []
+    model: Any
+    start = time.process_time()
+    if python is not None:
+        model, seconds = learn_trl(algorithm.removeprefix("trl_"), problem, folder, pairs, beta, rate, python)
+    else:
+        if algorithm == "ppo_module":
+            model = learn_ppo_module(problem, folder, beta, learning_rate=rate).policy.model
+        else:
+            model = learn_dpo_module(folder, pairs, beta, learning_rate=rate).policy.model
+        seconds = time.process_time() - start
     evaluation = problem.oracle(beta).evaluate(causal_lm(model))
-    figures = {"gap": evaluation.gap, "kl_to_optimum": evaluation.kl_to_optimum}
-    return {"algorithm": algorithm, "mdp": problem.name, "beta": beta} | figures
+    figures = {"gap": evaluation.gap, "kl_to_optimum": evaluation.kl_to_optimum, "seconds": seconds}
+    data = {"pairs": len(pairs), "epochs": EPOCHS} if pairs else {"episodes": ITERATIONS * EPISODES}
+    return {"algorithm": algorithm, "mdp": problem.name, "beta": beta} | figures | {"learning_rate": rate} | data

@@ -1,6 +1,6 @@
 """Contestant: TRL on the problem of `benchmarks/words.py`, run by a Python in which `trl` is installed.
 
-`--folder` holds the reference with its tokenizer, and `words.json` with the rewards of all completions and the pairs.
+`--folder` holds the reference with its tokenizer, the file `--words` the rewards of all completions and the pairs.
 The policy that comes out is left in `--output`, for the oracle to judge. TRL 1.12 was the last with a PPO trainer.
 """
 
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=["ppo", "dpo"])
     parser.add_argument("--folder", required=True)
+    parser.add_argument("--words", required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--beta", type=float, required=True)
     parser.add_argument("--learning_rate", type=float, required=True)
@@ -56,7 +57,7 @@ def main() -> None:
     os.environ["HF_HOME"] = tempfile.mkdtemp()
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     torch.set_num_threads(1)
-    problem = json.loads((Path(options.folder) / "words.json").read_text())
+    problem = json.loads(Path(options.words).read_text())
 
     def train() -> dict[str, Any]:
         start = clock()

@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 
 from lit_rlhf.errors import UserError, require
+from lit_rlhf.files import write_json, write_lines
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.sharding import full_state_dict
 
@@ -183,20 +184,6 @@ class RunSummary(Callback):
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
         write_json(summary, Path(trainer.default_root_dir) / "summary.json")
-
-
-def write_json(content: Any, file: Path) -> None:
-    """One value as JSON, see `write_lines`."""
-    write_lines([json.dumps(content, indent=2)], file)
-
-
-def write_lines(lines: Iterable[str], file: Path) -> None:
-    """Write aside and rename into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.new")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.writelines(f"{line}\n" for line in lines)
-    aside.rename(file)
 
 
 def peak_memory_mb(device: torch.device) -> float:

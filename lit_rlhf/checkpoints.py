@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there, and clear words about those that are not."""
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import replacing
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -24,14 +24,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        target = Path(path)
-        aside = target.with_name(f".{target.name}.new")
-        try:
+        with replacing(Path(path)) as aside:
             super().save_checkpoint(checkpoint, aside, storage_options)
-            os.replace(aside, target)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
 
 
 def choose_checkpoint(name: str, root: Path, training: bool) -> str:

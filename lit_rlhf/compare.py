@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_rlhf.batches import PromptBatch
-from lit_rlhf.callbacks import write_json
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.errors import UserError, require
+from lit_rlhf.files import write_json
 from lit_rlhf.loading import check_same_tokens, load_policy, load_tokenizer
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Policy, freeze

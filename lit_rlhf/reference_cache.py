@@ -15,6 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from lit_rlhf.batches import PreferenceBatch
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import replacing
 from lit_rlhf.packing import PackedBatch
 from lit_rlhf.policy import Policy
 from lit_rlhf.sharding import full_state_dict
@@ -181,13 +183,6 @@ def read(file: Path) -> dict[str, Tensor] | None:
 
 
 def write(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write aside and rename into place."""
-    aside = file.with_name(f".{uuid.uuid4().hex}.new")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    """Write what another run may be writing as well."""
+    with suppress(FileNotFoundError), replacing(file, shared=True) as aside:  # or it is done, and its parts cleared
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
-        aside.replace(file)
-    except FileNotFoundError:  # another run has finished the same work and cleared the folder of parts
-        pass
-    finally:
-        aside.unlink(missing_ok=True)

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lit_rlhf import KLPenalty, RewardShaping
+from lit_rlhf import KLPenalty, RewardShaping, logprobs
 from lit_rlhf.callbacks import HuggingFaceExport
+from lit_rlhf.logprobs import CHUNK_MOST
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.sharding import full_state_dict
 from tests.stages import STAGES, make_stage
+from tests.tiny import VOCABULARY
 
 STOPPED_PPO = {  # in its second iteration, after the critic has warmed up, at the second step
     "target_kl": 1e-6,
@@ -25,17 +27,20 @@ STOPPED_PPO = {  # in its second iteration, after the critic has warmed up, at t
 # One step of the whole data set; a large epsilon keeps the size of the gradient in what AdamW does with it.
 WHOLE = {"lr_scheduler": "constant", "warmup_steps": 0, "adam_eps": 1.0}
 WHOLE_TRAINER: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 100}
-WHOLE_RUNS: dict[str, dict[str, Any]] = {
-    "sft": WHOLE,
-    "reward_model": WHOLE | {"normalize": None},
-    "dpo": WHOLE | {"reference_free": True},
+WHOLE_DPO = WHOLE | {"reference_free": True}
+WHOLE_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "whole_sft": ("sft", WHOLE),
+    "whole_reward_model": ("reward_model", WHOLE | {"normalize": None}),
+    "whole_dpo": ("dpo", WHOLE_DPO),
+    "chunked_sft": ("sft", WHOLE),  # the head sees a few tokens at a time, as in a large batch
+    "chunked_dpo": ("dpo", WHOLE_DPO),
 }
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     **{stage: (stage, {}) for stage in STAGES},
     "reward_model": ("reward_model", {"normalize": "mean_and_std"}),
     "stopped_ppo": ("ppo", STOPPED_PPO),
     "dpo_cached": ("dpo", {"cache_reference": True}),
-    **{f"whole_{stage}": (stage, options) for stage, options in WHOLE_RUNS.items()},
+    **WHOLE_RUNS,
 }
 
 
@@ -75,7 +80,8 @@ def main(folder: Path, name: str) -> None:
         strategy: Any = "ddp" if name == "ddp" else sharded
         module, data = make_stage(stage, folder, **options)
         shares = Shares()
-        options = WHOLE_TRAINER if run.startswith("whole") else {"max_epochs": 2, "gradient_clip_val": 1.0}
+        logprobs.CHUNK_MOST = 4 * VOCABULARY * 7 if run.startswith("chunked") else CHUNK_MOST
+        options = WHOLE_TRAINER if run in WHOLE_RUNS else {"max_epochs": 2, "gradient_clip_val": 1.0}
         trainer = Trainer(
             default_root_dir=folder / name / run,
             accelerator="cpu",

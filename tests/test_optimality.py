@@ -1,4 +1,4 @@
-"""Every algorithm reaches the optimum that theory gives; the learners are those of benchmarks/optimality.py."""
+"""Every algorithm reaches the optimum that theory gives; the learners are those of the benchmarks."""
 
 import math
 from functools import partial
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks import workload
-from benchmarks.optimality import (
-    BETAS,
-    SIBLINGS,
+from benchmarks.optimality import BETAS, print_table
+from benchmarks.siblings import SIBLINGS
+from benchmarks.table_ppo import learn_ppo
+from benchmarks.table_preferences import (
     calibration_error,
     exact_pairs,
     expected_kl,
@@ -18,13 +19,20 @@ from benchmarks.optimality import (
     implicit_reward_correlation,
     kl_to,
     labelled_loss,
-    learn_ppo,
     learn_preferences,
     learn_reward_model,
-    print_table,
     sampled_pairs,
 )
-from benchmarks.words import PROMPT, SHAPE, all_pairs, is_sentence, learn_dpo_module, learn_ppo_module, word_problem
+from benchmarks.words import (
+    PROMPT,
+    SHAPE,
+    all_pairs,
+    is_sentence,
+    learn_dpo_module,
+    learn_ppo_module,
+    make_reference,
+    word_problem,
+)
 from benchmarks.words_trl import TableReward
 from benchmarks.workload import EOS, FIRST_WORD, PAD
 from lit_rlhf.losses import (
@@ -68,7 +76,7 @@ class TestDPO:
     @pytest.mark.parametrize(("name", "beta"), [("trap", 0.05), ("wide", 0.1), ("trap", 1.0), *EVERYWHERE])
     def test_on_exact_preferences_it_reaches_the_optimum_and_its_implicit_reward_is_the_reward(self, name, beta):
         oracle = PROBLEMS[name].oracle(beta)
-        policy = learn_preferences(PROBLEMS[name], oracle, dpo_loss, exact_pairs(oracle), beta)
+        policy = learn_preferences(PROBLEMS[name], oracle, dpo_loss, exact_pairs(oracle))
         evaluation = oracle.evaluate(policy.logprob_fn)
         assert evaluation.gap <= 0.005
         assert evaluation.kl_to_optimum <= 0.01
@@ -81,7 +89,7 @@ class TestDPO:
             errors = []
             for seed in range(8):
                 pairs = gathered(sampled_pairs(oracle, count, seed))
-                policy = learn_preferences(problem, oracle, dpo_loss, pairs, 0.5, steps=100)
+                policy = learn_preferences(problem, oracle, dpo_loss, pairs, steps=100)
                 errors.append(oracle.evaluate(policy.logprob_fn).kl_to_optimum)
             # 2 KL/E[KL] of each seed is about χ²/14 of 14 degrees of freedom: the mean of 8 has a spread of 0.13.
             assert 0.6 < np.mean(errors) / expected_kl(oracle, count) < 1.4
@@ -89,7 +97,7 @@ class TestDPO:
     @pytest.mark.parametrize("beta", [0.1, 1.0])
     def test_chosen_logprobs_fall_by_what_theory_says(self, beta):
         oracle = PROBLEMS["trap"].oracle(beta)
-        policy = learn_preferences(PROBLEMS["trap"], oracle, dpo_loss, exact_pairs(oracle), beta)
+        policy = learn_preferences(PROBLEMS["trap"], oracle, dpo_loss, exact_pairs(oracle))
         with torch.no_grad():
             logratios = (oracle.logprobs(policy.logprob_fn) - oracle.ref_logprobs)[0]
         pairs = sampled_pairs(oracle, 200_000)
@@ -104,11 +112,10 @@ class TestDPO:
         policy = TablePolicy(problem.tree, problem.prompts)
         with torch.no_grad():
             policy.logits.normal_(generator=torch.Generator().manual_seed(0))
-        lengths = problem.tree.lengths.double()
 
         def gradient(pairs, weights):
             logprobs = oracle.logprobs(policy.logprob_fn)
-            losses = labelled_loss(dpo_loss, logprobs, oracle.ref_logprobs, pairs, 0.3, lengths)
+            losses = labelled_loss(dpo_loss, logprobs, oracle, pairs)
             return torch.autograd.grad((weights * losses).sum(), policy.logits)[0].flatten()
 
         everyone = exact_pairs(oracle, None)
@@ -141,15 +148,13 @@ class TestSiblings:
     )
     def test_each_reaches_the_optimum_that_it_states(self, name, problem, beta):
         sibling, oracle = SIBLINGS[name], PROBLEMS[problem].oracle(beta)
-        pairs = exact_pairs(oracle, None if sibling.all_pairs else 16).flipped(sibling.flipped)
-        policy = learn_preferences(PROBLEMS[problem], oracle, sibling.loss, pairs, beta)
-        own = oracle.optimal_logprobs if sibling.optimum is None else sibling.optimum(oracle, beta)
+        policy, own = sibling.learn(PROBLEMS[problem], oracle), sibling.own_optimum(oracle)
         assert own.exp().sum(1).allclose(torch.ones((), dtype=torch.float64))
         assert kl_to(oracle, policy, own) <= 0.01
 
     def test_the_optima_differ(self):
         oracle = PROBLEMS["trap"].oracle(0.5)
-        own = {name: sibling.optimum(oracle, 0.5) for name, sibling in SIBLINGS.items() if sibling.optimum}
+        own = {name: sibling.optimum(oracle) for name, sibling in SIBLINGS.items() if sibling.optimum}
         for name, logprobs in own.items():
             kl = (logprobs.exp() * (logprobs - oracle.optimal_logprobs)).sum().item()
             assert kl > 0.001, name
@@ -233,6 +238,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(folder):
+    make_reference(folder)
     return word_problem(folder)
 
 
@@ -295,6 +301,6 @@ def test_the_table_shows_of_several_learning_rates_the_one_that_came_nearest(cap
     line = {"mdp": "words", "beta": 0.1, "seconds": 1.0}
     figures = [{"gap": 0.5, "kl_to_optimum": 0.75}, {"gap": 0.25, "kl_to_optimum": 0.125}]
     rows = [{"algorithm": "trl_ppo"} | line | figure for figure in figures]
-    print_table([{"algorithm": "ppo_module"} | line | figures[0] | {"beta": 0.5}, *rows])
+    print_table([{"algorithm": "ppo_module"} | line | figures[0] | {"beta": 0.5}, *rows], ("ppo_module", "trl_ppo"))
     said = capsys.readouterr().out
     assert "25.000% | 0.12500" in said and said.count("75000") == 1

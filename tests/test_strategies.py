@@ -35,12 +35,11 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
 
     results = json.loads((tmp_path / f"{strategy}.json").read_text())
-    assert set(results) == {*STAGES, "stopped_ppo", "dpo_cached", *(f"whole_{stage}" for stage in WHOLE_RUNS)}
+    assert set(results) == {*STAGES, "stopped_ppo", "dpo_cached", *WHOLE_RUNS}
     for run, result in results.items():
         assert result["steps"] > 0
-        stage = run.removeprefix("whole_")
         assert all(math.isfinite(value) for value in result["metrics"].values()), (run, result)
-        kind = AutoModelForSequenceClassification if stage == "reward_model" else AutoModelForCausalLM
+        kind = AutoModelForSequenceClassification if run.endswith("reward_model") else AutoModelForCausalLM
         model = kind.from_pretrained(tmp_path / strategy / run / "model")
         assert all(parameter.isfinite().all() for parameter in model.parameters())
     # The reference's log-probs are the same, whether a frozen copy gives them or the cache.
@@ -48,16 +47,17 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert "val/score" in results["ppo"]["metrics"]
     assert "val/loss" in results["sft"]["metrics"]
 
-    # A step of the whole data set is the step that one device takes: same loss, same gradient, same weights.
-    for stage, options in WHOLE_RUNS.items():
+    # A step of the whole data set is the step that one device takes: same loss, same gradient, same weights, whether
+    # the head sees all of its tokens at once or a few at a time.
+    for run, (stage, options) in WHOLE_RUNS.items():
         seed_everything(0, verbose=False)
         module, data = make_stage(stage, tmp_path, **options)
         trainer = make_trainer(tmp_path, **WHOLE_TRAINER)
         trainer.fit(module, data)
-        alone, together = outcome(trainer, module), results[f"whole_{stage}"]
+        alone, together = outcome(trainer, module), results[run]
         assert alone["steps"] == together["steps"] == 1
         for name, value in alone["metrics"].items():
-            assert together["metrics"][name] == pytest.approx(value, rel=1e-4), (stage, name)
+            assert together["metrics"][name] == pytest.approx(value, rel=1e-4), (run, name)
         assert together["checksum"] == pytest.approx(alone["checksum"], rel=1e-7)
 
     # A minibatch of PPO is divided by its tokens on all ranks, of which each has a share.

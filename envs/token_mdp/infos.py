@@ -24,7 +24,7 @@ class SlotInfos:
     """
 
     def __init__(self, task: TokenTask, slots: Slots, stream: Stream) -> None:
-        self.allowed: BoolArray | None = None  # (B, V) where action_mask is a function
+        self.allowed: BoolArray | None = None  # (B, V) with an action_mask, from the first reset on
         self._task = task
         self._slots = slots
         self._stream = stream
@@ -36,28 +36,30 @@ class SlotInfos:
             return self.allowed.copy()
         return np.ones((len(self._every_slot), self._task.vocab_size), dtype=np.bool_)
 
-    def put_state(self, infos: dict[str, Any], slots: IntArray) -> None:
-        """Infos of the states that `slots` are in; `episode_id` and `active` tell about all slots at any time."""
+    def put_state(self, infos: dict[str, Any], slots: IntArray, copy: bool) -> None:
+        """Infos of the states that `slots` are in; `episode_id` and `active` tell about all slots at any time.
+
+        Without `copy`, the mask of all slots is the env's own, as observations are.
+        """
         stream, num_slots = self._stream, len(self._every_slot)
         values = stream.infos(slots)
         if self._task.action_mask:
-            if callable(self._task.action_mask):
-                self._ask()
-            if self.allowed is None:
-                values["action_mask"] = np.ones((len(slots), self._task.vocab_size), dtype=np.int8)
-            else:  # `take` copies rows whole; an index array goes cell by cell and costs 30 times as much
-                values["action_mask"] = self.allowed.view(np.int8).take(slots, axis=0)
+            mask = self._ask().view(np.int8)
+            # `take` copies rows whole; an index array goes cell by cell and costs 30 times as much.
+            values["action_mask"] = mask if not copy and len(slots) == num_slots else mask.take(slots, axis=0)
         put(infos, num_slots, slots, values)
         put(infos, num_slots, self._every_slot, {"episode_id": stream.episode_id.copy(), "active": stream.active})
 
-    def _ask(self) -> None:
+    def _ask(self) -> BoolArray:
         if self.allowed is None:  # once: memory that is new to the process costs more than what is written to it
             self.allowed = self.action_masks()
-        running = np.flatnonzero(self._stream.status == RUNNING)
-        rows = self._task.allowed_tokens(self._stream.prompt_index[running], self._slots.responses(running))
-        self.allowed[self._stream.status != RUNNING] = True
-        for slot, row in zip(running.tolist(), rows, strict=True):
-            self.allowed[slot] = row
+        if callable(self._task.action_mask):
+            running = np.flatnonzero(self._stream.status == RUNNING)
+            rows = self._task.allowed_tokens(self._stream.prompt_index[running], self._slots.responses(running))
+            self.allowed[self._stream.status != RUNNING] = True
+            for slot, row in zip(running.tolist(), rows, strict=True):
+                self.allowed[slot] = row
+        return self.allowed
 
     def put_final(self, infos: dict[str, Any], done: IntArray, at_end: Mapping[str, npt.NDArray[Any]]) -> None:
         """`final_obs` and `final_info` of the slots that are about to be refilled."""

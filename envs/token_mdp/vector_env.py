@@ -60,7 +60,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     reward_mode: "immediate" or "deferred".
     autoreset_mode: Gymnasium's mode, as a string or Enum.
     max_episodes: N of every stream; None never ends.
-    copy: False returns the live observation arrays: faster, and overwritten by the next step.
+    copy: False returns the live arrays of observations and masks: faster, and overwritten by the next step.
     max_episode_steps: what `gymnasium.make_vec` passes on; T becomes the smaller of it and `max_new_tokens`.
     render_mode: "ansi": `render()` returns one text per slot; "human": each episode is printed when it ends.
 
@@ -228,7 +228,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             put(infos, self.num_envs, done, end_infos)
             self._begin(waiting)
             self._stream.wait(done)
-        self._infos.put_state(infos, self._every_slot)
+        self._infos.put_state(infos, self._every_slot, self.copy)
         self._ready = True
         return self._slots.observation(self.copy), rewards, terminated, truncated, infos
 
@@ -312,7 +312,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     def _observe(self, slots: IntArray) -> tuple[VectorObservation, dict[str, Any]]:
         self._ready = False  # until action_mask went well
         infos: dict[str, Any] = {}
-        self._infos.put_state(infos, slots)
+        self._infos.put_state(infos, slots, self.copy)
         self._ready = True
         return self._slots.observation(self.copy), infos
 

@@ -253,6 +253,21 @@ def test_observations_are_fresh_unless_copy_is_off():
     assert all(np.shares_memory(before[key], after[key]) for key in before)
 
 
+def test_masks_are_live_where_copy_is_off_and_say_the_same():
+    def one_more(prompts, responses):  # the n-th token may be any up to n
+        return np.arange(VOCAB) <= np.array([[len(response)] for response in responses])
+
+    fresh, live = (make(action_mask=one_more, copy=copy) for copy in (True, False))
+    (_, fresh_info), (_, live_info) = fresh.reset(seed=0), live.reset(seed=0)
+    for action in (0, 1, END, 0):
+        before, live_before = fresh_info, live_info
+        *_, fresh_info = fresh.step(np.minimum([action, 0, 0], fresh_info["action_mask"].sum(1) - 1))
+        *_, live_info = live.step(np.minimum([action, 0, 0], live_info["action_mask"].sum(1) - 1))
+        assert_same(fresh_info, live_info)
+        assert np.shares_memory(live_before["action_mask"], live_info["action_mask"])
+        assert not np.shares_memory(before["action_mask"], fresh_info["action_mask"])
+
+
 def test_infos_of_a_step_are_its_own():
     env = make(num_envs=2, copy=False)
     _, before = env.reset(seed=0)

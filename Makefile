@@ -69,8 +69,13 @@ bench: setup
 bench-scaling: setup
 	$(BIN)/python -m benchmarks.scaling
 
-bench-gpu: setup
-	$(BIN)/python -m benchmarks.gpu
+# With the Python at hand where it has all that is needed, as a machine with a GPU may be without a network.
+bench-gpu:
+	@if PYTHONPATH=.:envs $(PYTHON) -c "import lit_rlhf.cli" 2> /dev/null; then \
+		PYTHONPATH=.:envs $(PYTHON) -m benchmarks.gpu; \
+	else \
+		$(MAKE) setup && $(BIN)/python -m benchmarks.gpu; \
+	fi
 
 clean:
 	rm -rf $(VENV) .venv-rllib build dist .pytest_cache .mypy_cache .ruff_cache

@@ -3,22 +3,21 @@
     python -m benchmarks.compare --task sft --peer trl --peer-python /path/to/python/with/trl
 
 Contestants take turns, one process each, after a batch of warm-up. Every round prints a JSON line; then come a table,
-and one JSON line with the medians. `speedup` is the median over rounds of the peer's time over ours, the peer being
-tuned. Without `--peer`, ours stands beside its own bare step alone.
+and one JSON line with the medians. `speedup` is the median over rounds of the peer's time over ours in the same round,
+the peer being tuned. Without `--peer`, ours stands beside its own bare step alone.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
+import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import workload
-from benchmarks.rounds import Contestant
+from benchmarks.rounds import Contestant, conditions, print_table
 
 TASKS = ("sft", "reward", "dpo", "dpo_cached", "ppo", "generate")
 PAIRS = {"sft": 16, "reward": 16, "dpo": 16, "dpo_cached": 16, "ppo": 16, "generate": 64}
@@ -66,72 +65,70 @@ def compare(task: str, options: argparse.Namespace) -> dict[str, Any]:
     players = contestants(task, options)
     for number in range(options.rounds):
         for player in players:
-            # TRL's defaults and packing are for orientation: one round each.
-            if player.name in ("trl default", "trl packing") and number > 0:
-                continue
             result = player.play()
             line = {"task": task, "contestant": player.name, "round": number, **result}
             print(json.dumps(line | {"tokens_per_second": tokens / result["seconds"]}), flush=True)
     for player in players:
         player.close()
+    figures = {player.name: medians(player, players[0], tokens) for player in players}
+    columns = ("contestant", "tokens/s", "ours is faster by", "peak memory, MB")
+    print_table(f"{task}: {tokens} tokens a round", columns, [(name, *row) for name, row in figures.items()])
 
-    def seconds(player: Contestant) -> float:
-        return statistics.median(result["seconds"] for result in player.results)
-
-    def memory(player: Contestant) -> float:
-        return max(result["peak_memory_mb"] for result in player.results)
-
-    print(
-        f"\n| {task}: {tokens} tokens a round | tokens/s | ours is faster by | peak memory |\n| --- | --- | --- | --- |"
-    )
-    for player in players:
-        ratio = seconds(player) / seconds(players[0])
-        print(f"| {player.name} | {tokens / seconds(player):.0f} | {ratio:.2f} | {memory(player):.0f} MB |")
-    summary: dict[str, Any] = {
-        "task": task,
-        "tokens_per_second": tokens / seconds(players[0]),
-        "peer_tokens_per_second": None,
-        "speedup": None,
-        "peak_memory_mb": memory(players[0]),
-        "peer_peak_memory_mb": None,
-    }
-    for player in players:
-        if player.name == "ours, no Trainer":
-            summary["lightning_overhead"] = seconds(players[0]) / seconds(player) - 1
-        if player.name in ("trl tuned", "transformers generate"):
-            pairs = zip(player.results, players[0].results, strict=True)
+    mine = figures.pop("ours")
+    summary: dict[str, Any] = {"task": task, "tokens_per_second": mine.tokens_per_second}
+    summary |= {"peer_tokens_per_second": None, "speedup": None}
+    summary |= {"peak_memory_mb": mine.peak_memory_mb, "peer_peak_memory_mb": None}
+    for name, theirs in figures.items():
+        if name == "ours, no Trainer":
+            summary["lightning_overhead"] = 1 / theirs.speedup - 1
+        elif name in ("trl tuned", "transformers generate"):
             summary |= {
-                "peer_tokens_per_second": tokens / seconds(player),
-                "speedup": statistics.median(theirs["seconds"] / mine["seconds"] for theirs, mine in pairs),
-                "peer_peak_memory_mb": memory(player),
+                "peer_tokens_per_second": theirs.tokens_per_second,
+                "speedup": theirs.speedup,
+                "peer_peak_memory_mb": theirs.peak_memory_mb,
             }
-        if player.name in ("trl default", "trl packing"):
-            summary[player.name.replace(" ", "_") + "_tokens_per_second"] = tokens / seconds(player)
-    print()
+        else:
+            prefix = name.replace(" ", "_")
+            summary |= {f"{prefix}_tokens_per_second": theirs.tokens_per_second, f"speedup_to_{prefix}": theirs.speedup}
     if task not in ("ppo", "generate"):
-        flops = workload.training_flops(task, workload.SHAPES[options.shape], pairs_of(options))
-        summary["useful_gflops_per_second"] = flops / seconds(players[0]) / 1e9
+        shape = workload.SHAPES[options.shape]
+        flops = workload.training_flops(task, shape, workload.make_pairs(options.pairs, shape, options.seed))
+        summary["useful_gflops_per_second"] = flops * mine.tokens_per_second / tokens / 1e9
     print(json.dumps(summary), flush=True)
     return summary
 
 
-def pairs_of(options: argparse.Namespace) -> list[workload.Pair]:
-    """The pairs of this run."""
-    return workload.make_pairs(options.pairs, workload.SHAPES[options.shape], options.seed)
+class Medians(NamedTuple):
+    """Of a contestant, over its rounds."""
+
+    tokens_per_second: float
+    speedup: float  # its time over ours in the same round
+    peak_memory_mb: float  # the most, not the median
 
 
-def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """What a reader must know to judge the figures."""
-    return {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "threads": options.threads,
-        "precision": options.precision or "the device's own",
-        "clock": "CPU seconds of the process" if options.threads == 1 else "wall seconds",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "lightning")},
-    }
+def medians(player: Contestant, ours: Contestant, tokens: int) -> Medians:
+    """What the rounds of a contestant come to."""
+    seconds = [result["seconds"] for result in player.results]
+    ratios = [theirs / mine["seconds"] for theirs, mine in zip(seconds, ours.results, strict=True)]
+    memory = max(result["peak_memory_mb"] for result in player.results)
+    return Medians(tokens / statistics.median(seconds), statistics.median(ratios), memory)
+
+
+def describe(options: argparse.Namespace) -> None:
+    """Print the conditions of the whole run."""
+    peers = {}
+    for name in ("peer_python", "peer_ppo_python") if options.peer else ():
+        python = getattr(options, name)
+        if python is not None:
+            ask = "from importlib.metadata import version as v; print('trl', v('trl'), 'torch', v('torch'))"
+            peers[name] = subprocess.check_output([python, "-c", ask], text=True).strip()
+    conditions(
+        threads=options.threads,
+        clock="CPU seconds of the process" if options.threads == 1 else "wall seconds",
+        precision=options.precision or "the device's own",
+        **{name: getattr(options, name) for name in ("shape", "pairs", "batch", "slots", "rounds", "seed")},
+        **peers,
+    )
 
 
 def main() -> None:
@@ -159,7 +156,7 @@ def main() -> None:
         parser.error("--peer trl needs --peer-python or $PEER_PYTHON: a Python with TRL, see docs/performance.md")
     if options.peer is None:
         print("no peer: ours stands beside its own bare step (the same model and losses in a plain loop)")
-    print(json.dumps({"conditions": conditions(options)}))
+    describe(options)
     for task in TASKS if options.task == "all" else (options.task,):
         compare(task, argparse.Namespace(**{**vars(options), "pairs": options.pairs or PAIRS[task]}))
 

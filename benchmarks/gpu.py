@@ -12,8 +12,10 @@ to show that the script works; `python -m benchmarks.gpu --phases sft decode` ru
 """
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from benchmarks import workload
 from benchmarks.compare import useful_tokens
 from benchmarks.ours import ForcedLengths
 from benchmarks.peer_trl import forced
-from benchmarks.rounds import Contestant, serve
+from benchmarks.rounds import Contestant, conditions, print_table, serve
 from lit_rlhf.packing import IMPLEMENTATION
 from lit_rlhf.performance import measured_flops, peak_flops
 from lit_rlhf.policy import Policy
@@ -35,6 +37,7 @@ from lit_rlhf.rollout import GenerationSettings, play
 # In order of worth, should time run out; sequences (of PPO and SFT) or pairs of a micro-batch, for 80 GB.
 BATCHES = {"sft": 64, "dpo": 32, "ppo": 8, "reward": 32, "dpo_cached": 32}
 PHASES = ("sft", "dpo", "decode", "ppo", "reward", "dpo_cached")
+ROUNDS = 3  # that count; engines take turns
 LEAST_SECONDS = 30  # a phase is not begun with less time than this
 
 
@@ -52,17 +55,18 @@ def training(task: str, options: argparse.Namespace, limit: float) -> dict[str, 
 
 
 def trained(task: str, batch: int, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """As `training`, with this batch; the second round counts."""
+    """As `training`, with this batch: the median round after one of warm-up."""
     pairs = min(options.pairs, 128) if task == "ppo" else options.pairs
     settings = argparse.Namespace(shape=options.shape, pairs=pairs, seed=0, fixed=None)
     command = [sys.executable, "-m", "benchmarks.ours", "--task", task, "--shape", options.shape]
     command += ["--pairs", str(pairs), "--batch", str(batch), "--slots", str(options.slots)]
     contestant = Contestant(task, command, threads=max(2, os.cpu_count() or 2))
     try:
-        for _ in range(2):
-            result = contestant.play(limit=deadline - time.monotonic())
+        for _ in range(1 + ROUNDS):
+            contestant.play(limit=deadline - time.monotonic())
     finally:
         contestant.close()
+    result = sorted(contestant.results[1:], key=lambda result: result["seconds"])[ROUNDS // 2]
     line = {"batch": batch, "pairs": pairs, "tokens_per_second": useful_tokens(task, settings) / result["seconds"]}
     if task == "ppo":
         rollouts = result["perf/rollout_fraction"]
@@ -109,17 +113,23 @@ def decoding(options: argparse.Namespace) -> dict[str, Any]:
     for law, due in laws.items():
         context = np.mean([len(prompt) for prompt in prompts]) + (due**2).sum() / due.sum() / 2  # of a token written
         limit = bandwidth_limit(shape, slots, float(context), dtype.itemsize, options.bandwidth)
-        for name, engine in engines.items():
-            line: dict[str, Any] = {"engine": name, "lengths": law, "slots": slots}
+        rates: dict[str, list[float]] = {name: [] for name in engines}
+        errors: dict[str, str] = {}
+        for _, (name, engine) in itertools.product(range(1 + ROUNDS), engines.items()):
+            if name in errors:
+                continue
             try:
-                engine(due)
                 start = now()
-                written = engine(due)
-                rate = written / (now() - start)
-                line |= {"tokens_per_second": rate, "share_of_bandwidth_limit": rate / limit}
+                rates[name].append(engine(due) / (now() - start))
             except RuntimeError as error:
-                line["error"] = str(error)[-300:]
-            lines.append(line)
+                errors[name] = str(error)[-300:]
+        for name in engines:
+            line: dict[str, Any] = {"engine": name, "lengths": law, "slots": slots}
+            if name in errors:
+                lines.append(line | {"error": errors[name]})
+                continue
+            rate = statistics.median(rates[name][1:])
+            lines.append(line | {"tokens_per_second": rate, "share_of_bandwidth_limit": rate / limit})
     return {"engines": lines}
 
 
@@ -205,8 +215,9 @@ def device_of() -> torch.device:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Run the phases, as many as the time allows; print a line for each."""
+    """Run the phases, as many as the time allows; print a line for each, then a table."""
     deadline = time.monotonic() + 60 * options.minutes
+    rows = []
     for phase in options.phases:
         start = time.monotonic()
         left = deadline - start
@@ -219,6 +230,17 @@ def measure(options: argparse.Namespace) -> None:
             except RuntimeError as error:
                 line["error"] = str(error)[-2000:]
         print(json.dumps(line | {"phase_seconds": round(time.monotonic() - start, 1)}), flush=True)
+        rows += [table_row(phase, part) for part in line.get("engines", [line])]
+    print_table("Medians", ("phase", "tokens/s", "of the limit"), rows)
+
+
+def table_row(phase: str, line: dict[str, Any]) -> tuple[Any, ...]:
+    """Speed, and MFU or the share of what the memory's bandwidth allows."""
+    name = f"{line['engine']}, {line['lengths']}" if "engine" in line else phase
+    if "tokens_per_second" not in line:
+        return name, "failed" if "error" in line else "skipped", ""
+    limits = ("share_of_bandwidth_limit", "mfu", "share_of_measured_matmul_rate")
+    return name, line["tokens_per_second"], next(line[key] for key in limits if key in line)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -245,8 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.matmul_flops, options.peak_flops = measured_flops(device, dtype), peak_flops(device, dtype)
     if on_gpu:
         torch.cuda.empty_cache()
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    print(json.dumps({"device": name, "torch": torch.__version__, **vars(options)}), flush=True)
+    conditions(device=torch.cuda.get_device_name() if on_gpu else "CPU", **vars(options))
     measure(options)
 
 

@@ -7,13 +7,15 @@ import contextlib
 import io
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,36 @@ class Contestant:
         with self.said:
             self.said.seek(0)
             return self.said.read()
+
+
+def conditions(**more: Any) -> None:
+    """Print what a reader must know to judge the figures, as a JSON line."""
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    versions = {name: version(name) for name in ("torch", "transformers", "lightning")}
+    print(json.dumps({"conditions": machine | more | {"python": platform.python_version()} | versions}), flush=True)
+
+
+def cpu_name() -> str:
+    """As Linux names it; elsewhere what Python knows."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table in Markdown; floats with three digits or, from 100 on, without decimals."""
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(_cell(value) for value in row)} |")
+    print(flush=True)
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def clock() -> float:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.scaling
 
-Each line is a sweep: y ~ x^exponent, fitted on logarithms. Theory says 1 for batch, vocabulary (of the head alone), and
-parameters; between 1 and 2 for response length, attention being quadratic; 0 for slots that have finished.
+Each JSON line is a sweep: y ~ x^exponent, fitted on logarithms; a table of the exponents comes last. Theory says 1 for
+batch, vocabulary (of the head alone), and parameters; between 1 and 2 for response length, attention being quadratic; 0
+for slots that have finished.
 """
 
 import argparse
@@ -11,13 +12,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks import workload
+from benchmarks.rounds import conditions, print_table
 from lit_rlhf.decoding import SlotDecoder
 from lit_rlhf.logprobs import nll_sum
 from lit_rlhf.packing import IMPLEMENTATION, Example, pack
@@ -80,12 +82,13 @@ def decode_step(num_slots: int, num_active: int) -> Callable[[], None]:
 
 def sweep(
     name: str, what: str, sizes: Sequence[float], make: Callable[[int], Callable[[], None]], repeats: int
-) -> None:
-    """Time each size, fit the exponent, print a line."""
+) -> float:
+    """Time each size, print a line; returns the exponent."""
     costs = [seconds(make(i), repeats) for i in range(len(sizes))]
     exponent = fitted_exponent(sizes, costs)
     line = {"sweep": name, "of": what, "sizes": list(sizes), "cpu_seconds": [round(c, 4) for c in costs]}
     print(json.dumps(line | {"exponent": round(exponent, 2)}), flush=True)
+    return exponent
 
 
 def fitted_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -100,10 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smallest", action="store_true", help="only the two smallest sizes of each sweep")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    conditions(threads=1, clock="CPU seconds of the process", repeats=options.repeats, shape=asdict(BASE))
+    rows = []
 
     def run(name: str, what: str, sizes: Sequence[int], make: Callable[[int], Callable[[], None]]) -> None:
         taken = sizes[:2] if options.smallest else sizes
-        sweep(name, what, taken, lambda i: make(taken[i]), options.repeats)
+        exponent = sweep(name, what, taken, lambda i: make(taken[i]), options.repeats)
+        rows.append((name, what, f"{taken[0]:,} to {taken[-1]:,}", f"{exponent:.2f}"))
 
     run("training step", "response length", (64, 128, 256, 512), lambda n: training_step(BASE, 4, n))
     run("training step", "sequences", (2, 4, 8, 16), lambda n: training_step(BASE, n, 96))
@@ -114,6 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     run("training step", "weights, by width", weights, lambda n: training_step(shapes[weights.index(n)], 4, 96))
     run("decode step", "active of 32 slots", (4, 8, 16, 32), lambda n: decode_step(32, n))
     run("decode step", "finished slots beside 4 active", (4, 12, 28, 60), lambda n: decode_step(4 + n, 4))
+    print_table("Cost grows as size to the power of", ("what", "by", "sizes", "exponent"), rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -64,6 +65,57 @@ def test_every_response_of_a_forced_rollout_has_its_prescribed_length():
     assert all(episode.response_ids[-1] == workload.EOS for episode in episodes)
 
 
+def json_lines(output):
+    """What of a benchmark's output is JSON, between tables."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+class Timed:
+    """Stands in for a contestant; the machine is slow in the second round, whoever plays."""
+
+    seconds: ClassVar = {"ours": 1.0, "ours, no Trainer": 0.9, "trl tuned": 3.0, "trl default": 5.0, "trl packing": 2.0}
+
+    def __init__(self, name, command, threads):
+        self.name, self.results = name, []
+
+    def play(self):
+        slow = 2.0 if len(self.results) == 1 else 1.0
+        result = {"seconds": self.seconds[self.name] * slow, "peak_memory_mb": 10.0 * self.seconds[self.name]}
+        self.results.append(result)
+        return result
+
+    def close(self):
+        pass
+
+
+def test_a_comparison_pairs_the_rounds_of_ours_and_each_peer(monkeypatch, capsys):
+    monkeypatch.setattr(compare, "Contestant", Timed)
+    monkeypatch.setattr(sys, "argv", ["compare", "--task", "sft", "--peer", "trl", "--peer-python", sys.executable])
+    monkeypatch.setattr(subprocess, "check_output", lambda command, text: "trl 1 torch 2\n")
+    compare.main()
+    output = capsys.readouterr().out
+    conditions, *rounds, summary = json_lines(output)
+    assert conditions["conditions"]["peer_python"] == "trl 1 torch 2"
+    played = [(line["round"], line["contestant"]) for line in rounds]
+    assert played == [(number, name) for number in range(3) for name in Timed.seconds]
+    tokens = rounds[0]["tokens_per_second"]
+    expected = {
+        "task": "sft",
+        "tokens_per_second": tokens,
+        "peer_tokens_per_second": tokens / 3,
+        "speedup": 3.0,
+        "peak_memory_mb": 10.0,
+        "peer_peak_memory_mb": 30.0,
+        "lightning_overhead": 1 / 0.9 - 1,
+        "trl_default_tokens_per_second": tokens / 5,
+        "speedup_to_trl_default": 5.0,
+        "trl_packing_tokens_per_second": tokens / 2,
+        "speedup_to_trl_packing": 2.0,
+    }
+    assert {key: summary[key] for key in expected} == pytest.approx(expected)
+    assert "| trl packing | " in output
+
+
 def test_a_contestant_that_dies_says_why():
     contestant = Contestant("broken", [sys.executable, "-c", "raise SystemExit('no such model')"], threads=1)
     with pytest.raises(RuntimeError, match=r"broken died \(1\):\nno such model"):
@@ -100,7 +152,10 @@ def test_every_sweep_of_the_scaling_benchmark_runs(capsys, monkeypatch):
     monkeypatch.setattr(scaling, "BASE", replace(scaling.BASE, hidden=24, layers=1, intermediate=32, vocabulary=64))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     scaling.main(["--smallest", "--repeats", "1"])
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    output = capsys.readouterr().out
+    first, *lines = json_lines(output)
+    assert first["conditions"]["repeats"] == 1
+    assert "| head alone | vocabulary | 8,192 to 16,384 | " in output
     assert {(line["sweep"], line["of"]) for line in lines} == {
         ("training step", "response length"),
         ("training step", "sequences"),

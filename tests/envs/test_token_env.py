@@ -1,4 +1,6 @@
+import copy
 import io
+import pickle
 from contextlib import redirect_stdout
 
 import gymnasium
@@ -170,6 +172,26 @@ def test_step_needs_a_running_episode():
     env.step(END)
     with pytest.raises(ResetNeeded, match="prompt 2 ended with finish reason 'stop'"):
         env.step(1)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("observation", ["dict", "flat"])
+def test_a_copied_or_pickled_env_goes_on_like_the_original_and_by_itself(observation, again):
+    arguments = task(observation=observation, process_reward_fn=weighted_sum, action_mask=only_even_tokens)
+    for env, act in (
+        (TokenEnv(**arguments | {"render_mode": "ansi"}), int),
+        (TokenVectorEnv(num_envs=2, reward_mode="deferred", render_mode="ansi", **arguments), lambda t: [t, 4]),
+    ):
+        env.reset(seed=3)
+        env.step(act(2))
+        other = again(env)
+
+        def played(env, act=act):
+            history = [(*env.step(act(token)), env.render()) for token in (6, 4)]
+            history += [env.reset(options={"prompt_index": 2}), env.step(act(2)), env.render(), env.reset()]
+            return history + ([e.as_plain() for e in env.pop_episodes()] if hasattr(env, "pop_episodes") else [])
+
+        assert_same(played(other), played(env))
 
 
 @pytest.mark.parametrize("action", [-1, VOCAB, 1.5, "a", None, [1, 2]])

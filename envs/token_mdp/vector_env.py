@@ -176,7 +176,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         super().reset(seed=seed)
         if seed is not None or not self._stream.queue.started:
             self._stream.queue.restart(self.np_random)
-        if ask.new_stream:
+        if ask.new_stream or not self._stream.started:
             self._stream.start(ask.max_episodes)
             if seed is not None:
                 self._stream.next_episode_id = 0

@@ -491,6 +491,19 @@ def test_the_first_reset_may_carry_a_mask_of_all_slots():
     assert infos["prompt_index"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_first_reset_with_a_mask_starts_a_stream_of_max_episodes(loaded):
+    env = make(num_envs=2, max_episodes=3, autoreset_mode="Disabled")
+    if loaded:
+        env.load_state_dict(make(num_envs=2, max_episodes=3, autoreset_mode="Disabled").state_dict())
+    every = {"reset_mask": np.ones(2, dtype=bool)}
+    played = []
+    for _ in range(2):
+        played += env.reset(seed=0, options=every)[1]["episode_id"][env.active].tolist()
+        env.step(np.array([END, END]))
+    assert played == [0, 1, 2] and not env.active.any()
+
+
 def test_a_slot_without_an_episode_has_the_prompt_minus_one():
     env = make(num_envs=2, max_episodes=1)
     assert env.reset(seed=0)[1]["prompt_index"][1] == -1

@@ -9,6 +9,13 @@ from typing import Any
 import numpy as np
 
 
+class RenderModeError(ValueError, TypeError):
+    """A render mode that the env does not have.
+
+    A TypeError besides, since Stable-Baselines3 asks every id for "rgb_array" and does without upon that error alone.
+    """
+
+
 def check_count(name: str, value: Any) -> int:
     """A positive integer as an int, which saved states can hold whatever NumPy type it came in."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
@@ -37,7 +44,7 @@ def check_flag(name: str, value: Any) -> None:
 def check_render_mode(value: Any, modes: list[str]) -> None:
     """Refuse what is neither None nor one of the modes."""
     if value is not None and (not isinstance(value, str) or value not in modes):
-        raise ValueError(f"render_mode ({value!r}) must be None or one of {modes}")
+        raise RenderModeError(f"render_mode ({value!r}) must be None or one of {modes}")
 
 
 def check_function(name: str, value: Any) -> None:

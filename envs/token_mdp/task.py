@@ -108,6 +108,7 @@ class TokenTask:
         """What a saved state must share with the env that goes on from it, as plain values."""
         return {
             "prompts": self.prompts.digest(),
+            "max_prompt_length": self.prompts.max_length,
             "vocab_size": self.vocab_size,
             "stop_token_ids": np.flatnonzero(self.is_stop).tolist(),
             "max_new_tokens": self.max_new_tokens,

@@ -135,8 +135,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.render_mode = render_mode
-        self.autoreset_mode = AutoresetMode(mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
+        self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode(mode)}  # type: ignore[misc]
         self.copy = copy
         self.max_episodes = max_episodes
         self._every_slot = np.arange(num_envs)
@@ -151,6 +150,11 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     def reward_mode(self) -> str:
         """When whole responses are paid for, "immediate" or "deferred"; fixed for the life of the env."""
         return "deferred" if self._rewards.deferred else "immediate"
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        """Who resets a slot whose episode has ended, and when; fixed for the life of the env."""
+        return self.metadata["autoreset_mode"]
 
     @property
     def active(self) -> BoolArray:
@@ -293,8 +297,9 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         """Go on exactly as the env that gave `state`: `reset()` for the next stream, or `observe()` and `step()`.
 
         Raises:
-            ValueError: the state is of an env with another number of slots, or with other prompts, V, stop tokens, T,
-                limit, layout of observations, reward mode, number of reward components, or payment of steps.
+            ValueError: the state is of an env with another number of slots, or with other prompts, P, V, stop tokens,
+                T, limit, layout of observations, autoreset mode, reward mode, number of reward components, or payment
+                of steps.
         """
         check_identity(state["task"], self._identity())
         self._stream.load_state_dict(state["stream"], self.np_random)
@@ -307,7 +312,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             self._observe(self._every_slot)  # which asks action_mask about the restored states
 
     def _identity(self) -> dict[str, Any]:
-        return self.task.identity() | {"reward_mode": self.reward_mode}
+        return self.task.identity() | {"reward_mode": self.reward_mode, "autoreset_mode": self.autoreset_mode.value}
 
     def _observe(self, slots: IntArray) -> tuple[VectorObservation, dict[str, Any]]:
         self._ready = False  # until action_mask went well

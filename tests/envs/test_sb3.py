@@ -204,11 +204,13 @@ def test_the_adapter_refuses_to_be_set_to_what_would_teach_nonsense(name, value)
         env.reset()
 
 
-def test_the_adapter_cannot_change_when_rewards_are_paid():
+@pytest.mark.parametrize(("name", "value"), [("reward_mode", "deferred"), ("autoreset_mode", "NextStep")])
+def test_the_adapter_cannot_change_when_rewards_are_paid_or_slots_are_reset(name, value):
     env = native()
-    with pytest.raises(AttributeError, match="reward_mode"):
-        env.set_attr("reward_mode", "deferred")
-    assert env.get_attr("reward_mode", indices=0) == ["immediate"]
+    before = env.get_attr(name)
+    with pytest.raises(AttributeError, match=name):
+        env.set_attr(name, value)
+    assert env.get_attr(name) == before
 
 
 def test_the_adapter_finds_attributes_and_methods_of_wrappers():

@@ -525,6 +525,8 @@ def test_a_state_of_another_env_is_refused():
         ({"prompts": [[1]]}, "prompts = 3 prompts, sha256 .*, this env 1 prompts"),
         ({"prompts": [[1], [2, 3], [4, 5, 0]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
         ({"prompts": [[1, 2], [3], [4, 5, 6]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
+        ({"max_prompt_length": 9}, "max_prompt_length = 3, this env 9"),
+        ({"autoreset_mode": "NextStep"}, "autoreset_mode = SameStep, this env NextStep"),
         ({"max_new_tokens": 5}, "max_new_tokens = 4, this env 5"),
         ({"vocab_size": 9}, "vocab_size = 8, this env 9"),
         ({"stop_token_ids": [6, END]}, r"stop_token_ids = \[7\], this env \[6, 7\]"),

@@ -85,7 +85,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     reward_on: "tokens", or "text" to hand decoded strings, without special tokens, to all reward functions.
     observation: "dict" or "flat".
     render_mode: "ansi": `render()` returns the episode as text; "human": the text streams to stdout.
-    prompt_queue: a `PromptQueue` that several envs share (in a `SyncVectorEnv`, seed only the first of them).
+    prompt_queue: a `PromptQueue` that several envs share; the first that is reset with a seed shuffles for all.
 
     ## Version History
     v0: first release.
@@ -150,6 +150,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self.action_space = self.task.action_space  # Discrete samples np.int64
         self.render_mode = render_mode
         self._queue = PromptQueue(len(self.task.prompts), shuffle) if prompt_queue is None else prompt_queue
+        self._seeds_queue = False  # one of the envs that share it does
         self._prompt_index = -1
         self._slots = Slots(1, self.task.prompts.max_length, self.task.max_new_tokens, self.task.flat)
         self._ready = False  # before the first reset and after a failed function of the caller, step() is refused
@@ -170,7 +171,9 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         """
         chosen = single_prompt(options, self.task.prompts)
         super().reset(seed=seed)
-        if seed is not None or not self._queue.started:
+        if seed is not None and not self._queue.seeded:
+            self._queue.seeded = self._seeds_queue = True
+        if not self._queue.started or (seed is not None and self._seeds_queue):
             self._queue.restart(self.np_random)
         self._prompt_index = self._queue.draw() if chosen is None else chosen
         self._ready = False  # until all went well

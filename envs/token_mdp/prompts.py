@@ -62,7 +62,9 @@ class PromptStore:
 class PromptQueue:
     """Deals prompt indices so that each comes exactly once per pass, whichever slot asks first.
 
-    Several `TokenEnv` may share one queue; the first that is reset with a seed lends it its random generator.
+    Several `TokenEnv` may share one queue. The first that is reset with a seed lends it its random generator for good;
+    seeds of the others leave the queue as it is, so that `SyncVectorEnv.reset(seed=0)`, which seeds all of them, deals
+    each prompt once. Envs that are made anew want a new queue.
 
     Args:
         num_prompts: number of prompts per pass.
@@ -73,6 +75,7 @@ class PromptQueue:
         check_flag("shuffle", shuffle)
         self.num_prompts = check_count("num_prompts", num_prompts)
         self.shuffle = shuffle
+        self.seeded = False  # whether one of the envs has lent it a generator of a known seed
         self._rng: np.random.Generator | None = None
         self._order: list[int] = []
         self._cursor = 0

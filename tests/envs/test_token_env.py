@@ -353,6 +353,19 @@ def test_a_shuffling_queue_and_no_shuffling_contradict_each_other():
     assert [env.reset()[1]["prompt_index"] for _ in range(3)] == [0, 1, 2]
 
 
+def test_the_first_env_with_a_seed_shuffles_a_shared_queue_and_the_seeds_of_others_leave_the_pass_alone():
+    queue = PromptQueue(3)
+    first, second = (TokenEnv(**task(prompt_queue=queue)) for _ in range(2))
+
+    def dealt(*resets):
+        return [int(env.reset(seed=seed)[1]["prompt_index"]) for env, seed in resets]
+
+    second.reset()  # without a seed it lends the queue its generator until one comes with a seed
+    alone = TokenEnv(**task())
+    expected = dealt((alone, 1), (alone, None), (alone, None))
+    assert dealt((first, 1), (second, 2), (second, 3)) == dealt((first, 1), (second, None), (first, None)) == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

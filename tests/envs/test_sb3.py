@@ -218,15 +218,30 @@ def test_the_adapter_finds_attributes_and_methods_of_wrappers():
     (queue, _) = env.get_attr("return_queue")
     assert queue is env.env.env.return_queue and env.get_attr("reward_mode", indices=0) == ["immediate"]
     assert not env.has_attr("no_such_thing")
+    env.set_attr("func", np.abs)
+    assert env.env.func is np.abs and env.get_attr("func", indices=0) == [np.abs]
+    assert not hasattr(env.env.unwrapped, "func")
 
 
 @pytest.mark.parametrize("observation", ["dict", "flat"])
-@pytest.mark.parametrize("method", ["observe", "state_dict", "reset"])
-def test_the_adapter_refuses_to_deal_out_an_answer_that_is_for_all_slots_together(method, observation):
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("observe", (), "must answer with one value for each of 2 slots"),
+        ("state_dict", (), "must answer with one value for each of 2 slots"),
+        ("reset", (), "is for all 2 slots together"),
+        ("step", (np.array([END, END]),), "is for all 2 slots together"),
+    ],
+)
+def test_the_adapter_refuses_to_deal_out_an_answer_that_is_for_all_slots_together(
+    method, arguments, message, observation
+):
     env = SB3VecEnv(TokenVectorEnv(num_envs=2, **task(observation=observation)))
     env.reset()
-    with pytest.raises(ValueError, match=rf"{method}\(\) must answer with one value for each of 2 slots"):
-        env.env_method(method)
+    before = env.env.state_dict()
+    with pytest.raises(ValueError, match=rf"{method}\(\) {message}"):
+        env.env_method(method, *arguments)
+    assert env.env.state_dict() == before
 
 
 def test_a_step_that_is_both_an_end_and_a_cut_bootstraps_from_nothing():

@@ -16,7 +16,7 @@ from token_mdp.episodes import FinishReason, IntArray
 from token_mdp.prompts import PromptQueue
 from token_mdp.rendering import EpisodePrinter, episode_text, outcome_text
 from token_mdp.reset_options import single_prompt
-from token_mdp.rewards import RewardFn, RewardSpec
+from token_mdp.rewards import STEPS_AND_END, RewardFn, RewardSpec, finite_sum
 from token_mdp.slots import Slots
 from token_mdp.task import ActionMask, TokenTask
 
@@ -212,19 +212,19 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self._finish_reason = int(reasons[0])
         self._ready = False  # until all rewards are paid
         info = self._info()
-        reward = 0.0
+        paid = np.zeros(1)
         if self.task.pays_steps:
             paid, parts, self._potential = self.task.step_rewards(
                 np.array([self._prompt_index]), tokens, self._slots.responses, reasons, self._potential
             )
-            reward += float(paid[0])
             info |= {f"reward/{name}": values[0] for name, values in parts.items()}
         if self._finish_reason:
-            total, components = self.task.outcome_rewards([self._prompt_index], self._slots.responses(THE_SLOT))
-            reward += float(total[0])
+            score, components = self.task.outcome_rewards([self._prompt_index], self._slots.responses(THE_SLOT))
+            paid = finite_sum(STEPS_AND_END, paid, score, [self._prompt_index])
             info |= {"response_length": lengths[0], "finish_reason": reasons[0]}
             info |= {f"reward/{name}": values[0] for name, values in components.items()}
         self._ready = True
+        reward = float(paid[0])
         self._return += reward
         if self._printer is not None:
             self._printer.show(self._slots.response(0), self._finish_reason, self._return)

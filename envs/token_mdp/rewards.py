@@ -12,6 +12,7 @@ import numpy as np
 
 from token_mdp.episodes import FloatArray, IntArray
 
+STEPS_AND_END = "the sum of the last step's reward and reward_fn has"  # what two envs say alike
 RewardFn = Callable[..., Any]  # (prompts, responses, **columns) -> (n,)
 RewardSpec = RewardFn | Mapping[str, Any] | Sequence[Any]
 
@@ -128,6 +129,14 @@ def check_finite(role: str, values: FloatArray, prompt_indices: Sequence[int] | 
         raise RewardError(
             f"{role} {(~finite).sum()} values that are not finite, by prompt index: {dict(islice(wrong, 5))}"
         )
+
+
+def finite_sum(role: str, left: FloatArray, right: FloatArray, prompt_indices: Sequence[int] | IntArray) -> FloatArray:
+    """The sum of two rewards, (n,) each, of these n prompts; refused where it overflows, as by `check_finite`."""
+    with np.errstate(over="ignore"):  # refused with the prompts instead
+        total = left + right
+    check_finite(role, total, prompt_indices)
+    return total
 
 
 def name_prompts(indices: list[int]) -> str:

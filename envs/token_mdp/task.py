@@ -19,6 +19,7 @@ from token_mdp.rewards import (
     as_components,
     call_batched,
     check_finite,
+    finite_sum,
     name_prompts,
     without_torch,
 )
@@ -189,20 +190,19 @@ class TokenTask:
             (n,) rewards; their parts by name, (n,) each; (n,) Φ of the states after the step.
         """
         parts: dict[str, FloatArray] = {}
+        paid = np.zeros(len(tokens))
         if self._process_reward_fn is not None:
-            parts["process"] = self.process_rewards(prompt_indices, tokens, responses, reasons != 0)
+            parts["process"] = paid = self.process_rewards(prompt_indices, tokens, responses, reasons != 0)
         if self.shapes:
             after = np.zeros(len(tokens))
             alive = np.flatnonzero(~self.is_terminal(reasons))
             if len(alive):
                 after[alive] = self.potentials(prompt_indices[alive], responses(alive))
-            with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the prompts
-                parts["shaping"] = self._gamma * after - potentials
-            check_finite("the shaping by potential_fn has", parts["shaping"], prompt_indices)
+            parts["shaping"] = finite_sum(
+                "the shaping by potential_fn has", self._gamma * after, -potentials, prompt_indices
+            )
             potentials = after
-        with np.errstate(over="ignore", invalid="ignore"):
-            paid = np.sum(list(parts.values()), axis=0)
-        check_finite("the sum of process_reward_fn and shaping has", paid, prompt_indices)
+            paid = finite_sum("the sum of process_reward_fn and shaping has", paid, parts["shaping"], prompt_indices)
         return paid, parts, potentials
 
     def allowed_tokens(self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]) -> BoolArray:

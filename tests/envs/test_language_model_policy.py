@@ -73,9 +73,8 @@ def make(num_envs, n_steps, mode="terminate", of=lambda: LlamaForCausalLM(TINY),
             policy_kwargs={"model_name": folder},
             n_steps=n_steps,
             gamma=1.0,
-            learning_rate=2e-3,
             seed=0,
-            **{"device": "cpu"} | arguments,
+            **{"device": "cpu", "learning_rate": 2e-3} | arguments,
         )
 
 
@@ -140,6 +139,7 @@ def test_training_starts_from_a_ratio_of_one(of, device):
 @pytest.mark.plays("stable_baselines3", "PPO teaches a language model the toy task", "native through `SB3VecEnv`")
 @pytest.mark.slow
 def test_a_language_model_learns_the_toy_task():
-    model = make(num_envs=32, n_steps=16, batch_size=128, n_epochs=4, ent_coef=0.01)
-    model.learn(512 * 40)
+    rate = {"learning_rate": lambda left: 3e-3 * left}  # kept constant, it ends anywhere between 0.7 and 1
+    model = make(num_envs=64, n_steps=16, batch_size=256, n_epochs=4, ent_coef=0.01, **rate)
+    model.learn(1024 * 30)
     assert toy_score(lambda observations: model.predict(observations, deterministic=True)[0]) >= 0.9

@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 class RenderModeError(ValueError, TypeError):
@@ -51,6 +52,14 @@ def check_function(name: str, value: Any) -> None:
     """Refuse what is neither None nor a function."""
     if value is not None and not callable(value):
         raise ValueError(f"{name} ({value!r}) must be None or a function (prompts, responses, **columns) -> (n,)")
+
+
+def as_array(value: Any) -> npt.NDArray[Any]:
+    """`np.asarray`; of sequences of unequal lengths, which it refuses, one of objects: never integers or flags."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.fromiter(value, dtype=object)
 
 
 def check_identity(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from token_mdp.task import ActionMask, TokenTask
 
 Observation = dict[str, npt.NDArray[Any]] | IntArray
 THE_SLOT = np.array([0])  # a single episode is a vector of one
-NO_EPISODE = "step() without an episode: call reset() first, also after a reward function or action_mask has failed"
+NO_EPISODE = "{}() without an episode: call reset() first, also after a reward function or action_mask has failed"
 
 
 class TokenEnv(gymnasium.Env[Observation, np.int64]):
@@ -198,7 +198,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             ValueError: the function `action_mask` failed; likewise.
         """
         if not self._ready:
-            raise ResetNeeded(NO_EPISODE)
+            raise ResetNeeded(NO_EPISODE.format("step"))
         if self._finish_reason:
             raise ResetNeeded(
                 f"step() after the end: the episode of prompt {self._prompt_index} ended with finish reason "
@@ -244,7 +244,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         if self.render_mode != "ansi":
             return None
         if not self._ready:
-            raise ResetNeeded("render() before reset(): there is no episode yet")
+            raise ResetNeeded(NO_EPISODE.format("render"))
         outcome = outcome_text(self._finish_reason, self._return)
         return episode_text(self._slots.prompt(0), self._slots.response(0), outcome, self.task.tokenizer)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from token_mdp.checks import check_count, check_flag
+from token_mdp.checks import as_array, check_count, check_flag
 from token_mdp.episodes import IntArray
 
 
@@ -109,10 +109,7 @@ class PromptQueue:
 
 
 def _token_ids(prompt: Any, index: int, vocab_size: int) -> IntArray:
-    try:
-        row = np.asarray(prompt)
-    except ValueError:  # sequences of unequal lengths inside of it
-        row = np.empty((1, 1))
+    row = as_array(prompt)
     if row.size == 0:
         raise ValueError(f"prompts[{index}] has no tokens; start it with a BOS token if it has no text")
     if row.ndim != 1 or row.dtype.kind not in "iu":

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from token_mdp.checks import check_choice, check_count, check_function, check_share
+from token_mdp.checks import as_array, check_choice, check_count, check_function, check_share
 from token_mdp.episodes import FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptStore
 from token_mdp.rewards import (
@@ -213,7 +213,7 @@ class TokenTask:
         indices = [int(index) for index in prompt_indices]
         arguments = self._arguments(indices, responses)
         try:
-            allowed = np.asarray(without_torch(self.action_mask(*arguments, **self._rows_of_columns(indices))))
+            allowed = as_array(without_torch(self.action_mask(*arguments, **self._rows_of_columns(indices))))
         except Exception as error:
             raise ValueError(f"action_mask raised {type(error).__name__}: {error} ({name_prompts(indices)})") from error
         if allowed.dtype != np.bool_:  # logits to add, 0 for yes and -inf for no, would mean the contrary
@@ -256,10 +256,7 @@ class TokenTask:
 def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> BoolArray:
     """(V,) True at the given tokens."""
     given = list(token_ids) if isinstance(token_ids, Set | Iterator) else token_ids
-    try:
-        ids = np.atleast_1d(np.asarray(given))
-    except ValueError:  # sequences of unequal lengths inside of it
-        ids = np.empty((1, 1))
+    ids = np.atleast_1d(as_array(given))
     if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size):
         raise ValueError(f"{name} ({given!r}) must be token ids inside the vocabulary 0..{vocab_size - 1}")
     table = np.zeros(vocab_size, dtype=np.bool_)

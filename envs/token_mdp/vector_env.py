@@ -202,7 +202,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             ValueError: the function `action_mask` failed; likewise.
         """
         if not self._ready:
-            raise ResetNeeded(NO_EPISODE)
+            raise ResetNeeded(NO_EPISODE.format("step"))
         running = self._stream.running(refills=self.autoreset_mode != AutoresetMode.DISABLED)
         tokens = checked_tokens(actions, running, self.num_envs, self.task.vocab_size, self._infos.allowed)
         waiting = np.flatnonzero(self._stream.status == WAITING)  # "NextStep": for them this step is the reset
@@ -272,13 +272,13 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         if self.render_mode != "ansi":
             return None
         if not self._ready:
-            raise ResetNeeded("render() before reset(): there are no episodes yet")
+            raise ResetNeeded(NO_EPISODE.format("render"))
         return tuple(self._text(slot) for slot in range(self.num_envs))
 
     def observe(self) -> tuple[VectorObservation, dict[str, Any]]:
         """What the agent sees now, as `reset` returns it, without a step; to go on after `load_state_dict`."""
         if not self._ready:
-            raise ResetNeeded("observe() before reset(): there are no episodes yet")
+            raise ResetNeeded(NO_EPISODE.format("observe"))
         return self._observe(self._every_slot)
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,7 +301,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
                 T, limit, layout of observations, autoreset mode, reward mode, number of reward components, or payment
                 of steps.
         """
-        check_identity(state["task"], self._identity())
+        check_identity(state.get("task", {}), self._identity())
         self._stream.load_state_dict(state["stream"], self.np_random)
         self._ready = False  # until all went well
         self.np_random.bit_generator.state = state["np_random"]

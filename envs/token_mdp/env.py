@@ -65,13 +65,14 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     vocab_size: V.
     stop_token_ids: tokens that end the response; may be empty.
     max_new_tokens: T.
-    max_prompt_length: P; longer prompts lose tokens on the left. Default: the longest prompt.
+    max_prompt_length: P; longer prompts lose tokens on the left, for all functions here too. Default: the longest.
     reward_fn: `(prompts, responses, **columns) -> (n,)`, called with lists (of one episode here, of all that ended in
         a step in `TokenVectorEnv`) of int64 arrays; the response includes its stop token. Several components: a mapping
         from name to function or (function, weight), or a list of such.
     columns: per name one value per prompt (answers, say); the reward function receives those of its batch.
-    process_reward_fn: same signature, called with the response so far after every token, or only after the
-        `step_boundary_ids` (a newline, say) and at the end.
+    process_reward_fn: same signature, called with the response so far after every token.
+    step_boundary_ids: tokens (a newline, say) that close a step of the response: the process reward is due after them
+        and at the end only.
     potential_fn: Φ(s), same signature; adds γΦ(s') - Φ(s) to each step, which leaves the optimal policy unchanged.
     gamma: γ of the shaping; must be the agent's discount.
     limit: "terminate", or "truncate" to mark the length limit as `truncated`. Mind that agents then add γV(final

@@ -25,7 +25,8 @@ class Shared:
     """Handle for a live object among the env's arguments, such as a reward model: copies of the handle share it.
 
     `env.spec` deep-copies keyword arguments once per wrapper; a model handed in bare would be copied with them.
-    Calls and attributes go through: `Shared(model)(prompts, responses)`, `Shared(tokenizer).decode(ids)`.
+    Calls go through, and attributes where they are read: `Shared(model)(prompts, responses)`,
+    `Shared(tokenizer).decode(ids)`.
     """
 
     def __init__(self, target: Any) -> None:

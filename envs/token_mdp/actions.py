@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from gymnasium.error import InvalidAction
 
+from token_mdp.checks import as_array
 from token_mdp.episodes import IntArray
 from token_mdp.task import BoolArray
 
@@ -23,7 +24,7 @@ def checked_token(action: Any, vocab_size: int, allowed: BoolArray | None, promp
     Raises:
         InvalidAction: not one integer in 0..V-1, or not allowed.
     """
-    value = np.asarray(action)
+    value = as_array(action)
     if value.size != 1 or value.dtype.kind not in "iu":
         raise InvalidAction(f"an action is one integer token id, got {action!r}")
     token = int(value.item())
@@ -49,7 +50,7 @@ def checked_tokens(
     Raises:
         InvalidAction: not B integers, or one of a running slot outside 0..V-1 or not allowed.
     """
-    given = np.asarray(actions)
+    given = as_array(actions)
     if given.shape != (num_slots,) or given.dtype.kind not in "iu":
         raise InvalidAction(f"actions must be {num_slots} integer token ids, got shape {given.shape} of {given.dtype}")
     if len(running) < num_slots:

@@ -7,6 +7,14 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+
+class RenderModeError(ValueError, TypeError):
+    """A render mode that the env does not have.
+
+    A TypeError besides, since Stable-Baselines3 asks every id for "rgb_array" and does without upon that error alone.
+    """
 
 
 def check_count(name: str, value: Any) -> int:
@@ -37,13 +45,21 @@ def check_flag(name: str, value: Any) -> None:
 def check_render_mode(value: Any, modes: list[str]) -> None:
     """Refuse what is neither None nor one of the modes."""
     if value is not None and (not isinstance(value, str) or value not in modes):
-        raise ValueError(f"render_mode ({value!r}) must be None or one of {modes}")
+        raise RenderModeError(f"render_mode ({value!r}) must be None or one of {modes}")
 
 
 def check_function(name: str, value: Any) -> None:
     """Refuse what is neither None nor a function."""
     if value is not None and not callable(value):
         raise ValueError(f"{name} ({value!r}) must be None or a function (prompts, responses, **columns) -> (n,)")
+
+
+def as_array(value: Any) -> npt.NDArray[Any]:
+    """`np.asarray`; of sequences of unequal lengths, which it refuses, one of objects: never integers or flags."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.fromiter(value, dtype=object)
 
 
 def check_identity(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

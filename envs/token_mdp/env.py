@@ -16,13 +16,13 @@ from token_mdp.episodes import FinishReason, IntArray
 from token_mdp.prompts import PromptQueue
 from token_mdp.rendering import EpisodePrinter, episode_text, outcome_text
 from token_mdp.reset_options import single_prompt
-from token_mdp.rewards import RewardFn, RewardSpec
+from token_mdp.rewards import STEPS_AND_END, RewardFn, RewardSpec, finite_sum
 from token_mdp.slots import Slots
 from token_mdp.task import ActionMask, TokenTask
 
 Observation = dict[str, npt.NDArray[Any]] | IntArray
 THE_SLOT = np.array([0])  # a single episode is a vector of one
-NO_EPISODE = "step() without an episode: call reset() first, also after a reward function or action_mask has failed"
+NO_EPISODE = "{}() without an episode: call reset() first, also after a reward function or action_mask has failed"
 
 
 class TokenEnv(gymnasium.Env[Observation, np.int64]):
@@ -65,13 +65,14 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     vocab_size: V.
     stop_token_ids: tokens that end the response; may be empty.
     max_new_tokens: T.
-    max_prompt_length: P; longer prompts lose tokens on the left. Default: the longest prompt.
+    max_prompt_length: P; longer prompts lose tokens on the left, for all functions here too. Default: the longest.
     reward_fn: `(prompts, responses, **columns) -> (n,)`, called with lists (of one episode here, of all that ended in
         a step in `TokenVectorEnv`) of int64 arrays; the response includes its stop token. Several components: a mapping
         from name to function or (function, weight), or a list of such.
     columns: per name one value per prompt (answers, say); the reward function receives those of its batch.
-    process_reward_fn: same signature, called with the response so far after every token, or only after the
-        `step_boundary_ids` (a newline, say) and at the end.
+    process_reward_fn: same signature, called with the response so far after every token.
+    step_boundary_ids: tokens (a newline, say) that close a step of the response: the process reward is due after them
+        and at the end only.
     potential_fn: Φ(s), same signature; adds γΦ(s') - Φ(s) to each step, which leaves the optimal policy unchanged.
     gamma: γ of the shaping; must be the agent's discount.
     limit: "terminate", or "truncate" to mark the length limit as `truncated`. Mind that agents then add γV(final
@@ -85,7 +86,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     reward_on: "tokens", or "text" to hand decoded strings, without special tokens, to all reward functions.
     observation: "dict" or "flat".
     render_mode: "ansi": `render()` returns the episode as text; "human": the text streams to stdout.
-    prompt_queue: a `PromptQueue` that several envs share (in a `SyncVectorEnv`, seed only the first of them).
+    prompt_queue: a `PromptQueue` that several envs share; the first that is reset with a seed shuffles for all.
 
     ## Version History
     v0: first release.
@@ -150,6 +151,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self.action_space = self.task.action_space  # Discrete samples np.int64
         self.render_mode = render_mode
         self._queue = PromptQueue(len(self.task.prompts), shuffle) if prompt_queue is None else prompt_queue
+        self._seeds_queue = False  # one of the envs that share it does
         self._prompt_index = -1
         self._slots = Slots(1, self.task.prompts.max_length, self.task.max_new_tokens, self.task.flat)
         self._ready = False  # before the first reset and after a failed function of the caller, step() is refused
@@ -170,7 +172,9 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         """
         chosen = single_prompt(options, self.task.prompts)
         super().reset(seed=seed)
-        if seed is not None or not self._queue.started:
+        if seed is not None and not self._queue.seeded:
+            self._queue.seeded = self._seeds_queue = True
+        if not self._queue.started or (seed is not None and self._seeds_queue):
             self._queue.restart(self.np_random)
         self._prompt_index = self._queue.draw() if chosen is None else chosen
         self._ready = False  # until all went well
@@ -195,7 +199,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             ValueError: the function `action_mask` failed; likewise.
         """
         if not self._ready:
-            raise ResetNeeded(NO_EPISODE)
+            raise ResetNeeded(NO_EPISODE.format("step"))
         if self._finish_reason:
             raise ResetNeeded(
                 f"step() after the end: the episode of prompt {self._prompt_index} ended with finish reason "
@@ -209,19 +213,19 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self._finish_reason = int(reasons[0])
         self._ready = False  # until all rewards are paid
         info = self._info()
-        reward = 0.0
+        paid = np.zeros(1)
         if self.task.pays_steps:
             paid, parts, self._potential = self.task.step_rewards(
                 np.array([self._prompt_index]), tokens, self._slots.responses, reasons, self._potential
             )
-            reward += float(paid[0])
             info |= {f"reward/{name}": values[0] for name, values in parts.items()}
         if self._finish_reason:
-            total, components = self.task.outcome_rewards([self._prompt_index], self._slots.responses(THE_SLOT))
-            reward += float(total[0])
+            score, components = self.task.outcome_rewards([self._prompt_index], self._slots.responses(THE_SLOT))
+            paid = finite_sum(STEPS_AND_END, paid, score, [self._prompt_index])
             info |= {"response_length": lengths[0], "finish_reason": reasons[0]}
             info |= {f"reward/{name}": values[0] for name, values in components.items()}
         self._ready = True
+        reward = float(paid[0])
         self._return += reward
         if self._printer is not None:
             self._printer.show(self._slots.response(0), self._finish_reason, self._return)
@@ -241,7 +245,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         if self.render_mode != "ansi":
             return None
         if not self._ready:
-            raise ResetNeeded("render() before reset(): there is no episode yet")
+            raise ResetNeeded(NO_EPISODE.format("render"))
         outcome = outcome_text(self._finish_reason, self._return)
         return episode_text(self._slots.prompt(0), self._slots.response(0), outcome, self.task.tokenizer)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from token_mdp.checks import check_count, check_flag
+from token_mdp.checks import as_array, check_count, check_flag
 from token_mdp.episodes import IntArray
 
 
@@ -62,7 +62,9 @@ class PromptStore:
 class PromptQueue:
     """Deals prompt indices so that each comes exactly once per pass, whichever slot asks first.
 
-    Several `TokenEnv` may share one queue; the first that is reset with a seed lends it its random generator.
+    Several `TokenEnv` may share one queue. The first that is reset with a seed lends it its random generator for good;
+    seeds of the others leave the queue as it is, so that `SyncVectorEnv.reset(seed=0)`, which seeds all of them, deals
+    each prompt once. Envs that are made anew want a new queue.
 
     Args:
         num_prompts: number of prompts per pass.
@@ -73,6 +75,7 @@ class PromptQueue:
         check_flag("shuffle", shuffle)
         self.num_prompts = check_count("num_prompts", num_prompts)
         self.shuffle = shuffle
+        self.seeded = False  # whether one of the envs has lent it a generator of a known seed
         self._rng: np.random.Generator | None = None
         self._order: list[int] = []
         self._cursor = 0
@@ -106,10 +109,7 @@ class PromptQueue:
 
 
 def _token_ids(prompt: Any, index: int, vocab_size: int) -> IntArray:
-    try:
-        row = np.asarray(prompt)
-    except ValueError:  # sequences of unequal lengths inside of it
-        row = np.empty((1, 1))
+    row = as_array(prompt)
     if row.size == 0:
         raise ValueError(f"prompts[{index}] has no tokens; start it with a BOS token if it has no text")
     if row.ndim != 1 or row.dtype.kind not in "iu":

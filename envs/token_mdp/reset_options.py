@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from token_mdp.checks import check_count
+from token_mdp.checks import as_array, check_count
 from token_mdp.episodes import IntArray
 from token_mdp.prompts import PromptStore
 from token_mdp.task import BoolArray
@@ -26,7 +26,7 @@ class VectorReset(NamedTuple):
 def single_prompt(options: Mapping[str, Any] | None, prompts: PromptStore) -> int | None:
     """The prompt that the options of `TokenEnv.reset` ask for; None draws from the queue."""
     index = _known(options, ("prompt_index",)).get("prompt_index")
-    return None if index is None else prompts.check_index(index)
+    return None if index is None else prompts.check_index(as_array(index).tolist())
 
 
 def vector_reset(
@@ -59,7 +59,7 @@ def vector_reset(
 
 def _known(options: Mapping[str, Any] | None, names: tuple[str, ...]) -> Mapping[str, Any]:
     options = options or {}
-    if unknown := sorted(set(options) - set(names)):
+    if unknown := [name for name in options if name not in names]:
         raise ValueError(f"reset options {unknown} are unknown; there are {', '.join(map(repr, names))}")
     return options
 
@@ -79,7 +79,7 @@ def _checked_prompt_indices(
 ) -> list[int] | None:
     if prompt_index is None:
         return None
-    indices = np.asarray(prompt_index)
+    indices = as_array(prompt_index)
     if indices.shape not in ((), (num_slots,)):
         raise ValueError(f"options['prompt_index'] must be one index or {num_slots} of them, got shape {indices.shape}")
     return [prompts.check_index(index) for index in np.broadcast_to(indices, (num_slots,))[slots].tolist()]

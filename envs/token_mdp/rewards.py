@@ -12,6 +12,7 @@ import numpy as np
 
 from token_mdp.episodes import FloatArray, IntArray
 
+STEPS_AND_END = "the sum of the last step's reward and reward_fn has"  # what two envs say alike
 RewardFn = Callable[..., Any]  # (prompts, responses, **columns) -> (n,)
 RewardSpec = RewardFn | Mapping[str, Any] | Sequence[Any]
 
@@ -24,7 +25,8 @@ class Shared:
     """Handle for a live object among the env's arguments, such as a reward model: copies of the handle share it.
 
     `env.spec` deep-copies keyword arguments once per wrapper; a model handed in bare would be copied with them.
-    Calls and attributes go through: `Shared(model)(prompts, responses)`, `Shared(tokenizer).decode(ids)`.
+    Calls go through, and attributes where they are read: `Shared(model)(prompts, responses)`,
+    `Shared(tokenizer).decode(ids)`.
     """
 
     def __init__(self, target: Any) -> None:
@@ -128,6 +130,14 @@ def check_finite(role: str, values: FloatArray, prompt_indices: Sequence[int] | 
         raise RewardError(
             f"{role} {(~finite).sum()} values that are not finite, by prompt index: {dict(islice(wrong, 5))}"
         )
+
+
+def finite_sum(role: str, left: FloatArray, right: FloatArray, prompt_indices: Sequence[int] | IntArray) -> FloatArray:
+    """The sum of two rewards, (n,) each, of these n prompts; refused where it overflows, as by `check_finite`."""
+    with np.errstate(over="ignore"):  # refused with the prompts instead
+        total = left + right
+    check_finite(role, total, prompt_indices)
+    return total
 
 
 def name_prompts(indices: list[int]) -> str:

@@ -77,24 +77,24 @@ class SB3VecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The attribute of the vector env or of a wrapper around it, once per slot."""
-        value = self._found(attr_name)
+        value = getattr(self._holder(attr_name), attr_name)
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of the vector env, which all slots share.
+        """Set an attribute where `get_attr` finds it, or on the vector env; all slots share it.
 
         Raises:
             ValueError: as the constructor would with this value; the attribute stays what it was.
         """
         if indices is not None:
             raise ValueError(f"the slots share {attr_name!r}; it cannot be set for slots {indices} only")
-        base = self.env.unwrapped
-        before = getattr(base, attr_name, None)
-        setattr(base, attr_name, value)
+        holder = self._holder(attr_name)
+        before = getattr(holder, attr_name, None)
+        setattr(holder, attr_name, value)
         try:
             _check_setup(self.env)
         except ValueError:
-            setattr(base, attr_name, before)
+            setattr(holder, attr_name, before)
             raise
 
     def env_method(
@@ -105,7 +105,9 @@ class SB3VecEnv(VecEnv):
         Raises:
             ValueError: it answers for all slots together, as `observe` and `state_dict` do; call it on `env` itself.
         """
-        answers = self._found(method_name)(*method_args, **method_kwargs)
+        if method_name in ("reset", "step"):  # before they change anything
+            raise ValueError(f"{method_name}() is for all {self.num_envs} slots together; call it on this adapter")
+        answers = getattr(self._holder(method_name), method_name)(*method_args, **method_kwargs)
         if answers is not None and not _one_per_slot(answers, self.num_envs):
             raise ValueError(
                 f"{method_name}() must answer with one value for each of {self.num_envs} slots, got "
@@ -113,11 +115,11 @@ class SB3VecEnv(VecEnv):
             )
         return [None if answers is None else answers[index] for index in self._get_indices(indices)]
 
-    def _found(self, name: str) -> Any:
+    def _holder(self, name: str) -> Any:
         layer: Any = self.env  # Gymnasium's vector wrappers forward no attributes
         while not hasattr(layer, name) and layer is not self.env.unwrapped:
             layer = layer.env
-        return getattr(layer, name)
+        return layer
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: VecEnvIndices = None) -> list[bool]:
         """False: wrappers of single envs, which this asks for, are never around a slot."""

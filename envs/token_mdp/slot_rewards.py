@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from token_mdp.episodes import Episode, FinishReason, FloatArray, IntArray
+from token_mdp.rewards import STEPS_AND_END, finite_sum
 from token_mdp.slots import Slots
 from token_mdp.stream import Stream
 from token_mdp.task import TokenTask
@@ -78,7 +79,7 @@ class SlotRewards:
                 scores, components = self._task.outcome_rewards(
                     self._stream.prompt_index[done], self._slots.responses(done)
                 )
-                rewards[done] += scores
+                rewards[done] = finite_sum(STEPS_AND_END, rewards[done], scores, self._stream.prompt_index[done])
                 end_infos |= {f"reward/{name}": values for name, values in components.items()}
         self.totals += rewards
         return rewards, step_infos, end_infos

@@ -33,8 +33,11 @@ class Slots:
         self._length = np.zeros((num_slots, 1), dtype=np.int64)
         self._response_start = np.zeros(num_slots, dtype=np.int64)  # (B,) column of the first response token
         self._next_column = np.zeros(num_slots, dtype=np.int64)  # (B,) column that the next token goes to
-        self.prompt_lengths: IntArray = self._prompt_length[:, 0]  # (B,) a view, as is:
-        self._lengths = self._length[:, 0]
+
+    @property
+    def prompt_lengths(self) -> IntArray:
+        """(B,) a view, made when asked for: one kept beside its array would be another array in a copy of the env."""
+        return self._prompt_length[:, 0]
 
     def clear(self, slot: int | slice) -> None:
         """Empty the slot, or several: neither prompt nor response."""
@@ -59,7 +62,8 @@ class Slots:
         if not self._flat:
             self._attention_mask[slots, columns] = 1
         self._next_column[slots] = columns + 1
-        self._lengths[slots] += 1
+        lengths = self._length[:, 0]
+        lengths[slots] += 1
 
     def extend(self, slot: int, tokens: IntArray) -> None:
         """Write several tokens to one slot."""
@@ -68,7 +72,7 @@ class Slots:
         self._ids[slot, start:stop] = tokens
         self._attention_mask[slot, start:stop] = 1
         self._next_column[slot] = stop
-        self._lengths[slot] += len(tokens)
+        self._length[slot] += len(tokens)
 
     def response_lengths(self, slots: IntArray) -> IntArray:
         """(n,) number of response tokens in each of `slots`."""

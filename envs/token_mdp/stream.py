@@ -42,6 +42,11 @@ class Stream:
         """(B,) False for slots that are parked."""
         return self.status != PARKED
 
+    @property
+    def started(self) -> bool:
+        """Whether there has been a stream; episodes count from its first start on."""
+        return self.next_episode_id > 0
+
     def running(self, refills: bool) -> IntArray:
         """(n,) slots that a step plays; the others are parked, or wait for the reset that this step is to them.
 

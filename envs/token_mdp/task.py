@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from token_mdp.checks import check_choice, check_count, check_function, check_share
+from token_mdp.checks import as_array, check_choice, check_count, check_function, check_share
 from token_mdp.episodes import FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptStore
 from token_mdp.rewards import (
@@ -19,6 +19,7 @@ from token_mdp.rewards import (
     as_components,
     call_batched,
     check_finite,
+    finite_sum,
     name_prompts,
     without_torch,
 )
@@ -108,6 +109,7 @@ class TokenTask:
         """What a saved state must share with the env that goes on from it, as plain values."""
         return {
             "prompts": self.prompts.digest(),
+            "max_prompt_length": self.prompts.max_length,
             "vocab_size": self.vocab_size,
             "stop_token_ids": np.flatnonzero(self.is_stop).tolist(),
             "max_new_tokens": self.max_new_tokens,
@@ -188,20 +190,19 @@ class TokenTask:
             (n,) rewards; their parts by name, (n,) each; (n,) Φ of the states after the step.
         """
         parts: dict[str, FloatArray] = {}
+        paid = np.zeros(len(tokens))
         if self._process_reward_fn is not None:
-            parts["process"] = self.process_rewards(prompt_indices, tokens, responses, reasons != 0)
+            parts["process"] = paid = self.process_rewards(prompt_indices, tokens, responses, reasons != 0)
         if self.shapes:
             after = np.zeros(len(tokens))
             alive = np.flatnonzero(~self.is_terminal(reasons))
             if len(alive):
                 after[alive] = self.potentials(prompt_indices[alive], responses(alive))
-            with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the prompts
-                parts["shaping"] = self._gamma * after - potentials
-            check_finite("the shaping by potential_fn has", parts["shaping"], prompt_indices)
+            parts["shaping"] = finite_sum(
+                "the shaping by potential_fn has", self._gamma * after, -potentials, prompt_indices
+            )
             potentials = after
-        with np.errstate(over="ignore", invalid="ignore"):
-            paid = np.sum(list(parts.values()), axis=0)
-        check_finite("the sum of process_reward_fn and shaping has", paid, prompt_indices)
+            paid = finite_sum("the sum of process_reward_fn and shaping has", paid, parts["shaping"], prompt_indices)
         return paid, parts, potentials
 
     def allowed_tokens(self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]) -> BoolArray:
@@ -212,7 +213,7 @@ class TokenTask:
         indices = [int(index) for index in prompt_indices]
         arguments = self._arguments(indices, responses)
         try:
-            allowed = np.asarray(without_torch(self.action_mask(*arguments, **self._rows_of_columns(indices))))
+            allowed = as_array(without_torch(self.action_mask(*arguments, **self._rows_of_columns(indices))))
         except Exception as error:
             raise ValueError(f"action_mask raised {type(error).__name__}: {error} ({name_prompts(indices)})") from error
         if allowed.dtype != np.bool_:  # logits to add, 0 for yes and -inf for no, would mean the contrary
@@ -255,10 +256,7 @@ class TokenTask:
 def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> BoolArray:
     """(V,) True at the given tokens."""
     given = list(token_ids) if isinstance(token_ids, Set | Iterator) else token_ids
-    try:
-        ids = np.atleast_1d(np.asarray(given))
-    except ValueError:  # sequences of unequal lengths inside of it
-        ids = np.empty((1, 1))
+    ids = np.atleast_1d(as_array(given))
     if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size):
         raise ValueError(f"{name} ({given!r}) must be token ids inside the vocabulary 0..{vocab_size - 1}")
     table = np.zeros(vocab_size, dtype=np.bool_)

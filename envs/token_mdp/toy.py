@@ -21,8 +21,9 @@ class ToyTokenizer:
     """Token ids to text, with the part of a Hugging Face tokenizer's interface that the env needs."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        """The tokens' names with spaces between them."""
-        return " ".join(VOCABULARY[token] for token in ids if not (skip_special_tokens and token == END))
+        """The tokens' names with spaces between them; a vocabulary made wider goes on with <6>, <7>."""
+        names = dict(enumerate(VOCABULARY))
+        return " ".join(names.get(token, f"<{token}>") for token in ids if not (skip_special_tokens and token == END))
 
 
 def echo_reward(prompts: list[IntArray], responses: list[IntArray]) -> FloatArray:

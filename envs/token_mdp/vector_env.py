@@ -135,8 +135,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.render_mode = render_mode
-        self.autoreset_mode = AutoresetMode(mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
+        self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode(mode)}  # type: ignore[misc]
         self.copy = copy
         self.max_episodes = max_episodes
         self._every_slot = np.arange(num_envs)
@@ -151,6 +150,11 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     def reward_mode(self) -> str:
         """When whole responses are paid for, "immediate" or "deferred"; fixed for the life of the env."""
         return "deferred" if self._rewards.deferred else "immediate"
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        """Who resets a slot whose episode has ended, and when; fixed for the life of the env."""
+        return self.metadata["autoreset_mode"]
 
     @property
     def active(self) -> BoolArray:
@@ -176,7 +180,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         super().reset(seed=seed)
         if seed is not None or not self._stream.queue.started:
             self._stream.queue.restart(self.np_random)
-        if ask.new_stream:
+        if ask.new_stream or not self._stream.started:
             self._stream.start(ask.max_episodes)
             if seed is not None:
                 self._stream.next_episode_id = 0
@@ -198,7 +202,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             ValueError: the function `action_mask` failed; likewise.
         """
         if not self._ready:
-            raise ResetNeeded(NO_EPISODE)
+            raise ResetNeeded(NO_EPISODE.format("step"))
         running = self._stream.running(refills=self.autoreset_mode != AutoresetMode.DISABLED)
         tokens = checked_tokens(actions, running, self.num_envs, self.task.vocab_size, self._infos.allowed)
         waiting = np.flatnonzero(self._stream.status == WAITING)  # "NextStep": for them this step is the reset
@@ -268,13 +272,13 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         if self.render_mode != "ansi":
             return None
         if not self._ready:
-            raise ResetNeeded("render() before reset(): there are no episodes yet")
+            raise ResetNeeded(NO_EPISODE.format("render"))
         return tuple(self._text(slot) for slot in range(self.num_envs))
 
     def observe(self) -> tuple[VectorObservation, dict[str, Any]]:
         """What the agent sees now, as `reset` returns it, without a step; to go on after `load_state_dict`."""
         if not self._ready:
-            raise ResetNeeded("observe() before reset(): there are no episodes yet")
+            raise ResetNeeded(NO_EPISODE.format("observe"))
         return self._observe(self._every_slot)
 
     def state_dict(self) -> dict[str, Any]:
@@ -293,10 +297,11 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         """Go on exactly as the env that gave `state`: `reset()` for the next stream, or `observe()` and `step()`.
 
         Raises:
-            ValueError: the state is of an env with another number of slots, or with other prompts, V, stop tokens, T,
-                limit, layout of observations, reward mode, number of reward components, or payment of steps.
+            ValueError: the state is of an env with another number of slots, or with other prompts, P, V, stop tokens,
+                T, limit, layout of observations, autoreset mode, reward mode, number of reward components, or payment
+                of steps.
         """
-        check_identity(state["task"], self._identity())
+        check_identity(state.get("task", {}), self._identity())
         self._stream.load_state_dict(state["stream"], self.np_random)
         self._ready = False  # until all went well
         self.np_random.bit_generator.state = state["np_random"]
@@ -307,7 +312,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             self._observe(self._every_slot)  # which asks action_mask about the restored states
 
     def _identity(self) -> dict[str, Any]:
-        return self.task.identity() | {"reward_mode": self.reward_mode}
+        return self.task.identity() | {"reward_mode": self.reward_mode, "autoreset_mode": self.autoreset_mode.value}
 
     def _observe(self, slots: IntArray) -> tuple[VectorObservation, dict[str, Any]]:
         self._ready = False  # until action_mask went well

@@ -11,6 +11,7 @@ import ast
 import re
 import warnings
 from decimal import Decimal, InvalidOperation
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class ExactAnswer:
 
     Two answers are equal if they are the same number ("1,234", "$1234" and "1234.0"; "-$5", "$-5" and "−5"), or the
     same text up to case, spaces around it and a full stop at its end. A percentage is text: "50%" is neither 50 nor
-    0.5. An empty answer is never right.
+    0.5. An answer that is empty or missing (None, NaN) is never right.
 
     Args:
         column: name of the column that holds the right answers.
@@ -53,9 +54,10 @@ class ExactAnswer:
         """(n,) 1.0 where the answers are equal."""
         if self.column not in columns:
             raise KeyError(f"there is no column {self.column!r} with the right answers; there are {sorted(columns)}")
-        right = [self._extract(str(answer)) or str(answer) for answer in columns[self.column]]
+        right = ["" if _missing(answer) else str(answer) for answer in columns[self.column]]
+        right = [self._extract(answer) or answer for answer in right]
         given = [self._extract(_text(response)) or "" for response in responses]
-        return np.array([float(a.strip() != "" and _same(a, b)) for a, b in zip(given, right, strict=True)])
+        return np.array([float(_plain(a) != "" and _same(a, b)) for a, b in zip(given, right, strict=True)])
 
     def _extract(self, text: str) -> str | None:
         if self.pattern is None:
@@ -87,7 +89,9 @@ class PythonParses:
     """1 where the response is Python code that parses, else 0; the code is never run.
 
     Where the response has fenced blocks, all of them must parse and the text around them is ignored; without a fence
-    the whole response is code. Lines of a block lose the indentation of its fence, as in a list. Empty code is 0.
+    the whole response is code, in which a word alone parses too. Lines of a block lose the indentation of its fence, as
+    in a list. Code without a statement, empty or of comments, is 0; so is a fence left open, as by the length limit.
+    Three backticks end a block wherever they stand.
     """
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> FloatArray:
@@ -113,15 +117,16 @@ def _code_blocks(text: str) -> list[str]:
 
 
 def _parses(code: str) -> bool:
-    if not code.strip():
-        return False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as for "\d" in a string: odd, but it parses
-            ast.parse(code)
+            return bool(ast.parse(code).body)  # has a statement
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes; brackets nested too deeply
         return False
-    return True
+
+
+def _missing(answer: Any) -> bool:
+    return answer is None or (isinstance(answer, Real) and bool(answer != answer))
 
 
 def _same(left: str, right: str) -> bool:
@@ -133,9 +138,9 @@ def _same(left: str, right: str) -> bool:
 
 def _number(text: str) -> Decimal | None:
     found = NUMBER.fullmatch(_plain(text).replace("\N{MINUS SIGN}", "-"))
-    if found is None or (found[1] and found[2]):
+    if found is None:
         return None
-    try:
+    try:  # two signs make no number
         number = Decimal(found[1] + found[2] + found[3].replace(",", ""))
     except InvalidOperation:
         return None

@@ -18,6 +18,7 @@ from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
@@ -39,6 +40,19 @@ def single():
 @pytest.mark.parametrize("env_id", IDS)
 def test_the_checker_of_stable_baselines3_accepts_every_registered_id(env_id):
     check_env(gymnasium.make(env_id), warn=True)  # its warnings are errors here
+
+
+@pytest.mark.plays("stable_baselines3", "PPO and `make_vec_env` by id", "single, Dict and flat")
+@pytest.mark.parametrize(("env_id", "policy"), list(zip(IDS, ["MultiInputPolicy", "MlpPolicy"], strict=True)))
+def test_stable_baselines3_makes_the_env_by_its_id(env_id, policy):
+    # It asks for "rgb_array" first, which Gymnasium warns of, and then for no render mode.
+    with pytest.warns(UserWarning, match=r"render_mode='rgb_array' that is not in the possible render_modes"):
+        learns_something(PPO(policy, env_id, n_steps=16, batch_size=16, device="cpu", seed=0), steps=32)
+    with pytest.warns(UserWarning, match="rgb_array"):
+        env = make_vec_env(env_id, n_envs=2, env_kwargs=task())
+    assert env.action_space.n == VOCAB
+    with pytest.warns(UserWarning, match="rgb_array"), pytest.raises(ValueError, match=r"render_mode \('rgb_array'\)"):
+        gymnasium.make(env_id, render_mode="rgb_array")
 
 
 @pytest.mark.parametrize("limit", ["terminate", "truncate"])
@@ -190,11 +204,13 @@ def test_the_adapter_refuses_to_be_set_to_what_would_teach_nonsense(name, value)
         env.reset()
 
 
-def test_the_adapter_cannot_change_when_rewards_are_paid():
+@pytest.mark.parametrize(("name", "value"), [("reward_mode", "deferred"), ("autoreset_mode", "NextStep")])
+def test_the_adapter_cannot_change_when_rewards_are_paid_or_slots_are_reset(name, value):
     env = native()
-    with pytest.raises(AttributeError, match="reward_mode"):
-        env.set_attr("reward_mode", "deferred")
-    assert env.get_attr("reward_mode", indices=0) == ["immediate"]
+    before = env.get_attr(name)
+    with pytest.raises(AttributeError, match=name):
+        env.set_attr(name, value)
+    assert env.get_attr(name) == before
 
 
 def test_the_adapter_finds_attributes_and_methods_of_wrappers():
@@ -202,15 +218,30 @@ def test_the_adapter_finds_attributes_and_methods_of_wrappers():
     (queue, _) = env.get_attr("return_queue")
     assert queue is env.env.env.return_queue and env.get_attr("reward_mode", indices=0) == ["immediate"]
     assert not env.has_attr("no_such_thing")
+    env.set_attr("func", np.abs)
+    assert env.env.func is np.abs and env.get_attr("func", indices=0) == [np.abs]
+    assert not hasattr(env.env.unwrapped, "func")
 
 
 @pytest.mark.parametrize("observation", ["dict", "flat"])
-@pytest.mark.parametrize("method", ["observe", "state_dict", "reset"])
-def test_the_adapter_refuses_to_deal_out_an_answer_that_is_for_all_slots_together(method, observation):
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("observe", (), "must answer with one value for each of 2 slots"),
+        ("state_dict", (), "must answer with one value for each of 2 slots"),
+        ("reset", (), "is for all 2 slots together"),
+        ("step", (np.array([END, END]),), "is for all 2 slots together"),
+    ],
+)
+def test_the_adapter_refuses_to_deal_out_an_answer_that_is_for_all_slots_together(
+    method, arguments, message, observation
+):
     env = SB3VecEnv(TokenVectorEnv(num_envs=2, **task(observation=observation)))
     env.reset()
-    with pytest.raises(ValueError, match=rf"{method}\(\) must answer with one value for each of 2 slots"):
-        env.env_method(method)
+    before = env.env.state_dict()
+    with pytest.raises(ValueError, match=rf"{method}\(\) {message}"):
+        env.env_method(method, *arguments)
+    assert env.env.state_dict() == before
 
 
 def test_a_step_that_is_both_an_end_and_a_cut_bootstraps_from_nothing():

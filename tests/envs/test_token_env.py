@@ -1,4 +1,7 @@
+import copy
 import io
+import pickle
+import re
 from contextlib import redirect_stdout
 
 import gymnasium
@@ -172,7 +175,27 @@ def test_step_needs_a_running_episode():
         env.step(1)
 
 
-@pytest.mark.parametrize("action", [-1, VOCAB, 1.5, "a", None, [1, 2]])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("observation", ["dict", "flat"])
+def test_a_copied_or_pickled_env_goes_on_like_the_original_and_by_itself(observation, again):
+    arguments = task(observation=observation, process_reward_fn=weighted_sum, action_mask=only_even_tokens)
+    for env, act in (
+        (TokenEnv(**arguments | {"render_mode": "ansi"}), int),
+        (TokenVectorEnv(num_envs=2, reward_mode="deferred", render_mode="ansi", **arguments), lambda t: [t, 4]),
+    ):
+        env.reset(seed=3)
+        env.step(act(2))
+        other = again(env)
+
+        def played(env, act=act):
+            history = [(*env.step(act(token)), env.render()) for token in (6, 4)]
+            history += [env.reset(options={"prompt_index": 2}), env.step(act(2)), env.render(), env.reset()]
+            return history + ([e.as_plain() for e in env.pop_episodes()] if hasattr(env, "pop_episodes") else [])
+
+        assert_same(played(other), played(env))
+
+
+@pytest.mark.parametrize("action", [-1, VOCAB, 1.5, "a", None, [1, 2], [[1], [1, 2]]])
 def test_a_token_outside_the_vocabulary_is_refused_with_its_value(action):
     env = TokenEnv(**task())
     env.reset()
@@ -192,9 +215,17 @@ def test_unknown_options_and_prompts_are_refused():
     env = TokenEnv(**task())
     with pytest.raises(ValueError, match="'prompt'"):
         env.reset(options={"prompt": 1})
-    for index in (-1, 3, 1.0, True):
-        with pytest.raises(ValueError, match=rf"prompt_index \({index}\) must be an integer in 0..2"):
+    with pytest.raises(ValueError, match=r"\[1, 'prompt'\] are unknown"):
+        env.reset(options={1: 1, "prompt": 1})
+    for index in (-1, 3, 1.0, True, [[1], [1, 2]]):
+        with pytest.raises(ValueError, match=rf"prompt_index \({re.escape(str(index))}\) must be an integer in 0..2"):
             env.reset(options={"prompt_index": index})
+
+
+@pytest.mark.parametrize("make", [TokenEnv, lambda **arguments: TokenVectorEnv(num_envs=1, **arguments)])
+@pytest.mark.parametrize("index", [1, np.int32(1), np.array(1)])
+def test_a_prompt_may_be_picked_by_any_integer_scalar(make, index):
+    assert make(**task()).reset(options={"prompt_index": index})[1]["prompt_index"] == 1
 
 
 def only_even_tokens(prompts, responses):
@@ -237,6 +268,7 @@ def test_an_action_mask_of_the_wrong_shape_or_without_a_token_is_refused(bad):
         ([["no"] * VOCAB], "'no'"),
         ([[None] * VOCAB], "None"),
         (None, "None"),
+        ([[True], [True, False]], r"\[True\]"),
     ],
 )
 def test_an_action_mask_that_is_neither_bool_nor_0_and_1_is_refused(mask, shown):
@@ -266,12 +298,14 @@ def test_an_action_mask_may_be_a_tensor_with_a_gradient_or_in_bfloat16():
 @pytest.mark.parametrize("failing", ["reward_fn", "process_reward_fn"])
 def test_a_failed_reward_leaves_an_env_that_wants_a_reset(failing):
     results = [None, [0.0]]
-    env = TokenEnv(**task(**{failing: lambda prompts, responses: results.pop(0)}, max_new_tokens=1))
+    env = TokenEnv(**task(**{failing: lambda prompts, responses: results.pop(0)}, max_new_tokens=1, render_mode="ansi"))
     env.reset()
     with pytest.raises(RewardError, match=f"{failing} must return"):
         env.step(1)
     with pytest.raises(ResetNeeded):
         env.step(1)
+    with pytest.raises(ResetNeeded, match=r"render\(\) without an episode.*also after a reward function"):
+        env.render()
     env.reset()
     assert env.step(1)[2]
 
@@ -329,6 +363,19 @@ def test_a_shuffling_queue_and_no_shuffling_contradict_each_other():
         TokenEnv(**task(prompt_queue=PromptQueue(3), shuffle=False))
     env = TokenEnv(**task(prompt_queue=PromptQueue(3, shuffle=False)))
     assert [env.reset()[1]["prompt_index"] for _ in range(3)] == [0, 1, 2]
+
+
+def test_the_first_env_with_a_seed_shuffles_a_shared_queue_and_the_seeds_of_others_leave_the_pass_alone():
+    queue = PromptQueue(3)
+    first, second = (TokenEnv(**task(prompt_queue=queue)) for _ in range(2))
+
+    def dealt(*resets):
+        return [int(env.reset(seed=seed)[1]["prompt_index"]) for env, seed in resets]
+
+    second.reset()  # without a seed it lends the queue its generator until one comes with a seed
+    alone = TokenEnv(**task())
+    expected = dealt((alone, 1), (alone, None), (alone, None))
+    assert dealt((first, 1), (second, 2), (second, 3)) == dealt((first, 1), (second, None), (first, None)) == expected
 
 
 @pytest.mark.parametrize(
@@ -410,6 +457,13 @@ def test_human_shows_the_response_anew_where_a_token_changes_earlier_text():
             play(env, 2, 2, END)  # a, aa, aX
     assert shown.getvalue() == "prompt   │ b\nresponse │ aa\nresponse │ aX\nreward   │ 127 (stop)\n"
     assert "response │ aX" in ansi.render()
+
+
+def test_the_toy_task_shows_tokens_of_a_wider_vocabulary():
+    env = gymnasium.make("LitRLHF/Token-v0", vocab_size=10, render_mode="ansi")
+    env.reset(options={"prompt_index": 6})
+    play(env, 1, 8, 0)
+    assert "response │ a <8> <end>" in env.render()
 
 
 def test_human_streams_the_episode_to_stdout():

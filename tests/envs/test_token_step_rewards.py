@@ -180,14 +180,19 @@ def test_sums_of_step_rewards_that_overflow_are_refused():
         return lambda prompts, responses: [sign * 1.5e308] * len(responses)
 
     shaped = task(potential_fn=lambda p, r: [1.5e308 if len(r[0]) else -1.5e308])
+    at_the_end = task(process_reward_fn=huge(1), reward_fn=huge(1))
     for arguments, message in (
         (shaped, r"shaping by potential_fn has 1 values .*: \{2: inf\}"),
         (task(process_reward_fn=huge(-1), potential_fn=huge(1)), r"sum of process_reward_fn and shaping has 1 values"),
+        (at_the_end, r"sum of the last step's reward and reward_fn has 1 values .*: \{2: inf\}"),
     ):
-        env = TokenEnv(**arguments)
-        env.reset(options={"prompt_index": 2})
-        with pytest.raises(RewardError, match=message):
-            env.step(END if arguments is not shaped else 1)
+        for env, act in (
+            (TokenEnv(**arguments), int),
+            (TokenVectorEnv(num_envs=1, **arguments), lambda token: [token]),
+        ):
+            env.reset(options={"prompt_index": 2})
+            with pytest.raises(RewardError, match=message):
+                env.step(act(END if arguments is not shaped else 1))
 
 
 def test_a_truncated_state_keeps_its_potential():

@@ -294,13 +294,14 @@ def test_max_episode_steps_shortens_the_episodes():
         (np.array([1, 2, 2**64 - 1], dtype=np.uint64), r"tokens \[18446744073709551615\] in slots \[2\]"),
         ([1.0, 2.0, 3.0], "float64"),
         ([[1], [2], [3]], r"got shape \(3, 1\)"),
+        ([[1], [1, 2], [3]], r"got shape \(3,\) of object"),
     ],
 )
 def test_bad_actions_name_slots_and_tokens(actions, message):
     env = make()
     env.reset()
     with pytest.raises(InvalidAction, match=message):
-        env.step(np.array(actions))
+        env.step(actions)
 
 
 def test_tokens_outside_the_action_mask_name_slots_and_tokens():
@@ -353,6 +354,8 @@ def test_a_reset_that_fails_leaves_an_env_that_wants_another():
         ({"prompt_index": 3}, r"prompt_index \(3\) must be an integer in 0..2"),
         ({"prompt_index": True}, r"prompt_index \(True\) must be an integer"),
         ({"prompt_index": [0, 1]}, r"got shape \(2,\)"),
+        ({"prompt_index": [[0], [1, 2], [0]]}, r"prompt_index \(\[0\]\) must be an integer"),
+        ({1: 2, "mask": 3}, r"\[1, 'mask'\] are unknown"),
         ({"reset_mask": [True, False, True]}, "must be a bool array"),
         ({"reset_mask": np.zeros(3, dtype=bool)}, "False everywhere"),
         ({"reset_mask": np.ones(3, dtype=bool), "max_episodes": 3}, "pass one of them"),
@@ -491,6 +494,19 @@ def test_the_first_reset_may_carry_a_mask_of_all_slots():
     assert infos["prompt_index"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_first_reset_with_a_mask_starts_a_stream_of_max_episodes(loaded):
+    env = make(num_envs=2, max_episodes=3, autoreset_mode="Disabled")
+    if loaded:
+        env.load_state_dict(make(num_envs=2, max_episodes=3, autoreset_mode="Disabled").state_dict())
+    every = {"reset_mask": np.ones(2, dtype=bool)}
+    played = []
+    for _ in range(2):
+        played += env.reset(seed=0, options=every)[1]["episode_id"][env.active].tolist()
+        env.step(np.array([END, END]))
+    assert played == [0, 1, 2] and not env.active.any()
+
+
 def test_a_slot_without_an_episode_has_the_prompt_minus_one():
     env = make(num_envs=2, max_episodes=1)
     assert env.reset(seed=0)[1]["prompt_index"][1] == -1
@@ -512,6 +528,8 @@ def test_a_state_of_another_env_is_refused():
         ({"prompts": [[1]]}, "prompts = 3 prompts, sha256 .*, this env 1 prompts"),
         ({"prompts": [[1], [2, 3], [4, 5, 0]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
         ({"prompts": [[1, 2], [3], [4, 5, 6]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
+        ({"max_prompt_length": 9}, "max_prompt_length = 3, this env 9"),
+        ({"autoreset_mode": "NextStep"}, "autoreset_mode = SameStep, this env NextStep"),
         ({"max_new_tokens": 5}, "max_new_tokens = 4, this env 5"),
         ({"vocab_size": 9}, "vocab_size = 8, this env 9"),
         ({"stop_token_ids": [6, END]}, r"stop_token_ids = \[7\], this env \[6, 7\]"),
@@ -524,6 +542,8 @@ def test_a_state_of_another_env_is_refused():
         other = make(num_envs=2, **changes)
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(env.state_dict())
+    with pytest.raises(ValueError, match="the saved state has prompts = None"):
+        make(num_envs=2).load_state_dict({})
     make(num_envs=2).load_state_dict(env.state_dict())
 
 
@@ -587,6 +607,10 @@ def test_render_shows_every_slot():
     playing, parked = env.render()
     assert playing == "slot 0\nprompt   │ 1\nresponse │ 7\nreward   │ 107 (stop)"
     assert parked.endswith("none: this slot has no episode")
+    env.reset(options={"max_episodes": 2})
+    env.step(np.array([1, 1]))
+    env.reset()  # a stream of one episode again: nothing is left of the other in slot 1
+    assert env.render()[1] == "slot 1\nprompt   │ \nresponse │ \nreward   │ none: this slot has no episode"
 
 
 def test_render_shows_the_new_episode_of_a_refilled_slot():

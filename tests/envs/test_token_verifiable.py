@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from token_tasks import END, task
 
@@ -44,6 +45,12 @@ from token_mdp.verifiable import ExactAnswer, PythonParses, RegexMatch
         ("50%", "50%", 1),
         ("", "", 0),
         ("  ", "", 0),
+        (".", "", 0),
+        ("none", None, 0),
+        ("nan", float("nan"), 0),
+        ("nan", np.float32("nan"), 0),
+        ("", None, 0),
+        ("0", 0, 1),
     ],
 )
 def test_exact_answer_compares_numbers_as_numbers_and_words_up_to_case(response, answer, right):
@@ -99,6 +106,11 @@ def test_regex_match_searches_or_wants_the_whole_response():
         ("   ```python\nx = 1\n   ```", 1),
         ("Say ```python\nx = 1\n``` here", 1),
         ("(" * 10_000, 0),
+        ("# I cannot do that", 0),
+        ("```python\n# later\n```", 0),
+        ("Sure", 1),  # a name, for Python
+        ("```python\nprint(1)\n", 0),  # cut off before its fence
+        ('```python\nx = "```"\n```', 0),
     ],
 )
 def test_python_parses_reads_fenced_blocks_or_the_whole_response(response, parses):

@@ -26,12 +26,17 @@ ENVS = {
     "GymWrapper, native": lambda: GymWrapper(
         gymnasium.make_vec("LitRLHF/Token-v0", num_envs=4, autoreset_mode="Disabled")
     ),
+    "GymWrapper, native flat": lambda: GymWrapper(
+        gymnasium.make_vec("LitRLHF/TokenFlat-v0", num_envs=4, autoreset_mode="Disabled")
+    ),
     "GymWrapper, native SameStep": lambda: GymWrapper(gymnasium.make_vec("LitRLHF/Token-v0", num_envs=4)),
 }
 
 
 @pytest.mark.plays(
-    "torchrl", "`check_env_specs` of `GymEnv`, `GymWrapper`", "single, Dict and flat; native, Disabled and SameStep"
+    "torchrl",
+    "`check_env_specs` of `GymEnv`, `GymWrapper`",
+    "single and native, Dict and flat; native Disabled and SameStep",
 )
 @pytest.mark.parametrize("make", ENVS.values(), ids=ENVS)
 def test_check_env_specs_accepts_every_way_to_make_the_env(make):

@@ -146,6 +146,27 @@ def test_bco_shifts_by_the_mean_implicit_reward_of_the_pairs_before(inputs, tmp_
     assert abs(shifts[-1]) > 1e-4
 
 
+@pytest.mark.parametrize("loss", [dpo_loss, bco_pair_loss])
+def test_the_gradient_of_a_step_does_not_depend_on_its_split_into_micro_batches(loss, inputs, tmp_path):
+    class Gradient(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.taken = torch.cat([p.grad.flatten() for p in pl_module.policy.parameters()])
+
+    gradients = []
+    for budget in (100, 10_000):
+        module, data = make_stage("dpo", inputs, loss=loss)
+        data.max_tokens = budget
+        with torch.no_grad():
+            next(module.frozen["reference"].parameters()).add_(0.5)  # rewards, and so BCO's shift, are not 0
+        make_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=100, callbacks=[watch := Gradient()]).fit(
+            module, data
+        )
+        gradients.append(watch.taken)
+        if loss is bco_pair_loss:
+            assert module.pairs_seen == 24 and abs(module.reward_shift) > 0.01
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_reference_free_dpo_is_dpo_against_a_uniform_reference(inputs, tmp_path):
     module, watch = fit(inputs, tmp_path, max_steps=1, reference_free=True)
     assert not module.frozen

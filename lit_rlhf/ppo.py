@@ -12,7 +12,7 @@ from lit_rlhf.advantages import explained_variance, gae, make_row_mask, pad_rows
 from lit_rlhf.batches import RolloutBatch
 from lit_rlhf.errors import require
 from lit_rlhf.experience import Experience, pack_episodes, plan_minibatches, rollout_means, split_by_episode
-from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, k3
+from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, clamped_logratio, k3
 from lit_rlhf.loading import check_same_tokens, load_policy, load_scorer, load_tokenizer, scorer_from_policy
 from lit_rlhf.losses import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.on_policy import OnPolicyModule
@@ -142,11 +142,12 @@ class PPO(OnPolicyModule):
             "ppo/value_loss": value_losses,
             "ppo/approx_kl": approx_kl,
             "ppo/clip_fraction": clip_fraction(logprobs, batch.old_logprobs, self.clip_range),
-            "ppo/ratio": (logprobs - batch.old_logprobs).exp(),
+            "ppo/ratio": clamped_logratio(logprobs, batch.old_logprobs).exp(),
         }
         if self.kl_penalty.place == "loss":
             metrics["ppo/kl_loss"] = self.kl_penalty.loss(logprobs, batch.old_logprobs, batch.ref_logprobs)
-            losses = losses + self.kl.kl_coef * metrics["ppo/kl_loss"]
+            kl_coef = self.rollout_metrics["rollout/kl_coef"]  # self.kl has adapted to this rollout for the next one
+            losses = losses + kl_coef * metrics["ppo/kl_loss"]
         if entropy is not None:
             metrics["ppo/entropy"] = entropy
             losses = losses - self.entropy_coef * entropy

@@ -1,5 +1,6 @@
 """Direct preference optimisation: the policy is its own reward model."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_rlhf.batches import PreferenceBatch
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.loading import check_same_tokens, load_policy, load_tokenizer
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.module import AlignmentModule
@@ -59,8 +60,7 @@ class DPO(AlignmentModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not beta > 0:
-            raise UserError(f"beta ({beta}) must be more than 0; at 0 every policy has the same loss")
+        require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
         if cache_reference and reference is not None:
             raise UserError(
                 f"cache_reference computes log-probs with the policy before its first step; drop reference "

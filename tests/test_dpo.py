@@ -46,8 +46,10 @@ def fit(inputs, folder, max_steps=3, **options):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_loss_trains(name, inputs, tmp_path):
-    loss = LossTerm(getattr(losses, name), options=OPTIONS.get(name))
-    module, watch = fit(inputs, tmp_path, max_steps=1, loss=[loss])
+    loss = [LossTerm(getattr(losses, name), options=OPTIONS.get(name))]
+    if name == "chosen_nll_loss":  # a term for mixtures alone
+        loss.append(LossTerm(dpo_loss, 1e-3))
+    module, watch = fit(inputs, tmp_path, max_steps=1, loss=loss)
     assert math.isfinite(watch.losses[0])
     start = DPO(str(inputs / "model")).policy.parameters()
     assert any(not torch.equal(a, b) for a, b in zip(module.policy.parameters(), start, strict=True))
@@ -234,6 +236,12 @@ def test_options_that_contradict_each_other_are_refused_by_both_names(pair, inpu
     with pytest.raises(UserError) as error:
         DPO(str(inputs / "model"), **CONTRADICTIONS[pair])
     assert all(name in str(error.value) for name in pair.split(" and "))
+
+
+@pytest.mark.parametrize("beta", [0.0, math.inf, math.nan])
+def test_a_beta_that_weighs_nothing_or_all_is_refused_by_name(beta, inputs):
+    with pytest.raises(UserError, match=rf"beta \({beta}\) must be"):
+        DPO(str(inputs / "model"), beta=beta)
 
 
 def test_the_default_reference_is_the_policy_in_memory_not_what_the_config_names(inputs, monkeypatch):

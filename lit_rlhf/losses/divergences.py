@@ -92,6 +92,11 @@ def f_dpo_loss(
     Returns:
         (B,) losses; log 2 for each pair when policy and reference agree.
     """
+    if not callable(link):
+        raise ValueError(
+            f"link ({link!r}) must be a function of the log-ratio; in a YAML choose forward_kl_dpo_loss, "
+            "jensen_shannon_dpo_loss, alpha_dpo_loss or a function of your own that calls f_dpo_loss"
+        )
     chosen_reward = beta * link(chosen_logprobs - ref_chosen_logprobs)
     rejected_reward = beta * link(rejected_logprobs - ref_rejected_logprobs)
     return -F.logsigmoid(chosen_reward - rejected_reward)

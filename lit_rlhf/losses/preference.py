@@ -232,11 +232,13 @@ def discopop_loss(
         ref_chosen_logprobs: (B,) likewise.
         ref_rejected_logprobs: (B,) likewise.
         beta: as in `dpo_loss`.
-        temperature: τ, how sharply the loss changes from logistic (z < 0) to exponential (z > 0).
+        temperature: τ, more than 0: how sharply the loss changes from logistic (z < 0) to exponential (z > 0).
 
     Returns:
         (B,) losses; ½ (log 2 + 1) when policy and reference agree.
     """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature ({temperature}) must be more than 0, and finite")
     z = _margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta)
     exponential = torch.exp(-z.clamp(min=-MAX_LOGRATIO))
     share = (z / temperature).sigmoid()
@@ -292,11 +294,13 @@ def rpo_loss(
         ref_rejected_logprobs: (B,) likewise.
         beta: as in `dpo_loss`.
         chosen_lengths: (B,) number of response tokens in y_w.
-        nll_coef: α; 0 is `dpo_loss`.
+        nll_coef: α, 0 or more; 0 is `dpo_loss`.
 
     Returns:
         (B,) losses.
     """
+    if not 0 <= nll_coef < math.inf:
+        raise ValueError(f"nll_coef ({nll_coef}) must be 0 or more, and finite")
     z = _margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta)
     return -F.logsigmoid(z) - nll_coef * chosen_logprobs / chosen_lengths
 

@@ -1,5 +1,6 @@
 """Proximal policy optimisation with a KL penalty: play, score, estimate advantages, improve."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -85,16 +86,18 @@ class PPO(OnPolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(adam_eps=adam_eps, **kwargs)
-        require(temperature > 0, "temperature", temperature, "more than 0: PPO learns from sampled responses")
+        sampled = 0 < temperature < math.inf
+        require(sampled, "temperature", temperature, "more than 0 (PPO learns from sampled responses) and finite")
         require(seed >= 0, "seed", seed, "0 or more")
         require(ppo_epochs >= 1, "ppo_epochs", ppo_epochs, "1 or more")
         require(num_minibatches >= 1, "num_minibatches", num_minibatches, "1 or more")
         require(critic_warmup >= 0, "critic_warmup", critic_warmup, "0 or more")
         require(target_kl is None or target_kl > 0, "target_kl", target_kl, "more than 0, or null to take every step")
-        require(clip_range > 0, "clip_range", clip_range, "more than 0")
-        clips = value_clip_range is None or value_clip_range > 0
-        require(clips, "value_clip_range", value_clip_range, "more than 0, or null")
-        require(value_coef >= 0, "value_coef", value_coef, "0 or more")
+        require(0 < clip_range < math.inf, "clip_range", clip_range, "more than 0 and finite")
+        clips = value_clip_range is None or 0 < value_clip_range < math.inf
+        require(clips, "value_clip_range", value_clip_range, "more than 0 and finite, or null for no clipping")
+        require(0 <= value_coef < math.inf, "value_coef", value_coef, "0 or more and finite")
+        require(0 <= entropy_coef < math.inf, "entropy_coef", entropy_coef, "0 or more and finite")
         require(0 <= gamma <= 1, "gamma", gamma, "in [0, 1]")
         require(0 <= gae_lambda <= 1, "gae_lambda", gae_lambda, "in [0, 1]")
         require((critic_learning_rate or 0) >= 0, "critic_learning_rate", critic_learning_rate, "0 or more, or null")

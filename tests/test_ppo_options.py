@@ -336,15 +336,19 @@ def test_defaults_are_those_of_the_checklist(folder):
     assert (module.clip_range, module.value_clip_range, module.target_kl) == (0.2, 0.2, None)
     assert module.kl_penalty == KLPenalty("reward", "k1")
     assert not module.shaping.whiten
-    assert RewardModel(str(folder)).lr_scheduler == "cosine"  # to 0 at the last step
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("clip_range", -1.0),
+        ("clip_range", float("inf")),
         ("value_clip_range", 0.0),
+        ("value_clip_range", float("nan")),
         ("value_coef", -0.1),
+        ("value_coef", float("inf")),
+        ("entropy_coef", -5.0),
+        ("entropy_coef", float("nan")),
         ("gamma", 1.1),
         ("gae_lambda", 7.0),
         ("critic_learning_rate", -1e-3),

@@ -79,7 +79,7 @@ def f_dpo_loss(
 ) -> Tensor:
     """f-DPO: -log σ(β f'(π(y_w)/π_ref(y_w)) - β f'(π(y_l)/π_ref(y_l))).
 
-    Wang et al. 2023, https://arxiv.org/abs/2309.16240
+    Wang et al. 2023, with the f' of its Table 1, https://arxiv.org/abs/2309.16240
 
     Args:
         chosen_logprobs: (B,) as in `dpo_loss`.

@@ -53,7 +53,7 @@ def conservative_dpo_loss(
 ) -> Tensor:
     """cDPO, for labels that are wrong with probability ε: -(1 - ε) log σ(z) - ε log σ(-z).
 
-    Mitchell 2023, https://ericmitchell.ai/cdpo.pdf
+    Mitchell 2023, Eq. 3, https://ericmitchell.ai/cdpo.pdf
 
     Args:
         chosen_logprobs: (B,) as in `dpo_loss`.
@@ -81,8 +81,8 @@ def robust_dpo_loss(
 ) -> Tensor:
     """rDPO, unbiased under labels flipped with probability ε: (-(1 - ε) log σ(z) + ε log σ(-z)) / (1 - 2ε).
 
-    Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409. Averaged over the flips it is DPO's loss on clean
-    labels; on a single pair it may be negative.
+    Chowdhury et al. 2024, section 3.1, https://arxiv.org/abs/2403.00409. Averaged over the flips it is DPO's loss on
+    clean labels; on a single pair it may be negative.
 
     Args:
         chosen_logprobs: (B,) as in `dpo_loss`.
@@ -165,7 +165,7 @@ def hinge_loss(
 ) -> Tensor:
     """Hinge on the margin: max(0, 1 - z).
 
-    Zhao et al. 2023 (SLiC-HF), https://arxiv.org/abs/2305.10425, with the log-ratios to the reference of
+    Zhao et al. 2023 (SLiC-HF), section 2, https://arxiv.org/abs/2305.10425, with the log-ratios to the reference of
     Liu et al. 2023 (RSO), https://arxiv.org/abs/2309.06657, where β is γ.
 
     Args:

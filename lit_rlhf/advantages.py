@@ -172,9 +172,12 @@ def explained_variance(residuals: Moments, returns: Moments) -> Tensor:
         returns: moments of R, likewise.
 
     Returns:
-        () 1 for a perfect critic, 0 for one that knows the mean or any constant, less for one that misleads.
+        () 1 for a perfect critic, 0 for one that knows the mean or any constant, less for one that misleads; 0 also
+        where returns differ by rounding alone, and there is nothing to foresee.
     """
-    return 1 - residuals.variance / returns.variance.clamp(min=1e-8)
+    rounding = 1e-12 * (residuals.variance + residuals.mean.square() + returns.mean.square())
+    foreseen = 1 - residuals.variance / returns.variance
+    return torch.where(returns.variance > rounding, foreseen, 0.0)
 
 
 def whiten(

@@ -1,5 +1,6 @@
 """Direct preference optimisation: the policy is its own reward model."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_rlhf.batches import PreferenceBatch
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.loading import check_same_tokens, load_policy, load_tokenizer
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.module import AlignmentModule
@@ -42,7 +43,7 @@ class DPO(AlignmentModule):
     """
 
     learns_from = "preference"
-    reward_shift: Tensor  # () where the loss asks for it: mean implicit reward of the pairs seen so far
+    reward_shift: Tensor  # () where the loss asks for it: mean implicit reward of the pairs of all steps so far
     pairs_seen: Tensor  # () how many these are
 
     def __init__(
@@ -59,8 +60,7 @@ class DPO(AlignmentModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not beta > 0:
-            raise UserError(f"beta ({beta}) must be more than 0; at 0 every policy has the same loss")
+        require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
         if cache_reference and reference is not None:
             raise UserError(
                 f"cache_reference computes log-probs with the policy before its first step; drop reference "
@@ -89,6 +89,7 @@ class DPO(AlignmentModule):
         if "reward_shift" in self.loss.inputs:
             self.register_buffer("reward_shift", torch.zeros(()))
             self.register_buffer("pairs_seen", torch.zeros(()))
+        self.step_rewards: list[Tensor] = []  # mean implicit rewards of the optimiser step's pairs so far
         self.beta = beta
         self.reference_free = reference_free
         self.reference_update = reference_update
@@ -105,7 +106,7 @@ class DPO(AlignmentModule):
         self.log_dpo("train", losses, chosen, rejected, ref_chosen, ref_rejected)
         self.log_mean("train", pair_lengths(batch.packed), weight=len(losses))
         if "reward_shift" in self.loss.inputs:
-            self.update_reward_shift(self.beta * (chosen - ref_chosen + rejected - ref_rejected) / 2)
+            self.step_rewards.append(self.beta * (chosen - ref_chosen + rejected - ref_rejected).detach() / 2)
         return losses.sum() / batch.denominator
 
     def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
@@ -137,17 +138,19 @@ class DPO(AlignmentModule):
             wanted["reward_shift"] = self.reward_shift
         return wanted
 
-    @torch.no_grad()
     def update_reward_shift(self, rewards: Tensor) -> None:
-        """Take the implicit rewards of these pairs, (B,), of all ranks, into the running mean."""
+        """Take the implicit rewards of a step's pairs, (B,), of all ranks, into the running mean."""
         ours = torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))])
         total, count = self.trainer.strategy.reduce(ours, reduce_op="sum")
         self.pairs_seen += count
         self.reward_shift += (total - count * self.reward_shift) / self.pairs_seen
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's step; then the reference follows the policy, where it is to."""
+        """Lightning's step; then, where they are to, BCO's shift and the reference follow the policy."""
         super().optimizer_step(*args, **kwargs)
+        if self.step_rewards:  # not before: all micro-batches of a step have the same shift
+            self.update_reward_shift(torch.cat(self.step_rewards))
+            self.step_rewards = []
         update = self.reference_update
         if update is not None and (self.trainer.global_step + 1) % update.every == 0:  # this step counts afterwards
             update.apply(self.reference, self.policy)
@@ -162,7 +165,7 @@ class DPO(AlignmentModule):
         ref_chosen: Tensor,
         ref_rejected: Tensor,
     ) -> None:
-        """Log the loss, the implicit rewards r̂ = β log π/π_ref and why they moved.
+        """Log the loss, the implicit rewards r̂ = β log π/π_ref (whatever the loss compares) and why they moved.
 
         Args:
             stage: train, val or test.

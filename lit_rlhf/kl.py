@@ -10,6 +10,7 @@ Which to use where:
 - To report: k3, unbiased like k1, never negative, and of far lower variance while π is near π_ref (far off, of more).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 
 # exp(20) = 4.9e8: far from overflow in float32 and far from any ratio that a sane update makes.
 MAX_LOGRATIO = 20.0
@@ -159,8 +160,7 @@ class FixedKL:
     """
 
     def __init__(self, kl_coef: float = 0.05) -> None:
-        if not kl_coef >= 0:
-            raise ValueError(f"kl_coef ({kl_coef}) must be 0 or more")
+        require(0 <= kl_coef < math.inf, "kl_coef", kl_coef, "0 or more and finite")
         self.kl_coef = kl_coef
 
     def update(self, kl: float, num_episodes: int) -> None:
@@ -182,7 +182,8 @@ class FixedKL:
 class AdaptiveKL:
     """A KL coefficient that steers KL to a target: err = clip(kl/target - 1, ±0.2), β ← β (1 + err n/horizon).
 
-    Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593
+    Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593. Other than there, a rollout of several horizons
+    halves or doubles β at most.
 
     Args:
         init_kl_coef: β of the first rollout; more than 0, or it could never grow.
@@ -191,12 +192,10 @@ class AdaptiveKL:
     """
 
     def __init__(self, init_kl_coef: float = 0.05, target: float = 6.0, horizon: int = 10_000) -> None:
-        if not init_kl_coef > 0:
-            raise ValueError(f"init_kl_coef ({init_kl_coef}) must be more than 0; for no KL penalty use FixedKL(0)")
-        if not target > 0:
-            raise ValueError(f"target ({target}) must be more than 0: the error is kl / target - 1")
-        if not horizon > 0:
-            raise ValueError(f"horizon ({horizon}) must be more than 0 episodes")
+        grows = "more than 0 and finite; for no KL penalty use FixedKL(0)"
+        require(0 < init_kl_coef < math.inf, "init_kl_coef", init_kl_coef, grows)
+        require(0 < target < math.inf, "target", target, "more than 0 and finite: the error is kl / target - 1")
+        require(0 < horizon < math.inf, "horizon", horizon, "more than 0 episodes, and finite")
         self.kl_coef = init_kl_coef
         self.target = target
         self.horizon = horizon
@@ -214,8 +213,8 @@ class AdaptiveKL:
         if kl != kl:
             raise ValueError("kl is NaN: log-probabilities of policy or reference are not finite")
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        # A rollout of more than 5 horizons could turn β negative for good: no single rollout may more than halve it.
-        self.kl_coef *= max(1 + error * num_episodes / self.horizon, 0.5)
+        # A rollout of more than 5 horizons could turn β negative for good: none may more than halve or double it.
+        self.kl_coef *= min(max(1 + error * num_episodes / self.horizon, 0.5), 2.0)
 
     def state_dict(self) -> dict[str, Any]:
         """The coefficient as adapted so far, for the checkpoint."""

@@ -1,5 +1,6 @@
 """Proximal policy optimisation with a KL penalty: play, score, estimate advantages, improve."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lit_rlhf.advantages import explained_variance, gae, make_row_mask, pad_rows
 from lit_rlhf.batches import RolloutBatch
 from lit_rlhf.errors import require
 from lit_rlhf.experience import Experience, pack_episodes, plan_minibatches, rollout_means, split_by_episode
-from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, k3
+from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, clamped_logratio, k3
 from lit_rlhf.loading import check_same_tokens, load_policy, load_scorer, load_tokenizer, scorer_from_policy
 from lit_rlhf.losses import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.on_policy import OnPolicyModule
@@ -85,16 +86,18 @@ class PPO(OnPolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(adam_eps=adam_eps, **kwargs)
-        require(temperature > 0, "temperature", temperature, "more than 0: PPO learns from sampled responses")
+        sampled = 0 < temperature < math.inf
+        require(sampled, "temperature", temperature, "more than 0 (PPO learns from sampled responses) and finite")
         require(seed >= 0, "seed", seed, "0 or more")
         require(ppo_epochs >= 1, "ppo_epochs", ppo_epochs, "1 or more")
         require(num_minibatches >= 1, "num_minibatches", num_minibatches, "1 or more")
         require(critic_warmup >= 0, "critic_warmup", critic_warmup, "0 or more")
         require(target_kl is None or target_kl > 0, "target_kl", target_kl, "more than 0, or null to take every step")
-        require(clip_range > 0, "clip_range", clip_range, "more than 0")
-        clips = value_clip_range is None or value_clip_range > 0
-        require(clips, "value_clip_range", value_clip_range, "more than 0, or null")
-        require(value_coef >= 0, "value_coef", value_coef, "0 or more")
+        require(0 < clip_range < math.inf, "clip_range", clip_range, "more than 0 and finite")
+        clips = value_clip_range is None or 0 < value_clip_range < math.inf
+        require(clips, "value_clip_range", value_clip_range, "more than 0 and finite, or null for no clipping")
+        require(0 <= value_coef < math.inf, "value_coef", value_coef, "0 or more and finite")
+        require(0 <= entropy_coef < math.inf, "entropy_coef", entropy_coef, "0 or more and finite")
         require(0 <= gamma <= 1, "gamma", gamma, "in [0, 1]")
         require(0 <= gae_lambda <= 1, "gae_lambda", gae_lambda, "in [0, 1]")
         require((critic_learning_rate or 0) >= 0, "critic_learning_rate", critic_learning_rate, "0 or more, or null")
@@ -142,11 +145,12 @@ class PPO(OnPolicyModule):
             "ppo/value_loss": value_losses,
             "ppo/approx_kl": approx_kl,
             "ppo/clip_fraction": clip_fraction(logprobs, batch.old_logprobs, self.clip_range),
-            "ppo/ratio": (logprobs - batch.old_logprobs).exp(),
+            "ppo/ratio": clamped_logratio(logprobs, batch.old_logprobs).exp(),
         }
         if self.kl_penalty.place == "loss":
             metrics["ppo/kl_loss"] = self.kl_penalty.loss(logprobs, batch.old_logprobs, batch.ref_logprobs)
-            losses = losses + self.kl.kl_coef * metrics["ppo/kl_loss"]
+            kl_coef = self.rollout_metrics["rollout/kl_coef"]  # self.kl has adapted to this rollout for the next one
+            losses = losses + kl_coef * metrics["ppo/kl_loss"]
         if entropy is not None:
             metrics["ppo/entropy"] = entropy
             losses = losses - self.entropy_coef * entropy

@@ -10,18 +10,27 @@ its options. Whatever makes no sense is refused by name when it is chosen, befor
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rlhf import losses
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 
 PAIR = 5  # chosen, rejected and reference log-probs, and β: what every loss of the family takes
 FROM_BATCH = ("chosen_lengths", "rejected_lengths", "reward_shift")
+# Three pairs that every loss is tried on when it is chosen: log-probs, and what the batch would fill in.
+TRIED_PAIRS = torch.tensor([[-1.0, -2.0, -4.0], [-2.0, -1.0, -6.5], [-1.5, -1.0, -4.5], [-2.5, -2.0, -3.0]])
+TRIED_INPUTS = {
+    "chosen_lengths": torch.tensor([2.0, 3.0, 5.0]),
+    "rejected_lengths": torch.tensor([3.0, 2.0, 4.0]),
+    "reward_shift": torch.tensor(0.5),
+}
 WITH_LIKELIHOOD = (losses.rpo_loss, losses.chosen_nll_loss)
 # Where each log-ratio should go by itself means something for log-ratios alone, not for bare log-probs.
 NEED_REFERENCE = (
@@ -74,20 +83,28 @@ class PreferenceLoss:
     """
 
     def __init__(self, loss: Callable[..., Any] | Sequence[LossTerm], reference_free: bool = False) -> None:
-        self.terms = [LossTerm(loss)] if callable(loss) else list(loss)
+        self.terms = [spread(term) for term in ([LossTerm(loss)] if callable(loss) else loss)]
         if not self.terms:
             raise UserError("loss is an empty list; give a function or at least one term")
         self.inputs = {
             name for term in self.terms for name in FROM_BATCH if name in set(term.arguments) - set(term.options or {})
         }
-        for term in self.terms:
-            check_term(term, reference_free)
+        tried = [try_term(term, reference_free) for term in self.terms]
         likelihoods = [term.name for term in self.terms if term.function in WITH_LIKELIHOOD]
         if len(likelihoods) > 1:
             raise UserError(f"loss has the likelihood of the chosen response {len(likelihoods)} times: {likelihoods}")
+        if [term.function for term in self.terms] == [losses.chosen_nll_loss]:
+            raise UserError(
+                "chosen_nll_loss alone would ignore beta, the reference and the rejected responses; add another term, "
+                "or train SFT on the chosen responses"
+            )
         for i, term in enumerate(self.terms):
-            if term.function in [other.function for other in self.terms[:i]]:
-                raise UserError(f"loss has {term.name} twice; put its weights together in one term")
+            for other, values in zip(self.terms[:i], tried, strict=False):
+                if torch.allclose(values, tried[i]):
+                    raise UserError(
+                        f"loss has {other.name} and {term.name}, which are the same loss twice; put their weights "
+                        "together in one term"
+                    )
 
     def __call__(
         self,
@@ -107,8 +124,18 @@ class PreferenceLoss:
         return total
 
 
-def check_term(term: LossTerm, reference_free: bool = False) -> None:
+def spread(term: LossTerm) -> LossTerm:
+    """The same term with what `functools.partial` has bound by name among its options."""
+    if not isinstance(term.function, partial) or term.function.args:
+        return term
+    return replace(term, function=term.function.func, options=term.function.keywords | (term.options or {}))
+
+
+def try_term(term: LossTerm, reference_free: bool = False) -> Tensor:
     """Refuse a term that could not be computed or would not mean what its options say.
+
+    Returns:
+        Its losses of `TRIED_PAIRS`, without the weight.
 
     Raises:
         UserError: names the loss and the option.
@@ -127,18 +154,19 @@ def check_term(term: LossTerm, reference_free: bool = False) -> None:
     ]
     if missing:
         raise UserError(f"{term.name} needs {', '.join(missing)}: give it in the term's options")
-    if not term.weight > 0:
-        raise UserError(f"the weight of {term.name} ({term.weight}) must be more than 0")
+    require(0 < term.weight < math.inf, f"the weight of {term.name}", term.weight, "more than 0, and finite")
     if reference_free and term.function in NEED_REFERENCE:
         raise UserError(f"{term.name} rates each response against the reference: set reference_free: false")
-    one = torch.ones(1)
-    inputs = {name: one for name in FROM_BATCH if name in term.arguments}
+    inputs = {name: value for name, value in TRIED_INPUTS.items() if name in term.arguments}
     try:
-        probe = term.function(one, one, one, one, 1.0, **(inputs | options))
+        values = term.function(*TRIED_PAIRS, 1.0, **(inputs | options))
     except (TypeError, ValueError) as error:
         raise UserError(f"{term.name}: {error}") from error
-    if probe.shape != (1,):
-        raise UserError(f"{term.name} must give one loss per pair, (B,); for one pair it gave {tuple(probe.shape)}")
+    if values.shape != (3,):
+        raise UserError(f"{term.name} must give one loss per pair, (B,); for three pairs it gave {tuple(values.shape)}")
+    if not values.isfinite().all():
+        raise UserError(f"{term.name} with the options {options} gives losses that are not finite: {values.tolist()}")
+    return values
 
 
 def _takes(function: str, argument: str) -> bool:

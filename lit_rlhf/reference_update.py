@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lit_rlhf.errors import UserError
 
@@ -32,5 +33,8 @@ class ReferenceUpdate:
     @torch.no_grad()
     def apply(self, reference: nn.Module, policy: nn.Module) -> None:
         """Move the reference, in place; sharded networks move shard by shard."""
+        for module in reference.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward without a backward leaves the root gathered
         for held, trained in zip(reference.parameters(), policy.parameters(), strict=True):
             held.lerp_(trained.to(held.dtype), self.alpha)

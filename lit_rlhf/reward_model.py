@@ -102,7 +102,7 @@ class RewardModel(AlignmentModule):
 
     @torch.no_grad()
     def before_export(self) -> None:
-        """Normalise the scores over reference responses: the gain into the head, the shift into the config."""
+        """Normalise the scores over held-out responses: the gain into the head, the shift into the config."""
         if self.normalize is None:
             return
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # not yet, where a checkpoint left nothing to train

@@ -1,12 +1,13 @@
 """From the rewards of whole responses to the scores that are learnt from."""
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_rlhf.advantages import Moments
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require
 
 
 class RewardShaping:
@@ -41,11 +42,11 @@ class RewardShaping:
             raise UserError(f"normalize ({normalize!r}) must be 'scale', 'standardize' or null")
         if clip is not None and not clip > 0:
             raise UserError(f"clip ({clip}) must be more than 0, or null for no clipping")
-        if min(length_penalty, length_budget, missing_end_penalty) < 0:
-            raise UserError(
-                f"length_penalty ({length_penalty}), length_budget ({length_budget}) and missing_end_penalty "
-                f"({missing_end_penalty}) are subtracted, so they must be 0 or more"
-            )
+        for name, value in (("length_penalty", length_penalty), ("missing_end_penalty", missing_end_penalty)):
+            require(0 <= value < math.inf, name, value, "0 or more, as it is subtracted, and finite")
+        require(length_budget >= 0, "length_budget", length_budget, "0 or more tokens")
+        finite = missing_end_score is None or math.isfinite(missing_end_score)
+        require(finite, "missing_end_score", missing_end_score, "a finite number, or null")
         if length_budget and not length_penalty:
             raise UserError(f"length_budget ({length_budget}) says what length_penalty (0) spares: set that too")
         if missing_end_penalty and missing_end_score is not None:

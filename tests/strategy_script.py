@@ -10,20 +10,24 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lit_rlhf import KLPenalty, RewardShaping, logprobs
+from lit_rlhf import AdaptiveKL, KLPenalty, RewardShaping, logprobs
 from lit_rlhf.callbacks import HuggingFaceExport
 from lit_rlhf.logprobs import CHUNK_MOST
+from lit_rlhf.losses import bco_pair_loss
 from lit_rlhf.module import AlignmentModule
+from lit_rlhf.reference_update import ReferenceUpdate
 from lit_rlhf.sharding import full_state_dict
 from tests.stages import STAGES, make_stage
 from tests.tiny import VOCABULARY
 
-STOPPED_PPO = {  # in its second iteration, after the critic has warmed up, at the second step
-    "target_kl": 1e-6,
+STOPPED_PPO = {  # in its second iteration, after the critic has warmed up: see `BetweenRanks`
+    "target_kl": 1.0,
     "critic_warmup": 1,
     "kl_penalty": KLPenalty("loss", "k3"),
     "shaping": RewardShaping(normalize="standardize", whiten=True),
+    "gamma": 0.0,  # each token's return is its own reward
 }
+MOVING_DPO = {"loss": bco_pair_loss, "reference_update": ReferenceUpdate(alpha=1.0, every=2)}
 # One step of the whole data set; a large epsilon keeps the size of the gradient in what AdamW does with it.
 WHOLE = {"lr_scheduler": "constant", "warmup_steps": 0, "adam_eps": 1.0}
 WHOLE_TRAINER: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 100}
@@ -40,6 +44,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "reward_model": ("reward_model", {"normalize": "mean_and_std"}),
     "stopped_ppo": ("ppo", STOPPED_PPO),
     "dpo_cached": ("dpo", {"cache_reference": True}),
+    "dpo_moving": ("dpo", MOVING_DPO),
     **WHOLE_RUNS,
 }
 
@@ -53,6 +58,40 @@ class Shares(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note them."""
         self.seen.append((len(batch.packed.target_ids), batch.denominator.item()))
+
+
+class BetweenRanks(Callback):
+    """Puts the target KL between those of the ranks: above their mean at the first step that shows any, then below.
+
+    A rank that decided by its own KL would stop too early at the one, or too late at the other.
+    """
+
+    def __init__(self) -> None:
+        self.stopped: list[bool] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Before the module judges the step."""
+        kls = gather(torch.stack(pl_module.step_kl).mean().item())
+        mean, steps = sum(kls) / 2, len(self.stopped)
+        side = max(kls) if steps == 5 else min(kls)
+        pl_module.target_kl = (mean + side) / 2 if steps > 4 else 1.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """What the module made of it."""
+        self.stopped.append(pl_module.stopped)
+
+
+class Hears(AdaptiveKL):
+    """Keeps what the controller is told."""
+
+    def __init__(self) -> None:
+        super().__init__(0.1, target=0.5, horizon=100)
+        self.heard: list[tuple[float, int]] = []
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Note it and adapt."""
+        self.heard.append((kl, num_episodes))
+        super().update(kl, num_episodes)
 
 
 def outcome(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
@@ -79,7 +118,9 @@ def main(folder: Path, name: str) -> None:
         sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         strategy: Any = "ddp" if name == "ddp" else sharded
         module, data = make_stage(stage, folder, **options)
-        shares = Shares()
+        if stage == "ppo":
+            module.kl = Hears()  # type: ignore[assignment]
+        shares, between = Shares(), BetweenRanks()
         logprobs.CHUNK_MOST = 4 * VOCABULARY * 7 if run.startswith("chunked") else CHUNK_MOST
         options = WHOLE_TRAINER if run in WHOLE_RUNS else {"max_epochs": 2, "gradient_clip_val": 1.0}
         trainer = Trainer(
@@ -87,7 +128,7 @@ def main(folder: Path, name: str) -> None:
             accelerator="cpu",
             devices=2,
             strategy=strategy,
-            callbacks=[HuggingFaceExport(), shares],
+            callbacks=[HuggingFaceExport(), shares, *([between] if run == "stopped_ppo" else [])],
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -99,9 +140,25 @@ def main(folder: Path, name: str) -> None:
         if stage == "ppo":
             loader: Any = trainer.train_dataloader
             results[run]["shares"] = gather(shares.seen)
-            results[run]["advantages"] = gather(torch.cat(loader.experience.tokens["advantages"]).tolist())
+            for column in ("advantages", "returns"):
+                results[run][column] = gather(torch.cat(loader.experience.tokens[column]).tolist())
+            results[run]["prompts"] = gather([ids.tolist() for ids in loader.experience.prompt_ids])
+            mine = {
+                "stopped": between.stopped,
+                "heard": module.kl.heard,
+                "seen": module.shaping.state_dict()["seen"],
+                "rollout": module.rollout_metrics,
+            }
+            results[run]["of_all"] = gather(mine)
             own_weights = sum(float(w.double().sum()) for w in module.state_dict().values())
             results[run]["own_weights"] = gather(own_weights) if name == "ddp" else None
+        if run == "dpo_moving":
+            results[run]["shift"] = gather([module.reward_shift.item(), module.pairs_seen.item()])
+            networks = (full_state_dict(network) for network in (module.policy, module.reference))
+            results[run]["apart"] = [
+                float((a.double() - b.double()).abs().sum())
+                for a, b in zip(*(n.values() for n in networks), strict=True)
+            ]
     if trainer.is_global_zero:
         (folder / f"{name}.json").write_text(json.dumps(results))
 

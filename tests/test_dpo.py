@@ -46,8 +46,10 @@ def fit(inputs, folder, max_steps=3, **options):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_loss_trains(name, inputs, tmp_path):
-    loss = LossTerm(getattr(losses, name), options=OPTIONS.get(name))
-    module, watch = fit(inputs, tmp_path, max_steps=1, loss=[loss])
+    loss = [LossTerm(getattr(losses, name), options=OPTIONS.get(name))]
+    if name == "chosen_nll_loss":  # a term for mixtures alone
+        loss.append(LossTerm(dpo_loss, 1e-3))
+    module, watch = fit(inputs, tmp_path, max_steps=1, loss=loss)
     assert math.isfinite(watch.losses[0])
     start = DPO(str(inputs / "model")).policy.parameters()
     assert any(not torch.equal(a, b) for a, b in zip(module.policy.parameters(), start, strict=True))
@@ -146,6 +148,27 @@ def test_bco_shifts_by_the_mean_implicit_reward_of_the_pairs_before(inputs, tmp_
     assert abs(shifts[-1]) > 1e-4
 
 
+@pytest.mark.parametrize("loss", [dpo_loss, bco_pair_loss])
+def test_the_gradient_of_a_step_does_not_depend_on_its_split_into_micro_batches(loss, inputs, tmp_path):
+    class Gradient(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.taken = torch.cat([p.grad.flatten() for p in pl_module.policy.parameters()])
+
+    gradients = []
+    for budget in (100, 10_000):
+        module, data = make_stage("dpo", inputs, loss=loss)
+        data.max_tokens = budget
+        with torch.no_grad():
+            next(module.frozen["reference"].parameters()).add_(0.5)  # rewards, and so BCO's shift, are not 0
+        make_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=100, callbacks=[watch := Gradient()]).fit(
+            module, data
+        )
+        gradients.append(watch.taken)
+        if loss is bco_pair_loss:
+            assert module.pairs_seen == 24 and abs(module.reward_shift) > 0.01
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_reference_free_dpo_is_dpo_against_a_uniform_reference(inputs, tmp_path):
     module, watch = fit(inputs, tmp_path, max_steps=1, reference_free=True)
     assert not module.frozen
@@ -213,6 +236,12 @@ def test_options_that_contradict_each_other_are_refused_by_both_names(pair, inpu
     with pytest.raises(UserError) as error:
         DPO(str(inputs / "model"), **CONTRADICTIONS[pair])
     assert all(name in str(error.value) for name in pair.split(" and "))
+
+
+@pytest.mark.parametrize("beta", [0.0, math.inf, math.nan])
+def test_a_beta_that_weighs_nothing_or_all_is_refused_by_name(beta, inputs):
+    with pytest.raises(UserError, match=rf"beta \({beta}\) must be"):
+        DPO(str(inputs / "model"), beta=beta)
 
 
 def test_the_default_reference_is_the_policy_in_memory_not_what_the_config_names(inputs, monkeypatch):

@@ -65,13 +65,25 @@ class TestEstimators:
         assert mean_and_variance(k3, near, LOGPROBS)[1] < 0.05 * mean_and_variance(k1, near, LOGPROBS)[1]
         assert mean_and_variance(k3)[1] > mean_and_variance(k1)[1]
 
-    @pytest.mark.parametrize("estimator", [k1, k3])
-    def test_its_variance_is_that_of_samples(self, estimator):
-        mean, variance = mean_and_variance(estimator)
-        tokens = torch.multinomial(P, 100_000, replacement=True, generator=torch.Generator().manual_seed(1))
-        samples = estimator(LOGPROBS[tokens], REF_LOGPROBS[tokens])
-        assert samples.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / 100_000))
-        assert samples.var().item() == pytest.approx(variance, rel=0.1)
+    @pytest.mark.parametrize(
+        ("estimator", "mean", "variance"),
+        # π = (½, ½), π_ref = (¼, ¾): log-ratios 0.693147 and -0.405465, KL 0.143841, r = ½ and 3/2.
+        # Two values a, b of equal probability have the mean (a + b)/2 and the variance ((a - b)/2)².
+        [
+            (k1, 0.143841, 0.301737),  # 0.693147, -0.405465
+            (k2, 0.161214, 0.006243),  # ½ 0.480453, ½ 0.164402
+            (k3, 0.143841, 0.002431),  # ½ - 1 + 0.693147, 3/2 - 1 - 0.405465
+        ],
+    )
+    def test_its_expectation_and_variance_by_hand(self, estimator, mean, variance):
+        logprobs = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+        ref_logprobs = torch.tensor([0.25, 0.75], dtype=torch.float64).log()
+        assert mean_and_variance(estimator, logprobs, ref_logprobs) == pytest.approx((mean, variance), abs=1e-6)
+
+    def test_k1_and_k2_have_the_variance_that_moments_of_the_log_ratio_give(self):
+        moments = [(P * (LOGPROBS - REF_LOGPROBS) ** power).sum().item() for power in (1, 2, 4)]
+        assert mean_and_variance(k1)[1] == pytest.approx(moments[1] - moments[0] ** 2)
+        assert mean_and_variance(k2)[1] == pytest.approx(moments[2] / 4 - moments[1] ** 2 / 4)
 
     def test_only_k1_can_be_negative(self):
         assert k1(LOGPROBS, REF_LOGPROBS).min() < 0
@@ -194,10 +206,12 @@ class TestControllers:
             controller.update(kl=1 / controller.kl_coef, num_episodes=64)  # a policy whose KL falls as 1/β
         assert 1 / controller.kl_coef == pytest.approx(2.0, rel=1e-3)
 
-    def test_adaptive_coefficient_never_turns_negative(self):
+    def test_a_rollout_of_many_horizons_halves_or_doubles_the_adaptive_coefficient(self):
         controller = AdaptiveKL(init_kl_coef=0.1, target=5.0, horizon=10)
         controller.update(kl=0.0, num_episodes=1000)
         assert controller.kl_coef == pytest.approx(0.05)
+        controller.update(kl=100.0, num_episodes=1000)
+        assert controller.kl_coef == pytest.approx(0.1)
 
     def test_a_resumed_controller_goes_on_where_it_stopped(self):
         first, second = AdaptiveKL(0.1), AdaptiveKL(0.7)
@@ -212,23 +226,24 @@ class TestControllers:
         controller.load_state_dict(FixedKL(0.1).state_dict())
         assert controller.kl_coef == 0.3
 
-    @pytest.mark.parametrize("target", [0.0, -1.0, math.nan])
+    @pytest.mark.parametrize("target", [0.0, -1.0, math.nan, math.inf])
     def test_a_target_of_zero_or_less_is_refused_by_name(self, target):
-        with pytest.raises(ValueError, match=r"target \("):
+        with pytest.raises(UserError, match=r"target \("):
             AdaptiveKL(target=target)
 
-    @pytest.mark.parametrize("kl_coef", [0.0, -0.1, math.nan])
+    @pytest.mark.parametrize("kl_coef", [0.0, -0.1, math.nan, math.inf])
     def test_an_initial_coefficient_that_could_never_grow_is_refused_by_name(self, kl_coef):
-        with pytest.raises(ValueError, match="init_kl_coef"):
+        with pytest.raises(UserError, match="init_kl_coef"):
             AdaptiveKL(init_kl_coef=kl_coef)
 
-    def test_a_horizon_of_zero_is_refused_by_name(self):
-        with pytest.raises(ValueError, match="horizon"):
-            AdaptiveKL(horizon=0)
+    @pytest.mark.parametrize("horizon", [0, math.inf])
+    def test_a_horizon_of_zero_or_without_end_is_refused_by_name(self, horizon):
+        with pytest.raises(UserError, match=r"horizon \("):
+            AdaptiveKL(horizon=horizon)
 
-    @pytest.mark.parametrize("kl_coef", [-0.1, math.nan])
-    def test_a_negative_fixed_coefficient_is_refused_by_name(self, kl_coef):
-        with pytest.raises(ValueError, match="kl_coef"):
+    @pytest.mark.parametrize("kl_coef", [-0.1, math.nan, math.inf])
+    def test_a_fixed_coefficient_that_is_negative_or_no_number_is_refused_by_name(self, kl_coef):
+        with pytest.raises(UserError, match="kl_coef"):
             FixedKL(kl_coef)
 
     def test_nan_kl_does_not_enter_the_coefficient(self):

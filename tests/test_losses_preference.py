@@ -256,6 +256,55 @@ class TestOptima:
         assert 0.2 * margins[mean_loss.argmin()].item() == pytest.approx(1.3, abs=1e-3)
 
 
+class TestLimits:
+    """Losses without an optimum, on free log-ratios: where gradient descent takes them."""
+
+    @staticmethod
+    def descend(loss, start, steps=4000, learning_rate=1.0, beta=0.5):
+        """Log-ratios (chosen, rejected) after these steps of plain gradient descent from `start`, two columns."""
+        logratios = torch.stack(start).requires_grad_()
+        for _ in range(steps):
+            (gradient,) = torch.autograd.grad(at(loss, *logratios, beta).sum(), logratios)
+            logratios = (logratios - learning_rate * gradient).detach().requires_grad_()
+        return logratios.detach(), at(loss, *logratios, beta).detach()
+
+    STARTS = (randoms(0), randoms(1))
+
+    def test_apo_zero_raises_chosen_and_lowers_rejected_without_end(self):
+        chosen, rejected = (x.clone().requires_grad_() for x in self.STARTS)
+        at(apo_zero_loss, chosen, rejected).sum().backward()
+        assert (chosen.grad < 0).all() and (rejected.grad > 0).all()  # wherever they are, each by itself
+        (chosen, rejected), end = self.descend(apo_zero_loss, self.STARTS)
+        assert chosen.min() > 10 and rejected.max() < -10 and end.max() < 0.01  # its infimum is 0
+
+    def test_apo_down_lowers_rejected_first_then_chosen_too_while_the_margin_grows(self):
+        # At the reference σ' of both terms is the same: chosen stands, rejected falls.
+        chosen, rejected = column(0).requires_grad_(), column(0).requires_grad_()
+        at(apo_down_loss, chosen, rejected).sum().backward()
+        assert chosen.grad.item() == 0 and rejected.grad.item() == pytest.approx(0.5 / 4)
+        (chosen, rejected), end = self.descend(apo_down_loss, (torch.zeros(1), torch.zeros(1)), steps=200)
+        assert rejected.item() < chosen.item() - 5 < -5
+        (chosen, rejected), end = self.descend(apo_down_loss, self.STARTS)
+        assert chosen.max() < -5 and (rejected < chosen - 5).all() and end.max() < 0.05  # its infimum is 0
+
+    @pytest.mark.parametrize("loss", [aot_loss, aot_unpaired_loss])
+    def test_aot_ends_where_one_distribution_dominates_the_other_quantile_by_quantile(self, loss):
+        (chosen, rejected), end = self.descend(loss, self.STARTS, steps=1000)
+        if loss is aot_loss:  # the policy's margins over the reference's, which are 0 here
+            assert (chosen - rejected).min() > 10
+        else:
+            assert (chosen.sort().values - rejected.sort().values).min() > 10
+        assert end.max() < 0.01  # its infimum is 0
+
+    @pytest.mark.parametrize("loss", [aot_loss, aot_unpaired_loss])
+    def test_aot_is_dpo_on_one_pair_and_no_more_than_dpo_on_many(self, loss):
+        pairs = tuple(randoms(seed, 32) for seed in range(4))
+        for i in range(32):
+            pair = tuple(x[i : i + 1] for x in pairs)
+            assert torch.allclose(loss(*pair, 0.3), dpo_loss(*pair, 0.3))
+        assert loss(*pairs, 0.3).mean() < dpo_loss(*pairs, 0.3).mean() - 0.01
+
+
 class TestEquivalences:
     """The same number from another road."""
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -135,14 +136,18 @@ class TestTokenTree:
             assert states[row].tolist() == pytest.approx([step[0] for step in own] + padding)
 
     def test_a_million_completions_take_seconds(self):
+        start = time.process_time()
         tree = TokenTree(8, [0], 7)
         assert tree.num_completions == sum(7**t for t in range(6)) + 7**6 * 8  # ended early, and at full length
         oracle = Oracle(tree, [PROMPT], random_policy(8, 0), random_reward, beta=0.1)
         assert oracle.optimal_logprobs.exp().sum().item() == pytest.approx(1)
+        assert time.process_time() - start < 10  # of the processor, all threads together; about 1
 
     def test_too_many_completions_are_refused_before_memory_is(self):
         with pytest.raises(ValueError, match=r"vocab_size \(32000\) and max_new_tokens \(64\)"):
             TokenTree(32_000, [2], 64)
+        with pytest.raises(ValueError, match="more completions than the 20,000,000 that can be enumerated"):
+            TokenTree(32_000, [2], 1024)
 
     @pytest.mark.parametrize("stop_ids", [[3], [-1]])
     def test_stop_ids_out_of_the_vocabulary_are_refused(self, stop_ids):
@@ -348,6 +353,21 @@ class TestOracle:
         evaluation = oracle.evaluate(random_policy(4, 0))
         assert math.isnan(evaluation.gap) and evaluation.kl_to_optimum == pytest.approx(0, abs=1e-9)
 
+    @pytest.mark.parametrize("scale", [1e-6, 1e6])
+    def test_the_gap_does_not_depend_on_the_unit_of_rewards(self, scale):
+        def scaled(prompt, completions, lengths):
+            return scale * random_reward(prompt, completions, lengths)
+
+        evaluation = self.oracle(beta=0.3 * scale, reward_fn=scaled).evaluate(random_policy(4, 1))
+        assert evaluation.gap == pytest.approx(self.oracle().evaluate(random_policy(4, 1)).gap)
+        assert self.oracle(reward_fn=scaled).evaluate(random_policy(4, 0)).gap == pytest.approx(1, abs=0.01)
+
+    def test_no_prompts_are_refused_and_a_list_of_rewards_will_do(self):
+        with pytest.raises(ValueError, match="prompts is empty"):
+            Oracle(self.tree, [], random_policy(4, 0), random_reward, 0.3)
+        oracle = self.oracle(reward_fn=lambda *args: random_reward(*args).tolist())
+        assert oracle.optimal_objective == pytest.approx(self.oracle().optimal_objective)
+
     def test_a_beta_of_zero_is_refused_by_name(self):
         with pytest.raises(ValueError, match=r"beta \(0.0\)"):
             self.oracle(beta=0.0)
@@ -367,8 +387,10 @@ def test_bayes_accuracy_is_what_the_true_reward_attains_on_sampled_preferences()
     assert bayes_accuracy(chosen, rejected).item() == pytest.approx(attained, abs=0.006)  # four standard errors
 
 
-def test_bayes_accuracy_of_ties_is_one_half():
+def test_bayes_accuracy_of_ties_is_one_half_and_of_nothing_is_refused():
     assert bayes_accuracy(torch.ones(3), torch.ones(3)).item() == 0.5
+    with pytest.raises(ValueError, match="no pairs"):
+        bayes_accuracy(torch.empty(0), torch.empty(0))
 
 
 def tiny_llama(**kwargs):
@@ -447,6 +469,10 @@ class TestTablePolicy:
                 prefixes = self.tree.prefixes(level)
                 assert torch.allclose(policy.logprob_fn(prompt, prefixes), reference(prompt, prefixes))
 
+    def test_an_unknown_prompt_is_refused_with_those_it_has(self):
+        with pytest.raises(ValueError, match=r"no prompt \[3, 3\], only \[\[1, 2\], \[3\]\]"):
+            TablePolicy(self.tree, self.prompts).logprob_fn(torch.tensor([3, 3]), torch.empty(1, 0, dtype=torch.int64))
+
     def test_the_states_of_a_response_are_those_of_its_prefixes(self):
         policy = TablePolicy(self.tree, self.prompts, random_policy(4, 0))
         for number, prompt in enumerate(self.prompts):
@@ -503,6 +529,17 @@ class TestDivergenceOptimum:
     def test_under_the_reverse_kl_it_is_the_closed_form(self):
         optimum = divergence_optimum(self.reference, self.rewards, 0.2, reverse_kl_link)
         assert torch.allclose(optimum, optimal_logprobs(self.reference, self.rewards, 0.2))
+
+    def test_it_is_the_closed_form_where_log_ratios_are_in_the_hundreds(self):
+        reference, rewards = (
+            torch.log_softmax(torch.tensor([0.0, -100.0], dtype=torch.float64), 0),
+            torch.tensor([0.0, 1.0], dtype=torch.float64),
+        )
+        optimum = divergence_optimum(reference, rewards, 0.005, reverse_kl_link)
+        assert torch.allclose(optimum, optimal_logprobs(reference, rewards, 0.005))
+        assert optimum.tolist() == pytest.approx([-100, 0], abs=1e-9)  # Z = 1 + e^-100 e^200
+        steep = divergence_optimum(reference, rewards, 0.005, lambda logratio: 0.01 * logratio)  # as if β were 5e-5
+        assert torch.allclose(steep, optimal_logprobs(reference, rewards, 5e-5))
 
     @pytest.mark.parametrize("link", [forward_kl_link, jensen_shannon_link, alpha_link(0.5)])
     def test_its_implicit_reward_is_the_reward_up_to_a_constant(self, link):

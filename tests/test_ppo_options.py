@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_rlhf import PPO, AdaptiveKL, FixedKL, KLPenalty, RewardModel, RewardShaping, UserError
 from lit_rlhf.callbacks import export
 from lit_rlhf.kl import k1, k2, k3
+from lit_rlhf.losses import value_loss
 from lit_rlhf.packing import pack
 from lit_rlhf.sharding import full_state_dict
 from tests.ppo_runs import (
@@ -85,6 +86,23 @@ class TestTargetKL:
         assert kls[1][0] == 0 < kls[1][1] < kls[1][2]
         assert kls[4] == pytest.approx(kls[1], rel=1e-3, abs=1e-6)
 
+    def test_a_stop_is_decided_by_the_whole_step_not_by_its_last_part(self, folder, tmp_path):
+        class Watch(PPO):
+            def on_before_optimizer_step(self, optimizer):
+                kls = torch.stack(self.step_kl)
+                self.target_kl = (kls.mean() + kls[-1]).item() / 2  # the last part alone would decide the other way
+                super().on_before_optimizer_step(optimizer)
+                self.decisions.append(self.stopped)
+                self.expected.append(kls.mean().item() > self.target_kl)
+                self.stopped = False
+
+        module, data, trainer = make(
+            folder, tmp_path, target_kl=1.0, ppo_epochs=4, num_minibatches=1, trainer={"accumulate_grad_batches": 4}
+        )
+        module.__class__, module.decisions, module.expected = Watch, [], []
+        trainer.fit(module, data)
+        assert module.decisions == module.expected
+
     @pytest.mark.filterwarnings("ignore:The dirpath has changed")
     def test_a_stop_outlives_a_resume(self, folder, tmp_path):
         steps = Steps()
@@ -118,6 +136,35 @@ class TestCritic:
         assert moved(steps.policy) == [False, False, True, True]
         assert moved(steps.critic) == [True] * 4
         assert kl.kl_coef == pytest.approx(0.1 * 0.8)  # adapted once, after the second rollout, which still had no KL
+
+    def test_its_loss_is_clipped_around_the_values_of_the_rollout_and_counts_by_its_coefficient(self, folder, tmp_path):
+        class Watch(PPO):
+            def training_step(self, batch, batch_idx):
+                values = self.critic(batch.packed, batch.packed.predictors).detach()
+                self.clipped.append(value_loss(values, batch.old_values, batch.returns, 0.01).mean().item())
+                self.free.append(value_loss(values, batch.old_values, batch.returns, None).mean().item())
+                return super().training_step(batch, batch_idx)
+
+        names = ("train/loss", "ppo/policy_loss", "ppo/value_loss")
+        for coefficient in (0.3, 0.0):
+            watches = [Logged(name) for name in names]
+            module, data, trainer = make(
+                folder,
+                tmp_path,
+                value_coef=coefficient,
+                value_clip_range=0.01,
+                critic_learning_rate=1e-2,
+                ppo_epochs=2,
+                num_minibatches=1,
+                trainer={"max_epochs": 2, "callbacks": watches},
+            )
+            module.__class__, module.clipped, module.free = Watch, [], []
+            trainer.fit(module, data)
+            losses, policy_losses, value_losses = (watch.values for watch in watches)
+            assert value_losses == pytest.approx(module.clipped, rel=1e-4)
+            expected = [policy + coefficient * value for policy, value in zip(policy_losses, value_losses, strict=True)]
+            assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert value_losses == pytest.approx(module.free, rel=1e-4)  # without weight, the critic stands still
 
     def test_its_learning_rate_is_its_own(self, folder, tmp_path):
         _, steps = fit(folder, tmp_path, critic_learning_rate=0.0)
@@ -184,6 +231,26 @@ class TestKLPenalty:
         trainer.fit(module, data)
         assert module.rollout_metrics["rollout/kl"] > 1
         assert max(batch.returns.abs().max().item() for batch, _ in module.seen) < 1e-5
+
+    def test_in_the_loss_it_weighs_what_the_rollout_logs_while_the_controller_adapts(self, folder, tmp_path):
+        names = ("train/loss", "ppo/policy_loss", "ppo/kl_loss")
+        watches, rollouts = [Logged(name) for name in names], Rollouts()
+        module, data, trainer = make(
+            folder,
+            tmp_path,
+            kl=AdaptiveKL(0.1, target=0.01, horizon=16),
+            kl_penalty=KLPenalty("loss", "k3"),
+            value_coef=0.0,
+            ppo_epochs=1,
+            num_minibatches=1,
+            trainer={"max_epochs": 3, "callbacks": [*watches, rollouts]},
+        )
+        away_from_reference(module)
+        trainer.fit(module, data)
+        losses, policy_losses, kl_losses = (watch.values for watch in watches)
+        used = [(a - b) / c for a, b, c in zip(losses, policy_losses, kl_losses, strict=True)]
+        assert used == pytest.approx([0.1, 0.12, 0.144], rel=1e-4)
+        assert used == pytest.approx([metrics["rollout/kl_coef"] for metrics in rollouts.metrics], rel=1e-4)
 
     @pytest.mark.parametrize("place", ["reward", "loss"])
     def test_it_draws_the_policy_to_the_reference(self, folder, tmp_path, place):
@@ -269,15 +336,19 @@ def test_defaults_are_those_of_the_checklist(folder):
     assert (module.clip_range, module.value_clip_range, module.target_kl) == (0.2, 0.2, None)
     assert module.kl_penalty == KLPenalty("reward", "k1")
     assert not module.shaping.whiten
-    assert RewardModel(str(folder)).lr_scheduler == "cosine"  # to 0 at the last step
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("clip_range", -1.0),
+        ("clip_range", float("inf")),
         ("value_clip_range", 0.0),
+        ("value_clip_range", float("nan")),
         ("value_coef", -0.1),
+        ("value_coef", float("inf")),
+        ("entropy_coef", -5.0),
+        ("entropy_coef", float("nan")),
         ("gamma", 1.1),
         ("gae_lambda", 7.0),
         ("critic_learning_rate", -1e-3),

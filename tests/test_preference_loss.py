@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -11,8 +12,10 @@ from lit_rlhf.losses import (
     bco_pair_loss,
     chosen_nll_loss,
     conservative_dpo_loss,
+    discopop_loss,
     dpo_loss,
     exo_pair_loss,
+    f_dpo_loss,
     forward_kl_dpo_loss,
     ipo_loss,
     length_normalized_dpo_loss,
@@ -62,6 +65,26 @@ def test_a_partial_function_of_python_needs_no_options():
     assert torch.allclose(loss(*PAIR, 0.3), robust_dpo_loss(*PAIR, 0.3, 0.2))
 
 
+def test_what_a_partial_function_has_bound_is_an_option_like_any_other():
+    bound = PreferenceLoss(partial(bco_pair_loss, reward_shift=0.2))
+    assert bound.inputs == set()  # the batch's running mean does not replace it
+    assert torch.equal(bound(*PAIR, 0.3), bco_pair_loss(*PAIR, 0.3, reward_shift=0.2))
+    with pytest.raises(UserError, match="bco_pair_loss rates each response against the reference"):
+        PreferenceLoss(partial(bco_pair_loss, reward_shift=0.1), reference_free=True)
+    with pytest.raises(
+        UserError, match=r"likelihood of the chosen response 2 times: \['rpo_loss', 'chosen_nll_loss'\]"
+    ):
+        PreferenceLoss([LossTerm(partial(rpo_loss, nll_coef=0.3)), LossTerm(chosen_nll_loss)])
+
+
+def test_the_same_loss_by_two_names_is_refused_and_one_loss_with_two_options_is_not():
+    with pytest.raises(UserError, match="dpo_loss and f_dpo_loss, which are the same loss twice"):
+        PreferenceLoss([LossTerm(dpo_loss), LossTerm(f_dpo_loss)])
+    with pytest.raises(UserError, match="dpo_loss and robust_dpo_loss, which are the same"):
+        PreferenceLoss([LossTerm(dpo_loss), LossTerm(robust_dpo_loss, options={"label_smoothing": 0.0})])
+    assert PreferenceLoss([LossTerm(discopop_loss), LossTerm(discopop_loss, options={"temperature": 1.0})]).terms
+
+
 def test_label_smoothing_is_refused_by_name_where_the_loss_would_ignore_it():
     with pytest.raises(UserError, match=r"dpo_loss would ignore label_smoothing \(0.1\): it takes no options") as error:
         PreferenceLoss([LossTerm(dpo_loss, options={"label_smoothing": 0.1})])
@@ -79,7 +102,18 @@ REFUSED = {
         [LossTerm(rpo_loss), LossTerm(chosen_nll_loss, 0.1)],
         "the likelihood of the chosen response 2 times: ['rpo_loss', 'chosen_nll_loss']",
     ),
-    "a term twice": ([LossTerm(ipo_loss), LossTerm(dpo_loss), LossTerm(ipo_loss, 2.0)], "ipo_loss twice"),
+    "a term twice": ([LossTerm(ipo_loss), LossTerm(dpo_loss), LossTerm(ipo_loss, 2.0)], "ipo_loss and ipo_loss"),
+    "nothing but the likelihood": (chosen_nll_loss, "chosen_nll_loss alone would ignore beta, the reference"),
+    "a weight without end": ([LossTerm(dpo_loss, math.inf)], "the weight of dpo_loss (inf)"),
+    "a temperature of 0": ([LossTerm(discopop_loss, options={"temperature": 0.0})], "temperature (0.0)"),
+    "a temperature below 0": ([LossTerm(discopop_loss, options={"temperature": -1.0})], "temperature (-1.0)"),
+    "no number": ([LossTerm(discopop_loss, options={"temperature": math.nan})], "temperature (nan)"),
+    "a likelihood that is lowered": ([LossTerm(rpo_loss, options={"nll_coef": -1.0})], "nll_coef (-1.0)"),
+    "no shift": ([LossTerm(bco_pair_loss, options={"reward_shift": math.nan})], "bco_pair_loss with the options"),
+    "a link by its name": (
+        [LossTerm(f_dpo_loss, options={"link": "lit_rlhf.losses.forward_kl_link"})],
+        "link ('lit_rlhf.losses.forward_kl_link') must be a function",
+    ),
     "a mean": (lambda a, b, c, d, beta: dpo_loss(a, b, c, d, beta).mean(), "must give one loss per pair"),
     "another signature": (lambda chosen, rejected: chosen - rejected, "positional arguments"),
 }

@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf import RewardModel, RewardModelReward, UserError
@@ -65,6 +67,16 @@ def test_without_held_out_pairs_the_training_pairs_serve(inputs, tmp_path):
         packed = [batch.packed for batch in data.rows_dataloader("train")]
         scores = torch.cat([module.reward_model(batch, batch.last_nodes) for batch in packed])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+
+
+def test_one_epoch_anneals_the_learning_rate_to_0(inputs, tmp_path):
+    config = yaml.safe_load((Path(__file__).parents[1] / "configs" / "reward_model.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 1
+    _, data = make_stage("reward_model", inputs)
+    module = RewardModel(str(inputs / "model"), learning_rate=1e-3)
+    trainer = make_trainer(tmp_path, max_epochs=config["trainer"]["max_epochs"])
+    trainer.fit(module, data)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def test_exporting_twice_changes_nothing(inputs, tmp_path):

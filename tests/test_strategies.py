@@ -35,7 +35,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
 
     results = json.loads((tmp_path / f"{strategy}.json").read_text())
-    assert set(results) == {*STAGES, "stopped_ppo", "dpo_cached", *WHOLE_RUNS}
+    assert set(results) == {*STAGES, "stopped_ppo", "dpo_cached", "dpo_moving", *WHOLE_RUNS}
     for run, result in results.items():
         assert result["steps"] > 0
         assert all(math.isfinite(value) for value in result["metrics"].values()), (run, result)
@@ -72,10 +72,33 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert torch.cat(ranks).var(correction=0).item() == pytest.approx(1, abs=1e-4)
     assert abs(ranks[0].mean().item()) > 0.01
 
-    # All ranks stopped together, and went on together.
+    # All ranks stopped together, by the mean of their KLs, and went on together.
     stopped = results["stopped_ppo"]
     assert stopped["metrics"]["ppo/stopped"] == 1
     assert stopped["steps"] == results["ppo"]["steps"] == 2 * 2 * 2
+    for rank in stopped["of_all"]:
+        assert rank["stopped"] == [False] * 6 + [True] * 2
+
+    # What is said of a rollout is said of the episodes of all ranks, to the KL controller too; prompts are shared out.
+    for run in ("ppo", "stopped_ppo"):
+        one, another = results[run]["of_all"]
+        assert one == another
+        assert one["seen"][2] == 2 * 16
+        assert one["heard"][-1] == [one["rollout"]["rollout/kl"], 16]
+        mine, other = ({tuple(prompt) for prompt in prompts} for prompts in results[run]["prompts"])
+        assert mine and other and not mine & other
+    assert results["ppo"]["of_all"][0]["rollout"]["rollout/kl"] != 0
+
+    # Token rewards (with gamma 0 the returns) have variance 1 over all ranks, not on each.
+    ranks = [torch.tensor(rank) for rank in stopped["returns"]]
+    assert torch.cat(ranks).var(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert ranks[0].var(correction=0).item() != pytest.approx(1, abs=1e-2)
+
+    # BCO's shift is that of the pairs of all ranks; TR-DPO's reference is the policy after a hard update.
+    moving = results["dpo_moving"]
+    assert moving["shift"][0] == moving["shift"][1] and moving["shift"][0][0] != 0
+    assert moving["shift"][0][1] == 2 * 24 and moving["steps"] % 2 == 0
+    assert max(moving["apart"]) == 0
     if strategy == "ddp":
         assert stopped["own_weights"][0] == stopped["own_weights"][1]
 

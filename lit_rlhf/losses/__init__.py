@@ -2,7 +2,8 @@
 
 Each is elementwise: tokens give losses per token, pairs give losses per pair, and the caller sums and divides by the
 denominator of the *global* batch (`losses.sum() / batch.denominator`), so that no split into micro-batches, ranks or
-padded rows changes the mean. The AOT losses alone compare ranks within the batch they are given.
+padded rows changes the mean. The AOT losses alone compare ranks within the batch they are given; BCO's shift is the
+caller's, who keeps it the same over a step.
 
 Axes: B pairs, M response tokens of all sequences of a packed batch. Log-probabilities are in nats.
 """

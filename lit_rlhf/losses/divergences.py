@@ -79,7 +79,7 @@ def f_dpo_loss(
 ) -> Tensor:
     """f-DPO: -log σ(β f'(π(y_w)/π_ref(y_w)) - β f'(π(y_l)/π_ref(y_l))).
 
-    Wang et al. 2023, https://arxiv.org/abs/2309.16240
+    Wang et al. 2023, with the f' of its Table 1, https://arxiv.org/abs/2309.16240
 
     Args:
         chosen_logprobs: (B,) as in `dpo_loss`.
@@ -92,6 +92,11 @@ def f_dpo_loss(
     Returns:
         (B,) losses; log 2 for each pair when policy and reference agree.
     """
+    if not callable(link):
+        raise ValueError(
+            f"link ({link!r}) must be a function of the log-ratio; in a YAML choose forward_kl_dpo_loss, "
+            "jensen_shannon_dpo_loss, alpha_dpo_loss or a function of your own that calls f_dpo_loss"
+        )
     chosen_reward = beta * link(chosen_logprobs - ref_chosen_logprobs)
     rejected_reward = beta * link(rejected_logprobs - ref_rejected_logprobs)
     return -F.logsigmoid(chosen_reward - rejected_reward)

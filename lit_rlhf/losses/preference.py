@@ -53,7 +53,7 @@ def conservative_dpo_loss(
 ) -> Tensor:
     """cDPO, for labels that are wrong with probability ε: -(1 - ε) log σ(z) - ε log σ(-z).
 
-    Mitchell 2023, https://ericmitchell.ai/cdpo.pdf
+    Mitchell 2023, Eq. 3, https://ericmitchell.ai/cdpo.pdf
 
     Args:
         chosen_logprobs: (B,) as in `dpo_loss`.
@@ -81,8 +81,8 @@ def robust_dpo_loss(
 ) -> Tensor:
     """rDPO, unbiased under labels flipped with probability ε: (-(1 - ε) log σ(z) + ε log σ(-z)) / (1 - 2ε).
 
-    Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409. Averaged over the flips it is DPO's loss on clean
-    labels; on a single pair it may be negative.
+    Chowdhury et al. 2024, section 3.1, https://arxiv.org/abs/2403.00409. Averaged over the flips it is DPO's loss on
+    clean labels; on a single pair it may be negative.
 
     Args:
         chosen_logprobs: (B,) as in `dpo_loss`.
@@ -165,7 +165,7 @@ def hinge_loss(
 ) -> Tensor:
     """Hinge on the margin: max(0, 1 - z).
 
-    Zhao et al. 2023 (SLiC-HF), https://arxiv.org/abs/2305.10425, with the log-ratios to the reference of
+    Zhao et al. 2023 (SLiC-HF), section 2, https://arxiv.org/abs/2305.10425, with the log-ratios to the reference of
     Liu et al. 2023 (RSO), https://arxiv.org/abs/2309.06657, where β is γ.
 
     Args:
@@ -232,11 +232,13 @@ def discopop_loss(
         ref_chosen_logprobs: (B,) likewise.
         ref_rejected_logprobs: (B,) likewise.
         beta: as in `dpo_loss`.
-        temperature: τ, how sharply the loss changes from logistic (z < 0) to exponential (z > 0).
+        temperature: τ, more than 0: how sharply the loss changes from logistic (z < 0) to exponential (z > 0).
 
     Returns:
         (B,) losses; ½ (log 2 + 1) when policy and reference agree.
     """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature ({temperature}) must be more than 0, and finite")
     z = _margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta)
     exponential = torch.exp(-z.clamp(min=-MAX_LOGRATIO))
     share = (z / temperature).sigmoid()
@@ -292,11 +294,13 @@ def rpo_loss(
         ref_rejected_logprobs: (B,) likewise.
         beta: as in `dpo_loss`.
         chosen_lengths: (B,) number of response tokens in y_w.
-        nll_coef: α; 0 is `dpo_loss`.
+        nll_coef: α, 0 or more; 0 is `dpo_loss`.
 
     Returns:
         (B,) losses.
     """
+    if not 0 <= nll_coef < math.inf:
+        raise ValueError(f"nll_coef ({nll_coef}) must be 0 or more, and finite")
     z = _margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta)
     return -F.logsigmoid(z) - nll_coef * chosen_logprobs / chosen_lengths
 

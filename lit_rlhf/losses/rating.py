@@ -19,8 +19,8 @@ def nca_pair_loss(
 ) -> Tensor:
     """NCA on pairs: -log σ(β h_w) - ½ log σ(-β h_w) - ½ log σ(-β h_l).
 
-    Chen et al. 2024, https://arxiv.org/abs/2402.05369, for K = 2 responses with one-hot rewards. Each response is rated
-    by itself, so the chosen log-probability cannot fall for the sake of the margin.
+    Chen et al. 2024, section 4.1, https://arxiv.org/abs/2402.05369, for K = 2 responses with one-hot rewards. Each
+    response is rated by itself, so the chosen log-probability cannot fall for the sake of the margin.
 
     Args:
         chosen_logprobs: (B,) as in `dpo_loss`.
@@ -46,7 +46,7 @@ def bco_pair_loss(
 ) -> Tensor:
     """BCO on pairs, a classifier good against bad: -log σ(β h_w - δ) - log σ(-(β h_l - δ)).
 
-    Jung et al. 2024, https://arxiv.org/abs/2404.04656
+    Jung et al. 2024, section 4, https://arxiv.org/abs/2404.04656
 
     Args:
         chosen_logprobs: (B,) as in `dpo_loss`.

@@ -19,7 +19,7 @@ def aot_loss(
 ) -> Tensor:
     """AOT, paired: -log σ(β (u_(i) - v_(i))), u the policy's and v the reference's margins, each sorted in the batch.
 
-    Melnyk et al. 2024, https://arxiv.org/abs/2406.05882: the policy's margins log π(y_w) - log π(y_l) are to
+    Melnyk et al. 2024, section 3, https://arxiv.org/abs/2406.05882: the policy's margins log π(y_w) - log π(y_l) are to
     dominate the reference's stochastically, quantile by quantile.
 
     Args:
@@ -46,7 +46,7 @@ def aot_unpaired_loss(
 ) -> Tensor:
     """AOT, unpaired: -log σ(β (u_(i) - v_(i))), u the chosen and v the rejected log-ratios, each sorted in the batch.
 
-    Melnyk et al. 2024, https://arxiv.org/abs/2406.05882: chosen rewards are to dominate rejected ones as
+    Melnyk et al. 2024, section 3, https://arxiv.org/abs/2406.05882: chosen rewards are to dominate rejected ones as
     distributions; who was paired with whom does not matter.
 
     Args:

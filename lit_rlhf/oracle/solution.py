@@ -91,19 +91,22 @@ def divergence_optimum(
     Returns:
         (C,) log-probs.
     """
+    # At the reference, λ = r - β f'(1) lies within the rewards; where f' is bounded, λ lies above them.
+    at_reference = rewards - beta * link(torch.zeros_like(rewards))
+    most = (1 - ref_logprobs).nan_to_num(posinf=1.0)  # of a log-ratio, and beyond: π would be e
+    least = torch.full_like(rewards, -60.0)
+    while least[0] > -1e12 and (link(least) > (rewards.min() - at_reference.max()) / beta).any():
+        least = 2 * least
 
     def logratios(multiplier: Tensor) -> Tensor:
-        low, high = torch.full_like(rewards, -60.0), torch.full_like(rewards, 60.0)
+        low, high = least, most
         for _ in range(steps):
             middle = (low + high) / 2
             below = link(middle) < (rewards - multiplier) / beta
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
-    # At the reference, λ = r - β f'(1) lies within the rewards; where f' is bounded, λ lies above them.
-    at_reference = beta * link(torch.zeros_like(rewards))
-    low = (rewards - at_reference).min()
-    high = (rewards - at_reference).max()
+    low, high = at_reference.min(), at_reference.max()
     for _ in range(steps):
         middle = (low + high) / 2
         too_much = torch.logsumexp(ref_logprobs + logratios(middle), dim=0) > 0
@@ -124,6 +127,8 @@ def bayes_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
         chosen_rewards: (N,) true rewards of one response of each pair; which one is called chosen does not matter.
         rejected_rewards: (N,) of the other.
     """
+    if chosen_rewards.numel() == 0:
+        raise ValueError("bayes_accuracy of no pairs: chosen_rewards is empty")
     return (chosen_rewards - rejected_rewards).abs().sigmoid().mean()
 
 
@@ -162,11 +167,13 @@ class Oracle:
     ) -> None:
         if not beta > 0:
             raise ValueError(f"beta ({beta}) must be more than 0: without KL the optimum is the best completion alone")
+        if not prompts:
+            raise ValueError("prompts is empty; give at least one, (P,) token ids")
         self.tree, self.prompts, self.beta = tree, prompts, beta
         with torch.no_grad():
             self.ref_tables = [tree.tabulate(reference, prompt_ids) for prompt_ids in prompts]
             self.ref_logprobs = torch.stack([tree.completion_logprobs(table) for table in self.ref_tables])
-            rewards = [reward_fn(prompt_ids, tree.completions, tree.lengths) for prompt_ids in prompts]
+            rewards = [torch.as_tensor(reward_fn(prompt_ids, tree.completions, tree.lengths)) for prompt_ids in prompts]
         for values in rewards:
             if values.shape != (tree.num_completions,) or not values.isfinite().all():
                 raise ValueError(
@@ -192,7 +199,8 @@ class Oracle:
             kl_to_optimum = kl_divergence(logprobs, self.optimal_logprobs).mean().item()
         attained, room = reward - self.beta * kl, self.optimal_objective - self.reference_objective
         # A constant reward leaves no room but rounding, and a ratio of roundings means nothing.
-        gap = (self.optimal_objective - attained) / room if room > 1e-12 else float("nan")
+        rounding = 1e-13 * (self.beta + self.rewards.abs().max().item())
+        gap = (self.optimal_objective - attained) / room if room > rounding else float("nan")
         return Evaluation(reward, kl, attained, gap, kl_to_optimum)
 
     def optimal_values(self, prompt: int) -> Values:

@@ -66,6 +66,9 @@ class TablePolicy(nn.Module):
 
     def logprob_fn(self, prompt_ids: Tensor, prefixes: Tensor) -> Tensor:
         """The policy as the oracle takes it: (n, t) prefixes -> (n, V) log-probs of the next token."""
-        number = torch.full((len(prefixes),), self.numbers[tuple(prompt_ids.tolist())])
+        prompt = tuple(prompt_ids.tolist())
+        if prompt not in self.numbers:
+            raise ValueError(f"the table has no prompt {list(prompt)}, only {[list(known) for known in self.numbers]}")
+        number = torch.full((len(prefixes),), self.numbers[prompt])
         padded = torch.cat([prefixes, torch.zeros(len(prefixes), 1, dtype=torch.int64)], dim=1)
         return self(self.states(number, padded)[:, -1])

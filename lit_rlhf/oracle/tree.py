@@ -42,8 +42,8 @@ class TokenTree:
         self.num_completions = sum(self._sizes)
         if self.num_completions > MAX_COMPLETIONS:
             raise ValueError(
-                f"vocab_size ({vocab_size}) and max_new_tokens ({max_new_tokens}) make {self.num_completions:,} "
-                f"completions, {MAX_COMPLETIONS:,} can be enumerated; lower one of them"
+                f"vocab_size ({vocab_size}) and max_new_tokens ({max_new_tokens}) make more completions than the "
+                f"{MAX_COMPLETIONS:,} that can be enumerated; lower one of them"
             )
         self.completions = self._list_completions()
         self.lengths = torch.arange(1, max_new_tokens + 1).repeat_interleave(torch.tensor(self._sizes))

@@ -146,7 +146,7 @@ def test_variable_length_attention_equals_the_buckets(architecture, shares_keys,
 
     policy, batch = tiny_policy(architecture), pack(random_examples(6, responses=2))
     in_buckets, _ = policy(batch)
-    monkeypatch.setattr(packing, "takes_variable_lengths", lambda q: True)
+    monkeypatch.setattr(packing, "takes_variable_lengths", lambda q, v: True)
     monkeypatch.setattr(packing, "varlen_attn", stand_in)
     monkeypatch.setattr(packing, "VARLEN_SHARES_KEYS", shares_keys)
     end_to_end, _ = policy(batch)
@@ -159,7 +159,7 @@ def test_variable_length_attention_on_cuda_equals_the_buckets(architecture, monk
     policy = tiny_policy(architecture).cuda().bfloat16()
     batch = move_data_to_device(pack(random_examples(6, responses=2)), torch.device("cuda"))
     end_to_end, _ = policy(batch)
-    monkeypatch.setattr(packing, "takes_variable_lengths", lambda q: False)
+    monkeypatch.setattr(packing, "takes_variable_lengths", lambda q, v: False)
     in_buckets, _ = policy(batch)
     torch.testing.assert_close(end_to_end, in_buckets, rtol=0.05, atol=0.1)  # bfloat16 keeps eight bits
 
@@ -167,7 +167,7 @@ def test_variable_length_attention_on_cuda_equals_the_buckets(architecture, monk
 def test_under_autocast_the_kernel_meets_one_half_precision(monkeypatch):
     """Rotary embeddings are float32 there, and what they turn with them: flash attention would refuse the mixture."""
     met = []
-    monkeypatch.setattr(packing, "takes_variable_lengths", lambda q: met.append(q.dtype))
+    monkeypatch.setattr(packing, "takes_variable_lengths", lambda q, v: met.append(q.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         tiny_policy("llama")(pack(random_examples(3)))
     assert met == [torch.bfloat16] * 2  # in each layer

@@ -7,6 +7,7 @@ meet their ends.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def find_fault(network: Policy | Scorer, packed: bool) -> str | None:
             for part, where in zip(ids.split(LENGTHS), positions.split(LENGTHS), strict=True)
         ]
         hidden = torch.cat([backbone(model)(**part).last_hidden_state[0] for part in parts])
-        logits = model(**parts[0]).logits[0] if isinstance(network, Policy) else None
+        logits: Any = model(**parts[0]).logits[0] if isinstance(network, Policy) else None
         if isinstance(network, Policy) and not difference(network.head(hidden[: LENGTHS[0]]), logits) <= TOLERANCE:
             return "its head does more than multiply hidden states by the output embeddings"
 

@@ -174,12 +174,30 @@ def test_under_autocast_the_kernel_meets_one_half_precision(monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_logprobs_in_bfloat16_stay_within_its_rounding(architecture):
-    policy, batch = tiny_policy(architecture), pack(random_examples(5, responses=2))
-    for parameter in policy.parameters():
-        parameter.data.mul_(0.5)  # mild logits, as of a real model
-    exact, _ = policy(batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded, _ = policy(batch)
-    assert rounded.dtype == torch.float32
-    assert (rounded - exact).abs().mean() < 0.02
+def test_in_bfloat16_packed_logprobs_and_gradients_are_as_near_to_exact_ones_as_separate_forwards(architecture):
+    """Both round; packing must not round worse, in any value or in the gradient of any weight."""
+    policy, examples = tiny_policy(architecture), random_examples(5, responses=2)
+    batch = pack(examples)
+
+    def packed():
+        return policy(batch)[0]
+
+    def separate():
+        order = [(example, k) for k in range(2) for example in examples]
+        return torch.cat([plain_response_logprobs(policy.model, e.prompt_ids, e.responses[k]) for e, k in order])
+
+    def results(way, enabled):
+        policy.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logprobs = way()
+        assert logprobs.dtype == torch.float32
+        logprobs.sum().backward()
+        return logprobs.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    exact = results(separate, False)
+    errors = [
+        [(ours - true).norm() / true.norm() for ours, true in zip(results(way, True), exact, strict=True)]
+        for way in (packed, separate)
+    ]
+    for ours, plain in zip(*errors, strict=True):
+        assert 0 < ours < 1.5 * plain

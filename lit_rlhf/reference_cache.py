@@ -43,14 +43,14 @@ PairLogprobs = Callable[[PackedBatch], tuple[Tensor, Tensor]]
 
 
 class ReferenceCache:
-    """Split -> (n, 2) float32 log π_ref of chosen and rejected responses, on the CPU.
+    """Split -> (n, 2) float32 log π_ref of chosen and rejected responses, on the device that trains.
 
     Args:
         known: what a checkpoint brought along, by the fingerprint of the rows: those of other rows are never used.
     """
 
     def __init__(self, known: dict[str, Tensor] | None = None) -> None:
-        self.by_rows = known or {}
+        self.by_rows = known or {}  # on the CPU, as checkpoints carry it
         self.by_split: dict[str, Tensor] = {}
 
     def __getitem__(self, split: str) -> Tensor:
@@ -84,7 +84,7 @@ class ReferenceCache:
                     "the run started from as model.reference"
                 )
             self.by_rows[rows] = self._find(trainer, policy, split, loader, rows, pair_logprobs)
-        self.by_split[split] = self.by_rows[rows]
+        self.by_split[split] = self.by_rows[rows].to(trainer.lightning_module.device)
 
     def _find(
         self, trainer: Trainer, policy: Policy, split: str, loader: Any, rows: str, pair_logprobs: PairLogprobs

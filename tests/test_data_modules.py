@@ -105,7 +105,7 @@ def test_the_defaults_are_the_demo_for_both_kinds():
 def test_tokens_come_from_the_cache_until_file_tokenizer_or_options_change(tmp_path, monkeypatch):
     calls = []
     tokenize_sft = examples.tokenize.tokenize_sft
-    monkeypatch.setattr(examples.tokenize, "tokenize_sft", lambda *a, **k: calls.append(1) or tokenize_sft(*a, **k))
+    monkeypatch.setitem(examples.FUNCTIONS, "sft", lambda *a, **k: calls.append(1) or tokenize_sft(*a, **k))
     source, tokenizer = sft_file(tmp_path), word_tokenizer(WORDS)
 
     def tokenized_anew(tokenizer=tokenizer, **options):
@@ -181,6 +181,23 @@ def test_load_prompts_keeps_columns_that_only_some_rows_have(tmp_path):
     prompt_ids, columns = load_prompts(source, "train", word_tokenizer(WORDS))
     assert [ids.dtype for ids in prompt_ids] == [np.int64] * 2
     assert columns == {"prompt": ["how", "so"], "answer": [3, None], "note": [None, [1, "x"]]}
+
+
+def test_prompts_are_tokenised_once_by_several_processes_and_then_found(tmp_path, monkeypatch):
+    source = write(tmp_path / "p.jsonl", [{"prompt": "how so", "answer": i} for i in range(8)])
+    tokenizer, calls = word_tokenizer(WORDS), []
+    in_order, _ = load_prompts(source, "train", tokenizer)
+    real = examples.FUNCTIONS["prompts"]
+    monkeypatch.setitem(examples.FUNCTIONS, "prompts", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    found, columns = load_prompts(source, "train", tokenizer)
+    assert not calls and columns["answer"] == list(range(8))
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in in_order]
+    shorter, _ = load_prompts(source, "train", tokenizer, max_prompt_length=1)
+    assert calls and [len(ids) for ids in shorter] == [1] * 8
+    monkeypatch.setitem(examples.FUNCTIONS, "prompts", real)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    parallel, _ = load_prompts(source, "train", tokenizer, num_proc=2)
+    assert [ids.tolist() for ids in parallel] == [ids.tolist() for ids in in_order]
 
 
 def test_a_bad_row_reaches_the_user_as_one_message(tmp_path):

@@ -2,7 +2,7 @@
 
 A graph needs static shapes and addresses. The number of rows is rounded up to a power of two and the length to a
 multiple of `LENGTH_STEP`; the key-value cache is static as it is. Rows beyond the active ones write to position 0 of
-parked slots, which nothing reads any more.
+parked slots, which nothing reads any more. Graphs live as long as the cache and the ready weights they read: a rollout.
 
 Axes: n rows, L cached length, V vocabulary.
 """

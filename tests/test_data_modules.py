@@ -13,10 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from transformers import AutoTokenizer
 
+from lit_rlhf import RolloutDataModule
 from lit_rlhf.batches import PreferenceBatch, PromptBatch, SFTBatch
-from lit_rlhf.data import examples
+from lit_rlhf.data import examples, rollouts
 from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, load_prompts
 from lit_rlhf.errors import UserError
+from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tiny_tokenizers import CHATML, byte_tokenizer, word_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -198,6 +200,18 @@ def test_prompts_are_tokenised_once_by_several_processes_and_then_found(tmp_path
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
     parallel, _ = load_prompts(source, "train", tokenizer, num_proc=2)
     assert [ids.tolist() for ids in parallel] == [ids.tolist() for ids in in_order]
+
+
+def test_the_prompts_of_rollouts_are_tokenised_by_as_many_processes_as_asked(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rollouts, "load_prompts", lambda *a, num_proc: asked.append(num_proc) or load_prompts(*a))
+    write_inputs(tmp_path)
+    module, data = make_stage("ppo", tmp_path)
+    data.num_proc = 2
+    make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
+    assert asked == [2]  # once, by `prepare_data`
+    with pytest.raises(UserError, match=r"num_proc \(0\)"):
+        RolloutDataModule(data.reward, "prompts.jsonl", None, num_proc=0)
 
 
 def test_a_bad_row_reaches_the_user_as_one_message(tmp_path):

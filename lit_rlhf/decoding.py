@@ -2,8 +2,8 @@
 
 Each slot of the environment keeps one row of keys and values. A slot whose observation extends the cached row by
 exactly one token decodes that token; any other slot is prefilled, all such prompts packed into one row. The cache needs
-no reset signal from the environment. Slots that are parked drop out: the rows in use stay contiguous at the front, so a
-step costs what its active slots cost.
+no reset signal from the environment; told whose episode a slot plays, it need not compare the cached tokens. Slots that
+are parked drop out: the rows in use stay contiguous at the front, so a step costs what its active slots cost.
 
 Axes: S slots, n active slots, L cached length, V vocabulary.
 """
@@ -96,6 +96,7 @@ class SlotDecoder:
         self.cache = Cache(layers=list(layers))
         self.cached_ids = np.zeros((num_slots, max_length), dtype=np.int64)  # by slot
         self.cached_lengths = np.zeros(num_slots, dtype=np.int64)  # by slot; 0 = nothing cached
+        self.cached_episodes = np.full(num_slots, -1, dtype=np.int64)  # by slot, where the caller names them
         self.rows = np.arange(num_slots)  # the cache row of each slot
 
     def clear(self) -> None:
@@ -103,13 +104,21 @@ class SlotDecoder:
         self.cached_lengths[:] = 0
 
     @torch.no_grad()
-    def logits(self, input_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> Tensor:
+    def logits(
+        self,
+        input_ids: np.ndarray,
+        lengths: np.ndarray,
+        active: np.ndarray | None = None,
+        episode_ids: np.ndarray | None = None,
+    ) -> Tensor:
         """Logits of the next token of each active slot.
 
         Args:
             input_ids: (S, P+T) int64 right-padded observations.
             lengths: (S,) tokens that are real.
             active: (S,) bool; parked slots are skipped. None = all.
+            episode_ids: (S,) whose tokens these are, no id twice; so that no step needs to compare all that is cached.
+                None = the cached tokens tell.
 
         Returns:
             (n, V) logits of the active slots, in slot order.
@@ -118,26 +127,36 @@ class SlotDecoder:
         if active is not None:
             self.cached_lengths[~active] = 0  # other rows may be written over a parked slot's
         self._compact(slots)
-        extends = self._extends(input_ids, lengths)[slots]
+        extends = self._extends(slots, input_ids, lengths, episode_ids)
+        fresh, going = slots[~extends], slots[extends]
         parts: list[tuple[np.ndarray, Tensor]] = []
-        if not extends.all():
-            parts.append((np.flatnonzero(~extends), self._prefill(slots[~extends], input_ids, lengths)))
-        if extends.any():
-            parts.append((np.flatnonzero(extends), self._decode(slots[extends], len(slots), input_ids, lengths)))
-        self.cached_ids[slots] = input_ids[slots, : self.cached_ids.shape[1]]
+        if len(fresh):
+            parts.append((np.flatnonzero(~extends), self._prefill(fresh, input_ids, lengths)))
+        if len(going):
+            parts.append((np.flatnonzero(extends), self._decode(going, len(slots), input_ids, lengths)))
+        self.cached_ids[fresh] = input_ids[fresh, : self.cached_ids.shape[1]]
+        self.cached_ids[going, lengths[going] - 1] = input_ids[going, lengths[going] - 1]
         self.cached_lengths[slots] = lengths[slots]
+        if episode_ids is not None:
+            self.cached_episodes[slots] = episode_ids[slots]
         if len(parts) == 1:
             return parts[0][1]
         order = np.argsort(np.concatenate([where for where, _ in parts]))
         return torch.cat([logits for _, logits in parts])[torch.from_numpy(order)]
 
-    def _extends(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """(S,) bool: the observation is the cached row and exactly one token more."""
+    def _extends(
+        self, slots: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, episode_ids: np.ndarray | None
+    ) -> np.ndarray:
+        """(n,) bool: the observation is the cached row and exactly one token more."""
         if not runs_packed(self.policy.model):
-            return np.zeros(len(lengths), dtype=bool)
-        L = self.cached_ids.shape[1]
-        differs = (self.cached_ids != input_ids[:, :L]) & (np.arange(L) < self.cached_lengths[:, None])
-        return (self.cached_lengths > 0) & (lengths == self.cached_lengths + 1) & ~differs.any(1)
+            return np.zeros(len(slots), dtype=bool)
+        cached = self.cached_lengths[slots]
+        longer = (cached > 0) & (lengths[slots] == cached + 1)
+        if episode_ids is not None:
+            return longer & (self.cached_episodes[slots] == episode_ids[slots])
+        L = int(cached.max(initial=0))
+        differs = (self.cached_ids[slots, :L] != input_ids[slots, :L]) & (np.arange(L) < cached[:, None])
+        return longer & ~differs.any(1)
 
     def _prefill(self, slots: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray) -> Tensor:
         device = self.policy.model.device
@@ -223,17 +242,18 @@ def sample(
     logits = filter_logits(logits / temperature, top_k, top_p, min_p)
     probs = torch.softmax(logits, dim=-1)
     cumulative = probs.cumsum(-1)
-    # Just below 1, so that rounding never lands past the last token of positive probability.
-    target = (uniforms.to(cumulative) * cumulative[:, -1]).clamp(max=1 - 2**-20) * (1 - 2**-20)
-    tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    total = cumulative[:, -1:].contiguous()
+    tokens = torch.searchsorted(cumulative, uniforms.to(cumulative)[:, None] * total, right=True)
+    # A draw that is rounded up to the total falls on the last token that adds to it.
+    tokens = torch.minimum(tokens, torch.searchsorted(cumulative, total))[:, 0]
     return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float, min_p: float) -> Tensor:
     """Set the logits of tokens that may not be sampled to -inf; the most likely token always stays."""
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        kept, index = logits.topk(top_k, dim=-1)  # k of them, whatever ties with the last
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, index, kept)
     if top_p < 1.0:
         ordered, index = logits.sort(dim=-1, descending=True)
         probs = torch.softmax(ordered, dim=-1)

@@ -125,7 +125,7 @@ class DPO(AlignmentModule):
         if self.reference_update is not None:
             return sequence_logprobs(self.reference, batch.packed)
         if self.cache_reference:
-            cached = self.reference_cache[split].to(self.device)[batch.row_ids]
+            cached = self.reference_cache[split][batch.row_ids]
             return cached[:, 0], cached[:, 1]
         return sequence_logprobs(self.frozen_network("reference"), batch.packed)
 

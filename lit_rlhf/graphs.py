@@ -2,7 +2,7 @@
 
 A graph needs static shapes and addresses. The number of rows is rounded up to a power of two and the length to a
 multiple of `LENGTH_STEP`; the key-value cache is static as it is. Rows beyond the active ones write to position 0 of
-parked slots, which nothing reads any more.
+parked slots, which nothing reads any more. Graphs live as long as the cache and the ready weights they read: a rollout.
 
 Axes: n rows, L cached length, V vocabulary.
 """
@@ -10,6 +10,7 @@ Axes: n rows, L cached length, V vocabulary.
 from collections.abc import Callable
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_rlhf.sharding import is_sharded
@@ -45,7 +46,7 @@ def capture_cuda_graph(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 class GraphedStep:
-    """A decode step that is captured once for each shape and replayed from then on.
+    """A decode step that is captured once for each shape and replayed from then on; as it is, where capture fails.
 
     Args:
         step: the decode step; it must read nothing but its inputs, the weights and the cache.
@@ -57,16 +58,24 @@ class GraphedStep:
     def __init__(self, step: Step, num_rows: int, max_length: int, capture: Capture = capture_cuda_graph) -> None:
         self.step, self.num_rows, self.max_length, self.capture = step, num_rows, max_length, capture
         self.captured: dict[tuple[int, int], tuple[Tensor, Tensor, Callable[[], Tensor]]] = {}
+        self.can_capture = True
 
     def __call__(self, input_ids: Tensor, positions: Tensor, length: int) -> Tensor:
         """(n, V) logits; args as of `Step`."""
+        if not self.can_capture:
+            return self.step(input_ids, positions, length)
         n = len(input_ids)
         rows = min(1 << (n - 1).bit_length(), self.num_rows)
         length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, self.max_length)
         if (rows, length) not in self.captured:
             ids, where = input_ids.new_zeros(rows, 1), positions.new_zeros(rows)
             ids[:n], where[:n] = input_ids, positions  # the warm-up writes keys: they must be the right ones
-            replay = self.capture(lambda: self.step(ids, where, length))
+            try:
+                replay = self.capture(lambda: self.step(ids, where, length))
+            except RuntimeError as error:  # a model that waits for the GPU in its step (some experts, some embeddings)
+                self.can_capture = False
+                rank_zero_warn(f"the decode step cannot be captured in a CUDA graph ({error}); it runs without, slower")
+                return self.step(input_ids, positions, length)
             self.captured[rows, length] = ids, where, replay
         ids, where, replay = self.captured[rows, length]
         ids[:n], where[:n] = input_ids, positions

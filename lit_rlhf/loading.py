@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,8 +21,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.errors import UserError, looks_like_a_path
-from lit_rlhf.packing import IMPLEMENTATION, Example, PackedBatch, pack
-from lit_rlhf.policy import Policy, Scorer, backbone, packed_hidden_states
+from lit_rlhf.policy import Policy, Scorer, backbone, context_length
+from lit_rlhf.probe import choose_attention, disable_dropout
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 
@@ -37,14 +36,15 @@ def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code:
         trust_remote_code: run model code that comes with the weights.
 
     Raises:
-        UserError: no such model, or a head that does more than this library knows of.
+        UserError: no such model, or one that gives other numbers by itself than in this library.
     """
     model = _load(AutoModelForCausalLM, name, from_scratch, trust_remote_code)
     stored = stored_architectures(name, trust_remote_code)
     if not from_scratch and has_score_head(stored):
         raise UserError(f"{name} holds a reward model ({stored}), not a policy; name the folder of a causal LM")
-    check_head(model, str(name))
-    return Policy(model)
+    policy = Policy(model)
+    choose_attention(policy, str(name))
+    return policy
 
 
 def load_scorer(name: str | Path, fresh_head: bool | None = False, trust_remote_code: bool = False) -> Scorer:
@@ -70,7 +70,9 @@ def load_scorer(name: str | Path, fresh_head: bool | None = False, trust_remote_
         initialize_score_head(model)
     elif not trained:
         raise UserError(f"{name} holds no trained reward head: its config names {architectures}")
-    return Scorer(model, fresh_head)
+    scorer = Scorer(model, fresh_head)
+    choose_attention(scorer, str(name))
+    return scorer
 
 
 def initialize_score_head(model: PreTrainedModel) -> None:
@@ -108,7 +110,7 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     check_vocabulary(tokenizer, model_config.vocab_size, str(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
-    context = getattr(model_config, "max_position_embeddings", None)
+    context = context_length(model_config)
     if context is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     return tokenizer
@@ -157,74 +159,6 @@ def pad_token_id_for(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None
 
 
-def choose_attention(model: PreTrainedModel, name: str, tolerance: float = 1e-3) -> None:
-    """Honour or fall back: a model whose attention packed rows do not reproduce runs in padded batches from now on.
-
-    Sliding windows and soft caps are honoured; sinks and whatever else a model may do show up as other hidden states of
-    two short sequences, rather than as a silently different model.
-    """
-    batch, _ = _two_sequences(model)
-
-    def hidden_states(implementation: str) -> Tensor:
-        model.set_attn_implementation(implementation)
-        with torch.no_grad():
-            return packed_hidden_states(model, batch.input_ids, batch.position_ids, batch.layout)
-
-    was_training = model.training
-    model.eval()
-    own = hidden_states("eager")
-    difference = (hidden_states(IMPLEMENTATION) - own).abs().max().item() / max(own.abs().max().item(), 1.0)
-    model.train(was_training)
-    if not difference <= tolerance:
-        model.set_attn_implementation("eager")
-        rank_zero_info(
-            f"{name}: the attention of {type(model).__name__} is not that of packed batches (hidden states differ by "
-            f"{difference:.2g}), so it runs in padded batches, without a cache when it generates: right, but slower"
-        )
-
-
-def check_head(model: PreTrainedModel, name: str, tolerance: float = 1e-3) -> None:
-    """Honour or refuse: compare log-probs with those of the model's own forward on two short sequences.
-
-    A head with extras (a logit scale) that this library does not reproduce shows up here.
-    """
-    batch, parts = _two_sequences(model)
-    implementation, was_training = model.config._attn_implementation, model.training
-    model.eval()
-    with torch.no_grad():
-        ours, _ = Policy(model)(batch)
-        # A batch of one has no padding, hence needs no mask but the causal one that the eager path builds.
-        model.set_attn_implementation("eager")
-        own = [
-            torch.log_softmax(model(part[None], use_cache=False).logits[0, :-1].float(), -1).gather(-1, part[1:, None])
-            for part in parts
-        ]
-    model.set_attn_implementation(implementation)
-    model.train(was_training)
-    error = (ours - torch.cat(own).squeeze(-1)).abs().max().item()
-    if not error <= tolerance:
-        raise UserError(
-            f"{name}: {type(model).__name__} gives other log-probs by itself than from its hidden states and output "
-            f"embeddings (largest difference {error:.2g}); its head does something that is not supported"
-        )
-
-
-def _two_sequences(model: PreTrainedModel, length: int = 8) -> tuple[PackedBatch, tuple[Tensor, Tensor]]:
-    ids = torch.arange(2 * length).remainder(model.config.get_text_config().vocab_size)
-    parts = ids[:length], ids[length:]
-    return pack([Example(part[:1].numpy(), (part[1:].numpy(),)) for part in parts]), parts
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: the ratio of new to old policy needs the same network twice."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
 def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_code: bool, **kwargs: Any) -> Any:
     source = _resolve(name)
     try:
@@ -232,9 +166,7 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
         for key, value in kwargs.items():
             setattr(config, key, value)
         if from_scratch:
-            model = auto_class.from_config(
-                config, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
-            )
+            model = auto_class.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
         else:
             verbosity = transformers_logging.get_verbosity()
             transformers_logging.set_verbosity_error()  # its report of missing weights is our error, below
@@ -242,7 +174,7 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
                 model, report = auto_class.from_pretrained(
                     source,
                     config=config,
-                    attn_implementation=IMPLEMENTATION,
+                    attn_implementation="eager",  # `choose_attention` sees to ours
                     dtype=torch.float32,
                     trust_remote_code=trust_remote_code,
                     use_safetensors=True,
@@ -262,7 +194,6 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
             f"model.safetensors, or a name on the Hugging Face hub{_hint(source, error)}"
         ) from error
     disable_dropout(model)
-    choose_attention(model, str(name))
     return model.train()  # from_pretrained leaves it in eval mode
 
 

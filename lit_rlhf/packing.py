@@ -244,7 +244,7 @@ def packed_attention(
         return _decode_attention(query, key, value, attention_mask, scaling, groups, softcap), None
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
-    if softcap is None and takes_variable_lengths(q):
+    if softcap is None and takes_variable_lengths(q, v):
         return _end_to_end_attention(q, k, v, layout.end_to_end, scaling, groups, sliding_window).unsqueeze(0), None
     outputs = []
     for cells in layout.buckets:
@@ -267,16 +267,16 @@ def packed_attention(
     return torch.cat(outputs)[layout.source].unsqueeze(0), None
 
 
-def takes_variable_lengths(q: Tensor) -> bool:
-    """Whether flash attention can take these queries: half precision on CUDA, compute capability 8 or more.
+def takes_variable_lengths(q: Tensor, v: Tensor) -> bool:
+    """Whether flash attention can take these queries and values: half precision on CUDA, compute capability 8 or more.
 
-    Heads of at most 256 numbers, and a multiple of 8, as the kernel asks for.
+    Heads of one width, at most 256 numbers and a multiple of 8, as the kernel asks for.
     """
     return (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and q.shape[-1] <= 256
+        and q.shape[-1] == v.shape[-1] <= 256
         and q.shape[-1] % 8 == 0
     )
 
@@ -345,7 +345,7 @@ def _decode_attention(
         weights = softcap * torch.tanh(weights / softcap)
     weights = weights.masked_fill(~attention_mask, float("-inf"))
     out = torch.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype) @ value
-    return out.reshape(B, H, T, D).transpose(1, 2)
+    return out.reshape(B, H, T, value.shape[-1]).transpose(1, 2)  # MLA: values narrower than queries
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,8 @@ class Performance(Callback):
     - `perf/tokens_per_second`: real tokens trained on, a shared prompt counted once, over all ranks.
     - `perf/mfu`: useful operations of forward and backward passes (no padding, the head on response tokens only; a
       backward pass is two forward passes) over what the device can do. Rollouts do no useful operation in this count.
-    - `perf/padding_fraction`: cells of the attention buckets without a token; linear layers never see padding.
+    - `perf/padding_fraction`: cells of the attention buckets without a token; linear layers never see padding, nor does
+      variable-length attention on CUDA.
     - `perf/rollout_fraction`: share of the time that on-policy training waits for rollouts and their scores.
 
     Logged every `log_every_n_steps` micro-batches and at the end of an epoch; on-policy, once an iteration.
@@ -88,10 +89,12 @@ def roles(module: LightningModule) -> list[Policy | Scorer]:
 
 
 def matrix_weights(network: Policy | Scorer) -> int:
-    """Weights of the trunk that every token is multiplied with: matrices, embeddings left out."""
+    """Weights of the trunk that a token is multiplied with: matrices, no embeddings, and of experts those it meets."""
     embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
-    trunk = backbone(network.model).parameters()
-    return sum(p.numel() for p in trunk if p.ndim >= 2 and id(p) not in embeddings)
+    met = getattr(network.model.config.get_text_config(), "num_experts_per_tok", None)
+    matrices = [p for p in backbone(network.model).parameters() if p.ndim >= 2 and id(p) not in embeddings]
+    # Experts lie in one (experts, in, out).
+    return sum(p.numel() // len(p) * met if p.ndim == 3 and met else p.numel() for p in matrices)
 
 
 def forward_flops(network: Policy | Scorer, batch: PackedBatch, weights: int) -> Tensor:

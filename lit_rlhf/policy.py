@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.logprobs import nll_sum, token_logprobs
 from lit_rlhf.packing import IMPLEMENTATION, Layout, PackedBatch
@@ -59,9 +59,7 @@ class Policy(nn.Module):
             (B, V) logits.
         """
         if layout is not None and not runs_packed(self.model):  # without the cache, which only packed rows know
-            return cast(
-                Tensor, self.head(padded_hidden_states(self.model, input_ids[0], position_ids[0], layout)[nodes])
-            )
+            return cast(Tensor, self.head(padded_hidden_states(self.model, input_ids[0], layout)[nodes]))
         hidden = backbone(self.model)(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -127,23 +125,20 @@ class Scorer(nn.Module):
 def packed_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
     """(N, d) last hidden states of a packed row."""
     if not runs_packed(model):
-        return padded_hidden_states(model, input_ids, position_ids, layout)
+        return padded_hidden_states(model, input_ids, layout)
     outputs = backbone(model)(
         input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), layout=layout, use_cache=False
     )
     return cast(Tensor, outputs.last_hidden_state[0])
 
 
-def padded_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+def padded_hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: Layout) -> Tensor:
     """(N, d) as `packed_hidden_states`, by the model's own attention on right-padded batches, one for each bucket.
 
     No real token sees the padding on its right, since attention is causal. A shared prompt is computed with each of its
     responses; all give the same, so the states of one of them serve.
     """
-    rows = [
-        backbone(model)(input_ids=input_ids[cells], position_ids=position_ids[cells], use_cache=False)
-        for cells in layout.buckets
-    ]
+    rows = [backbone(model)(input_ids=input_ids[cells], use_cache=False) for cells in layout.buckets]
     return torch.cat([row.last_hidden_state.flatten(0, 1) for row in rows])[layout.source]
 
 
@@ -153,8 +148,24 @@ def runs_packed(model: PreTrainedModel) -> bool:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head, adapters included."""
-    return model.base_model
+    """The model without its head, adapters included: those of PEFT lie within its layers."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return cast(nn.Module, inner.model if inner.base_model is inner else inner.base_model)
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Positions that sequences may take; None where no limit is known.
+
+    Past `original_max_position_embeddings`, LongRoPE (Phi-3) chooses the frequencies of every row by the longest row of
+    the batch: the log-probs of a sequence would depend on its neighbours. These positions are left alone.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    limits = [getattr(text, "max_position_embeddings", None)]
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # some: by kind of layer
+        if parameters.get("rope_type") == "longrope":
+            limits.append(parameters["original_max_position_embeddings"])
+    return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
 def frozen_copy(policy: Policy) -> Policy:

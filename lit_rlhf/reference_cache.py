@@ -1,17 +1,19 @@
 """Reference log-probs of preference pairs, computed once and kept on disk for every run that would compute the same.
 
 The key is a hash of all that the numbers follow from: the weights and the config of the reference, the token ids of
-every pair (what tokenizer, chat template and data come to), and the precision. So no run can meet another's numbers.
-Work under way is kept in parts, and taken up where a killed run left it. Files are written aside and renamed: runs may
-share them.
+every pair (what tokenizer, chat template and data come to), the precision, the code of the model and the versions of
+torch and transformers. Work under way is kept in parts, and taken up where a killed run left it. Files are written
+aside and renamed: runs may share them.
 
 Axes: n pairs of a split.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
@@ -40,14 +43,14 @@ PairLogprobs = Callable[[PackedBatch], tuple[Tensor, Tensor]]
 
 
 class ReferenceCache:
-    """Split -> (n, 2) float32 log π_ref of chosen and rejected responses, on the CPU.
+    """Split -> (n, 2) float32 log π_ref of chosen and rejected responses, on the device that trains.
 
     Args:
         known: what a checkpoint brought along, by the fingerprint of the rows: those of other rows are never used.
     """
 
     def __init__(self, known: dict[str, Tensor] | None = None) -> None:
-        self.by_rows = known or {}
+        self.by_rows = known or {}  # on the CPU, as checkpoints carry it
         self.by_split: dict[str, Tensor] = {}
 
     def __getitem__(self, split: str) -> Tensor:
@@ -81,7 +84,7 @@ class ReferenceCache:
                     "the run started from as model.reference"
                 )
             self.by_rows[rows] = self._find(trainer, policy, split, loader, rows, pair_logprobs)
-        self.by_split[split] = self.by_rows[rows]
+        self.by_split[split] = self.by_rows[rows].to(trainer.lightning_module.device)
 
     def _find(
         self, trainer: Trainer, policy: Policy, split: str, loader: Any, rows: str, pair_logprobs: PairLogprobs
@@ -115,7 +118,8 @@ class ReferenceCache:
         for host_batch in loader:
             rows = host_batch.row_ids
             held = known[rows]
-            if not held.isnan().any():
+            # Decided by all ranks together: their parts may differ, and under FSDP2 they forward together or hang.
+            if trainer.strategy.reduce_boolean_decision(not held.isnan().any(), all=True):
                 mine[rows.to(mine.device)] = held.to(mine.device)
                 continue
             batch: PreferenceBatch = module.transfer_batch_to_device(host_batch, module.device, 0)
@@ -151,10 +155,11 @@ class Parts:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending."""
+        """Write what is pending; a part that cannot be written costs a killed run time, and no other run anything."""
         if self.pending:
             rows, logprobs = (torch.cat([x.cpu() for x in column]) for column in zip(*self.pending, strict=True))
-            write({"rows": rows, "logprobs": logprobs}, self.folder / f"{uuid.uuid4().hex}.safetensors")
+            with suppress(OSError, SafetensorError):  # another run is done, and clears the folder meanwhile
+                write({"rows": rows, "logprobs": logprobs}, self.folder / f"{uuid.uuid4().hex}.safetensors")
         self.pending, self.since = [], time.monotonic()
 
 
@@ -167,7 +172,9 @@ def cache_folder() -> Path:
 def cache_key(policy: Policy, weights: dict[str, Tensor], rows: str, trainer: Trainer) -> str:
     """Hash of all that the log-probs follow from."""
     config = {name: value for name, value in policy.model.config.to_dict().items() if name not in NOT_WEIGHTS}
-    digest = hashlib.sha256(json.dumps([VERSION, config, rows, str(trainer.precision)], default=str).encode())
+    code = inspect.getsource(sys.modules[type(policy.model).__module__])  # mended, or come with the weights
+    made_by = [torch.__version__, transformers.__version__, code]
+    digest = hashlib.sha256(json.dumps([VERSION, config, rows, str(trainer.precision), made_by], default=str).encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -184,5 +191,5 @@ def read(file: Path) -> dict[str, Tensor] | None:
 
 def write(tensors: dict[str, Tensor], file: Path) -> None:
     """Write what another run may be writing as well."""
-    with suppress(FileNotFoundError), replacing(file, shared=True) as aside:  # or it is done, and its parts cleared
+    with replacing(file, shared=True) as aside:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)

@@ -13,7 +13,7 @@ from lit_rlhf.data.tokenize import as_text, response_text, stop_token_ids
 from lit_rlhf.decoding import SlotDecoder, sample
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.packed_linear import packed_linears
-from lit_rlhf.policy import Policy
+from lit_rlhf.policy import Policy, context_length
 from lit_rlhf.sharding import gathered
 from token_mdp import Episode, TokenVectorEnv
 
@@ -143,7 +143,7 @@ def play(
             slots = np.flatnonzero(active)
             episode_ids = info["episode_id"].copy()
             steps = observation["length"][:, 0] - observation["prompt_length"][:, 0]
-            logits = decoder.logits(observation["input_ids"], observation["length"][:, 0], active)
+            logits = decoder.logits(observation["input_ids"], observation["length"][:, 0], active, episode_ids)
             uniforms = torch.from_numpy(dice.uniforms(slots, episode_ids, steps)).to(device)
             tokens, token_logprobs = sample(
                 logits, uniforms, settings.temperature, settings.top_k, settings.top_p, settings.min_p
@@ -246,8 +246,8 @@ def check_context(policy: Policy, prompt_ids: Sequence[np.ndarray], max_new_toke
 
 def room_for_response(policy: Policy, prompt_ids: Sequence[np.ndarray]) -> int | None:
     """Tokens of the model's context that the longest prompt leaves to a response; None where no limit is known."""
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    return None if context is None else int(context) - max(len(ids) for ids in prompt_ids)
+    context = context_length(policy.model.config)
+    return None if context is None else context - max(len(ids) for ids in prompt_ids)
 
 
 def _no_reward(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:

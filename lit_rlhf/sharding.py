@@ -43,7 +43,8 @@ def gathered(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
+            # As FSDP2 has it: what the root holds is needed again at once, by the backward pass.
+            module.set_reshard_after_forward(module is not network, recurse=False)
             module.reshard()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.policy import Policy
@@ -127,15 +128,15 @@ class VLLMBackend(RolloutBackend):
         folder = self.save(policy)
         try:
             if self.engine is None:
-                self.start(folder)
+                self.start(folder, policy)
             else:
                 self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
                 self.engine.reset_prefix_cache()  # its keys are of the old weights
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def start(self, folder: Path) -> None:
-        """Load vLLM and the model.
+    def start(self, folder: Path, policy: Policy) -> None:
+        """Load vLLM and the model, which computes in the dtype that the policy computes in.
 
         Raises:
             UserError: vLLM is not installed.
@@ -145,13 +146,15 @@ class VLLMBackend(RolloutBackend):
         except ImportError as error:
             raise UserError(f"the vLLM backend needs vLLM ({error}); pip install 'lit-rlhf[vllm]'") from error
         self.vllm = vllm
-        self.engine = vllm.LLM(
-            model=str(folder),
-            skip_tokenizer_init=True,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            logprobs_mode="processed_logprobs",  # after temperature and filters: of the distribution sampled from
-            **self.engine_args,
-        )
+        device = policy.model.device.type
+        mixed = torch.is_autocast_enabled(device)
+        settings = {
+            "skip_tokenizer_init": True,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "logprobs_mode": "processed_logprobs",  # after temperature and filters: of the distribution sampled from
+            "dtype": str(torch.get_autocast_dtype(device) if mixed else policy.model.dtype).removeprefix("torch."),
+        }
+        self.engine = vllm.LLM(model=str(folder), **settings | self.engine_args)
 
     def save(self, policy: Policy) -> Path:
         """The policy's weights as a Hugging Face folder of safetensors, for the engine to read."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lit_rlhf import AdaptiveKL, KLPenalty, RewardShaping, logprobs
+from lit_rlhf import AdaptiveKL, KLPenalty, RewardShaping, logprobs, reference_cache
 from lit_rlhf.callbacks import HuggingFaceExport
 from lit_rlhf.logprobs import CHUNK_MOST
 from lit_rlhf.losses import bco_pair_loss
@@ -94,6 +94,11 @@ class Hears(AdaptiveKL):
         super().update(kl, num_episodes)
 
 
+def parts_of_rank_0(parts: reference_cache.Parts, num_rows: int) -> torch.Tensor:
+    """As after a kill that left the parts of one rank alone; its zeros would show if that rank used them."""
+    return torch.full((num_rows, 2), 0.0 if dist.get_rank() == 0 else float("nan"))
+
+
 def outcome(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
     """Last metrics and what the exported weights sum to."""
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -111,6 +116,7 @@ def gather(mine: Any) -> list[Any]:
 
 def main(folder: Path, name: str) -> None:
     """Fit each stage; rank 0 prints what came out."""
+    reference_cache.Parts.load = parts_of_rank_0  # type: ignore[method-assign]
     results: dict[str, Any] = {}
     for run, (stage, options) in RUNS.items():
         seed_everything(0, verbose=False)  # FSDP2 shards what each rank has drawn, as the CLI's runs do

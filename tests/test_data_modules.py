@@ -13,10 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from transformers import AutoTokenizer
 
+from lit_rlhf import RolloutDataModule
 from lit_rlhf.batches import PreferenceBatch, PromptBatch, SFTBatch
-from lit_rlhf.data import examples
+from lit_rlhf.data import examples, rollouts
 from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, load_prompts
 from lit_rlhf.errors import UserError
+from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tiny_tokenizers import CHATML, byte_tokenizer, word_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -105,7 +107,7 @@ def test_the_defaults_are_the_demo_for_both_kinds():
 def test_tokens_come_from_the_cache_until_file_tokenizer_or_options_change(tmp_path, monkeypatch):
     calls = []
     tokenize_sft = examples.tokenize.tokenize_sft
-    monkeypatch.setattr(examples.tokenize, "tokenize_sft", lambda *a, **k: calls.append(1) or tokenize_sft(*a, **k))
+    monkeypatch.setitem(examples.FUNCTIONS, "sft", lambda *a, **k: calls.append(1) or tokenize_sft(*a, **k))
     source, tokenizer = sft_file(tmp_path), word_tokenizer(WORDS)
 
     def tokenized_anew(tokenizer=tokenizer, **options):
@@ -181,6 +183,35 @@ def test_load_prompts_keeps_columns_that_only_some_rows_have(tmp_path):
     prompt_ids, columns = load_prompts(source, "train", word_tokenizer(WORDS))
     assert [ids.dtype for ids in prompt_ids] == [np.int64] * 2
     assert columns == {"prompt": ["how", "so"], "answer": [3, None], "note": [None, [1, "x"]]}
+
+
+def test_prompts_are_tokenised_once_by_several_processes_and_then_found(tmp_path, monkeypatch):
+    source = write(tmp_path / "p.jsonl", [{"prompt": "how so", "answer": i} for i in range(8)])
+    tokenizer, calls = word_tokenizer(WORDS), []
+    in_order, _ = load_prompts(source, "train", tokenizer)
+    real = examples.FUNCTIONS["prompts"]
+    monkeypatch.setitem(examples.FUNCTIONS, "prompts", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    found, columns = load_prompts(source, "train", tokenizer)
+    assert not calls and columns["answer"] == list(range(8))
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in in_order]
+    shorter, _ = load_prompts(source, "train", tokenizer, max_prompt_length=1)
+    assert calls and [len(ids) for ids in shorter] == [1] * 8
+    monkeypatch.setitem(examples.FUNCTIONS, "prompts", real)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    parallel, _ = load_prompts(source, "train", tokenizer, num_proc=2)
+    assert [ids.tolist() for ids in parallel] == [ids.tolist() for ids in in_order]
+
+
+def test_the_prompts_of_rollouts_are_tokenised_by_as_many_processes_as_asked(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rollouts, "load_prompts", lambda *a, num_proc: asked.append(num_proc) or load_prompts(*a))
+    write_inputs(tmp_path)
+    module, data = make_stage("ppo", tmp_path)
+    data.num_proc = 2
+    make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
+    assert asked == [2]  # once, by `prepare_data`
+    with pytest.raises(UserError, match=r"num_proc \(0\)"):
+        RolloutDataModule(data.reward, "prompts.jsonl", None, num_proc=0)
 
 
 def test_a_bad_row_reaches_the_user_as_one_message(tmp_path):

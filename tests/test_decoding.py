@@ -11,10 +11,12 @@ def test_slot_cache_equals_the_full_forward_through_refills_and_parking(architec
     policy = tiny_policy(architecture)
     rng = np.random.default_rng(0)
     S, L = 4, 30
-    decoder = SlotDecoder(policy, S, L)
+    decoder, told = SlotDecoder(policy, S, L), SlotDecoder(policy, S, L)
     ids, lengths, active = np.zeros((S, L), np.int64), np.zeros(S, np.int64), np.ones(S, bool)
+    episodes = np.arange(S)
 
     def refill(slot):
+        episodes[slot] = episodes.max() + 1
         lengths[slot] = rng.integers(2, 9)
         ids[slot] = 0
         ids[slot, : lengths[slot]] = rng.integers(3, VOCABULARY, lengths[slot])
@@ -28,6 +30,7 @@ def test_slot_cache_equals_the_full_forward_through_refills_and_parking(architec
                 [plain_logits(policy.model, ids[s, : lengths[s]])[-1] for s in np.flatnonzero(active)]
             )
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(told.logits(ids, lengths, active, episodes), logits)
         for slot in np.flatnonzero(active):
             if rng.random() < 0.15:
                 refill(slot)
@@ -47,6 +50,27 @@ def test_a_refill_that_is_one_token_longer_than_the_cached_row_is_prefilled():
     with torch.no_grad():
         expected = plain_logits(policy.model, other[0, :4])[-1:]
     torch.testing.assert_close(decoder.logits(other, np.array([4])), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_step_reads_no_token_of_finished_slots_and_the_newest_alone_where_episodes_are_named(told):
+    class Watched(np.ndarray):
+        """Adds up the cells that are taken out of it."""
+
+        read = 0
+
+        def __getitem__(self, index):
+            taken = np.asarray(self).__getitem__(index)
+            Watched.read += taken.size
+            return taken
+
+    policy, S, L = tiny_policy(), 8, 32
+    decoder = SlotDecoder(policy, S, L)
+    ids, lengths, active = np.full((S, L), 5), np.full(S, 9), np.arange(S) < 2
+    episodes = np.arange(S) if told else None
+    decoder.logits(ids, lengths, active, episodes)
+    decoder.logits(ids.view(Watched), lengths + 1, active, episodes)
+    assert Watched.read <= (4 if told else 2 * 9 + 4)
 
 
 def test_clear_forgets_keys_of_old_weights():
@@ -103,6 +127,18 @@ def test_tokens_are_drawn_from_the_distribution_that_their_logprobs_name(setting
     shares, tokens, logprobs = frequencies(**settings)
     torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=2e-4)
     torch.testing.assert_close(logprobs.exp(), torch.tensor(expected, dtype=torch.float32)[tokens])
+
+
+def test_top_k_keeps_k_tokens_whatever_ties():
+    tokens, logprobs = sample(torch.zeros(1000, 6), torch.arange(1000) / 1000, top_k=2)
+    assert len(tokens.unique()) == 2
+    torch.testing.assert_close(logprobs.exp(), torch.full((1000,), 0.5))
+
+
+def test_a_rare_token_at_the_end_of_the_vocabulary_is_drawn():
+    logits = torch.tensor([[1 - 8e-7, 8e-7]]).log()
+    tokens, _ = sample(logits.expand(3, 2), torch.tensor([1 - 2**-24, 1 - 2**-21, 1 - 2**-19]))
+    assert tokens.tolist() == [1, 1, 0]  # 2^-21 < 8e-7 < 2^-19
 
 
 def test_a_draw_at_the_very_end_never_lands_on_a_forbidden_token():

@@ -61,6 +61,17 @@ def test_lengths_are_rounded_up_so_that_few_graphs_serve_all():
     assert set(shapes) == {(1, LENGTH_STEP), (4, LENGTH_STEP), (6, 2 * LENGTH_STEP), (6, longest)}
 
 
+def test_a_step_that_cannot_be_captured_runs_as_it_is_and_says_so_once():
+    def refuses(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = GraphedStep(lambda ids, positions, length: ids * 2.0, 4, LENGTH_STEP, capture=refuses)
+    ids, positions = torch.tensor([[3], [4]]), torch.tensor([0, 1])
+    with pytest.warns(UserWarning, match="cannot be captured in a CUDA graph"):
+        assert graphed(ids, positions, 2).tolist() == [[6.0], [8.0]]
+    assert graphed(ids, positions, 3).tolist() == [[6.0], [8.0]]
+
+
 def test_nothing_is_captured_without_cuda():
     policy = tiny_policy()
     assert not can_capture(policy, torch.device("cpu"))

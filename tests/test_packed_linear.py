@@ -1,6 +1,10 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlhf import packed_linear
 from lit_rlhf.packed_linear import can_pack, packed_linears
@@ -50,6 +54,34 @@ def test_other_precisions_are_left_alone():
     assert not can_pack(nn.Linear(4, 4).bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_pack(nn.Linear(4, 4))
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions of weights."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.weights = {weight.data_ptr() for weight in network.parameters() if weight.ndim == 2}
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.weights
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_rollout_in_mixed_precision_casts_each_weight_once_and_gives_the_same_tokens(monkeypatch):
+    policy, plays, casts = tiny_policy(), [], []
+    for ready in (True, False):
+        if not ready:
+            monkeypatch.setattr("lit_rlhf.rollout.packed_linears", nullcontext)
+        with MixedPrecision("bf16-mixed", "cpu").forward_context(), Casts(policy) as counted:
+            plays.append(play(policy, make_env(), GenerationSettings(), 11, env_seed=0))
+        casts.append(counted.count)
+    assert casts[0] == sum(isinstance(module, nn.Linear) for module in policy.modules()) < casts[1]
+    for ours, theirs in zip(*(made.episodes for made in plays), strict=True):
+        assert ours.response_ids.tolist() == theirs.response_ids.tolist()
+    for ours, theirs in zip(*(made.sampled_logprobs for made in plays), strict=True):
+        assert (ours == theirs).all()
 
 
 def test_a_rollout_packs_the_weights_that_it_starts_with(monkeypatch):

@@ -2,13 +2,15 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from lit_rlhf import cli
 from lit_rlhf.loading import scorer_from_policy
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.performance import Performance, default_precision, forward_flops, matrix_weights, peak_flops
+from lit_rlhf.policy import Policy
 from tests.stages import STAGES, make_stage, make_trainer
-from tests.tiny import random_examples, tiny_policy
+from tests.tiny import SINKS, random_examples, tiny_policy
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -39,6 +41,14 @@ def test_useful_operations_are_those_that_torch_counts_without_padding_and_mask(
         score = 0 if call else 2 * 32  # the scalar head, which we leave out
         ours = forward_flops(network, batch, matrix_weights(network)).item()
         assert ours == counter.get_total_flops() + attention - score
+
+
+def test_of_experts_those_count_that_a_token_meets():
+    model = AutoModelForCausalLM.from_config(SINKS)  # one of two experts for each token
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3)
+    others = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    assert experts > 0
+    assert matrix_weights(Policy(model)) == others + experts // 2
 
 
 def test_a_prompt_shared_by_two_responses_counts_once_in_the_linear_layers():

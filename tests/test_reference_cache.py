@@ -1,5 +1,8 @@
 import json
 import shutil
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,8 +60,8 @@ def files(workdir):
     return sorted(path.name for path in (workdir / "cache" / "reference").iterdir())
 
 
-@pytest.mark.parametrize("change", ["weights", "data", "template", "order", "precision"])
-def test_whatever_changes_the_numbers_changes_the_key(workdir, change):
+@pytest.mark.parametrize("change", ["weights", "data", "template", "order", "precision", "code", "library"])
+def test_whatever_changes_the_numbers_changes_the_key(workdir, change, monkeypatch):
     fill(workdir)
     trainer, data = {}, {}
     if change == "weights":
@@ -81,6 +84,10 @@ def test_whatever_changes_the_numbers_changes_the_key(workdir, change):
     elif change == "order":
         lines = (workdir / "preference.jsonl").read_text().splitlines()
         (workdir / "preference.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    elif change == "code":  # of the model
+        monkeypatch.setattr("inspect.getsource", lambda module: f"mended {module.__name__}")
+    elif change == "library":
+        monkeypatch.setattr(reference_cache, "transformers", SimpleNamespace(__version__="5.99"))
     else:
         trainer = {"precision": "bf16-mixed"}
     before = len(files(workdir))
@@ -133,16 +140,25 @@ def test_parts_are_found_again_by_their_rows(workdir):
     assert parts.load(3).isnan().sum() == 4
 
 
-def test_a_run_that_finds_its_folder_cleared_by_another_goes_on(workdir, monkeypatch):
-    real = reference_cache.save_file
+def test_runs_that_share_a_folder_clear_it_while_others_write(workdir):
+    """Two writers lose parts to one that clears the folder all the time, but nobody fails."""
+    folder, failures, until = workdir / "y.parts", [], time.monotonic() + 0.5
 
-    def cleared_meanwhile(tensors, file):
-        real(tensors, file)
-        shutil.rmtree(file.parent)
+    def write():
+        try:
+            while time.monotonic() < until:
+                parts = reference_cache.Parts(folder)
+                parts.add(torch.tensor([0]), torch.zeros(1, 2))
+                parts.flush()
+        except Exception as error:
+            failures.append(error)
 
-    monkeypatch.setattr(reference_cache, "save_file", cleared_meanwhile)
-    reference_cache.write({"rows": torch.tensor([0])}, workdir / "y.parts" / "z.safetensors")
-    assert not (workdir / "y.parts").exists()
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        shutil.rmtree(folder, ignore_errors=True)
+    assert not failures
 
 
 def cached(workdir):

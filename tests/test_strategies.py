@@ -42,7 +42,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         kind = AutoModelForSequenceClassification if run.endswith("reward_model") else AutoModelForCausalLM
         model = kind.from_pretrained(tmp_path / strategy / run / "model")
         assert all(parameter.isfinite().all() for parameter in model.parameters())
-    # The reference's log-probs are the same, whether a frozen copy gives them or the cache.
+    # The reference's log-probs are the same, whether a frozen copy gives them or a cache that one rank had begun.
     assert results["dpo_cached"]["checksum"] == pytest.approx(results["dpo"]["checksum"], rel=1e-5)
     assert "val/score" in results["ppo"]["metrics"]
     assert "val/loss" in results["sft"]["metrics"]

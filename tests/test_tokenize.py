@@ -249,12 +249,12 @@ def test_an_empty_response_is_used_and_counted():
 
 def test_long_prompts_keep_their_end_and_the_beginning_token():
     tokenizer = word_tokenizer("a b c d", bos=True)
-    [ids], [status] = tokenize_prompts([{"prompt": "a b c d"}], tokenizer, 3)
+    [ids], [status] = tokenize_prompts([{"prompt": "a b c d"}], tokenizer, Options(3)).values()
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<bos>", " c", " d"] and status == TRUNCATED
-    [ids], [status] = tokenize_prompts([{"prompt": "a b"}], tokenizer, 3)
+    [ids], [status] = tokenize_prompts([{"prompt": "a b"}], tokenizer, Options(3)).values()
     assert len(ids) == 3 and status == KEPT and EOS not in ids
     chat = byte_tokenizer(CHATML)
-    [ids], _ = tokenize_prompts([{"prompt": [user("q")]}], chat, None)
+    [ids], _ = tokenize_prompts([{"prompt": [user("q")]}], chat, Options(None)).values()
     assert chat.decode(ids).endswith("<|im_start|>assistant\n")
 
 
@@ -263,7 +263,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_no_part_of_a_prompt():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", EOS)])
-    [ids], _ = tokenize_prompts([{"prompt": "a"}], tokenizer, None)
+    [ids], _ = tokenize_prompts([{"prompt": "a"}], tokenizer, Options(None)).values()
     assert EOS not in ids
     [(ids, mask, _)] = sft([{"prompt": "a", "completion": " b"}], tokenizer)
     assert ids.tolist().count(EOS) == 1 and mask.tolist() == [False, True, True]

@@ -21,10 +21,11 @@ from tests.tiny import tiny_policy
 class StandInLLM:
     """`vllm.LLM` as of 0.33: prompts of token ids in, token ids with log-probs out; weights reloaded from a folder."""
 
-    def __init__(self, model, *, skip_tokenizer_init, gpu_memory_utilization, logprobs_mode):
+    def __init__(self, model, *, skip_tokenizer_init, gpu_memory_utilization, logprobs_mode, dtype):
         assert skip_tokenizer_init
         assert logprobs_mode == "processed_logprobs"
         assert 0 < gpu_memory_utilization < 1
+        self.dtype = dtype
         self.model = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
         self.stale, self.calls = False, 0
 
@@ -90,6 +91,14 @@ def test_episodes_and_logprobs_are_those_of_the_policys_present_weights(vllm, tm
             for parameter in policy.parameters():
                 parameter.mul_(0.9)
     assert list(tmp_path.iterdir()) == []  # no weights are left behind
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_engine_computes_in_the_dtype_of_the_training(vllm, mixed):
+    backend = VLLMBackend()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        backend.play(tiny_policy(), make_env(), GenerationSettings(), 4, env_seed=0)
+    assert backend.engine.dtype == ("bfloat16" if mixed else "float32")
 
 
 def test_prompts_of_all_slots_are_written_in_one_call(vllm):

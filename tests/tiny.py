@@ -23,7 +23,7 @@ from lit_rlhf.policy import Policy
 
 VOCABULARY = 40  # <pad> <s> </s>, then words w3 ... w39
 PAD, BOS, EOS = 0, 1, 2
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -35,7 +35,7 @@ _SHAPE = {
     "eos_token_id": EOS,
 }
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=32,
@@ -46,11 +46,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         bos_token_id=BOS,
         eos_token_id=EOS,
     ),
-    "qwen3": Qwen3Config(**_SHAPE, num_key_value_heads=2, head_dim=8),
-    "gpt_neox": GPTNeoXConfig(**_SHAPE),
-    "mistral": MistralConfig(**_SHAPE, num_key_value_heads=2, sliding_window=5),
+    "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=8),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=5),
     "gemma2": Gemma2Config(  # scores and logits with a soft cap, a sliding window in every other layer
-        **_SHAPE,
+        **SHAPE,
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=5,
@@ -60,7 +60,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }
 SINKS = GptOssConfig(  # attention sinks, which packed rows do not have
-    **_SHAPE,
+    **SHAPE,
     num_key_value_heads=2,
     head_dim=8,
     num_local_experts=2,

@@ -29,7 +29,10 @@ from lit_rlhf.packing import Example, pack
 
 CACHE_VERSION = 3  # raise it when checks or masks change, so that no older cache is used
 _IDS = datasets.List(datasets.Value("int32"))
+_PROMPTS = datasets.Features({"prompt_ids": _IDS, "status": datasets.Value("uint8")})
 FEATURES = {
+    "prompts": _PROMPTS,
+    "scored": _PROMPTS,
     "sft": datasets.Features(
         {"input_ids": _IDS, "loss_mask": datasets.List(datasets.Value("bool")), "status": datasets.Value("uint8")}
     ),
@@ -37,6 +40,14 @@ FEATURES = {
         {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS}
         | {"margin": datasets.Value("float32"), "status": datasets.Value("uint8")}
     ),
+}
+
+
+FUNCTIONS: dict[Kind, Any] = {
+    "prompts": tokenize.tokenize_prompts,
+    "scored": tokenize.tokenize_prompts,
+    "sft": tokenize.tokenize_sft,
+    "preference": tokenize.tokenize_preference,
 }
 
 
@@ -168,7 +179,7 @@ def load_examples(
     """
     tables, rows, reports, offset = [], [], [], 0
     for source in parse_sources(sources):
-        table = _tokenized(source, kind, role, tokenizer, options, num_proc)
+        table = tokenized(source, kind, role, tokenizer, options, num_proc)
         statuses = table.data.column("status").to_numpy()
         report = Report.of(f"{role} data {source.name}", statuses)
         rank_zero_info(str(report))
@@ -182,7 +193,7 @@ def load_examples(
     return dataset(datasets.concatenate_datasets(tables), np.concatenate(rows), reports)
 
 
-def _tokenized(
+def tokenized(
     source: Source,
     kind: Kind,
     role: Role,
@@ -190,13 +201,11 @@ def _tokenized(
     options: Options,
     num_proc: int | None,
 ) -> datasets.Dataset:
-    if kind == "prompts":
-        raise ValueError("prompts are read by load_prompts")
+    """All rows of a source as token ids and status, whether they can be used or not; args as of `load_examples`."""
     raw = _raw_rows(source, kind, role)
-    function = tokenize.tokenize_sft if kind == "sft" else tokenize.tokenize_preference
     key = [CACHE_VERSION, raw._fingerprint, kind, list(options), *_tokenizer_key(tokenizer)]
     return raw.map(
-        functools.partial(_tokenize_json, function=function, tokenizer=tokenizer, options=options),
+        functools.partial(_tokenize_json, function=FUNCTIONS[kind], tokenizer=tokenizer, options=options),
         input_columns="row",
         batched=True,
         num_proc=None if num_proc is None else min(num_proc, len(raw)),
@@ -247,4 +256,6 @@ def _raw_rows(source: Source, kind: Kind, role: Role) -> datasets.Dataset:
 def _json_rows(source: Source, kind: Kind, role: Role, key: Any = None) -> Iterator[dict[str, str]]:
     # `key` is there for the cache: `datasets` hashes the arguments.
     for row in iterate_rows(source, kind, role):
+        if kind in ("prompts", "scored"):  # the other columns may be anything
+            row = {"prompt": row["prompt"]}
         yield {"row": json.dumps(row, ensure_ascii=False)}

@@ -210,7 +210,8 @@ class ExamplesDataModule(LightningDataModule):
         limit = self.max_prompt_length or (self.length_limit // 2 if self.length_limit is not None else None)
         if self.predict is not None:
             kind: Kind = getattr(getattr(self.trainer, "lightning_module", None), "predicts_from", "prompts")
-            return PromptDataset(*load_prompts(self.predict, "predict", self.tokenizer, limit, self.seed, kind))
+            ids, columns = load_prompts(self.predict, "predict", self.tokenizer, limit, self.seed, kind, self.num_proc)
+            return PromptDataset(ids, columns)
         held_out = self.sources["validation"]
         if held_out is None:
             raise UserError("predict needs prompts: set predict, or validation")

@@ -46,6 +46,7 @@ class RolloutDataModule(LightningDataModule):
         max_prompt_length: longer prompts lose tokens on the left; null = what the model's context leaves.
         max_new_tokens: length limit of a response.
         max_validation_prompts: play at most this many held-out prompts.
+        num_proc: processes that tokenise, once; null = one.
         seed: of the order of prompts.
         backend: what plays the training episodes; null = the slot cache in this process.
         tokenizer: the policy's; linked by the CLI.
@@ -64,6 +65,7 @@ class RolloutDataModule(LightningDataModule):
         max_prompt_length: int | None = None,
         max_new_tokens: int = 64,
         max_validation_prompts: int = 256,
+        num_proc: int | None = None,
         seed: int = 0,
         backend: RolloutBackend | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -77,6 +79,7 @@ class RolloutDataModule(LightningDataModule):
             )
         require_prompt_length(max_prompt_length)
         require(seed >= 0, "seed", seed, "0 or more")
+        require(num_proc is None or num_proc >= 1, "num_proc", num_proc, "1 or more, or null")
         self.reward = reward
         self.monitors = monitors or {}
         for given in (self.reward, *self.monitors.values()):
@@ -89,6 +92,7 @@ class RolloutDataModule(LightningDataModule):
         self.max_prompt_length = max_prompt_length
         self.max_new_tokens = max_new_tokens
         self.max_validation_prompts = max_validation_prompts
+        self.num_proc = num_proc
         self.seed = seed
         self.backend = RolloutBackend() if backend is None else backend
         self.tokenizer = tokenizer
@@ -100,6 +104,11 @@ class RolloutDataModule(LightningDataModule):
         if not self.monitors:
             return self.reward
         return {"reward": (self.reward, 1.0)} | {name: (reward, 0.0) for name, reward in self.monitors.items()}
+
+    def prepare_data(self) -> None:
+        """Tokenise on one process per machine; the others find the cache."""
+        assert self.trainer is not None and self.trainer.state.fn is not None
+        self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
         """Tokenise the prompts that this stage needs."""
@@ -119,7 +128,7 @@ class RolloutDataModule(LightningDataModule):
         for split in splits:
             source = self.sources[split]
             if source is not None and split not in self.prompts:
-                prompt_ids, columns = load_prompts(source, split, self.tokenizer, limit)
+                prompt_ids, columns = load_prompts(source, split, self.tokenizer, limit, num_proc=self.num_proc)
                 self.prompts[split] = PromptBatch(prompt_ids, columns)
                 check_context(agent.policy, prompt_ids, self.max_new_tokens)
         for reward in (self.reward, *self.monitors.values()):

@@ -260,26 +260,26 @@ def _fit_pair(
 
 
 def tokenize_prompts(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None
-) -> tuple[list[np.ndarray], list[int]]:
-    """Prompts to ids and status; long ones keep their end, and the beginning-of-sequence token if they have one."""
-    stops = stop_token_ids(tokenizer)
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: Options
+) -> dict[str, list[np.ndarray] | list[int]]:
+    """Prompts to `prompt_ids` and `status`; long ones keep their end, and the beginning-of-sequence token if any."""
+    stops, limit = stop_token_ids(tokenizer), options.max_length
     texts = []
     for row in rows:
         prompt = row["prompt"]
         chat = isinstance(prompt, list)
         text = render(tokenizer, prompt, add_generation_prompt=True) if chat else prompt
         texts.append(Text(text, [], rendered=chat))
-    prompts, statuses = [], []
+    columns: dict[str, Any] = {"prompt_ids": [], "status": []}
     for encoding in encode(tokenizer, texts, stops):
         ids, status = encoding.ids, KEPT if len(encoding.ids) else NO_PROMPT
-        if max_prompt_length is not None and len(ids) > max_prompt_length:
-            begins = int(max_prompt_length > 1 and ids[0] == tokenizer.bos_token_id)
-            ids = np.concatenate([ids[:begins], ids[len(ids) - max_prompt_length + begins :]])
+        if limit is not None and len(ids) > limit:
+            begins = int(limit > 1 and ids[0] == tokenizer.bos_token_id)
+            ids = np.concatenate([ids[:begins], ids[len(ids) - limit + begins :]])
             status = TRUNCATED
-        prompts.append(ids)
-        statuses.append(status)
-    return prompts, statuses
+        columns["prompt_ids"].append(ids)
+        columns["status"].append(status)
+    return columns
 
 
 def response_text(tokenizer: Any, prompt_ids: np.ndarray, response_ids: np.ndarray) -> str:

@@ -25,6 +25,7 @@ from lit_rlhf.logprobs import nll_sum
 from lit_rlhf.packing import IMPLEMENTATION, Example, pack
 from lit_rlhf.policy import Policy
 
+VOCABULARIES = (8192, 16_384, 32_768, 65_536)
 BASE = workload.Shape(hidden=192, layers=4, heads=6, kv_heads=2, intermediate=512, vocabulary=4096)
 
 
@@ -61,6 +62,18 @@ def head_step(vocabulary: int) -> Callable[[], None]:
     def step() -> None:
         head.zero_grad()
         nll_sum(head, hidden, targets).backward()
+
+    return step
+
+
+def head_products(vocabulary: int) -> Callable[[], None]:
+    """The three products of matrices of `head_step` and nothing else: what the machine makes of the theory."""
+    weight, hidden, logits = torch.randn(vocabulary, 192), torch.randn(256, 192), torch.empty(256, vocabulary)
+
+    def step() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight)
+        torch.mm(logits.t(), hidden)
 
     return step
 
@@ -113,7 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     run("training step", "response length", (64, 128, 256, 512), lambda n: training_step(BASE, 4, n))
     run("training step", "sequences", (2, 4, 8, 16), lambda n: training_step(BASE, n, 96))
-    run("head alone", "vocabulary", (8192, 16_384, 32_768, 65_536), head_step)
+    run("head alone", "vocabulary", VOCABULARIES, head_step)
+    run("its products alone", "vocabulary", VOCABULARIES, head_products)
     run("training step", "layers", (4, 8, 16, 32), lambda n: training_step(replace(BASE, layers=n), 4, 96))
     shapes = [replace(BASE, hidden=h, intermediate=h * 8 // 3) for h in (96, 192, 384, 768)]
     weights = [shape.linear_parameters() for shape in shapes]

@@ -162,6 +162,7 @@ def test_every_sweep_of_the_scaling_benchmark_runs(capsys, monkeypatch):
         ("training step", "layers"),
         ("training step", "weights, by width"),
         ("head alone", "vocabulary"),
+        ("its products alone", "vocabulary"),
         ("decode step", "active of 32 slots"),
         ("decode step", "finished slots beside 4 active"),
     }

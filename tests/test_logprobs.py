@@ -48,7 +48,7 @@ def test_chunks_change_neither_values_nor_gradients(problem, rows):
 
 @pytest.mark.parametrize(
     ("gigabytes", "megabytes"),
-    [(2, 64), (16, 256), (4096, 1024)],  # at least, a 64th of the memory, at most
+    [(2, 64), (16, 256), (4096, 512)],  # at least, a 64th of the memory, at most
 )
 def test_the_size_of_a_chunk_follows_from_the_memory_of_the_device(gigabytes, megabytes, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=gigabytes * 2**30))

@@ -209,11 +209,11 @@ class DPO(AlignmentModule):
 
     def fill_cache(self, *splits: str) -> None:
         """Reference log-probs of every pair of these splits."""
-        for split in splits if self.cache_reference else ():
+        if self.cache_reference:
             self.reference_cache.fill(
                 self.trainer,
                 self.policy,
-                split,
+                splits,
                 lambda packed: sequence_logprobs(self.policy, packed),
                 is_reference=not self.has_learnt,
             )

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,43 +57,47 @@ class ReferenceCache:
         return self.by_split[split]
 
     def fill(
-        self, trainer: Trainer, policy: Policy, split: str, pair_logprobs: PairLogprobs, is_reference: bool = True
+        self,
+        trainer: Trainer,
+        policy: Policy,
+        splits: Sequence[str],
+        pair_logprobs: PairLogprobs,
+        is_reference: bool = True,
     ) -> None:
-        """Take a split's log-probs from memory or disk, or compute what is missing, each rank doing its share.
+        """Take the log-probs of splits from memory or disk, or compute what is missing, each rank doing its share.
 
         Args:
             trainer: its data module deals the rows.
             policy: the reference, as it is now.
-            split: train, val or test; without rows of it nothing happens.
+            splits: train, val or test; for one without rows nothing happens.
             pair_logprobs: (B,) log-probs of chosen and rejected responses of a packed batch.
             is_reference: whether the policy still is the reference; it is not once it has learnt.
 
         Raises:
-            UserError: it is not, and these rows are new.
+            UserError: it is not, and rows are new.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        loader = data.rows_dataloader(split)
-        if loader is None:
-            return
-        rows = data.rows_fingerprint(split)
-        if rows not in self.by_rows:
-            if not is_reference:
-                raise UserError(
-                    f"cache_reference: there are no reference log-probs of these {split} rows, and the policy that "
-                    "gave those of other rows has learnt since; set cache_reference: false and name the model that "
-                    "the run started from as model.reference"
-                )
-            self.by_rows[rows] = self._find(trainer, policy, split, loader, rows, pair_logprobs)
-        self.by_split[split] = self.by_rows[rows].to(trainer.lightning_module.device)
+        source = ""
+        for split in splits:
+            loader = data.rows_dataloader(split)
+            if loader is None:
+                continue
+            rows = data.rows_fingerprint(split)
+            if rows not in self.by_rows:
+                if not is_reference:
+                    raise UserError(
+                        f"cache_reference: there are no reference log-probs of these {split} rows, and the policy that "
+                        "gave those of other rows has learnt since; set cache_reference: false and name the model that "
+                        "the run started from as model.reference"
+                    )
+                source = source or source_hash(policy, trainer)  # once: it reads all weights
+                file = cache_folder() / f"{hashlib.sha256(f'{source} {rows}'.encode()).hexdigest()}.safetensors"
+                self.by_rows[rows] = self._find(trainer, split, loader, file, pair_logprobs)
+            self.by_split[split] = self.by_rows[rows].to(trainer.lightning_module.device)
 
-    def _find(
-        self, trainer: Trainer, policy: Policy, split: str, loader: Any, rows: str, pair_logprobs: PairLogprobs
-    ) -> Tensor:
+    def _find(self, trainer: Trainer, split: str, loader: Any, file: Path, pair_logprobs: PairLogprobs) -> Tensor:
         """(n, 2) from disk, or computed and written there."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        weights = full_state_dict(policy.model)  # every rank joins; rank 0 has them
-        key = cache_key(policy, weights, rows, trainer) if trainer.is_global_zero else ""
-        file = cache_folder() / f"{trainer.strategy.broadcast(key)}.safetensors"
         found = read(file)
         # What one rank sees on its disk decides for all: they must agree on whether to compute.
         if trainer.strategy.reduce_boolean_decision(found is not None, all=True) and found is not None:
@@ -169,16 +173,17 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "reference"
 
 
-def cache_key(policy: Policy, weights: dict[str, Tensor], rows: str, trainer: Trainer) -> str:
-    """Hash of all that the log-probs follow from."""
+def source_hash(policy: Policy, trainer: Trainer) -> str:
+    """Hash of all but the rows that the log-probs follow from; every rank must call it, and gets that of rank 0."""
+    weights = full_state_dict(policy.model)
     config = {name: value for name, value in policy.model.config.to_dict().items() if name not in NOT_WEIGHTS}
     code = inspect.getsource(sys.modules[type(policy.model).__module__])  # mended, or come with the weights
-    made_by = [torch.__version__, transformers.__version__, code]
-    digest = hashlib.sha256(json.dumps([VERSION, config, rows, str(trainer.precision), made_by], default=str).encode())
-    for name, tensor in sorted(weights.items()):
+    made_by = [VERSION, config, str(trainer.precision), torch.__version__, transformers.__version__, code]
+    digest = hashlib.sha256(json.dumps(made_by, default=str).encode())
+    for name, tensor in sorted(weights.items()) if trainer.is_global_zero else ():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return str(trainer.strategy.broadcast(digest.hexdigest()))
 
 
 def read(file: Path) -> dict[str, Tensor] | None:

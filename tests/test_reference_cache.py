@@ -33,8 +33,8 @@ def forwards(monkeypatch):
     return counts
 
 
-def fill(workdir, split="train", data=None, **trainer):
-    """The cache of a fresh run, as its first step would meet it."""
+def fill(workdir, splits=("train",), data=None, **trainer):
+    """The cached log-probs of each split in a fresh run, as its first step would meet them; of a single one, these."""
     module, datamodule = make_stage("dpo", workdir, cache_reference=True)
     for name, value in (data or {}).items():
         setattr(datamodule, name, value)
@@ -43,8 +43,9 @@ def fill(workdir, split="train", data=None, **trainer):
     trainer.datamodule = datamodule
     module.trainer = datamodule.trainer = trainer
     datamodule.setup("fit")
-    module.fill_cache(split)
-    return module.reference_cache[split]
+    module.fill_cache(*splits)
+    found = [module.reference_cache[split] for split in splits]
+    return found[0] if len(found) == 1 else found
 
 
 def test_a_second_run_finds_the_logprobs_of_the_first(workdir, forwards):
@@ -93,6 +94,16 @@ def test_whatever_changes_the_numbers_changes_the_key(workdir, change, monkeypat
     before = len(files(workdir))
     fill(workdir, data=data, **trainer)
     assert len(files(workdir)) == before + 1
+
+
+def test_the_weights_are_read_once_for_all_splits(workdir, monkeypatch):
+    reads, real = [], reference_cache.full_state_dict
+    monkeypatch.setattr(reference_cache, "full_state_dict", lambda network: reads.append(1) or real(network))
+    lines = (workdir / "preference.jsonl").read_text().splitlines()
+    (workdir / "held_out.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    sources = {"train": str(workdir / "preference.jsonl"), "validation": str(workdir / "held_out.jsonl"), "test": None}
+    assert fill(workdir, ("train", "val"), {"sources": sources})[1].shape == (3, 2)
+    assert reads == [1]
 
 
 def test_a_killed_run_is_taken_up_where_its_parts_end(workdir, forwards, monkeypatch):

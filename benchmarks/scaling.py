@@ -83,12 +83,12 @@ def decode_step(num_slots: int, num_active: int) -> Callable[[], None]:
     policy = Policy(workload.make_model(BASE, attn_implementation=IMPLEMENTATION).eval())
     decoder = SlotDecoder(policy, num_slots, 512)
     ids = np.random.default_rng(0).integers(workload.FIRST_WORD, BASE.vocabulary, (num_slots, 512))
-    lengths, active = np.full(num_slots, 64), np.arange(num_slots) < num_active
-    decoder.logits(ids, lengths)
+    lengths, active, episodes = np.full(num_slots, 64), np.arange(num_slots) < num_active, np.arange(num_slots)
+    decoder.logits(ids, lengths, episode_ids=episodes)
 
     def step() -> None:
         lengths[active] += 1
-        decoder.logits(ids, lengths, active)
+        decoder.logits(ids, lengths, active, episodes)
 
     return step
 
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     weights = [shape.linear_parameters() for shape in shapes]
     run("training step", "weights, by width", weights, lambda n: training_step(shapes[weights.index(n)], 4, 96))
     run("decode step", "active of 32 slots", (4, 8, 16, 32), lambda n: decode_step(32, n))
-    run("decode step", "finished slots beside 4 active", (4, 12, 28, 60), lambda n: decode_step(4 + n, 4))
+    run("decode step", "finished slots beside 4 active", (4, 28, 124, 508), lambda n: decode_step(4 + n, 4))
     print_table("Cost grows as size to the power of", ("what", "by", "sizes", "exponent"), rows)
 
 

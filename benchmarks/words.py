@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import workload
 from benchmarks.rounds import Contestant
 from benchmarks.workload import BOS, EOS, FIRST_WORD, PAD
-from lit_rlhf import DPO, PPO, FixedKL, PreferenceDataModule, RolloutDataModule
+from lit_rlhf import DPO, PPO, FixedKL, PreferenceDataModule, RewardModel, RolloutDataModule
 from lit_rlhf.data.examples import FEATURES, PreferenceDataset
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.oracle import Evaluation, Problem, TokenTree, causal_lm
@@ -162,6 +162,17 @@ def learn_dpo_module(
     options: Any = {"learning_rate": learning_rate, "lr_scheduler": "linear", "adam_betas": ADAM_BETAS}
     module = DPO(str(folder), beta=beta, cache_reference=True, **options)
     fit(module, IdPairs(pairs, batch_size=batch_size, tokenizer=module.tokenizer, seed=seed), epochs)
+    return module
+
+
+def learn_reward_module(
+    folder: Path, pairs: list[workload.Pair], epochs: int = 3, learning_rate: float = 1e-2, batch_size: int = 256
+) -> RewardModel:
+    """`lit_rlhf.RewardModel` from the reference in `folder`."""
+    options: Any = {"learning_rate": learning_rate, "lr_scheduler": "linear", "adam_betas": ADAM_BETAS}
+    torch.manual_seed(0)  # of the head
+    module = RewardModel(str(folder), **options)
+    fit(module, IdPairs(pairs, batch_size=batch_size, tokenizer=module.tokenizer), epochs)
     return module
 
 

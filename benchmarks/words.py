@@ -35,7 +35,6 @@ PROMPTS = "prompts.jsonl"
 ITERATIONS, EPISODES, EPOCHS = 160, 256, 10  # of PPO, of each of its iterations, and of DPO over all pairs
 PPO_RATE, DPO_RATE = 2e-3, 3e-3  # the same for both libraries, as all that follows
 SEEDS = (0, 1, 2)  # of what is played, and of the order of pairs
-ADAM_BETAS = (0.9, 0.999)  # TRL's; with ours, (0.9, 0.95), DPO at this rate is not steady over orders of the data
 
 
 def word_tree() -> TokenTree:
@@ -114,7 +113,6 @@ def learn_ppo_module(
         kl=FixedKL(beta),
         learning_rate=learning_rate,
         lr_scheduler="linear",
-        adam_betas=ADAM_BETAS,
         value_coef=1.0,
         gae_lambda=1.0,
         ppo_epochs=2,
@@ -159,8 +157,7 @@ def learn_dpo_module(
     seed: int = 0,
 ) -> DPO:
     """`lit_rlhf.DPO` from the reference in `folder`; `seed` is that of the order of the pairs."""
-    options: Any = {"learning_rate": learning_rate, "lr_scheduler": "linear", "adam_betas": ADAM_BETAS}
-    module = DPO(str(folder), beta=beta, cache_reference=True, **options)
+    module = DPO(str(folder), beta=beta, learning_rate=learning_rate, lr_scheduler="linear", cache_reference=True)
     fit(module, IdPairs(pairs, batch_size=batch_size, tokenizer=module.tokenizer, seed=seed), epochs)
     return module
 
@@ -169,9 +166,9 @@ def learn_reward_module(
     folder: Path, pairs: list[workload.Pair], epochs: int = 3, learning_rate: float = 1e-2, batch_size: int = 256
 ) -> RewardModel:
     """`lit_rlhf.RewardModel` from the reference in `folder`."""
-    options: Any = {"learning_rate": learning_rate, "lr_scheduler": "linear", "adam_betas": ADAM_BETAS}
     torch.manual_seed(0)  # of the head
-    module = RewardModel(str(folder), **options)
+    options: Any = {"lr_scheduler": "linear", "adam_betas": (0.9, 0.999)}  # steadier at so high a rate
+    module = RewardModel(str(folder), learning_rate=learning_rate, **options)
     fit(module, IdPairs(pairs, batch_size=batch_size, tokenizer=module.tokenizer), epochs)
     return module
 

@@ -94,7 +94,7 @@ class TestDPO:
         policy = learn_preferences(PROBLEMS[name], oracle, dpo_loss, exact_pairs(oracle))
         evaluation = oracle.evaluate(policy.logprob_fn)
         assert evaluation.gap <= 0.005
-        assert evaluation.kl_to_optimum <= 0.01
+        assert evaluation.kl_to_optimum <= 1e-6
         assert implicit_reward_correlation(oracle, policy) >= 0.99
 
     def test_on_sampled_pairs_it_errs_as_much_as_statistics_allow_and_no_more(self):
@@ -152,7 +152,9 @@ class TestSiblings:
         ("name", "problem", "beta"),
         [
             *((name, "trap", 0.5) for name in SIBLINGS if name != "dpo"),
-            ("forward_kl_dpo", "sparse", 0.05),  # too ill-conditioned for L-BFGS
+            *(
+                (name, "random", 0.05) for name in ("conservative_dpo", "exo_pair", "jensen_shannon_dpo")
+            ),  # the hard ones
             *(pytest.param(name, *at.values, marks=pytest.mark.slow) for name in SIBLINGS for at in EVERYWHERE),
         ],
     )
@@ -160,7 +162,7 @@ class TestSiblings:
         sibling, oracle = SIBLINGS[name], PROBLEMS[problem].oracle(beta)
         policy, own = sibling.learn(PROBLEMS[problem], oracle), sibling.own_optimum(oracle)
         assert own.exp().sum(1).allclose(torch.ones((), dtype=torch.float64))
-        assert kl_to(oracle, policy, own) <= 0.01
+        assert kl_to(oracle, policy, own) <= 0.001
 
     def test_the_optima_differ(self):
         oracle = PROBLEMS["trap"].oracle(0.5)

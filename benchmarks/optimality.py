@@ -8,7 +8,8 @@ the policies are tables of logits, which can be the optimum exactly: what is lef
 nats, π° being that optimum, or for losses that have another one (`optimum`: "own") theirs.
 
 The MDP "words" is for `lit_rlhf.PPO` and `lit_rlhf.DPO` themselves, on a tiny Llama (benchmarks/words.py); with
-PEER_PYTHON and PEER_PPO_PYTHON set (docs/performance.md), TRL's trainers learn it from as many episodes and pairs.
+PEER_PYTHON and PEER_PPO_PYTHON set (docs/performance.md), TRL's trainers learn it from as many episodes and pairs. Its
+lines hold the seed in the middle by KL, the range over all seeds, and the seconds of all.
 """
 
 import itertools

@@ -8,7 +8,8 @@ the policies are tables of logits, which can be the optimum exactly: what is lef
 nats, π° being that optimum, or for losses that have another one (`optimum`: "own") theirs.
 
 The MDP "words" is for `lit_rlhf.PPO` and `lit_rlhf.DPO` themselves, on a tiny Llama (benchmarks/words.py); with
-PEER_PYTHON and PEER_PPO_PYTHON set (docs/performance.md), TRL's trainers learn it from as many episodes and pairs.
+PEER_PYTHON and PEER_PPO_PYTHON set (docs/performance.md), TRL's trainers learn it from as many episodes and pairs. Its
+lines hold the seed in the middle by KL, the range over all seeds, and the seconds of all.
 """
 
 import itertools
@@ -42,10 +43,11 @@ from benchmarks.table_preferences import (
     learn_preferences,
     learn_reward_model,
     sampled_pairs,
+    table_of,
 )
-from benchmarks.words import LEARNING_RATES, make_reference, measure_words
+from benchmarks.words import make_reference, measure_words
 from lit_rlhf.losses import dpo_loss
-from lit_rlhf.oracle import Oracle, Problem, TablePolicy, small_problems
+from lit_rlhf.oracle import Oracle, Problem, TablePolicy, optimal_logprobs, small_problems
 
 BETAS = (0.05, 0.1, 0.5, 1.0)
 WORD_BETAS = (0.1, 0.5)
@@ -75,11 +77,9 @@ def learn(problem: Problem, oracle: Oracle, algorithm: str, beta: float) -> tupl
     if algorithm == "reward_model":
         scores = learn_reward_model(oracle, exact_pairs(oracle))
         error = scores - oracle.rewards
-        numbers = problem.table_policy().numbers
-        learnt = problem._replace(reward_fn=lambda prompt_ids, *_: scores[numbers[tuple(prompt_ids.tolist())]])
         reward_error = (error - error.mean(1, keepdim=True)).abs().max().item()
         more = {"reward_error": reward_error, "calibration_error": calibration_error(oracle, scores)}
-        return optimal_policy(learnt, beta), more
+        return table_of(problem, oracle, optimal_logprobs(oracle.ref_logprobs, scores, beta)), more
     sibling = SIBLINGS[algorithm]
     policy = sibling.learn(problem, oracle)
     if sibling.optimum is None:
@@ -87,19 +87,8 @@ def learn(problem: Problem, oracle: Oracle, algorithm: str, beta: float) -> tupl
     return policy, {"kl_to_optimum": kl_to(oracle, policy, sibling.own_optimum(oracle)), "optimum": "own"}
 
 
-def optimal_policy(problem: Problem, beta: float) -> TablePolicy:
-    """The closed form as a table."""
-    oracle, policy = problem.oracle(beta), problem.table_policy()
-    with torch.no_grad():
-        for number, ref_table in enumerate(oracle.ref_tables):
-            start = number * policy.states_per_prompt
-            advantages = torch.cat(oracle.optimal_values(number).advantages)
-            policy.logits[start : start + len(advantages)] = torch.cat(ref_table) + advantages / beta
-    return policy
-
-
 def print_table(rows: list[Line], algorithms: tuple[str, ...]) -> None:
-    """Gap and KL by algorithm and β, the worst over the MDPs; of several learning rates, the one of least KL."""
+    """Gap and KL by algorithm and β, the worst over the MDPs."""
     table = Table(title="Worst over the MDPs: gap | KL to the optimum [nats]", title_justify="left")
     table.add_column("algorithm")
     betas = sorted({row["beta"] for row in rows})
@@ -112,8 +101,6 @@ def print_table(rows: list[Line], algorithms: tuple[str, ...]) -> None:
             if not ours:
                 cells.append("")
                 continue
-            if algorithm in ON_WORDS:
-                ours = [min(ours, key=lambda row: row["kl_to_optimum"])]
             gap, kl = (max(row[key] for row in ours) for key in ("gap", "kl_to_optimum"))
             cells.append(f"{'own' if 'optimum' in ours[0] else f'{gap:.3%}'} | {kl:.5f}")
         if any(cells):
@@ -158,9 +145,8 @@ def main(
         jobs: list[Any] = []
         if "words" in problems and playing:
             make_reference(Path(folder))
-            for name, beta in itertools.product(playing, (beta for beta in betas if beta in WORD_BETAS)):
-                rates = LEARNING_RATES[name]
-                jobs += [(measure_words, Path(folder), name, beta, rate, pythons.get(name)) for rate in rates]
+            cells = itertools.product(playing, (beta for beta in betas if beta in WORD_BETAS))
+            jobs += [(measure_words, Path(folder), name, beta, pythons.get(name)) for name, beta in cells]
         on_tables = [name for name in algorithms if name not in ON_WORDS]
         tables = [p.name for p in small_problems() if p.name in problems]
         jobs += [(measure, *job) for job in itertools.product(tables, on_tables, betas)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from lit_rlhf.losses import bradley_terry_loss
-from lit_rlhf.oracle import Oracle, Problem, TablePolicy, kl_divergence
+from lit_rlhf.oracle import Oracle, Problem, TablePolicy, kl_divergence, optimal_values
 
 
 class Pairs(NamedTuple):
@@ -98,17 +98,26 @@ def learn_preferences(
 
 def labelled_loss(loss: Callable[..., Tensor], logprobs: Tensor, oracle: Oracle, pairs: Pairs) -> Tensor:
     """(N,) expected loss of each pair over its label; `logprobs` (prompts, C) of all completions."""
-    lengths = oracle.tree.lengths.double()
-
-    def one_way(chosen: Tensor, rejected: Tensor) -> Tensor:
-        where = [(pairs.prompt, chosen), (pairs.prompt, rejected)]
-        of_pair = [x[index] for x in (logprobs, oracle.ref_logprobs) for index in where]
-        extra = {"chosen_lengths": lengths[chosen], "rejected_lengths": lengths[rejected]}
-        wanted = {name: value for name, value in extra.items() if name in inspect.signature(loss).parameters}
-        return loss(*of_pair, oracle.beta, **wanted)
-
-    kept, flipped = one_way(pairs.first, pairs.second), one_way(pairs.second, pairs.first)
+    of_pair = (logprobs[pairs.prompt, which] for which in (pairs.first, pairs.second))
+    kept, flipped = both_ways(loss, *of_pair, oracle, pairs)
     return pairs.first_wins * kept + (1 - pairs.first_wins) * flipped
+
+
+def both_ways(
+    loss: Callable[..., Tensor], first: Tensor, second: Tensor, oracle: Oracle, pairs: Pairs
+) -> tuple[Tensor, Tensor]:
+    """(N,) loss of each pair if its first completion is chosen, and if the second is, given their log-probs (N,)."""
+    lengths = oracle.tree.lengths.double()
+    ref_first, ref_second = (oracle.ref_logprobs[pairs.prompt, which] for which in (pairs.first, pairs.second))
+    wanted = inspect.signature(loss).parameters
+
+    def lengths_of(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        extra = {"chosen_lengths": lengths[chosen], "rejected_lengths": lengths[rejected]}
+        return {name: value for name, value in extra.items() if name in wanted}
+
+    kept = loss(first, second, ref_first, ref_second, oracle.beta, **lengths_of(pairs.first, pairs.second))
+    flipped = loss(second, first, ref_second, ref_first, oracle.beta, **lengths_of(pairs.second, pairs.first))
+    return kept, flipped
 
 
 def learn_reward_model(oracle: Oracle, pairs: Pairs, steps: int = 300) -> Tensor:
@@ -161,6 +170,18 @@ def kl_to(oracle: Oracle, policy: TablePolicy, optimum: Tensor) -> float:
     """KL(π‖π°), mean over prompts."""
     with torch.no_grad():
         return kl_divergence(oracle.logprobs(policy.logprob_fn), optimum).mean().item()
+
+
+def table_of(problem: Problem, oracle: Oracle, logprobs: Tensor) -> TablePolicy:
+    """The table whose completions have these log-probs, (prompts, C): π is the optimum of log π/π_ref at β = 1."""
+    policy = problem.table_policy()
+    with torch.no_grad():
+        for number, ref_table in enumerate(oracle.ref_tables):
+            logratios = logprobs[number] - oracle.ref_logprobs[number]
+            advantages = torch.cat(optimal_values(oracle.tree, ref_table, logratios, beta=1.0).advantages)
+            start = number * policy.states_per_prompt
+            policy.logits[start : start + len(advantages)] = torch.cat(ref_table) + advantages
+    return policy
 
 
 def expected_kl(oracle: Oracle, count: int) -> float:

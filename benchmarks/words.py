@@ -5,7 +5,6 @@ oracle with plain forward passes. A sentence has up to three words of three and 
 words earn, one of them most of all after another, and what is no such sentence earns nothing. TRL may play, too.
 """
 
-import itertools
 import json
 import tempfile
 import time
@@ -23,19 +22,19 @@ from transformers import AutoModelForCausalLM
 from benchmarks import workload
 from benchmarks.rounds import Contestant
 from benchmarks.workload import BOS, EOS, FIRST_WORD, PAD
-from lit_rlhf import DPO, PPO, FixedKL, PreferenceDataModule, RolloutDataModule
+from lit_rlhf import DPO, PPO, FixedKL, PreferenceDataModule, RewardModel, RolloutDataModule
 from lit_rlhf.data.examples import FEATURES, PreferenceDataset
 from lit_rlhf.module import AlignmentModule
-from lit_rlhf.oracle import Problem, TokenTree, causal_lm
+from lit_rlhf.oracle import Evaluation, Problem, TokenTree, causal_lm
 from lit_rlhf.rewards import Reward
 
 SHAPE = workload.Shape(hidden=32, layers=2, heads=4, kv_heads=4, intermediate=64, vocabulary=6, tied=False, context=16)
 # Two tokens: with rotary positions, a Llama that has seen one token again and again cannot tell how often.
 PROMPT = [BOS, FIRST_WORD]
 PROMPTS = "prompts.jsonl"
-ITERATIONS, EPISODES, EPOCHS = 200, 256, 10  # of PPO, of each of its iterations, and of DPO over all pairs
-PPO_RATES, DPO_RATES = (1e-3, 2e-3, 4e-3), (1.5e-3, 3e-3, 6e-3)  # the same for both libraries
-LEARNING_RATES = {"trl_ppo": PPO_RATES, "trl_dpo": DPO_RATES, "ppo_module": PPO_RATES, "dpo_module": DPO_RATES}
+ITERATIONS, EPISODES, EPOCHS = 160, 256, 10  # of PPO, of each of its iterations, and of DPO over all pairs
+PPO_RATE, DPO_RATE = 2e-3, 3e-3  # the same for both libraries, as all that follows
+SEEDS = (0, 1, 2)  # of what is played, and of the order of pairs
 
 
 def word_tree() -> TokenTree:
@@ -103,7 +102,7 @@ def learn_ppo_module(
     folder: Path,
     beta: float,
     iterations: int = ITERATIONS,
-    learning_rate: float = 2e-3,
+    learning_rate: float = PPO_RATE,
     rollout_size: int = EPISODES,
     seed: int = 0,
 ) -> PPO:
@@ -153,39 +152,60 @@ def learn_dpo_module(
     pairs: list[workload.Pair],
     beta: float,
     epochs: int = EPOCHS,
-    learning_rate: float = 3e-3,
+    learning_rate: float = DPO_RATE,
     batch_size: int = 256,
+    seed: int = 0,
 ) -> DPO:
-    """`lit_rlhf.DPO` from the reference in `folder`."""
+    """`lit_rlhf.DPO` from the reference in `folder`; `seed` is that of the order of the pairs."""
     module = DPO(str(folder), beta=beta, learning_rate=learning_rate, lr_scheduler="linear", cache_reference=True)
+    fit(module, IdPairs(pairs, batch_size=batch_size, tokenizer=module.tokenizer, seed=seed), epochs)
+    return module
+
+
+def learn_reward_module(
+    folder: Path, pairs: list[workload.Pair], epochs: int = 3, learning_rate: float = 1e-2, batch_size: int = 256
+) -> RewardModel:
+    """`lit_rlhf.RewardModel` from the reference in `folder`."""
+    torch.manual_seed(0)  # of the head
+    options: Any = {"lr_scheduler": "linear", "adam_betas": (0.9, 0.999)}  # steadier at so high a rate
+    module = RewardModel(str(folder), learning_rate=learning_rate, **options)
     fit(module, IdPairs(pairs, batch_size=batch_size, tokenizer=module.tokenizer), epochs)
     return module
 
 
 def all_pairs(problem: Problem, compared: Tensor, copies: int = 20) -> list[workload.Pair]:
-    """Each two of the compared completions `copies` times, won as often as Bradley-Terry says, rounded at random.
+    """Each two of the compared completions `copies` times, and each of them once with each of the others.
+
+    They win as often as Bradley-Terry says; what is left in rounding a pair is handed to the completion's next one, so
+    that the labels of each hardly err. Without the others, nothing would say what becomes of their mass.
 
     Args:
         problem: what they are completions of.
         compared: (C,) bool, such as `is_sentence`.
         copies: of each pair; the more, the less the rounding counts.
     """
-    tree, rows = problem.tree, compared.nonzero().flatten().tolist()
+    tree, rng = problem.tree, np.random.default_rng(0)
     rewards = problem.reward_fn(problem.prompts[0], tree.completions, tree.lengths)
-    tokens = {row: tree.completions[row, : tree.lengths[row]].tolist() for row in rows}
-    pairs, rng = [], np.random.default_rng(0)
-    for first, second in itertools.combinations(rows, 2):
-        wins = int(copies * (rewards[first] - rewards[second]).sigmoid().item() + rng.random())
-        for chosen, rejected in [(first, second)] * wins + [(second, first)] * (copies - wins):
-            pairs.append({"prompt": PROMPT, "chosen": tokens[chosen], "rejected": tokens[rejected]})
+    tokens = [row[:length].tolist() for row, length in zip(tree.completions, tree.lengths, strict=True)]
+    rows, others = compared.nonzero().flatten().tolist(), (~compared).nonzero().flatten().tolist()
+    pairs = []
+    for number, first in enumerate(rows):
+        left = rng.random()
+        for second, count in [(row, copies) for row in rows[number + 1 :]] + [(row, 1) for row in others]:
+            left += count * (rewards[first] - rewards[second]).sigmoid().item()
+            wins = int(left)
+            left -= wins
+            for chosen, rejected in [(first, second)] * wins + [(second, first)] * (count - wins):
+                pairs.append({"prompt": PROMPT, "chosen": tokens[chosen], "rejected": tokens[rejected]})
     return pairs
 
 
 def fit(module: AlignmentModule, data: LightningDataModule, epochs: int) -> None:
-    """Train with nothing but the loop."""
+    """Train with nothing but the loop, and gradients clipped as in our configurations and by TRL."""
     Trainer(
         max_epochs=epochs,
         accelerator="cpu",
+        gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -194,7 +214,7 @@ def fit(module: AlignmentModule, data: LightningDataModule, epochs: int) -> None
 
 
 def learn_trl(
-    task: str, problem: Problem, folder: Path, pairs: list[workload.Pair], beta: float, rate: float, python: str
+    task: str, problem: Problem, folder: Path, pairs: list[workload.Pair], beta: float, seed: int, python: str
 ) -> tuple[Any, float]:
     """The model that TRL's trainer makes of the reference in `folder`, and its CPU seconds, import included."""
     tree = problem.tree
@@ -206,37 +226,48 @@ def learn_trl(
         words = Path(output) / "words.json"
         words.write_text(json.dumps(known))
         command = [python, "-m", "benchmarks.words_trl", f"--task={task}", f"--folder={folder}", f"--words={words}"]
-        passes = ITERATIONS if task == "ppo" else EPOCHS
+        rate, passes = (PPO_RATE, ITERATIONS) if task == "ppo" else (DPO_RATE, EPOCHS)
         command += [f"--output={output}", f"--beta={beta}", f"--learning_rate={rate}", f"--passes={passes}"]
+        command += [f"--seed={seed}"]
         peer = Contestant(f"trl_{task}", command, threads=1)
         seconds = peer.play()["seconds"]
         peer.close()
         return AutoModelForCausalLM.from_pretrained(output), seconds
 
 
-def measure_words(folder: Path, algorithm: str, beta: float, rate: float, python: str | None) -> dict[str, Any]:
-    """How near an algorithm comes to the optimum.
+def measure_words(folder: Path, algorithm: str, beta: float, python: str | None) -> dict[str, Any]:
+    """The line of an algorithm: the seed in the middle by KL, and the range of all.
 
     Args:
         folder: with the reference.
         algorithm: ppo_module, dpo_module, trl_ppo or trl_dpo.
         beta: weight of the KL.
-        rate: learning rate.
         python: one that has TRL, if it is TRL's.
     """
     problem = word_problem(folder)
     pairs = all_pairs(problem, is_sentence(problem.tree)) if "dpo" in algorithm else []
-    model: Any
-    start = time.process_time()
-    if python is not None:
-        model, seconds = learn_trl(algorithm.removeprefix("trl_"), problem, folder, pairs, beta, rate, python)
-    else:
-        if algorithm == "ppo_module":
-            model = learn_ppo_module(problem, folder, beta, learning_rate=rate).policy.model
+    oracle, runs, seconds = problem.oracle(beta), [], 0.0
+    for seed in SEEDS:
+        model: Any
+        start = time.process_time()
+        if python is not None:
+            task = algorithm.removeprefix("trl_")
+            model, theirs = learn_trl(task, problem, folder, pairs, beta, seed, python)
+            seconds += theirs
         else:
-            model = learn_dpo_module(folder, pairs, beta, learning_rate=rate).policy.model
-        seconds = time.process_time() - start
-    evaluation = problem.oracle(beta).evaluate(causal_lm(model))
-    figures = {"gap": evaluation.gap, "kl_to_optimum": evaluation.kl_to_optimum, "seconds": seconds}
-    data = {"pairs": len(pairs), "epochs": EPOCHS} if pairs else {"episodes": ITERATIONS * EPISODES}
-    return {"algorithm": algorithm, "mdp": problem.name, "beta": beta} | figures | {"learning_rate": rate} | data
+            if algorithm == "ppo_module":
+                model = learn_ppo_module(problem, folder, beta, seed=seed).policy.model
+            else:
+                model = learn_dpo_module(folder, pairs, beta, seed=seed).policy.model
+            seconds += time.process_time() - start
+        runs.append(oracle.evaluate(causal_lm(model)))
+    line = {"algorithm": algorithm, "mdp": problem.name, "beta": beta} | middle_of(runs) | {"seconds": seconds}
+    return line | ({"pairs": len(pairs), "epochs": EPOCHS} if pairs else {"episodes": ITERATIONS * EPISODES})
+
+
+def middle_of(runs: list[Evaluation]) -> dict[str, Any]:
+    """Gap and KL of the run in the middle by KL, and from where to where those of all go."""
+    gaps, kls = sorted(run.gap for run in runs), sorted(run.kl_to_optimum for run in runs)
+    middle = next(run for run in runs if run.kl_to_optimum == kls[len(kls) // 2])
+    figures = {"gap": middle.gap, "kl_to_optimum": middle.kl_to_optimum, "seeds": len(runs)}
+    return figures | {"gap_range": [gaps[0], gaps[-1]], "kl_range": [kls[0], kls[-1]]}

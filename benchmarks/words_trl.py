@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--beta", type=float, required=True)
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--passes", type=int, required=True, help="iterations of PPO, epochs of DPO")
+    parser.add_argument("--seed", type=int, required=True)
     options = parser.parse_args()
 
     warnings.simplefilter("ignore")
@@ -82,7 +83,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "seed": 0,
+        "seed": options.seed,
     }
 
 

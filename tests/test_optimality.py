@@ -24,13 +24,16 @@ from benchmarks.table_preferences import (
     sampled_pairs,
 )
 from benchmarks.words import (
+    ITERATIONS,
     PROMPT,
     SHAPE,
     all_pairs,
     is_sentence,
     learn_dpo_module,
     learn_ppo_module,
+    learn_reward_module,
     make_reference,
+    middle_of,
     word_problem,
 )
 from benchmarks.words_trl import TableReward
@@ -45,7 +48,16 @@ from lit_rlhf.losses import (
     nca_pair_loss,
     sppo_hard_loss,
 )
-from lit_rlhf.oracle import TablePolicy, bayes_accuracy, causal_lm, kl_divergence, random_problem, small_problems
+from lit_rlhf.oracle import (
+    Evaluation,
+    TablePolicy,
+    bayes_accuracy,
+    causal_lm,
+    kl_divergence,
+    random_problem,
+    small_problems,
+)
+from lit_rlhf.packing import Example, pack
 
 PROBLEMS = {problem.name: problem for problem in small_problems()}
 EVERYWHERE = [pytest.param(name, beta, marks=pytest.mark.slow) for name in PROBLEMS for beta in BETAS]
@@ -62,11 +74,14 @@ def one_thread():
 
 class TestPPO:
     @pytest.mark.parametrize(
-        ("name", "beta", "iterations"),
-        [("trap", 0.1, 150), *(pytest.param(*where.values, 400, marks=pytest.mark.slow) for where in EVERYWHERE)],
+        ("name", "beta", "seed", "scale"),
+        [
+            ("trap", 0.1, 0, {"iterations": 20, "rollout_size": 4096}),
+            *(pytest.param(*at.values, seed, {}, marks=pytest.mark.slow) for at in EVERYWHERE for seed in (0, 1)),
+        ],
     )
-    def test_it_reaches_the_optimum(self, name, beta, iterations):
-        policy = learn_ppo(PROBLEMS[name], beta, iterations)
+    def test_it_reaches_the_optimum(self, name, beta, seed, scale):
+        policy = learn_ppo(PROBLEMS[name], beta, seed=seed, **scale)
         evaluation = PROBLEMS[name].oracle(beta).evaluate(policy.logprob_fn)
         assert evaluation.gap <= 0.005
         assert evaluation.kl_to_optimum <= 0.01
@@ -79,7 +94,7 @@ class TestDPO:
         policy = learn_preferences(PROBLEMS[name], oracle, dpo_loss, exact_pairs(oracle))
         evaluation = oracle.evaluate(policy.logprob_fn)
         assert evaluation.gap <= 0.005
-        assert evaluation.kl_to_optimum <= 0.01
+        assert evaluation.kl_to_optimum <= 1e-6
         assert implicit_reward_correlation(oracle, policy) >= 0.99
 
     def test_on_sampled_pairs_it_errs_as_much_as_statistics_allow_and_no_more(self):
@@ -138,19 +153,16 @@ class TestSiblings:
         [
             *((name, "trap", 0.5) for name in SIBLINGS if name != "dpo"),
             *(
-                pytest.param(name, problem, beta, marks=pytest.mark.slow)
-                for name in SIBLINGS
-                for problem in PROBLEMS
-                for beta in BETAS
-                if beta >= 0.5 or SIBLINGS[name].steps == 150  # else too ill-conditioned for L-BFGS
-            ),
+                (name, "random", 0.05) for name in ("conservative_dpo", "exo_pair", "jensen_shannon_dpo")
+            ),  # the hard ones
+            *(pytest.param(name, *at.values, marks=pytest.mark.slow) for name in SIBLINGS for at in EVERYWHERE),
         ],
     )
     def test_each_reaches_the_optimum_that_it_states(self, name, problem, beta):
         sibling, oracle = SIBLINGS[name], PROBLEMS[problem].oracle(beta)
         policy, own = sibling.learn(PROBLEMS[problem], oracle), sibling.own_optimum(oracle)
         assert own.exp().sum(1).allclose(torch.ones((), dtype=torch.float64))
-        assert kl_to(oracle, policy, own) <= 0.01
+        assert kl_to(oracle, policy, own) <= 0.001
 
     def test_the_optima_differ(self):
         oracle = PROBLEMS["trap"].oracle(0.5)
@@ -249,8 +261,8 @@ class TestModules:
         ("beta", "iterations", "gap", "kl"),
         [
             (0.1, 60, 0.02, 0.1),
-            pytest.param(0.1, 200, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
-            pytest.param(0.5, 200, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+            pytest.param(0.1, ITERATIONS, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+            pytest.param(0.5, ITERATIONS, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
         ],
     )
     def test_ppo_through_the_trainer_reaches_the_optimum(self, words, folder, beta, iterations, gap, kl):
@@ -259,23 +271,44 @@ class TestModules:
         assert evaluation.gap <= gap
         assert evaluation.kl_to_optimum <= kl
 
-    @pytest.mark.parametrize(
-        ("cut_too", "copies", "epochs", "batch_size"),
-        [(False, 80, 8, 128), pytest.param(True, 20, 10, 256, marks=pytest.mark.slow)],
-    )
-    def test_the_implicit_reward_of_dpo_through_the_trainer_is_the_reward(
-        self, words, folder, cut_too, copies, epochs, batch_size
-    ):
+    def test_the_implicit_reward_of_dpo_through_the_trainer_is_the_reward(self, words, folder):
         beta, tree = 0.5, words.tree
-        compared = is_sentence(tree) & ((tree.completions == EOS).any(1) | cut_too)
+        compared = is_sentence(tree) & (tree.completions == EOS).any(1)
         oracle = words.oracle(beta)
-        module = learn_dpo_module(folder, all_pairs(words, compared, copies), beta, epochs, batch_size=batch_size)
-        logprobs = oracle.logprobs(causal_lm(module.policy.model))
-        implicit, rewards = beta * (logprobs - oracle.ref_logprobs)[0, compared], oracle.rewards[0, compared]
+        module = learn_dpo_module(folder, all_pairs(words, compared, 80), beta, epochs=8, batch_size=128)
+        implicit = beta * (oracle.logprobs(causal_lm(module.policy.model)) - oracle.ref_logprobs)[0, compared]
+        rewards = oracle.rewards[0, compared]
         assert torch.corrcoef(torch.stack([implicit, rewards]))[0, 1] >= 0.99
         assert np.polyfit(rewards.numpy(), implicit.numpy(), 1)[0] == pytest.approx(1, abs=0.1)
-        if cut_too:  # else nothing says what becomes of those that were not compared
-            assert kl_divergence(logprobs, oracle.optimal_logprobs).item() <= 0.01
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("order", [0, 1])
+    @pytest.mark.parametrize(("beta", "kl"), [(0.1, 0.1), (0.5, 0.01)])
+    def test_dpo_through_the_trainer_comes_near_the_optimum_in_whatever_order_the_pairs_come(
+        self, words, folder, beta, kl, order
+    ):
+        oracle = words.oracle(beta)
+        module = learn_dpo_module(folder, all_pairs(words, is_sentence(words.tree)), beta, seed=order)
+        logprobs = oracle.logprobs(causal_lm(module.policy.model))
+        assert kl_divergence(logprobs, oracle.optimal_logprobs).item() <= kl
+
+    @pytest.mark.parametrize(
+        ("copies", "correlation", "error"), [(20, 0.97, 0.25), pytest.param(60, 0.99, 0.15, marks=pytest.mark.slow)]
+    )
+    def test_the_reward_model_through_the_trainer_recovers_the_reward_and_is_calibrated(
+        self, words, folder, copies, correlation, error
+    ):
+        oracle, tree, compared = words.oracle(0.1), words.tree, is_sentence(words.tree)
+        module = learn_reward_module(folder, all_pairs(words, compared, copies))
+        responses = [row[:length].numpy() for row, length in zip(tree.completions, tree.lengths, strict=True)]
+        packed = pack([Example(np.array(PROMPT), (response,)) for response in responses])
+        with torch.no_grad():
+            scores = module.reward_model(packed, packed.last_nodes).double()
+        learnt, true = scores[compared], oracle.rewards[0, compared]
+        assert torch.corrcoef(torch.stack([learnt, true]))[0, 1] >= correlation
+        assert (learnt - true - (learnt - true).mean()).abs().max() <= error
+        assert calibration_error(oracle, scores[None]) <= 0.03
+        assert calibration_error(oracle, 3 * scores[None]) > 0.03  # too sure of itself
 
     def test_a_llama_that_has_seen_one_token_alone_cannot_tell_how_often(self):
         # Why the prompt holds two: attention averages equal values, however its rotary scores weigh them.
@@ -297,10 +330,16 @@ class TestModules:
         assert torch.equal(paid[torch.arange(len(last)), last, 0], rewards.float())
 
 
-def test_the_table_shows_of_several_learning_rates_the_one_that_came_nearest(capsys):
-    line = {"mdp": "words", "beta": 0.1, "seconds": 1.0}
-    figures = [{"gap": 0.5, "kl_to_optimum": 0.75}, {"gap": 0.25, "kl_to_optimum": 0.125}]
-    rows = [{"algorithm": "trl_ppo"} | line | figure for figure in figures]
-    print_table([{"algorithm": "ppo_module"} | line | figures[0] | {"beta": 0.5}, *rows], ("ppo_module", "trl_ppo"))
+def test_of_several_seeds_a_line_holds_the_one_in_the_middle_and_the_range_of_all():
+    runs = [Evaluation(0.0, 0.0, 0.0, gap, kl) for gap, kl in ((0.5, 0.75), (0.25, 0.125), (0.0, 1.0))]
+    line = middle_of(runs)
+    assert line["gap"] == 0.5 and line["kl_to_optimum"] == 0.75 and line["seeds"] == 3
+    assert line["gap_range"] == [0.0, 0.5] and line["kl_range"] == [0.125, 1.0]
+
+
+def test_the_table_shows_the_worst_mdp_of_each_algorithm_and_beta(capsys):
+    lines = [("random", 0.25, 0.125), ("trap", 0.5, 0.0625)]
+    rows = [{"algorithm": "ppo", "mdp": mdp, "beta": 0.1, "gap": gap, "kl_to_optimum": kl} for mdp, gap, kl in lines]
+    print_table([*rows, rows[0] | {"algorithm": "ipo", "optimum": "own"}], ("ppo", "ipo"))
     said = capsys.readouterr().out
-    assert "25.000% | 0.12500" in said and said.count("75000") == 1
+    assert "50.000% | 0.12500" in said and "own | 0.12500" in said

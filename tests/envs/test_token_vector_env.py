@@ -74,6 +74,18 @@ def test_disabled_leaves_resets_and_prompts_to_the_caller():
     assert infos["active"].all()
 
 
+def test_a_partial_reset_tells_the_masks_of_all_slots():
+    def below_four(prompts, responses):
+        return np.arange(VOCAB) < np.full((len(responses), 1), 4) + 4 * np.array([[not len(r)] for r in responses])
+
+    env = make(autoreset_mode="Disabled", action_mask=below_four)
+    env.reset()
+    env.step(np.array([END, 1, 1]))
+    _, infos = env.reset(options={"reset_mask": np.array([True, False, False])})
+    assert infos["action_mask"].sum(1).tolist() == [8, 4, 4] and infos["_action_mask"].all()
+    np.testing.assert_array_equal(infos["action_mask"], env.action_masks())
+
+
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
 @pytest.mark.parametrize(("num_envs", "episodes"), [(4, 11), (4, 3), (1, 5), (3, 22)])
 def test_a_finite_stream_drains_whole_episodes_each_prompt_once_per_pass(mode, num_envs, episodes):

@@ -69,7 +69,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     reward_fn: `(prompts, responses, **columns) -> (n,)`, called with lists (of one episode here, of all that ended in
         a step in `TokenVectorEnv`) of int64 arrays; the response includes its stop token. Several components: a mapping
         from name to function or (function, weight), or a list of such.
-    columns: per name one value per prompt (answers, say); the reward function receives those of its batch.
+    columns: per name one value per prompt (answers, say); each function receives those that it names (all with
+        **columns), of its batch.
     process_reward_fn: same signature, called with the response so far after every token.
     step_boundary_ids: tokens (a newline, say) that close a step of the response: the process reward is due after them
         and at the end only.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from numbers import Real
@@ -58,6 +59,21 @@ class Component(NamedTuple):
     fn: RewardFn
     weight: float
 
+    @property
+    def role(self) -> str:
+        """What errors call it."""
+        return f"reward_fn[{self.name!r}]" if self.name else "reward_fn"
+
+
+def named_columns(function: Callable[..., Any]) -> set[str] | None:
+    """The columns that a function (prompts, responses, …) takes by name; None if it takes all, or does not tell."""
+    try:
+        parameters = inspect.signature(_bare(function)).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return None if takes_all else {parameter.name for parameter in list(parameters)[2:]}
+
 
 def as_components(reward_fn: RewardSpec) -> list[Component]:
     """Components of the reward Σ weight · fn; a single unnamed function becomes one component named "".
@@ -70,7 +86,7 @@ def as_components(reward_fn: RewardSpec) -> list[Component]:
         ValueError: no component, two of one name, a name taken by the env, something not callable, or a weight
             that is not a finite number.
     """
-    if callable(reward_fn):
+    if callable(reward_fn) and callable(_bare(reward_fn)):
         return [Component("", reward_fn, 1.0)]
     if isinstance(reward_fn, Mapping):
         entries = [(str(name), *_with_weight(entry)) for name, entry in reward_fn.items()]
@@ -93,7 +109,7 @@ def as_components(reward_fn: RewardSpec) -> list[Component]:
             f"got {names}; a mapping from name to (function, weight) lets you choose them"
         )
     for name, fn, weight in entries:
-        if not callable(fn) or not isinstance(weight, Real) or not np.isfinite(float(weight)):
+        if not callable(_bare(fn)) or not isinstance(weight, Real) or not np.isfinite(float(weight)):
             raise ValueError(f"reward_fn[{name!r}] must be a function or (function, weight), got ({fn!r}, {weight!r})")
     return [Component(*entry) for entry in entries]
 
@@ -145,8 +161,12 @@ def name_prompts(indices: list[int]) -> str:
     return f"prompt indices {indices}" if len(indices) <= 10 else f"{len(indices)} prompts, the first {indices[:5]}"
 
 
+def _bare(fn: Any) -> Any:
+    return fn.target if isinstance(fn, Shared) else fn
+
+
 def _name_of(fn: Any) -> str:
-    fn = fn.target if isinstance(fn, Shared) else fn
+    fn = _bare(fn)
     return getattr(fn, "__name__", type(fn).__name__)
 
 
@@ -170,9 +190,12 @@ def without_torch(returned: Any) -> Any:
 def _as_array(returned: Any) -> FloatArray | None:
     returned = without_torch(returned)
     try:
-        # A list of one-element tensors also ends up here; a copy keeps the caller's buffer apart from ours.
-        return None if np.asarray(returned).dtype.kind not in "biufO" else np.array(returned, dtype=np.float64)
-    except (TypeError, ValueError):
+        # A list of one-element tensors also ends up here, and one with None in it, which float64 would call NaN.
+        given = np.asarray(returned)
+        if given.dtype.kind not in "biufO" or (given.dtype.kind == "O" and any(value is None for value in given.flat)):
+            return None
+        return np.array(returned, dtype=np.float64)  # a copy keeps the caller's buffer apart from ours
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

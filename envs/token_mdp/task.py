@@ -21,6 +21,7 @@ from token_mdp.rewards import (
     check_finite,
     finite_sum,
     name_prompts,
+    named_columns,
     without_torch,
 )
 from token_mdp.spaces import observation_space
@@ -93,8 +94,11 @@ class TokenTask:
         self.pays_steps = process_reward_fn is not None or potential_fn is not None
         self.shapes = potential_fn is not None
 
-        self._columns = _checked_columns({} if columns is None else columns, len(self.prompts))
         self._components = as_components(reward_fn)
+        functions: dict[str, Any] = {component.role: component.fn for component in self._components}
+        functions |= {"process_reward_fn": process_reward_fn, "potential_fn": potential_fn, "action_mask": action_mask}
+        rows = _checked_columns({} if columns is None else columns, len(self.prompts))
+        self._columns = {role: _columns_for(function, rows) for role, function in functions.items()}
         self._process_reward_fn = process_reward_fn
         # (V,) bool, True where a step ends; None: every token is a step
         self._is_boundary = (
@@ -139,10 +143,10 @@ class TokenTask:
             return self._call("reward_fn", self._components[0].fn, prompt_indices, responses), {}
         total = np.zeros(len(responses))
         values: dict[str, FloatArray] = {}
-        for name, fn, weight in self._components:
-            values[name] = self._call(f"reward_fn[{name!r}]", fn, prompt_indices, responses)
+        for component in self._components:
+            scores = values[component.name] = self._call(component.role, component.fn, prompt_indices, responses)
             with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the prompts
-                total += weight * values[name]
+                total += component.weight * scores
         check_finite("the weighted sum of reward_fn has", total, prompt_indices)
         return total, values
 
@@ -213,7 +217,7 @@ class TokenTask:
         indices = [int(index) for index in prompt_indices]
         arguments = self._arguments(indices, responses)
         try:
-            allowed = as_array(without_torch(self.action_mask(*arguments, **self._rows_of_columns(indices))))
+            allowed = as_array(without_torch(self.action_mask(*arguments, **self._rows("action_mask", indices))))
         except Exception as error:
             raise ValueError(f"action_mask raised {type(error).__name__}: {error} ({name_prompts(indices)})") from error
         if allowed.dtype != np.bool_:  # logits to add, 0 for yes and -inf for no, would mean the contrary
@@ -234,7 +238,7 @@ class TokenTask:
         self, role: str, fn: RewardFn, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]
     ) -> FloatArray:
         indices = [int(index) for index in prompt_indices]
-        return call_batched(role, fn, indices, self._arguments(indices, responses), self._rows_of_columns(indices))
+        return call_batched(role, fn, indices, self._arguments(indices, responses), self._rows(role, indices))
 
     def _arguments(self, indices: list[int], responses: list[IntArray]) -> tuple[list[Any], list[Any]]:
         # Copies: a reward function may write into what it gets, and must not reach the env's own tokens.
@@ -249,8 +253,14 @@ class TokenTask:
     def _text(self, ids: IntArray) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
-    def _rows_of_columns(self, indices: list[int]) -> dict[str, list[Any]]:
-        return {name: [values[index] for index in indices] for name, values in self._columns.items()}
+    def _rows(self, role: str, indices: list[int]) -> dict[str, list[Any]]:
+        return {name: [values[index] for index in indices] for name, values in self._columns[role].items()}
+
+
+def _columns_for(function: Any, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Those of the columns that the function names, or all for one that takes **columns."""
+    wanted = named_columns(function)
+    return columns if wanted is None else {name: rows for name, rows in columns.items() if name in wanted}
 
 
 def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> BoolArray:

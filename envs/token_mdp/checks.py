@@ -16,6 +16,10 @@ class RenderModeError(ValueError, TypeError):
     A TypeError besides, since Stable-Baselines3 asks every id for "rgb_array" and does without upon that error alone.
     """
 
+    def __init__(self, message: str) -> None:
+        # `gymnasium.make` raises a TypeError again with all arguments in its text, whole data sets of prompts.
+        super().__init__(message.partition(" was raised from the environment creator")[0])
+
 
 def check_count(name: str, value: Any) -> int:
     """A positive integer as an int, which saved states can hold whatever NumPy type it came in."""

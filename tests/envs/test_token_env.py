@@ -13,7 +13,7 @@ from token_tasks import END, VOCAB, assert_same, task, weighted_sum
 
 from token_mdp import FinishReason, PromptQueue, RewardError, TokenEnv, TokenVectorEnv
 from token_mdp.registration import IDS
-from token_mdp.toy import ToyTokenizer
+from token_mdp.toy import ToyTokenizer, toy_task
 
 
 def play(env, *tokens):
@@ -460,7 +460,7 @@ def test_human_shows_the_response_anew_where_a_token_changes_earlier_text():
 
 
 def test_the_toy_task_shows_tokens_of_a_wider_vocabulary():
-    env = gymnasium.make("LitRLHF/Token-v0", vocab_size=10, render_mode="ansi")
+    env = TokenEnv(**toy_task() | {"vocab_size": 10}, render_mode="ansi")
     env.reset(options={"prompt_index": 6})
     play(env, 1, 8, 0)
     assert "response │ a <8> <end>" in env.render()

@@ -74,7 +74,7 @@ class PromptQueue:
     def __init__(self, num_prompts: int, shuffle: bool = True) -> None:
         check_flag("shuffle", shuffle)
         self.num_prompts = check_count("num_prompts", num_prompts)
-        self.shuffle = shuffle
+        self.shuffle = bool(shuffle)
         self.seeded = False  # whether one of the envs has lent it a generator of a known seed
         self._rng: np.random.Generator | None = None
         self._order: list[int] = []
@@ -105,7 +105,12 @@ class PromptQueue:
 
     def load_state_dict(self, state: dict[str, Any], rng: np.random.Generator) -> None:
         """Continue where `state` stopped, with later passes shuffled by `rng`."""
-        self._rng, self._order, self._cursor = rng, list(state["order"]), state["cursor"]
+        order = [int(index) for index in state["order"]]
+        if len(order) not in (0, self.num_prompts) or not 0 <= int(state["cursor"]) <= len(order):
+            raise ValueError(
+                f"cursor {state['cursor']} of {len(order)} prompts is saved, this queue deals {self.num_prompts}"
+            )
+        self._rng, self._order, self._cursor = rng, order, int(state["cursor"])
 
 
 def _token_ids(prompt: Any, index: int, vocab_size: int) -> IntArray:

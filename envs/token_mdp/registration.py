@@ -8,6 +8,7 @@ from typing import Any
 
 from gymnasium.envs.registration import register, registry
 
+from token_mdp.checks import ArgumentError
 from token_mdp.env import TokenEnv
 from token_mdp.toy import toy_task
 from token_mdp.vector_env import TokenVectorEnv
@@ -47,8 +48,9 @@ def _checked(env: type[TokenEnv | TokenVectorEnv], arguments: dict[str, Any]) ->
     """The arguments, with the toy task's in place of missing ones if there are no `prompts`.
 
     Raises:
-        ValueError: one is unknown or missing, or tells of prompts that are not there. Python's own TypeError would do,
-            but `gymnasium.make` adds all arguments to its text, whole data sets of prompts.
+        ArgumentError: one is unknown. Python's own TypeError would do, but `gymnasium.make` adds all arguments to its
+            text, whole data sets of prompts.
+        ValueError: one is missing, or tells of prompts that are not there.
     """
     parameters = inspect.signature(env).parameters
     for name in arguments:
@@ -57,7 +59,8 @@ def _checked(env: type[TokenEnv | TokenVectorEnv], arguments: dict[str, Any]) ->
         hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, parameters, n=1))
         if name in inspect.signature(TokenVectorEnv).parameters:
             hint = "; it is one of gymnasium.make_vec"
-        raise ValueError(f"{env.__name__} has no argument {name!r}{hint}")
+        # Python's own words, which TorchRL looks for
+        raise ArgumentError(f"{env.__name__} got an unexpected keyword argument {name!r}{hint}")
     if "prompts" not in arguments:
         if foreign := [name for name in ("vocab_size", "stop_token_ids", "columns") if name in arguments]:
             raise ValueError(f"{foreign} without prompts: the embedded toy task has its own; hand in prompts too")

@@ -117,6 +117,7 @@ class TokenTask:
             "vocab_size": self.vocab_size,
             "stop_token_ids": np.flatnonzero(self.is_stop).tolist(),
             "max_new_tokens": self.max_new_tokens,
+            "gamma": float(self._gamma),
             "limit": "terminate" if self._limit_terminates else "truncate",
             "reward components": len(self._components),
             "pays steps": self.pays_steps,

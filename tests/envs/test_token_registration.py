@@ -71,10 +71,22 @@ def test_the_toy_prompts_are_not_played_with_words_of_another_task(make):
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (gymnasium.make, {"vocab_sise": 8}, "TokenEnv has no argument 'vocab_sise'; did you mean 'vocab_size'?"),
-        (gymnasium.make_vec, {"max_episode": 8}, "TokenVectorEnv has no argument 'max_episode'; did you mean 'max_ep"),
-        (gymnasium.make, {"qqq": 8}, "TokenEnv has no argument 'qqq'"),
-        (gymnasium.make, {"reward_mode": "deferred"}, "no argument 'reward_mode'; it is one of gymnasium.make_vec"),
+        (
+            gymnasium.make,
+            {"vocab_sise": 8},
+            "TokenEnv got an unexpected keyword argument 'vocab_sise'; did you mean 'vocab_size'?",
+        ),
+        (
+            gymnasium.make_vec,
+            {"max_episode": 8},
+            "TokenVectorEnv got an unexpected keyword argument 'max_episode'; did you mean 'max_ep",
+        ),
+        (gymnasium.make, {"qqq": 8}, "TokenEnv got an unexpected keyword argument 'qqq'"),
+        (
+            gymnasium.make,
+            {"reward_mode": "deferred"},
+            "unexpected keyword argument 'reward_mode'; it is one of gymnasium.make_vec",
+        ),
         (gymnasium.make, {"render_mode": "rgb_array"}, "render_mode ('rgb_array') must be None or one of"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from token_mdp.checks import check_flag
 from token_mdp.episodes import Episode, FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptQueue
 from token_mdp.rewards import STEPS_AND_END, finite_sum
@@ -95,6 +96,7 @@ class SlotRewards:
 
     def take(self, score: bool) -> list[Episode]:
         """The waiting episodes, ascending in episode id; if the reward function fails they stay."""
+        check_flag("score", score)
         episodes = sorted(self._waiting, key=lambda episode: episode.episode_id)
         if score and episodes:
             rewards, components = self._task.outcome_rewards(

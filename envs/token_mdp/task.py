@@ -108,6 +108,8 @@ class TokenTask:
         self._gamma = gamma
         self._limit_terminates = limit == "terminate"
         self._reward_on_text = reward_on == "text"
+        if self._reward_on_text:
+            self._check_decoding()
 
     def identity(self) -> dict[str, Any]:
         """What a saved state must share with the env that goes on from it, as plain values."""
@@ -228,10 +230,12 @@ class TokenTask:
                     f"action_mask must return True (or 1) for each token that may come next and False (or 0) for the "
                     f"others, got {strange[0]!r} of {allowed.dtype} ({name_prompts(indices)})"
                 )
-        if allowed.shape != shape or not allowed.any(axis=1).all():
+        if allowed.shape != shape:
+            raise ValueError(f"action_mask must return shape {shape}, got {allowed.shape} ({name_prompts(indices)})")
+        if len(empty := np.flatnonzero(~allowed.any(axis=1))):
+            states = name_prompts([indices[row] for row in empty])
             raise ValueError(
-                f"action_mask must return shape {shape} with at least one token allowed per row, got shape "
-                f"{allowed.shape} ({name_prompts(indices)})"
+                f"action_mask must allow at least one token per row, rows {empty[:10]} have none ({states})"
             )
         return allowed.astype(np.bool_, copy=False)
 
@@ -251,7 +255,16 @@ class TokenTask:
         except Exception as error:
             raise RewardError(f"tokenizer.decode raised {error!r} ({name_prompts(indices)})") from error
 
-    def _text(self, ids: IntArray) -> str:
+    def _check_decoding(self) -> None:
+        wanted = f"tokenizer ({self.tokenizer!r:.80}) must have a method decode(ids, skip_special_tokens=True) -> str"
+        try:
+            text = self._text(self.prompts[0])
+        except Exception as error:
+            raise ValueError(f"{wanted} for reward_on='text'; on prompts[0] it raised {error!r:.200}") from error
+        if not isinstance(text, str):
+            raise ValueError(f"{wanted} for reward_on='text'; of prompts[0] it made {text!r:.80}")
+
+    def _text(self, ids: IntArray) -> Any:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
     def _rows(self, role: str, indices: list[int]) -> dict[str, list[Any]]:
@@ -269,7 +282,7 @@ def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> 
     given = list(token_ids) if isinstance(token_ids, Set | Iterator) else token_ids
     ids = np.atleast_1d(as_array(given))
     if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size):
-        raise ValueError(f"{name} ({given!r}) must be token ids inside the vocabulary 0..{vocab_size - 1}")
+        raise ValueError(f"{name} ({given!r:.80}) must be token ids inside the vocabulary 0..{vocab_size - 1}")
     table = np.zeros(vocab_size, dtype=np.bool_)
     table[ids.astype(np.int64)] = True
     return table
@@ -277,7 +290,7 @@ def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> 
 
 def _checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> dict[str, list[Any]]:
     if not isinstance(columns, Mapping):
-        raise ValueError(f"columns ({columns!r:.80}) must map names to one value per prompt")
+        raise ValueError(f"columns ({columns!r:.80}) must map names to one value per prompt, as a dict does")
     rows: dict[str, list[Any]] = {}
     for name, values in columns.items():
         if not isinstance(name, str):

@@ -209,6 +209,8 @@ def test_episodes_can_be_taken_unscored():
     drain(env, np.random.default_rng(0))
     (episode,) = env.pop_episodes(score=False)
     assert np.isnan(episode.reward)
+    with pytest.raises(ValueError, match=r"score \('no'\) must be True or False"):
+        env.pop_episodes(score="no")
 
 
 def test_a_failed_flush_keeps_the_episodes():
@@ -304,6 +306,7 @@ def test_max_episode_steps_shortens_the_episodes():
     ("actions", "message"),
     [
         ([1, -1, 8], r"tokens \[-1, 8\] in slots \[1, 2\] are outside the vocabulary 0..7"),
+        ([-1] * 12, r"tokens \[-1(, -1){9}\] in slots \[0, .*, 9\] and 2 more are outside"),
         ([1, 2], r"3 integer token ids, got shape \(2,\)"),
         (np.array([1, 2, 2**64 - 1], dtype=np.uint64), r"tokens \[18446744073709551615\] in slots \[2\]"),
         ([1.0, 2.0, 3.0], "float64"),
@@ -312,7 +315,7 @@ def test_max_episode_steps_shortens_the_episodes():
     ],
 )
 def test_bad_actions_name_slots_and_tokens(actions, message):
-    env = make()
+    env = make(num_envs=max(len(actions), 3))
     env.reset()
     with pytest.raises(InvalidAction, match=message):
         env.step(actions)

@@ -19,7 +19,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.loading import check_same_tokens, load_scorer, load_tokenizer
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Scorer, freeze
-from token_mdp.rewards import named_columns
+from token_mdp.columns import named_columns
 
 
 class Reward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from numbers import Real
@@ -52,6 +51,11 @@ class Shared:
         return f"Shared({self.target!r})"
 
 
+def bare(fn: Any) -> Any:
+    """What a handle shares; anything else as it is."""
+    return fn.target if isinstance(fn, Shared) else fn
+
+
 class Component(NamedTuple):
     """One term of the reward: weight · fn."""
 
@@ -65,16 +69,6 @@ class Component(NamedTuple):
         return f"reward_fn[{self.name!r}]" if self.name else "reward_fn"
 
 
-def named_columns(function: Callable[..., Any]) -> set[str] | None:
-    """The columns that a function (prompts, responses, …) takes by name; None if it takes all, or does not tell."""
-    try:
-        parameters = inspect.signature(_bare(function)).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return None if takes_all else {parameter.name for parameter in list(parameters)[2:]}
-
-
 def as_components(reward_fn: RewardSpec) -> list[Component]:
     """Components of the reward Σ weight · fn; a single unnamed function becomes one component named "".
 
@@ -86,7 +80,7 @@ def as_components(reward_fn: RewardSpec) -> list[Component]:
         ValueError: no component, two of one name, a name taken by the env, something not callable, or a weight
             that is not a finite number.
     """
-    if callable(reward_fn) and callable(_bare(reward_fn)):
+    if callable(reward_fn) and callable(bare(reward_fn)):
         return [Component("", reward_fn, 1.0)]
     if isinstance(reward_fn, Mapping):
         entries = [(str(name), *_with_weight(entry)) for name, entry in reward_fn.items()]
@@ -109,7 +103,7 @@ def as_components(reward_fn: RewardSpec) -> list[Component]:
             f"got {names}; a mapping from name to (function, weight) lets you choose them"
         )
     for name, fn, weight in entries:
-        if not callable(_bare(fn)) or not isinstance(weight, Real) or not np.isfinite(float(weight)):
+        if not callable(bare(fn)) or not isinstance(weight, Real) or not np.isfinite(float(weight)):
             raise ValueError(f"reward_fn[{name!r}] must be a function or (function, weight), got ({fn!r}, {weight!r})")
     return [Component(*entry) for entry in entries]
 
@@ -161,12 +155,8 @@ def name_prompts(indices: list[int]) -> str:
     return f"prompt indices {indices}" if len(indices) <= 10 else f"{len(indices)} prompts, the first {indices[:5]}"
 
 
-def _bare(fn: Any) -> Any:
-    return fn.target if isinstance(fn, Shared) else fn
-
-
 def _name_of(fn: Any) -> str:
-    fn = _bare(fn)
+    fn = bare(fn)
     return getattr(fn, "__name__", type(fn).__name__)
 
 

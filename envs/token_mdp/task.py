@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from token_mdp.checks import as_array, check_choice, check_count, check_function, check_share
+from token_mdp.columns import checked_columns, columns_for
 from token_mdp.episodes import FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptStore
 from token_mdp.rewards import (
@@ -21,7 +22,6 @@ from token_mdp.rewards import (
     check_finite,
     finite_sum,
     name_prompts,
-    named_columns,
     without_torch,
 )
 from token_mdp.spaces import observation_space
@@ -97,8 +97,8 @@ class TokenTask:
         self._components = as_components(reward_fn)
         functions: dict[str, Any] = {component.role: component.fn for component in self._components}
         functions |= {"process_reward_fn": process_reward_fn, "potential_fn": potential_fn, "action_mask": action_mask}
-        rows = _checked_columns({} if columns is None else columns, len(self.prompts))
-        self._columns = {role: _columns_for(function, rows) for role, function in functions.items()}
+        rows = checked_columns({} if columns is None else columns, len(self.prompts))
+        self._columns = {role: columns_for(function, rows) for role, function in functions.items()}
         self._process_reward_fn = process_reward_fn
         # (V,) bool, True where a step ends; None: every token is a step
         self._is_boundary = (
@@ -271,12 +271,6 @@ class TokenTask:
         return {name: [values[index] for index in indices] for name, values in self._columns[role].items()}
 
 
-def _columns_for(function: Any, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Those of the columns that the function names, or all for one that takes **columns."""
-    wanted = named_columns(function)
-    return columns if wanted is None else {name: rows for name, rows in columns.items() if name in wanted}
-
-
 def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> BoolArray:
     """(V,) True at the given tokens."""
     given = list(token_ids) if isinstance(token_ids, Set | Iterator) else token_ids
@@ -286,21 +280,3 @@ def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> 
     table = np.zeros(vocab_size, dtype=np.bool_)
     table[ids.astype(np.int64)] = True
     return table
-
-
-def _checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> dict[str, list[Any]]:
-    if not isinstance(columns, Mapping):
-        raise ValueError(f"columns ({columns!r:.80}) must map names to one value per prompt, as a dict does")
-    rows: dict[str, list[Any]] = {}
-    for name, values in columns.items():
-        if not isinstance(name, str):
-            raise ValueError(f"columns[{name!r}]: the name must be a string; rewards get columns by keyword")
-        if name in ("prompts", "responses"):
-            raise ValueError(f"columns[{name!r}] would hide the argument {name!r} of the reward function; rename it")
-        if not hasattr(values, "__len__") or isinstance(values, str | Set | Mapping):
-            raise ValueError(f"columns[{name!r}] ({values!r:.80}) must be a sequence with one value per prompt")
-        # By position: an index into a pandas column is a label, which another row may carry.
-        rows[name] = list(values)
-        if len(rows[name]) != num_prompts:
-            raise ValueError(f"columns[{name!r}] has {len(rows[name])} rows, but there are {num_prompts} prompts")
-    return rows

@@ -57,8 +57,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     ## Info
     NumPy values. Always `prompt_index`, `prompt_length`, `prompt_tokens_cut` (tokens that a prompt longer than P lost
     on its left); at the end `response_length`, `finish_reason` (int8, see `FinishReason`) and `reward/<name>` per
-    reward component; `reward/process`, `reward/shaping` on every step where the env pays them; `action_mask`
-    (V,) int8 on request.
+    reward component; `reward/process` (0 where none is due) and `reward/shaping` on every step of an env that has
+    them; `action_mask` (V,) int8 on request.
 
     ## Arguments
     prompts: token ids of each prompt.

@@ -98,6 +98,7 @@ def test_new_weights_in_the_middle_of_a_rollout_empty_the_cache():
     assert model.policy.decoder is decoder  # the cache goes on
     model.set_parameters(other.get_parameters())
     other.policy.set_training_mode(False)
+    observations, *_ = model.env.step(np.array([1, 2, 3]))  # a token more than the cache holds
     given = {key: torch.as_tensor(value) for key, value in observations.items()}
     torch.testing.assert_close(model.policy.predict_values(given), other.policy.predict_values(given))
 

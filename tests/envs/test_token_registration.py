@@ -27,7 +27,7 @@ def test_importing_the_package_loads_neither_torch_nor_lit_rlhf():
     assert not {"torch", "lit_rlhf", "transformers", "lightning", "stable_baselines3"} & loaded
 
 
-@pytest.mark.plays("gymnasium", "`make` without arguments or import", "single, Dict and flat")
+@pytest.mark.plays("gymnasium", "`make` without arguments; `token_mdp:` in place of an import", "single, Dict and flat")
 @pytest.mark.parametrize("env_id", IDS)
 def test_an_id_runs_without_arguments_and_without_an_import(env_id):
     env = gymnasium.make(f"token_mdp:{env_id}")

@@ -4,7 +4,6 @@ Each is called by the environment with token ids, `reward(prompts, responses, **
 policy's tokenizer and device before the first call.
 """
 
-import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.loading import check_same_tokens, load_scorer, load_tokenizer
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Scorer, freeze
+from token_mdp.columns import named_columns
 
 
 class Reward:
@@ -103,7 +103,7 @@ class TextReward(Reward):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.wanted = _named_columns(function)
+        self.wanted = named_columns(function)
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
@@ -150,16 +150,6 @@ class TextReward(Reward):
         """The function by its import path, and the options that may have named it."""
         named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
         return f"reward function {named.__module__}.{named.__qualname__} (of data.reward, data.monitors or gold)"
-
-
-def _named_columns(function: Callable[..., Any]) -> set[str] | None:
-    """The columns that a function takes by name; None if it takes all, or does not tell."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return None if takes_all else {parameter.name for parameter in list(parameters)[2:]}
 
 
 def _place(error: Exception) -> str:

@@ -59,13 +59,14 @@ def checked_tokens(
     # One comparison for both bounds: seen as unsigned, a negative token is a huge one.
     bad = tokens.view(np.uint64) >= vocab_size
     if bad.any():
-        raise InvalidAction(
-            f"tokens {given[bad].tolist()} in slots {running[bad].tolist()} are outside the vocabulary "
-            f"0..{vocab_size - 1}"
-        )
+        raise InvalidAction(f"{_named(given[bad], running[bad])} are outside the vocabulary 0..{vocab_size - 1}")
     if allowed is not None and not allowed[running, tokens].all():
         bad = ~allowed[running, tokens]
-        raise InvalidAction(
-            f"tokens {tokens[bad].tolist()} in slots {running[bad].tolist()} are not allowed there by action_mask"
-        )
+        raise InvalidAction(f"{_named(tokens[bad], running[bad])} are not allowed there by action_mask")
     return tokens
+
+
+def _named(tokens: IntArray, slots: IntArray) -> str:
+    """Tokens and their slots for an error's text, the first of very many."""
+    more = f" and {len(slots) - 10} more" if len(slots) > 10 else ""
+    return f"tokens {tokens[:10].tolist()} in slots {slots[:10].tolist()}{more}"

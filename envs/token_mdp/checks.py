@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -10,11 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 
-class RenderModeError(ValueError, TypeError):
-    """A render mode that the env does not have.
+class ArgumentError(ValueError, TypeError):
+    """An argument, or a render mode, that the env does not have.
 
-    A TypeError besides, since Stable-Baselines3 asks every id for "rgb_array" and does without upon that error alone.
+    A TypeError besides, since Stable-Baselines3 asks every id for "rgb_array" and TorchRL for a `frameskip`, and do
+    without upon that error alone.
     """
+
+    def __init__(self, message: str) -> None:
+        # `gymnasium.make` raises a TypeError again with all arguments in its text, whole data sets of prompts.
+        super().__init__(message.partition(" was raised from the environment creator")[0])
 
 
 def check_count(name: str, value: Any) -> int:
@@ -45,7 +49,7 @@ def check_flag(name: str, value: Any) -> None:
 def check_render_mode(value: Any, modes: list[str]) -> None:
     """Refuse what is neither None nor one of the modes."""
     if value is not None and (not isinstance(value, str) or value not in modes):
-        raise RenderModeError(f"render_mode ({value!r}) must be None or one of {modes}")
+        raise ArgumentError(f"render_mode ({value!r}) must be None or one of {modes}")
 
 
 def check_function(name: str, value: Any) -> None:
@@ -60,10 +64,3 @@ def as_array(value: Any) -> npt.NDArray[Any]:
         return np.asarray(value)
     except ValueError:
         return np.fromiter(value, dtype=object)
-
-
-def check_identity(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse the saved state of an env that differs from this one in something that `mine` names."""
-    for name, value in mine.items():
-        if saved.get(name) != value:
-            raise ValueError(f"the saved state has {name} = {saved.get(name)}, this env {value}")

@@ -57,8 +57,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     ## Info
     NumPy values. Always `prompt_index`, `prompt_length`, `prompt_tokens_cut` (tokens that a prompt longer than P lost
     on its left); at the end `response_length`, `finish_reason` (int8, see `FinishReason`) and `reward/<name>` per
-    reward component; `reward/process`, `reward/shaping` on every step where the env pays them; `action_mask`
-    (V,) int8 on request.
+    reward component; `reward/process` (0 where none is due) and `reward/shaping` on every step of an env that has
+    them; `action_mask` (V,) int8 on request.
 
     ## Arguments
     prompts: token ids of each prompt.
@@ -69,7 +69,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     reward_fn: `(prompts, responses, **columns) -> (n,)`, called with lists (of one episode here, of all that ended in
         a step in `TokenVectorEnv`) of int64 arrays; the response includes its stop token. Several components: a mapping
         from name to function or (function, weight), or a list of such.
-    columns: per name one value per prompt (answers, say); the reward function receives those of its batch.
+    columns: per name one value per prompt (answers, say); each function receives those that it names (all with
+        **columns), of its batch.
     process_reward_fn: same signature, called with the response so far after every token.
     step_boundary_ids: tokens (a newline, say) that close a step of the response: the process reward is due after them
         and at the end only.

@@ -27,7 +27,7 @@ class PromptStore:
 
     def __init__(self, prompts: Sequence[Any], vocab_size: int, max_prompt_length: int | None = None) -> None:
         if not hasattr(prompts, "__len__") or isinstance(prompts, str | Set | Mapping):
-            raise ValueError(f"prompts ({prompts!r}) must be a sequence with the token ids of each prompt")
+            raise ValueError(f"prompts ({prompts!r:.80}) must be a sequence with the token ids of each prompt")
         if len(prompts) == 0:
             raise ValueError("prompts is empty; the env needs at least one prompt to start an episode from")
         if max_prompt_length is not None:
@@ -74,7 +74,7 @@ class PromptQueue:
     def __init__(self, num_prompts: int, shuffle: bool = True) -> None:
         check_flag("shuffle", shuffle)
         self.num_prompts = check_count("num_prompts", num_prompts)
-        self.shuffle = shuffle
+        self.shuffle = bool(shuffle)
         self.seeded = False  # whether one of the envs has lent it a generator of a known seed
         self._rng: np.random.Generator | None = None
         self._order: list[int] = []
@@ -105,7 +105,12 @@ class PromptQueue:
 
     def load_state_dict(self, state: dict[str, Any], rng: np.random.Generator) -> None:
         """Continue where `state` stopped, with later passes shuffled by `rng`."""
-        self._rng, self._order, self._cursor = rng, list(state["order"]), state["cursor"]
+        order = [int(index) for index in state["order"]]
+        if len(order) not in (0, self.num_prompts) or not 0 <= int(state["cursor"]) <= len(order):
+            raise ValueError(
+                f"cursor {state['cursor']} of {len(order)} prompts is saved, this queue deals {self.num_prompts}"
+            )
+        self._rng, self._order, self._cursor = rng, order, int(state["cursor"])
 
 
 def _token_ids(prompt: Any, index: int, vocab_size: int) -> IntArray:
@@ -113,7 +118,8 @@ def _token_ids(prompt: Any, index: int, vocab_size: int) -> IntArray:
     if row.size == 0:
         raise ValueError(f"prompts[{index}] has no tokens; start it with a BOS token if it has no text")
     if row.ndim != 1 or row.dtype.kind not in "iu":
-        raise ValueError(f"prompts[{index}] must be a flat sequence of token ids, got {prompt!r:.80}")
+        hint = "; tokenise text first" if isinstance(prompt, str) else ""
+        raise ValueError(f"prompts[{index}] must be a flat sequence of token ids, got {prompt!r:.80}{hint}")
     if row.min() < 0 or row.max() >= vocab_size:
         token = int(row[(row < 0) | (row >= vocab_size)][0])
         raise ValueError(f"prompts[{index}] contains token {token}, outside the vocabulary 0..{vocab_size - 1}")

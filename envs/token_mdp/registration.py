@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from difflib import get_close_matches
 from typing import Any
 
 from gymnasium.envs.registration import register, registry
 
+from token_mdp.checks import ArgumentError
 from token_mdp.env import TokenEnv
 from token_mdp.toy import toy_task
 from token_mdp.vector_env import TokenVectorEnv
@@ -16,12 +19,12 @@ IDS = {"LitRLHF/Token-v0": {}, "LitRLHF/TokenFlat-v0": {"observation": "flat"}}
 
 def make_token_env(**arguments: Any) -> TokenEnv:
     """`TokenEnv(**arguments)`; without `prompts`, the toy task with the arguments given changed in it."""
-    return TokenEnv(**_with_toy_task(arguments))
+    return TokenEnv(**_checked(TokenEnv, arguments))
 
 
 def make_token_vector_env(num_envs: int, **arguments: Any) -> TokenVectorEnv:
     """`TokenVectorEnv(num_envs=num_envs, **arguments)`; without `prompts`, the toy task as in `make_token_env`."""
-    return TokenVectorEnv(num_envs=num_envs, **_with_toy_task(arguments))
+    return TokenVectorEnv(**_checked(TokenVectorEnv, {"num_envs": num_envs} | arguments))
 
 
 # `gymnasium.make` reads the render modes from the entry point.
@@ -41,5 +44,28 @@ def register_all() -> None:
             )
 
 
-def _with_toy_task(arguments: dict[str, Any]) -> dict[str, Any]:
-    return arguments if "prompts" in arguments else toy_task() | arguments
+def _checked(env: type[TokenEnv | TokenVectorEnv], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with the toy task's in place of missing ones if there are no `prompts`.
+
+    Raises:
+        ArgumentError: one is unknown. Python's own TypeError would do, but `gymnasium.make` adds all arguments to its
+            text, whole data sets of prompts.
+        ValueError: one is missing, or tells of prompts that are not there.
+    """
+    parameters = inspect.signature(env).parameters
+    for name in arguments:
+        if name in parameters:
+            continue
+        hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, parameters, n=1))
+        if name in inspect.signature(TokenVectorEnv).parameters:
+            hint = "; it is one of gymnasium.make_vec"
+        # Python's own words, which TorchRL looks for
+        raise ArgumentError(f"{env.__name__} got an unexpected keyword argument {name!r}{hint}")
+    if "prompts" not in arguments:
+        if foreign := [name for name in ("vocab_size", "stop_token_ids", "columns") if name in arguments]:
+            raise ValueError(f"{foreign} without prompts: the embedded toy task has its own; hand in prompts too")
+        arguments = toy_task() | arguments
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    if missing := [name for name in required if name not in arguments]:
+        raise ValueError(f"{env.__name__} needs {missing} too, for prompts of your own")
+    return arguments

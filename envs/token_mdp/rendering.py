@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from token_mdp.episodes import FinishReason, IntArray
+from token_mdp.slots import Slots
 
 
 def episode_text(
@@ -31,6 +32,12 @@ def episode_text(
         _labelled("reward", outcome),
     ]
     return "\n".join([title, *lines] if title else lines)
+
+
+def slot_text(slot: int, slots: Slots, reason: int | None, reward: float | None, tokenizer: Any) -> str:
+    """`episode_text` of one slot of a vector env; a `reason` of None is that of a slot without an episode."""
+    outcome = "none: this slot has no episode" if reason is None else outcome_text(reason, reward)
+    return episode_text(slots.prompt(slot), slots.response(slot), outcome, tokenizer, title=f"slot {slot}")
 
 
 def outcome_text(reason: int, reward: float | None) -> str:

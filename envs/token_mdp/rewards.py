@@ -51,12 +51,22 @@ class Shared:
         return f"Shared({self.target!r})"
 
 
+def bare(fn: Any) -> Any:
+    """What a handle shares; anything else as it is."""
+    return fn.target if isinstance(fn, Shared) else fn
+
+
 class Component(NamedTuple):
     """One term of the reward: weight · fn."""
 
     name: str
     fn: RewardFn
     weight: float
+
+    @property
+    def role(self) -> str:
+        """What errors call it."""
+        return f"reward_fn[{self.name!r}]" if self.name else "reward_fn"
 
 
 def as_components(reward_fn: RewardSpec) -> list[Component]:
@@ -70,7 +80,7 @@ def as_components(reward_fn: RewardSpec) -> list[Component]:
         ValueError: no component, two of one name, a name taken by the env, something not callable, or a weight
             that is not a finite number.
     """
-    if callable(reward_fn):
+    if callable(reward_fn) and callable(bare(reward_fn)):
         return [Component("", reward_fn, 1.0)]
     if isinstance(reward_fn, Mapping):
         entries = [(str(name), *_with_weight(entry)) for name, entry in reward_fn.items()]
@@ -93,7 +103,7 @@ def as_components(reward_fn: RewardSpec) -> list[Component]:
             f"got {names}; a mapping from name to (function, weight) lets you choose them"
         )
     for name, fn, weight in entries:
-        if not callable(fn) or not isinstance(weight, Real) or not np.isfinite(float(weight)):
+        if not callable(bare(fn)) or not isinstance(weight, Real) or not np.isfinite(float(weight)):
             raise ValueError(f"reward_fn[{name!r}] must be a function or (function, weight), got ({fn!r}, {weight!r})")
     return [Component(*entry) for entry in entries]
 
@@ -146,7 +156,7 @@ def name_prompts(indices: list[int]) -> str:
 
 
 def _name_of(fn: Any) -> str:
-    fn = fn.target if isinstance(fn, Shared) else fn
+    fn = bare(fn)
     return getattr(fn, "__name__", type(fn).__name__)
 
 
@@ -170,9 +180,12 @@ def without_torch(returned: Any) -> Any:
 def _as_array(returned: Any) -> FloatArray | None:
     returned = without_torch(returned)
     try:
-        # A list of one-element tensors also ends up here; a copy keeps the caller's buffer apart from ours.
-        return None if np.asarray(returned).dtype.kind not in "biufO" else np.array(returned, dtype=np.float64)
-    except (TypeError, ValueError):
+        # A list of one-element tensors also ends up here, and one with None in it, which float64 would call NaN.
+        given = np.asarray(returned)
+        if given.dtype.kind not in "biufO" or (given.dtype.kind == "O" and any(value is None for value in given.flat)):
+            return None
+        return np.array(returned, dtype=np.float64)  # a copy keeps the caller's buffer apart from ours
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

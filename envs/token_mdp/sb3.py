@@ -150,6 +150,8 @@ def _rows(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
 
 def _check_setup(env: VectorEnv[Any, Any, Any]) -> None:
     """Refuse what Stable-Baselines3 would take without a word and learn nonsense from."""
+    if not isinstance(env, VectorEnv):
+        raise ValueError(f"env ({env!r:.80}) must be a vector env, as gymnasium.make_vec makes")
     mode = env.metadata.get("autoreset_mode")
     if mode != AutoresetMode.SAME_STEP:
         raise ValueError(f"autoreset_mode ({mode}) must be 'SameStep': Stable-Baselines3 expects the reset in the step")

@@ -7,13 +7,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from token_mdp.checks import check_flag
 from token_mdp.episodes import Episode, FinishReason, FloatArray, IntArray
+from token_mdp.prompts import PromptQueue
 from token_mdp.rewards import STEPS_AND_END, finite_sum
+from token_mdp.saved_state import filled
 from token_mdp.slots import Slots
 from token_mdp.stream import Stream
 from token_mdp.task import TokenTask
 
 Infos = dict[str, npt.NDArray[Any]]
+
+
+def empty_slots(task: TokenTask, num_slots: int, shuffle: bool, deferred: bool) -> tuple[Slots, Stream, SlotRewards]:
+    """The parts of a vector env before its first reset."""
+    slots = Slots(num_slots, task.prompts.max_length, task.max_new_tokens, task.flat)
+    stream = Stream(task.prompts, PromptQueue(len(task.prompts), shuffle), slots)
+    return slots, stream, SlotRewards(task, slots, stream, deferred)
 
 
 class SlotRewards:
@@ -86,6 +96,7 @@ class SlotRewards:
 
     def take(self, score: bool) -> list[Episode]:
         """The waiting episodes, ascending in episode id; if the reward function fails they stay."""
+        check_flag("score", score)
         episodes = sorted(self._waiting, key=lambda episode: episode.episode_id)
         if score and episodes:
             rewards, components = self._task.outcome_rewards(
@@ -116,9 +127,9 @@ class SlotRewards:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` saved."""
-        self.totals[:] = state["totals"]
-        self._potential[:] = state["potential"]
-        self._step_rewards[:] = state["step_rewards"]
+        self.totals = filled(self.totals, state["totals"])
+        self._potential = filled(self._potential, state["potential"])
+        self._step_rewards = filled(self._step_rewards, state["step_rewards"])
         self._waiting = [Episode.from_plain(episode) for episode in state["waiting"]]
 
     def _episode(self, slot: int, reason: int) -> Episode:

@@ -10,6 +10,7 @@ from gymnasium.error import ResetNeeded
 
 from token_mdp.episodes import IntArray
 from token_mdp.prompts import PromptQueue, PromptStore
+from token_mdp.saved_state import filled
 from token_mdp.slots import Slots
 
 # A WAITING slot has ended and will be reset; a PARKED one will not, in this stream.
@@ -128,18 +129,15 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any], rng: np.random.Generator) -> None:
         """Continue where `state` stopped; `rng` shuffles the passes to come."""
-        if len(state["status"]) != len(self.status):
-            raise ValueError(f"the saved state has {len(state['status'])} slots, this env has {len(self.status)}")
         self.queue.load_state_dict(state["queue"], rng)
-        self.start(state["remaining"])
-        self.next_episode_id = state["next_episode_id"]
-        self.status[:] = state["status"]
-        self.prompt_index[:] = state["prompt_index"]
-        self.episode_id[:] = state["episode_id"]
-        for slot, response in enumerate(state["responses"]):
-            index = self.prompt_index[slot]
-            if index < 0:
+        self.start(None if state["remaining"] is None else int(state["remaining"]))
+        self.next_episode_id = int(state["next_episode_id"])
+        self.status = filled(self.status, state["status"])
+        self.prompt_index = filled(self.prompt_index, state["prompt_index"])
+        self.episode_id = filled(self.episode_id, state["episode_id"])
+        for slot, (index, response) in enumerate(zip(self.prompt_index.tolist(), state["responses"], strict=True)):
+            if index == -1 and self.status[slot] == PARKED:
                 continue
-            self._slots.begin(slot, self._prompts[index])
+            self._slots.begin(slot, self._prompts[self._prompts.check_index(index)])
             self.tokens_cut[slot] = self._prompts.tokens_cut[index]
             self._slots.extend(slot, np.array(response, dtype=np.int64))

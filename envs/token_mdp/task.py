@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from token_mdp.checks import as_array, check_choice, check_count, check_function, check_share
+from token_mdp.columns import checked_columns, columns_for
 from token_mdp.episodes import FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptStore
 from token_mdp.rewards import (
@@ -93,8 +94,11 @@ class TokenTask:
         self.pays_steps = process_reward_fn is not None or potential_fn is not None
         self.shapes = potential_fn is not None
 
-        self._columns = _checked_columns({} if columns is None else columns, len(self.prompts))
         self._components = as_components(reward_fn)
+        functions: dict[str, Any] = {component.role: component.fn for component in self._components}
+        functions |= {"process_reward_fn": process_reward_fn, "potential_fn": potential_fn, "action_mask": action_mask}
+        rows = checked_columns({} if columns is None else columns, len(self.prompts))
+        self._columns = {role: columns_for(function, rows) for role, function in functions.items()}
         self._process_reward_fn = process_reward_fn
         # (V,) bool, True where a step ends; None: every token is a step
         self._is_boundary = (
@@ -104,6 +108,8 @@ class TokenTask:
         self._gamma = gamma
         self._limit_terminates = limit == "terminate"
         self._reward_on_text = reward_on == "text"
+        if self._reward_on_text:
+            self._check_decoding()
 
     def identity(self) -> dict[str, Any]:
         """What a saved state must share with the env that goes on from it, as plain values."""
@@ -113,6 +119,7 @@ class TokenTask:
             "vocab_size": self.vocab_size,
             "stop_token_ids": np.flatnonzero(self.is_stop).tolist(),
             "max_new_tokens": self.max_new_tokens,
+            "gamma": float(self._gamma),
             "limit": "terminate" if self._limit_terminates else "truncate",
             "reward components": len(self._components),
             "pays steps": self.pays_steps,
@@ -139,10 +146,10 @@ class TokenTask:
             return self._call("reward_fn", self._components[0].fn, prompt_indices, responses), {}
         total = np.zeros(len(responses))
         values: dict[str, FloatArray] = {}
-        for name, fn, weight in self._components:
-            values[name] = self._call(f"reward_fn[{name!r}]", fn, prompt_indices, responses)
+        for component in self._components:
+            scores = values[component.name] = self._call(component.role, component.fn, prompt_indices, responses)
             with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the prompts
-                total += weight * values[name]
+                total += component.weight * scores
         check_finite("the weighted sum of reward_fn has", total, prompt_indices)
         return total, values
 
@@ -213,7 +220,7 @@ class TokenTask:
         indices = [int(index) for index in prompt_indices]
         arguments = self._arguments(indices, responses)
         try:
-            allowed = as_array(without_torch(self.action_mask(*arguments, **self._rows_of_columns(indices))))
+            allowed = as_array(without_torch(self.action_mask(*arguments, **self._rows("action_mask", indices))))
         except Exception as error:
             raise ValueError(f"action_mask raised {type(error).__name__}: {error} ({name_prompts(indices)})") from error
         if allowed.dtype != np.bool_:  # logits to add, 0 for yes and -inf for no, would mean the contrary
@@ -223,10 +230,12 @@ class TokenTask:
                     f"action_mask must return True (or 1) for each token that may come next and False (or 0) for the "
                     f"others, got {strange[0]!r} of {allowed.dtype} ({name_prompts(indices)})"
                 )
-        if allowed.shape != shape or not allowed.any(axis=1).all():
+        if allowed.shape != shape:
+            raise ValueError(f"action_mask must return shape {shape}, got {allowed.shape} ({name_prompts(indices)})")
+        if len(empty := np.flatnonzero(~allowed.any(axis=1))):
+            states = name_prompts([indices[row] for row in empty])
             raise ValueError(
-                f"action_mask must return shape {shape} with at least one token allowed per row, got shape "
-                f"{allowed.shape} ({name_prompts(indices)})"
+                f"action_mask must allow at least one token per row, rows {empty[:10]} have none ({states})"
             )
         return allowed.astype(np.bool_, copy=False)
 
@@ -234,7 +243,7 @@ class TokenTask:
         self, role: str, fn: RewardFn, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]
     ) -> FloatArray:
         indices = [int(index) for index in prompt_indices]
-        return call_batched(role, fn, indices, self._arguments(indices, responses), self._rows_of_columns(indices))
+        return call_batched(role, fn, indices, self._arguments(indices, responses), self._rows(role, indices))
 
     def _arguments(self, indices: list[int], responses: list[IntArray]) -> tuple[list[Any], list[Any]]:
         # Copies: a reward function may write into what it gets, and must not reach the env's own tokens.
@@ -246,11 +255,20 @@ class TokenTask:
         except Exception as error:
             raise RewardError(f"tokenizer.decode raised {error!r} ({name_prompts(indices)})") from error
 
-    def _text(self, ids: IntArray) -> str:
+    def _check_decoding(self) -> None:
+        wanted = f"tokenizer ({self.tokenizer!r:.80}) must have a method decode(ids, skip_special_tokens=True) -> str"
+        try:
+            text = self._text(self.prompts[0])
+        except Exception as error:
+            raise ValueError(f"{wanted} for reward_on='text'; on prompts[0] it raised {error!r:.200}") from error
+        if not isinstance(text, str):
+            raise ValueError(f"{wanted} for reward_on='text'; of prompts[0] it made {text!r:.80}")
+
+    def _text(self, ids: IntArray) -> Any:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
-    def _rows_of_columns(self, indices: list[int]) -> dict[str, list[Any]]:
-        return {name: [values[index] for index in indices] for name, values in self._columns.items()}
+    def _rows(self, role: str, indices: list[int]) -> dict[str, list[Any]]:
+        return {name: [values[index] for index in indices] for name, values in self._columns[role].items()}
 
 
 def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> BoolArray:
@@ -258,25 +276,7 @@ def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> 
     given = list(token_ids) if isinstance(token_ids, Set | Iterator) else token_ids
     ids = np.atleast_1d(as_array(given))
     if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size):
-        raise ValueError(f"{name} ({given!r}) must be token ids inside the vocabulary 0..{vocab_size - 1}")
+        raise ValueError(f"{name} ({given!r:.80}) must be token ids inside the vocabulary 0..{vocab_size - 1}")
     table = np.zeros(vocab_size, dtype=np.bool_)
     table[ids.astype(np.int64)] = True
     return table
-
-
-def _checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> dict[str, list[Any]]:
-    if not isinstance(columns, Mapping):
-        raise ValueError(f"columns ({columns!r:.80}) must map names to one value per prompt")
-    rows: dict[str, list[Any]] = {}
-    for name, values in columns.items():
-        if not isinstance(name, str):
-            raise ValueError(f"columns[{name!r}]: the name must be a string; rewards get columns by keyword")
-        if name in ("prompts", "responses"):
-            raise ValueError(f"columns[{name!r}] would hide the argument {name!r} of the reward function; rename it")
-        if not hasattr(values, "__len__") or isinstance(values, str | Set | Mapping):
-            raise ValueError(f"columns[{name!r}] ({values!r:.80}) must be a sequence with one value per prompt")
-        # By position: an index into a pandas column is a label, which another row may carry.
-        rows[name] = list(values)
-        if len(rows[name]) != num_prompts:
-            raise ValueError(f"columns[{name!r}] has {len(rows[name])} rows, but there are {num_prompts} prompts")
-    return rows

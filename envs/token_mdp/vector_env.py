@@ -9,21 +9,22 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 from gymnasium.error import ResetNeeded
+from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from token_mdp.actions import checked_tokens
-from token_mdp.checks import check_choice, check_count, check_flag, check_identity, check_render_mode
+from token_mdp.checks import check_choice, check_count, check_flag, check_render_mode
 from token_mdp.env import NO_EPISODE
 from token_mdp.episodes import Episode, FloatArray, IntArray
 from token_mdp.infos import SlotInfos, put
-from token_mdp.prompts import PromptQueue
-from token_mdp.rendering import episode_text, outcome_text
+from token_mdp.rendering import slot_text
 from token_mdp.reset_options import vector_reset
 from token_mdp.rewards import RewardFn, RewardSpec
-from token_mdp.slot_rewards import SlotRewards
-from token_mdp.slots import Slots, VectorObservation
-from token_mdp.stream import WAITING, Stream
+from token_mdp.saved_state import check_identity, filled, refusing_damage
+from token_mdp.slot_rewards import empty_slots
+from token_mdp.slots import VectorObservation
+from token_mdp.stream import WAITING
 from token_mdp.task import ActionMask, BoolArray, TokenTask
 
 
@@ -139,9 +140,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self.copy = copy
         self.max_episodes = max_episodes
         self._every_slot = np.arange(num_envs)
-        self._slots = Slots(num_envs, self.task.prompts.max_length, self.task.max_new_tokens, self.task.flat)
-        self._stream = Stream(self.task.prompts, PromptQueue(len(self.task.prompts), shuffle), self._slots)
-        self._rewards = SlotRewards(self.task, self._slots, self._stream, deferred=reward_mode == "deferred")
+        self._slots, self._stream, self._rewards = empty_slots(self.task, num_envs, shuffle, reward_mode == "deferred")
         self._infos = SlotInfos(self.task, self._slots, self._stream)
         self._ready = False  # before the first reset and after a failed function of the caller, step() is refused
         self._finish_reason = np.zeros(num_envs, dtype=np.int8)  # (B,) 0 while the episode goes on
@@ -298,21 +297,29 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
 
         Raises:
             ValueError: the state is of an env with another number of slots, or with other prompts, P, V, stop tokens,
-                T, limit, layout of observations, autoreset mode, reward mode, number of reward components, or payment
-                of steps.
+                T, limit, layout of observations, gamma, shuffling, autoreset mode, reward mode, number of reward
+                components, or payment of steps; or it is damaged. The env is what it was.
         """
-        check_identity(state.get("task", {}), self._identity())
-        self._stream.load_state_dict(state["stream"], self.np_random)
-        self._ready = False  # until all went well
-        self.np_random.bit_generator.state = state["np_random"]
-        self._np_random_seed = state["np_random_seed"]
-        self._rewards.load_state_dict(state["rewards"])
-        self._finish_reason[:] = state["finish_reason"]
-        if state["ready"]:
-            self._observe(self._every_slot)  # which asks action_mask about the restored states
+        check_identity(state, self._identity())
+        rng, _ = seeding.np_random()
+        shuffle, deferred = self._stream.queue.shuffle, self._rewards.deferred
+        slots, stream, rewards = empty_slots(self.task, self.num_envs, shuffle, deferred)
+        with refusing_damage():
+            rng.bit_generator.state = state["np_random"]
+            stream.load_state_dict(state["stream"], rng)
+            rewards.load_state_dict(state["rewards"])
+            finish_reason = filled(self._finish_reason, state["finish_reason"])
+            seed, ready = state["np_random_seed"], state["ready"]
+        self._slots, self._stream, self._rewards, self._finish_reason = slots, stream, rewards, finish_reason
+        self._infos = SlotInfos(self.task, slots, stream)
+        self.np_random, self._np_random_seed = rng, seed
+        self._ready = False  # until action_mask went well
+        if ready:
+            self._observe(self._every_slot)  # which asks it about the restored states
 
     def _identity(self) -> dict[str, Any]:
-        return self.task.identity() | {"reward_mode": self.reward_mode, "autoreset_mode": self.autoreset_mode.value}
+        modes = {"reward_mode": self.reward_mode, "autoreset_mode": self.autoreset_mode.value}
+        return self.task.identity() | modes | {"shuffle": self._stream.queue.shuffle, "num_envs": self.num_envs}
 
     def _observe(self, slots: IntArray) -> tuple[VectorObservation, dict[str, Any]]:
         self._ready = False  # until action_mask went well
@@ -327,14 +334,9 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self._rewards.begin(started)
 
     def _text(self, slot: int) -> str:
-        if self._stream.episode_id[slot] < 0:
-            outcome = "none: this slot has no episode"
-        else:
-            reward = None if self._rewards.deferred else float(self._rewards.totals[slot])
-            outcome = outcome_text(int(self._finish_reason[slot]), reward)
-        return episode_text(
-            self._slots.prompt(slot), self._slots.response(slot), outcome, self.task.tokenizer, title=f"slot {slot}"
-        )
+        reason = int(self._finish_reason[slot]) if self._stream.episode_id[slot] >= 0 else None
+        reward = None if self._rewards.deferred else float(self._rewards.totals[slot])
+        return slot_text(slot, self._slots, reason, reward, self.task.tokenizer)
 
     def _show(self, done: IntArray) -> None:
         if self.render_mode == "human":

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
 from token_tasks import toy_score
 
@@ -82,6 +83,42 @@ def test_the_policy_fits_on_a_page():
     _, text = policy_of_the_docs()
     policy = text[text.index("class LogitsAndValue") :]
     assert len(policy.strip().splitlines()) <= 60
+
+
+def test_new_weights_in_the_middle_of_a_rollout_empty_the_cache():
+    model = make(num_envs=3, n_steps=10, batch_size=30)
+    observations = model.env.reset()
+    model.policy.set_training_mode(False)
+    model.predict(observations)
+    decoder = model.policy.decoder
+    other = make(num_envs=3, n_steps=10, batch_size=30)
+    torch.nn.init.normal_(other.policy.policy.model.get_input_embeddings().weight)
+    observations, *_ = model.env.step(np.array([1, 2, 3]))
+    model.predict(observations)
+    assert model.policy.decoder is decoder  # the cache goes on
+    model.set_parameters(other.get_parameters())
+    other.policy.set_training_mode(False)
+    observations, *_ = model.env.step(np.array([1, 2, 3]))  # a token more than the cache holds
+    given = {key: torch.as_tensor(value) for key, value in observations.items()}
+    torch.testing.assert_close(model.policy.predict_values(given), other.policy.predict_values(given))
+
+
+def test_the_saved_model_is_the_language_model_that_was_trained(tmp_path):
+    model = make(num_envs=3, n_steps=10, batch_size=30, n_epochs=1)
+    model.learn(30)
+    model.policy.save_pretrained(tmp_path)
+    saved, report = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    head = model.policy.policy.model.get_output_embeddings()
+    assert torch.equal(saved.lm_head.weight, head.head.weight) and hasattr(head, "value")
+    assert saved.generate(torch.tensor([[1, 3, 5]]), max_new_tokens=2).shape[1] > 3
+    model.learn(30)  # goes on with its critic
+
+
+def test_a_head_that_is_not_as_wide_as_the_vocabulary_is_refused():
+    wide = LlamaConfig(**TINY.to_dict() | {"vocab_size": 9})
+    with pytest.raises(AssertionError, match="9 logits for 6 tokens"):
+        make(num_envs=1, n_steps=10, batch_size=10, of=lambda: LlamaForCausalLM(wide))
 
 
 @pytest.mark.plays(

@@ -192,6 +192,12 @@ def test_the_adapter_refuses_what_would_teach_nonsense(arguments, message):
         native(**arguments)
 
 
+@pytest.mark.parametrize("env", [single, lambda: "LitRLHF/Token-v0", lambda: None])
+def test_the_adapter_names_make_vec_to_those_who_hand_in_no_vector_env(env):
+    with pytest.raises(ValueError, match=r"must be a vector env, as gymnasium.make_vec makes"):
+        SB3VecEnv(env())
+
+
 @pytest.mark.parametrize(("name", "value"), [("copy", False), ("max_episodes", 1)])
 def test_the_adapter_refuses_to_be_set_to_what_would_teach_nonsense(name, value):
     env = native()

@@ -13,7 +13,7 @@ from token_tasks import END, VOCAB, assert_same, task, weighted_sum
 
 from token_mdp import FinishReason, PromptQueue, RewardError, TokenEnv, TokenVectorEnv
 from token_mdp.registration import IDS
-from token_mdp.toy import ToyTokenizer
+from token_mdp.toy import ToyTokenizer, toy_task
 
 
 def play(env, *tokens):
@@ -251,10 +251,16 @@ def test_without_an_action_mask_all_tokens_are_allowed_and_info_stays_small():
     assert info["action_mask"].dtype == np.int8 and info["action_mask"].all()
 
 
-@pytest.mark.parametrize("bad", [np.ones((1, 3)), np.zeros((1, VOCAB))])
-def test_an_action_mask_of_the_wrong_shape_or_without_a_token_is_refused(bad):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.ones((1, 3)), r"must return shape \(1, 8\), got \(1, 3\)"),
+        (np.zeros((1, VOCAB)), r"at least one token per row, rows \[0\] have none"),
+    ],
+)
+def test_an_action_mask_of_the_wrong_shape_or_without_a_token_is_refused(bad, message):
     env = TokenEnv(**task(action_mask=lambda prompts, responses: bad))
-    with pytest.raises(ValueError, match=r"at least one token allowed per row.*prompt indices \[2\]"):
+    with pytest.raises(ValueError, match=message + r".*prompt indices \[2\]"):
         env.reset(options={"prompt_index": 2})
 
 
@@ -401,7 +407,9 @@ def test_a_queue_deals_only_once_it_has_a_random_generator():
 def test_a_tokenizer_that_fails_is_named_with_the_prompts():
     class Failing:
         def decode(self, ids, skip_special_tokens=False):
-            raise UnicodeError("half a character")
+            if END in ids:
+                raise UnicodeError("half a character")
+            return "text"
 
     env = TokenEnv(**task(tokenizer=Failing(), reward_on="text"))
     env.reset(options={"prompt_index": 2})
@@ -460,7 +468,7 @@ def test_human_shows_the_response_anew_where_a_token_changes_earlier_text():
 
 
 def test_the_toy_task_shows_tokens_of_a_wider_vocabulary():
-    env = gymnasium.make("LitRLHF/Token-v0", vocab_size=10, render_mode="ansi")
+    env = TokenEnv(**toy_task() | {"vocab_size": 10}, render_mode="ansi")
     env.reset(options={"prompt_index": 6})
     play(env, 1, 8, 0)
     assert "response │ a <8> <end>" in env.render()

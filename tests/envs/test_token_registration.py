@@ -27,7 +27,7 @@ def test_importing_the_package_loads_neither_torch_nor_lit_rlhf():
     assert not {"torch", "lit_rlhf", "transformers", "lightning", "stable_baselines3"} & loaded
 
 
-@pytest.mark.plays("gymnasium", "`make` without arguments or import", "single, Dict and flat")
+@pytest.mark.plays("gymnasium", "`make` without arguments; `token_mdp:` in place of an import", "single, Dict and flat")
 @pytest.mark.parametrize("env_id", IDS)
 def test_an_id_runs_without_arguments_and_without_an_import(env_id):
     env = gymnasium.make(f"token_mdp:{env_id}")
@@ -57,8 +57,44 @@ def test_make_takes_the_callers_task_or_changes_the_toy_one():
 
 
 def test_own_prompts_get_nothing_from_the_toy_task():
-    with pytest.raises(TypeError, match="vocab_size"):
+    with pytest.raises(ValueError, match=r"needs \['vocab_size', 'stop_token_ids', 'max_new_tokens'\] too"):
         gymnasium.make("LitRLHF/Token-v0", prompts=[[1]])
+
+
+@pytest.mark.parametrize("make", [gymnasium.make, gymnasium.make_vec])
+def test_the_toy_prompts_are_not_played_with_words_of_another_task(make):
+    own = {name: value for name, value in task(columns={"answer": [1, 2, 3]}).items() if name != "prompts"}
+    with pytest.raises(ValueError, match=r"\['vocab_size', 'stop_token_ids', 'columns'\] without prompts"):
+        make("LitRLHF/Token-v0", **own)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (
+            gymnasium.make,
+            {"vocab_sise": 8},
+            "TokenEnv got an unexpected keyword argument 'vocab_sise'; did you mean 'vocab_size'?",
+        ),
+        (
+            gymnasium.make_vec,
+            {"max_episode": 8},
+            "TokenVectorEnv got an unexpected keyword argument 'max_episode'; did you mean 'max_ep",
+        ),
+        (gymnasium.make, {"qqq": 8}, "TokenEnv got an unexpected keyword argument 'qqq'"),
+        (
+            gymnasium.make,
+            {"reward_mode": "deferred"},
+            "unexpected keyword argument 'reward_mode'; it is one of gymnasium.make_vec",
+        ),
+        (gymnasium.make, {"render_mode": "rgb_array"}, "render_mode ('rgb_array') must be None or one of"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is being initialised with render_mode")
+def test_a_wrong_argument_is_named_without_the_data(make, changes, message):
+    with pytest.raises(ValueError) as error:
+        make("LitRLHF/Token-v0", **task(prompts=[[1, 2, 3]] * 1000), **changes)
+    assert message in str(error.value) and len(str(error.value)) < 200
 
 
 def test_no_id_has_a_time_limit_or_live_objects():

@@ -37,7 +37,8 @@ def raising(prompts, responses):
         (lambda p, r: ["good", "bad", "ugly"], r"got \['good', 'bad', 'ugly'\]"),
         (lambda p, r: ["1.5", "2", "3"], r"got \['1.5', '2', '3'\]"),
         (lambda p, r: [1.0, float("nan"), 2.0], r"1 values that are not finite, by prompt index: \{1: nan\}"),
-        (lambda p, r: [1.0, None, 2.0], r"not finite, by prompt index: \{1: nan\}"),
+        (lambda p, r: [1.0, None, 2.0], r"one number per response, shape \(3,\), got \[1.0, None, 2.0\]"),
+        (lambda p, r: [10**400, 1, 2], r"one number per response, shape \(3,\), got \[1000"),
         (lambda p, r: [float("-inf"), 1.0, 2.0], r"not finite, by prompt index: \{0: -inf\}"),
         (raising, r"reward_fn raised KeyError: 'answer' \(prompt indices \[0, 1, 2\]\)"),
         (lambda p: [1.0], r"reward_fn raised TypeError.*prompt indices \[0, 1, 2\]"),
@@ -146,6 +147,38 @@ def test_components_add_up_by_their_weights_and_each_is_in_info():
     np.testing.assert_array_equal(infos["final_info"]["reward/prompts"], [1.0, 2.0, 3.0])
 
 
+def test_each_function_gets_the_columns_that_it_names():
+    seen = {}
+
+    class Grader:
+        def __call__(self, prompts, responses, level):
+            seen["a method"] = level
+            return [0.0] * len(responses)
+
+    def none(prompts, responses):
+        return [1.0] * len(responses)
+
+    def one(prompts, responses, answer, other=None):
+        seen["one"] = answer
+        return [0.0] * len(responses)
+
+    def every(prompts, responses, **columns):
+        seen["every"] = columns
+        return np.ones((len(responses), 8), dtype=bool)
+
+    ends_of_all_slots(
+        columns={"answer": ["a", "b", "c"], "level": [1, 2, 3]},
+        reward_fn={"none": none, "one": one, "grader": Shared(Grader())},
+        process_reward_fn=none,
+        potential_fn=none,
+        action_mask=every,
+    )
+    assert seen["one"] == ["a", "b", "c"] and seen["a method"] == [1, 2, 3]
+    assert seen["every"].keys() == {"answer", "level"}
+    with pytest.raises(RewardError, match=r"reward_fn raised TypeError.*'answer'"):  # named, but not there
+        ends_of_all_slots(reward_fn=one)
+
+
 def test_a_list_of_components_is_named_after_its_functions():
     *_, infos = transition = ends_of_all_slots(reward_fn=[lengths, (prompt_lengths, 0.5)])
     np.testing.assert_array_equal(transition[1], [1.5, 2.0, 2.5])
@@ -160,6 +193,8 @@ def test_a_list_of_components_is_named_after_its_functions():
         ([lengths, lengths], "unique names"),
         ({"process": lengths}, "'process'"),
         ({"a": 3.0}, r"reward_fn\['a'\]"),
+        ({"a": Shared(3.0)}, r"reward_fn\['a'\]"),
+        (Shared(None), r"got Shared\(None\)"),
         ({"a": (lengths, "much")}, r"reward_fn\['a'\]"),
         ({"a": (lengths, float("nan"))}, r"reward_fn\['a'\]"),
         ((lengths, 0.5), r"is a function and its weight; put the pair into a list"),

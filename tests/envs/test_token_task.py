@@ -6,6 +6,17 @@ from gymnasium import spaces
 from token_tasks import task
 
 from token_mdp import TokenEnv, TokenVectorEnv
+from token_mdp.toy import ToyTokenizer
+
+
+class IdsAlone:
+    def decode(self, ids):
+        return "text"
+
+
+class InBytes:
+    def decode(self, ids, skip_special_tokens=False):
+        return b"text"
 
 
 def envs_of(**changes):
@@ -22,11 +33,16 @@ def envs_of(**changes):
         ({"prompts": "text"}, r"prompts \('text'\) must be a sequence"),
         ({"tokenizer": 3}, r"tokenizer \(3\) must be None or have a method decode"),
         ({"tokenizer": 3, "reward_on": "text"}, r"tokenizer \(3\) must be None or have a method decode"),
+        ({"tokenizer": IdsAlone(), "reward_on": "text"}, r"on prompts\[0\] it raised TypeError.*skip_special_tokens"),
+        ({"tokenizer": ToyTokenizer, "reward_on": "text"}, r"on prompts\[0\] it raised TypeError"),
+        ({"tokenizer": InBytes(), "reward_on": "text"}, r"of prompts\[0\] it made b'text'"),
+        ({"prompts": {str(number): [1] for number in range(1000)}}, r"prompts \(.{80}\) must be a sequence"),
+        ({"stop_token_ids": [8] * 1000}, r"stop_token_ids \(.{80}\) must be"),
         ({"limit": np.ones(2)}, r"limit \(array\(\[1., 1.\]\)\) must be one of"),
         ({"prompts": [[1], []]}, r"prompts\[1\] has no tokens"),
         ({"prompts": [[1], [2, 8]]}, r"prompts\[1\] contains token 8, outside the vocabulary 0..7"),
         ({"prompts": [[-1]]}, r"prompts\[0\] contains token -1"),
-        ({"prompts": ["text"]}, r"prompts\[0\] must be a flat sequence of token ids, got 'text'"),
+        ({"prompts": ["text"]}, r"prompts\[0\] must be a flat sequence of token ids, got 'text'; tokenise text first"),
         ({"prompts": [[0.5]]}, r"prompts\[0\] must be a flat sequence"),
         ({"prompts": [[[1]]]}, r"prompts\[0\] must be a flat sequence"),
         (

@@ -1,3 +1,4 @@
+import copy
 import io
 from contextlib import redirect_stdout
 
@@ -8,6 +9,7 @@ from gymnasium.vector import AutoresetMode
 from token_tasks import END, VOCAB, assert_same, task, weighted_sum
 
 from token_mdp import FinishReason, RewardError, TokenEnv, TokenVectorEnv
+from token_mdp.slots import Slots
 
 
 def make(num_envs=3, **changes):
@@ -72,6 +74,18 @@ def test_disabled_leaves_resets_and_prompts_to_the_caller():
     np.testing.assert_array_equal(infos["_prompt_index"], [True, False, True])
     np.testing.assert_array_equal(infos["episode_id"], [3, 1, 4])
     assert infos["active"].all()
+
+
+def test_a_partial_reset_tells_the_masks_of_all_slots():
+    def below_four(prompts, responses):
+        return np.arange(VOCAB) < np.full((len(responses), 1), 4) + 4 * np.array([[not len(r)] for r in responses])
+
+    env = make(autoreset_mode="Disabled", action_mask=below_four)
+    env.reset()
+    env.step(np.array([END, 1, 1]))
+    _, infos = env.reset(options={"reset_mask": np.array([True, False, False])})
+    assert infos["action_mask"].sum(1).tolist() == [8, 4, 4] and infos["_action_mask"].all()
+    np.testing.assert_array_equal(infos["action_mask"], env.action_masks())
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
@@ -195,6 +209,8 @@ def test_episodes_can_be_taken_unscored():
     drain(env, np.random.default_rng(0))
     (episode,) = env.pop_episodes(score=False)
     assert np.isnan(episode.reward)
+    with pytest.raises(ValueError, match=r"score \('no'\) must be True or False"):
+        env.pop_episodes(score="no")
 
 
 def test_a_failed_flush_keeps_the_episodes():
@@ -290,6 +306,7 @@ def test_max_episode_steps_shortens_the_episodes():
     ("actions", "message"),
     [
         ([1, -1, 8], r"tokens \[-1, 8\] in slots \[1, 2\] are outside the vocabulary 0..7"),
+        ([-1] * 12, r"tokens \[-1(, -1){9}\] in slots \[0, .*, 9\] and 2 more are outside"),
         ([1, 2], r"3 integer token ids, got shape \(2,\)"),
         (np.array([1, 2, 2**64 - 1], dtype=np.uint64), r"tokens \[18446744073709551615\] in slots \[2\]"),
         ([1.0, 2.0, 3.0], "float64"),
@@ -298,7 +315,7 @@ def test_max_episode_steps_shortens_the_episodes():
     ],
 )
 def test_bad_actions_name_slots_and_tokens(actions, message):
-    env = make()
+    env = make(num_envs=max(len(actions), 3))
     env.reset()
     with pytest.raises(InvalidAction, match=message):
         env.step(actions)
@@ -467,13 +484,13 @@ def test_a_restored_env_knows_how_much_of_its_prompts_was_cut():
     assert restored.observe()[1]["prompt_tokens_cut"].tolist() == [0, 1, 2]
 
 
-def test_a_long_state_loads_in_the_time_of_its_rows():
+def test_a_long_state_loads_in_the_time_of_its_rows(monkeypatch):
     writes = []
     env, restored = (make(num_envs=2, max_new_tokens=50) for _ in range(2))
     env.reset(seed=0)
     for _ in range(40):
         env.step(np.array([1, 2]))
-    restored._slots.append = lambda slots, tokens: writes.append(slots)
+    monkeypatch.setattr(Slots, "append", lambda self, slots, tokens: writes.append(slots))
     restored.load_state_dict(env.state_dict())
     assert writes == []  # not token by token
     assert_same(restored.observe(), env.observe())
@@ -522,12 +539,13 @@ def test_the_reward_mode_is_fixed_for_the_life_of_an_env():
 def test_a_state_of_another_env_is_refused():
     env = make(num_envs=2)
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="2 slots, this env has 3"):
+    with pytest.raises(ValueError, match="num_envs = 2, this env 3"):
         make(num_envs=3).load_state_dict(env.state_dict())
     for changes, message in (
         ({"prompts": [[1]]}, "prompts = 3 prompts, sha256 .*, this env 1 prompts"),
         ({"prompts": [[1], [2, 3], [4, 5, 0]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
         ({"prompts": [[1, 2], [3], [4, 5, 6]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
+        ({"shuffle": False}, "shuffle = True, this env False"),
         ({"max_prompt_length": 9}, "max_prompt_length = 3, this env 9"),
         ({"autoreset_mode": "NextStep"}, "autoreset_mode = SameStep, this env NextStep"),
         ({"max_new_tokens": 5}, "max_new_tokens = 4, this env 5"),
@@ -545,6 +563,55 @@ def test_a_state_of_another_env_is_refused():
     with pytest.raises(ValueError, match="the saved state has prompts = None"):
         make(num_envs=2).load_state_dict({})
     make(num_envs=2).load_state_dict(env.state_dict())
+
+
+def leaves(state, path=()):
+    for name, value in state.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, name))
+
+
+def test_a_damaged_state_is_refused_and_changes_nothing():
+    def damaged(path, damage):
+        state = copy.deepcopy(sound)
+        inner = state
+        for name in path[:-1]:
+            inner = inner[name]
+        damage(inner, path[-1])
+        return state
+
+    def remove(inner, name):
+        del inner[name]
+
+    def empty(inner, name):
+        inner[name] = None
+
+    def shorten(inner, name):
+        inner[name] = inner[name][:1]
+
+    env, other = make(num_envs=2, reward_mode="deferred"), make(num_envs=2, reward_mode="deferred")
+    env.reset(seed=0)
+    env.step(np.array([END, 1]))
+    sound = env.state_dict()
+    other.reset(seed=5)
+    before = other.state_dict()
+    paths = [path for path in leaves(sound) if path[0] not in ("task", "np_random_seed", "ready")]
+    cases = [(path, remove) for path in paths] + [
+        (path, empty) for path in paths if path[-1] not in ("remaining", "np_random_seed")
+    ]
+    cases += [(("stream", name), shorten) for name in ("status", "prompt_index", "episode_id", "responses")]
+    cases += [(("rewards", "totals"), shorten), (("finish_reason",), shorten), (("stream", "queue", "order"), shorten)]
+    states = [damaged(*case) for case in cases] + [damaged(("ready",), remove), damaged(("np_random_seed",), remove)]
+    far = copy.deepcopy(sound)
+    far["stream"]["prompt_index"][0] = 99
+    for state in [*states, far, None, {"task": 3}]:
+        with pytest.raises(ValueError, match="the saved state"):
+            other.load_state_dict(state)
+        assert other.state_dict() == before
+    other.step(np.array([1, 1]))  # goes on
+    other.load_state_dict(sound)
+    assert_same(other.observe(), env.observe())
 
 
 def test_a_seeded_reset_is_the_same_whatever_was_played_before():

@@ -74,7 +74,7 @@ bench-gpu:
 	@if PYTHONPATH=.:envs $(PYTHON) -c "import lit_rlhf.cli" 2> /dev/null; then \
 		PYTHONPATH=.:envs $(PYTHON) -m benchmarks.gpu; \
 	else \
-		$(MAKE) setup && $(BIN)/python -m benchmarks.gpu; \
+		make setup PYTHON=$(PYTHON) && $(BIN)/python -m benchmarks.gpu; \
 	fi
 
 clean:

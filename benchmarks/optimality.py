@@ -52,6 +52,7 @@ from lit_rlhf.oracle import Oracle, Problem, TablePolicy, optimal_logprobs, smal
 BETAS = (0.05, 0.1, 0.5, 1.0)
 WORD_BETAS = (0.1, 0.5)
 ON_WORDS = ("trl_ppo", "trl_dpo", "ppo_module", "dpo_module")  # the slowest first, so that no process ends alone
+ALGORITHMS = ("ppo", *SIBLINGS, "dpo_sampled", "reward_model", *ON_WORDS)
 Line = dict[str, Any]
 
 
@@ -123,7 +124,7 @@ def main(
     output: str | None = None,
     problems: tuple[str, ...] = ("random", "wide", "long", "sparse", "trap", "words"),
     betas: tuple[float, ...] = BETAS,
-    algorithms: tuple[str, ...] = ("ppo", *SIBLINGS, "dpo_sampled", "reward_model", *ON_WORDS),
+    algorithms: tuple[str, ...] = ALGORITHMS,
     processes: int = os.cpu_count() or 1,
     peer_python: str | None = os.environ.get("PEER_PYTHON"),
     peer_ppo_python: str | None = os.environ.get("PEER_PPO_PYTHON"),
@@ -139,6 +140,14 @@ def main(
         peer_python: a Python that has TRL, for trl_dpo; without one it is left out.
         peer_ppo_python: one that has TRL 1.12, for trl_ppo.
     """
+    for option, given, known in (
+        ("problems", problems, [*(problem.name for problem in small_problems()), "words"]),
+        ("algorithms", algorithms, ALGORITHMS),
+    ):
+        if unknown := [name for name in given if name not in known]:
+            raise SystemExit(f"{option}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    if not min(betas) > 0:
+        raise SystemExit(f"betas ({betas}) must be more than 0")
     pythons = {"trl_ppo": peer_ppo_python, "trl_dpo": peer_python}
     playing = [name for name in ON_WORDS if name in algorithms and (name not in pythons or pythons[name])]
     with tempfile.TemporaryDirectory() as folder:

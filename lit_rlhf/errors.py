@@ -1,5 +1,6 @@
 """The error that a user can mend (the CLI prints its message alone, without a traceback), and what it is raised for."""
 
+import traceback
 from pathlib import Path
 
 
@@ -17,3 +18,10 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Refuse an option whose value does not hold to what is expected of it."""
     if not holds:
         raise UserError(f"{name} ({value}) must be {expected}")
+
+
+def place_of(error: Exception) -> str:
+    """Where in the file of the function that was called an error came from; nothing if the call itself failed."""
+    _, *frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f", in {own[-1].filename}:{own[-1].lineno}" if own else ""

@@ -152,7 +152,29 @@ class KLPenalty:
         return ratio * with_k2_gradient(self.estimate(logprobs, ref_logprobs), logprobs, ref_logprobs)
 
 
-class FixedKL:
+class KLController:
+    """The KL coefficient β: after each rollout it may adapt, and it goes on from a checkpoint."""
+
+    kl_coef: float
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Adapt β after a rollout; this one does not.
+
+        Args:
+            kl: mean KL per episode of the last rollout, in nats.
+            num_episodes: n, episodes in that rollout, over all ranks.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient as adapted so far, for the checkpoint."""
+        return {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the coefficient of a checkpoint."""
+        self.kl_coef = state["kl_coef"]
+
+
+class FixedKL(KLController):
     """A KL coefficient that stays: β.
 
     Args:
@@ -163,23 +185,11 @@ class FixedKL:
         require(0 <= kl_coef < math.inf, "kl_coef", kl_coef, "0 or more and finite")
         self.kl_coef = kl_coef
 
-    def update(self, kl: float, num_episodes: int) -> None:
-        """Nothing to adapt.
-
-        Args:
-            kl: mean KL per episode of the last rollout, in nats.
-            num_episodes: episodes in that rollout, over all ranks.
-        """
-
-    def state_dict(self) -> dict[str, Any]:
-        """The coefficient, for the checkpoint."""
-        return {"kl_coef": self.kl_coef}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore: a fixed coefficient is the config's, also when a run is resumed with another value."""
 
 
-class AdaptiveKL:
+class AdaptiveKL(KLController):
     """A KL coefficient that steers KL to a target: err = clip(kl/target - 1, ±0.2), β ← β (1 + err n/horizon).
 
     Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593. Other than there, a rollout of several horizons
@@ -201,11 +211,7 @@ class AdaptiveKL:
         self.horizon = horizon
 
     def update(self, kl: float, num_episodes: int) -> None:
-        """Adapt β after a rollout.
-
-        Args:
-            kl: mean KL per episode of the last rollout, in nats.
-            num_episodes: n, episodes in that rollout, over all ranks.
+        """Adapt β after a rollout; args as above.
 
         Raises:
             ValueError: `kl` is NaN, which would stay in β for ever.
@@ -215,11 +221,3 @@ class AdaptiveKL:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         # A rollout of more than 5 horizons could turn β negative for good: none may more than halve or double it.
         self.kl_coef *= min(max(1 + error * num_episodes / self.horizon, 0.5), 2.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The coefficient as adapted so far, for the checkpoint."""
-        return {"kl_coef": self.kl_coef}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the coefficient of a checkpoint."""
-        self.kl_coef = state["kl_coef"]

@@ -88,9 +88,15 @@ def scorer_from_policy(policy: Policy, trust_remote_code: bool = False) -> Score
     """A scorer on a copy of the policy's trunk, with a fresh head."""
     config = copy.deepcopy(policy.model.config)
     config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(
-        config, attn_implementation=policy.model.config._attn_implementation, trust_remote_code=trust_remote_code
-    )
+    try:
+        model = AutoModelForSequenceClassification.from_config(
+            config, attn_implementation=policy.model.config._attn_implementation, trust_remote_code=trust_remote_code
+        )
+    except ValueError as error:
+        raise UserError(
+            f"transformers has no sequence classification model for {type(config).__name__}, which a critic "
+            "or a reward model is; SFT and DPO need none"
+        ) from error
     backbone(model).load_state_dict(backbone(policy.model).state_dict())
     disable_dropout(model)
     initialize_score_head(model)
@@ -221,6 +227,8 @@ def _hint(source: str, error: Exception) -> str:
         return "; if you trust that code, set trust_remote_code: true"
     if source == str(DEMO_MODEL):
         return "; the embedded demo model has no weights: SFT trains it with from_scratch: true, and exports a policy"
+    if (Path(source) / "adapter_config.json").is_file():
+        return "; it holds adapters of PEFT alone: merge them into their model (merge_and_unload) and save that"
     if Path(source).is_dir():
         return f"; the folder holds {sorted(p.name for p in Path(source).iterdir())[:8]}"
     return f"; there is no folder {Path(source).absolute()}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.experience import episode_means
-from lit_rlhf.kl import AdaptiveKL, FixedKL, k1
+from lit_rlhf.kl import KLController, k1
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.rollout import GenerationSettings, complete, episode_rows
@@ -20,7 +20,7 @@ from token_mdp import Episode, FinishReason
 class OnPolicyModule(AlignmentModule):
     """Base of the algorithms that learn from a `RolloutDataModule`; their reference is a frozen network."""
 
-    kl: FixedKL | AdaptiveKL
+    kl: KLController
     shaping: RewardShaping
     temperature: float
     seed: int

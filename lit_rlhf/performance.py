@@ -110,8 +110,8 @@ def forward_flops(network: Policy | Scorer, batch: PackedBatch, weights: int) ->
     config = network.model.config.get_text_config()
     lengths = batch.layout.end_to_end.bounds.diff().double()
     pairs = (lengths * (lengths + 1) / 2).sum()
-    heads = config.num_attention_heads
-    width = heads * getattr(config, "head_dim", None) if getattr(config, "head_dim", None) else config.hidden_size
+    heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
+    width = heads * config.head_dim if getattr(config, "head_dim", None) else config.hidden_size if heads else 0
     attention = 4.0 * width * config.num_hidden_layers * pairs
     head = (
         2.0 * config.hidden_size * network.vocabulary_size * len(batch.target_ids) if isinstance(network, Policy) else 0

@@ -13,7 +13,7 @@ from lit_rlhf.advantages import explained_variance, gae, make_row_mask, pad_rows
 from lit_rlhf.batches import RolloutBatch
 from lit_rlhf.errors import require
 from lit_rlhf.experience import Experience, pack_episodes, plan_minibatches, rollout_means, split_by_episode
-from lit_rlhf.kl import AdaptiveKL, FixedKL, KLPenalty, clamped_logratio, k3
+from lit_rlhf.kl import FixedKL, KLController, KLPenalty, clamped_logratio, k3
 from lit_rlhf.loading import check_same_tokens, load_policy, load_scorer, load_tokenizer, scorer_from_policy
 from lit_rlhf.losses import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.on_policy import OnPolicyModule
@@ -64,7 +64,7 @@ class PPO(OnPolicyModule):
         self,
         policy: str = "demo",
         critic: str | None = None,
-        kl: FixedKL | AdaptiveKL | None = None,
+        kl: KLController | None = None,
         kl_penalty: KLPenalty = KLPenalty(),
         shaping: RewardShaping | None = None,
         clip_range: float = 0.2,

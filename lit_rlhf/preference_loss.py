@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_rlhf import losses
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, place_of, require
 
 PAIR = 5  # chosen, rejected and reference log-probs, and β: what every loss of the family takes
 FROM_BATCH = ("chosen_lengths", "rejected_lengths", "reward_shift")
@@ -159,11 +159,17 @@ def try_term(term: LossTerm, reference_free: bool = False) -> Tensor:
         raise UserError(f"{term.name} rates each response against the reference: set reference_free: false")
     inputs = {name: value for name, value in TRIED_INPUTS.items() if name in term.arguments}
     try:
-        values = term.function(*TRIED_PAIRS, 1.0, **(inputs | options))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{term.name}: {error}") from error
-    if values.shape != (3,):
-        raise UserError(f"{term.name} must give one loss per pair, (B,); for three pairs it gave {tuple(values.shape)}")
+        values = term.function(*TRIED_PAIRS.clone().requires_grad_(), 1.0, **(inputs | options))
+    except Exception as error:  # whatever a function of the user's raises
+        if isinstance(error, ValueError) and term.function.__module__.startswith(losses.__name__):
+            raise UserError(f"{term.name}: {error}") from error
+        raise UserError(f"{term.name} raised {type(error).__name__}: {error}{place_of(error)}") from error
+    if not isinstance(values, Tensor) or values.shape != (3,):
+        given = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise UserError(f"{term.name} must give one loss per pair, (B,); for three pairs it gave {given}")
+    if not values.requires_grad:
+        raise UserError(f"{term.name} gives losses without a gradient: nothing would be learnt")
+    values = values.detach()
     if not values.isfinite().all():
         raise UserError(f"{term.name} with the options {options} gives losses that are not finite: {values.tolist()}")
     return values

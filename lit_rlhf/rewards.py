@@ -4,7 +4,6 @@ Each is called by the environment with token ids, `reward(prompts, responses, **
 policy's tokenizer and device before the first call.
 """
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.tokenize import as_text
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, place_of
 from lit_rlhf.loading import check_same_tokens, load_scorer, load_tokenizer
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Scorer, freeze
@@ -124,7 +123,7 @@ class TextReward(Reward):
         except UserError:
             raise
         except Exception as error:
-            place = _place(error)
+            place = place_of(error)
             hint = (
                 "" if place else f"; it is called as function(prompts, responses, **columns), columns {sorted(columns)}"
             )
@@ -150,10 +149,3 @@ class TextReward(Reward):
         """The function by its import path, and the options that may have named it."""
         named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
         return f"reward function {named.__module__}.{named.__qualname__} (of data.reward, data.monitors or gold)"
-
-
-def _place(error: Exception) -> str:
-    """Where in the user's own file an error came from; nothing if the call itself failed."""
-    _, *frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == frames[0].filename]
-    return f", in {own[-1].filename}:{own[-1].lineno}" if own else ""

@@ -279,6 +279,11 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "prompts longer than the context": ("dpo", [NO_VALIDATION, "--data.train=long.jsonl"], "1 too long"),
     "missing model": ("dpo", ["--model.policy=runs/nowhere/model"], "runs/nowhere/model: no model"),
     "vocabularies that differ": ("dpo", ["--model.policy=mixed"], "the model embeds 40"),
+    "KL target below 0": (
+        "ppo",
+        ["--model.kl=lit_rlhf.AdaptiveKL", "--model.kl.init_args.target=-6"],
+        "target (-6.0) must be more than 0",
+    ),
     "no room for a prompt": ("ppo", ["--data.max_new_tokens=256"], "max_new_tokens (256) leaves no room"),
     "causal LM as reward model": ("ppo", ["--data.reward.init_args.model=runs/sft/model"], "no trained reward head"),
     "reward model with another tokenizer": (

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from lit_rlhf import cli
 from lit_rlhf.loading import scorer_from_policy
@@ -49,6 +49,14 @@ def test_of_experts_those_count_that_a_token_meets():
     others = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
     assert experts > 0
     assert matrix_weights(Policy(model)) == others + experts // 2
+
+
+def test_a_model_without_attention_has_none_to_count():
+    config = MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
+    policy, batch = Policy(AutoModelForCausalLM.from_config(config)), pack(random_examples(1))
+    weights = matrix_weights(policy)
+    head = 2 * 16 * 40 * len(batch.target_ids)
+    assert forward_flops(policy, batch, weights).item() == 2 * weights * len(batch.input_ids) + head
 
 
 def test_a_prompt_shared_by_two_responses_counts_once_in_the_linear_layers():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, MambaConfig
 
 from lit_rlhf import DPO, PPO, RewardModel, RewardModelReward, logprobs
 from lit_rlhf.callbacks import export
@@ -54,6 +54,18 @@ def test_a_missing_model_is_one_clear_line(tmp_path):
         load_policy(tmp_path / "nowhere")
     with pytest.raises(UserError, match="has no weights: SFT trains it with from_scratch: true"):
         load_policy("demo")
+
+
+def test_adapters_alone_are_no_model_and_the_message_says_what_to_do(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="adapters of PEFT alone: merge them into their model"):
+        load_policy(tmp_path)
+
+
+def test_a_critic_is_refused_where_transformers_has_no_class_for_it():
+    config = MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UserError, match="no sequence classification model for MambaConfig"):
+        scorer_from_policy(Policy(AutoModelForCausalLM.from_config(config)))
 
 
 def test_weights_that_lack_a_tensor_are_refused_by_its_name(folder, tmp_path):

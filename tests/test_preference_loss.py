@@ -115,6 +115,8 @@ REFUSED = {
         "link ('lit_rlhf.losses.forward_kl_link') must be a function",
     ),
     "a mean": (lambda a, b, c, d, beta: dpo_loss(a, b, c, d, beta).mean(), "must give one loss per pair"),
+    "a tuple": (lambda *args: (args[0], args[1]), "for three pairs it gave a tuple"),
+    "no gradient": (lambda *args: dpo_loss(*args).detach(), "gives losses without a gradient"),
     "another signature": (lambda chosen, rejected: chosen - rejected, "positional arguments"),
 }
 
@@ -125,6 +127,15 @@ def test_what_makes_no_sense_is_refused_by_name(name):
     with pytest.raises(UserError) as error:
         PreferenceLoss(loss)
     assert words in str(error.value)
+
+
+def test_a_bug_in_a_loss_of_ones_own_is_named_with_its_place():
+    def broken(chosen, rejected, ref_chosen, ref_rejected, beta):
+        return chosen - rejcted  # noqa: F821
+
+    line = broken.__code__.co_firstlineno + 1
+    with pytest.raises(UserError, match=rf"raised NameError: name 'rejcted' .*, in .*test_preference_loss.py:{line}$"):
+        PreferenceLoss(broken)
 
 
 @pytest.mark.parametrize(

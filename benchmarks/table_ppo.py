@@ -50,7 +50,7 @@ def learn_ppo(
     beta: float,
     iterations: int = 40,
     rollout_size: int = 16_384,
-    learning_rate: float = 0.05,
+    learning_rate: float | None = None,
     critic_learning_rate: float = 0.03,
     gae_lambda: float = 0.95,
     ppo_epochs: int = 8,
@@ -64,6 +64,8 @@ def learn_ppo(
     Few large rollouts rather than many small ones: what a rollout has not shown is forgotten on its evidence, and at a
     small β the policy then takes long to find it again.
     """
+    if learning_rate is None:
+        learning_rate = min(0.02 / beta, 0.05)  # logits have to move by as much as r/β, and no more than that
     rng = np.random.default_rng(seed)
     shuffle = torch.Generator().manual_seed(seed)
     policy = problem.table_policy()

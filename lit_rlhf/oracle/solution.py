@@ -176,9 +176,8 @@ class Oracle:
             rewards = [torch.as_tensor(reward_fn(prompt_ids, tree.completions, tree.lengths)) for prompt_ids in prompts]
         for values in rewards:
             if values.shape != (tree.num_completions,) or not values.isfinite().all():
-                raise ValueError(
-                    f"reward_fn must give ({tree.num_completions},) finite rewards, got {tuple(values.shape)}"
-                )
+                got = tuple(values.shape) if values.isfinite().all() else values[~values.isfinite()][:3].tolist()
+                raise ValueError(f"reward_fn must give ({tree.num_completions},) finite rewards, got {got}")
         self.rewards = torch.stack(rewards).cpu().double()
         self.log_partition = log_partition(self.ref_logprobs, self.rewards, beta)
         self.optimal_logprobs = optimal_logprobs(self.ref_logprobs, self.rewards, beta)

@@ -275,7 +275,7 @@ class TestModules:
         beta, tree = 0.5, words.tree
         compared = is_sentence(tree) & (tree.completions == EOS).any(1)
         oracle = words.oracle(beta)
-        module = learn_dpo_module(folder, all_pairs(words, compared, 80), beta, epochs=8, batch_size=128)
+        module = learn_dpo_module(folder, all_pairs(words, compared, 80), beta, epochs=16)
         implicit = beta * (oracle.logprobs(causal_lm(module.policy.model)) - oracle.ref_logprobs)[0, compared]
         rewards = oracle.rewards[0, compared]
         assert torch.corrcoef(torch.stack([implicit, rewards]))[0, 1] >= 0.99

@@ -109,11 +109,17 @@ def is_plain_linear(head: Any) -> bool:
 
 def in_compute_dtype(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias in the dtype that autocast, if it is on, would multiply them in."""
-    device, bias = hidden.device.type, head.bias
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), head.weight.to(dtype), None if bias is None else bias.to(dtype)
-    return hidden, head.weight, bias
+    dtype, bias = autocast_dtype(hidden.device.type), head.bias
+    if dtype is None:
+        return hidden, head.weight, bias
+    return hidden.to(dtype), head.weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast multiplies in on such a device; None where it is off."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 class LinearLogprobs(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_rlhf.logprobs import is_plain_linear
+from lit_rlhf.logprobs import autocast_dtype, is_plain_linear
 
 
 @contextmanager
@@ -42,15 +42,13 @@ def packed_linears(network: nn.Module) -> Iterator[None]:
 def must_cast(network: nn.Module) -> bool:
     """Whether each product would cast its float32 weight: under autocast, whose own cache Lightning switches off."""
     weight = next(network.parameters())
-    device = weight.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return enabled and weight.dtype == torch.float32
+    return weight.dtype == torch.float32 and autocast_dtype(weight.device.type) is not None
 
 
 def cast_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """X W^T + b with the weights as they are now, in the dtype of autocast."""
     assert isinstance(layer, nn.Linear)
-    dtype = torch.get_autocast_dtype(layer.weight.device.type)
+    dtype = autocast_dtype(layer.weight.device.type)
     weight = layer.weight.detach().to(dtype)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     return lambda x: F.linear(x, weight, bias)
@@ -64,7 +62,7 @@ def can_pack(network: nn.Module) -> bool:
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and not torch.is_autocast_enabled("cpu")
+        and autocast_dtype("cpu") is None
     )
 
 

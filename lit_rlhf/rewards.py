@@ -18,7 +18,7 @@ from lit_rlhf.errors import UserError, place_of
 from lit_rlhf.loading import check_same_tokens, load_scorer, load_tokenizer
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Scorer, freeze
-from token_mdp.columns import named_columns
+from token_mdp.columns import columns_for
 
 
 class Reward:
@@ -102,7 +102,6 @@ class TextReward(Reward):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.wanted = named_columns(function)
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
@@ -118,8 +117,7 @@ class TextReward(Reward):
         prompt_texts = [as_text(self.tokenizer, ids) for ids in prompts]
         response_texts = [as_text(self.tokenizer, ids) for ids in responses]
         try:
-            given = {name: columns[name] for name in columns if self.wanted is None or name in self.wanted}
-            returned = self.function(prompt_texts, response_texts, **given)
+            returned = self.function(prompt_texts, response_texts, **columns_for(self.function, columns))
         except UserError:
             raise
         except Exception as error:

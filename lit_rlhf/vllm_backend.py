@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.logprobs import autocast_dtype
 from lit_rlhf.policy import Policy
 from lit_rlhf.rollout import GenerationSettings, Play, RolloutBackend
 from lit_rlhf.sharding import full_state_dict, is_sharded
@@ -147,12 +147,11 @@ class VLLMBackend(RolloutBackend):
             raise UserError(f"the vLLM backend needs vLLM ({error}); pip install 'lit-rlhf[vllm]'") from error
         self.vllm = vllm
         device = policy.model.device.type
-        mixed = torch.is_autocast_enabled(device)
         settings = {
             "skip_tokenizer_init": True,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "logprobs_mode": "processed_logprobs",  # after temperature and filters: of the distribution sampled from
-            "dtype": str(torch.get_autocast_dtype(device) if mixed else policy.model.dtype).removeprefix("torch."),
+            "dtype": str(autocast_dtype(device) or policy.model.dtype).removeprefix("torch."),
         }
         self.engine = vllm.LLM(model=str(folder), **settings | self.engine_args)
 

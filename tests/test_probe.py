@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
     LlamaConfig,
@@ -17,7 +16,15 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.packing import pack
 from lit_rlhf.policy import Policy, context_length, runs_packed
 from lit_rlhf.probe import choose_attention, disable_dropout
-from tests.tiny import SHAPE, VOCABULARY, plain_logits, plain_response_logprobs, random_examples, tiny_policy
+from tests.tiny import (
+    SHAPE,
+    VOCABULARY,
+    plain_logits,
+    plain_response_logprobs,
+    random_examples,
+    spread_model,
+    tiny_policy,
+)
 
 LONG_ROPE = {
     "rope_type": "longrope",
@@ -77,13 +84,8 @@ FOUND = {  # what is special, and whether it still runs in packed rows
 
 
 def spread(config):
-    """A random policy as loading makes it, with logits spread enough that mistakes show."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4.0)
+    """A random policy as loading makes it."""
+    model = spread_model(config, "eager").train()
     disable_dropout(model)
     return Policy(model)
 

@@ -72,9 +72,14 @@ ARCHITECTURES = sorted(CONFIGS)
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0) -> torch.nn.Module:
+    """A random causal LM of one of `CONFIGS`."""
+    return spread_model(CONFIGS[architecture], IMPLEMENTATION, seed)
+
+
+def spread_model(config: PreTrainedConfig, attention: str, seed: int = 0) -> torch.nn.Module:
     """A random causal LM with logits spread enough that mistakes show."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], attn_implementation=IMPLEMENTATION)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

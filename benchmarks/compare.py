@@ -152,6 +152,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="with one, time is CPU time: other work does not count")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    for name in ("pairs", "batch", "slots", "fixed", "rounds", "threads"):
+        count = getattr(options, name)
+        if count is not None and count < 1:
+            parser.error(f"--{name} must be 1 or more, not {count}")
     if options.peer is not None and (options.peer_python is None or not Path(options.peer_python).exists()):
         parser.error("--peer trl needs --peer-python or $PEER_PYTHON: a Python with TRL, see docs/performance.md")
     if options.peer is None:

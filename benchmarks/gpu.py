@@ -29,7 +29,7 @@ from benchmarks.compare import useful_tokens
 from benchmarks.ours import ForcedLengths
 from benchmarks.peer_trl import forced
 from benchmarks.rounds import Contestant, conditions, print_table, serve
-from lit_rlhf.packing import IMPLEMENTATION
+from lit_rlhf.attention import IMPLEMENTATION
 from lit_rlhf.performance import measured_flops, peak_flops
 from lit_rlhf.policy import Policy
 from lit_rlhf.rollout import GenerationSettings, play

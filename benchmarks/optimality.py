@@ -153,6 +153,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         jobs: list[Any] = []
         if "words" in problems and playing:
+            torch.set_num_threads(1)  # as in the jobs: what is learnt must not depend on the number of cores
             make_reference(Path(folder))
             cells = itertools.product(playing, (beta for beta in betas if beta in WORD_BETAS))
             jobs += [(measure_words, Path(folder), name, beta, pythons.get(name)) for name, beta in cells]

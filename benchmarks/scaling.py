@@ -20,9 +20,10 @@ import torch
 
 from benchmarks import workload
 from benchmarks.rounds import conditions, print_table
+from lit_rlhf.attention import IMPLEMENTATION
 from lit_rlhf.decoding import SlotDecoder
 from lit_rlhf.logprobs import nll_sum
-from lit_rlhf.packing import IMPLEMENTATION, Example, pack
+from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Policy
 
 VOCABULARIES = (8192, 16_384, 32_768, 65_536)

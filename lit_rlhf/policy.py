@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lit_rlhf.attention import IMPLEMENTATION
 from lit_rlhf.logprobs import nll_sum, token_logprobs
-from lit_rlhf.packing import IMPLEMENTATION, Layout, PackedBatch
+from lit_rlhf.packing import Layout, PackedBatch
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -15,9 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_rlhf.attention import IMPLEMENTATION
 from lit_rlhf.decoding import SlotDecoder
 from lit_rlhf.errors import UserError
-from lit_rlhf.packing import IMPLEMENTATION, make_layout
+from lit_rlhf.packing import make_layout
 from lit_rlhf.policy import Policy, Scorer, backbone, context_length, packed_hidden_states
 
 LENGTHS = 8, 7  # tokens of the two sequences

@@ -142,6 +142,13 @@ def test_a_peer_without_a_python_is_refused_with_what_to_do(capsys, monkeypatch)
     assert "a Python with TRL, see docs/performance.md" in capsys.readouterr().err
 
 
+def test_a_count_below_one_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare", "--pairs", "-4"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "--pairs must be 1 or more, not -4" in capsys.readouterr().err
+
+
 def test_the_fit_recovers_a_known_exponent():
     sizes = [2.0, 4.0, 8.0, 16.0]
     assert scaling.fitted_exponent(sizes, [3.0 * size**1.5 for size in sizes]) == pytest.approx(1.5)

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf import RewardModelReward
+from lit_rlhf.attention import IMPLEMENTATION
 from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
 from lit_rlhf.cli import main
 from lit_rlhf.compare import FIGURES, compare
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.demo import __main__ as demo
-from lit_rlhf.packing import IMPLEMENTATION
 from lit_rlhf.rollout import GenerationSettings
 from tests.stages import make_stage, make_trainer, share_of_w9, write_inputs
 from tests.tiny import plain_response_logprobs, tiny_model, tiny_tokenizer

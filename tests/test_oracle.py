@@ -7,6 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lit_rlhf.advantages import gae, token_rewards
+from lit_rlhf.attention import IMPLEMENTATION
 from lit_rlhf.kl import k1
 from lit_rlhf.losses import alpha_link, forward_kl_link, jensen_shannon_link, reverse_kl_link
 from lit_rlhf.oracle import (
@@ -25,7 +26,6 @@ from lit_rlhf.oracle import (
     small_problems,
     trap_problem,
 )
-from lit_rlhf.packing import IMPLEMENTATION
 
 PROMPT = torch.tensor([1, 2])
 

@@ -18,7 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from lit_rlhf.packing import IMPLEMENTATION, Example
+from lit_rlhf.attention import IMPLEMENTATION
+from lit_rlhf.packing import Example
 from lit_rlhf.policy import Policy
 
 VOCABULARY = 40  # <pad> <s> </s>, then words w3 ... w39

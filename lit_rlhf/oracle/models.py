@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_rlhf.attention import IMPLEMENTATION
 from lit_rlhf.oracle.tree import LogprobFn
-from lit_rlhf.packing import IMPLEMENTATION
 
 
 def causal_lm(

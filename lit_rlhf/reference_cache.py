@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -107,8 +107,14 @@ class ReferenceCache:
         mine = self._compute(trainer, loader, data.num_rows(split), Parts(file.with_suffix(".parts")), pair_logprobs)
         logprobs: Tensor = trainer.strategy.reduce(mine, reduce_op="sum").cpu()
         if trainer.is_global_zero:
-            write({"logprobs": logprobs}, file)
-            shutil.rmtree(file.with_suffix(".parts"), ignore_errors=True)
+            try:
+                write({"logprobs": logprobs}, file)
+                shutil.rmtree(file.with_suffix(".parts"), ignore_errors=True)
+            except (OSError, SafetensorError) as error:  # this run has them, and other ranks wait for this one
+                rank_zero_warn(
+                    f"the reference log-probs cannot be kept in {file} ({error}); this run goes on with them, another "
+                    "will compute them again; set $LIT_RLHF_CACHE to a folder with room that can be written"
+                )
         return logprobs
 
     @torch.no_grad()

@@ -143,6 +143,14 @@ def test_a_file_cut_short_is_computed_anew(workdir, forwards):
     assert forwards
 
 
+def test_a_cache_that_cannot_be_written_costs_the_next_run_time_and_this_one_nothing(workdir, forwards, monkeypatch):
+    kept = fill(workdir)
+    (workdir / "full").write_text("a file where the folder should be")
+    monkeypatch.setenv("LIT_RLHF_CACHE", str(workdir / "full"))
+    with pytest.warns(UserWarning, match="cannot be kept in .*this run goes on with them"):
+        assert torch.equal(fill(workdir), kept)
+
+
 def test_parts_are_found_again_by_their_rows(workdir):
     parts = reference_cache.Parts(workdir / "x.parts")
     parts.add(torch.tensor([1]), torch.tensor([[-1.0, -2.0]]))

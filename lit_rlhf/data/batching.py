@@ -31,8 +31,8 @@ class TokenBudgetSampler(DistributedSampler):
 
     The gradient of an optimiser step is the mean over the items of that step on all ranks: Lightning divides each loss
     by A (in the shorter last step of an epoch too) and the strategy averages over W ranks, so each micro-batch's sum of
-    losses is divided by items of the step / (A W). Without shuffling, when nothing is learnt, the whole pass counts as
-    one step: the mean of the micro-batches' losses is the mean over all items.
+    losses is divided by items of the step / (A W). Where nothing is learnt, the whole pass counts as one step: the mean
+    of the micro-batches' losses is the mean over all items.
 
     The number of micro-batches is the same on each rank, where synchronising strategies would hang, and in each epoch,
     where the Trainer counts on it. It subclasses `DistributedSampler`, which Lightning does not replace.
@@ -43,12 +43,12 @@ class TokenBudgetSampler(DistributedSampler):
         max_tokens: of a micro-batch; None = no limit.
         batch_size: examples of a micro-batch at most; None = no limit. Where the number of examples does not divide
             among the ranks, up to W - 1 micro-batches hold one more.
-        shuffle: deal in an order drawn from (seed, epoch); else in the order of the data if only `batch_size` limits,
-            or by length.
+        shuffle: deal in an order drawn from (seed, epoch); else in the order of the data, as far as micro-batches can
+            be filled so, or by length where nothing is learnt and `max_tokens` limits.
         seed: of the order.
         num_replicas: W.
         rank: this one.
-        accumulate_grad_batches: A.
+        accumulate_grad_batches: A; None = nothing is learnt.
         limit_batches: micro-batches of each rank that the Trainer will take in an epoch; None = all.
 
     Raises:
@@ -65,7 +65,7 @@ class TokenBudgetSampler(DistributedSampler):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
-        accumulate_grad_batches: int = 1,
+        accumulate_grad_batches: int | None = 1,
         limit_batches: int | None = None,
     ) -> None:
         n = len(lengths)
@@ -87,7 +87,7 @@ class TokenBudgetSampler(DistributedSampler):
         self.limit_batches = limit_batches
         self.start = 0  # micro-batches to skip when next iterated
         self.longest_first = self._fill(self._by_length(np.random.default_rng(seed)))
-        first = len(self._fill(self._order(0))) if shuffle else 0
+        first = 0 if accumulate_grad_batches is None else len(self._fill(self._order(0)))
         count = max(first, len(self.longest_first))
         self.num_batches = min(-(-count // num_replicas), n // num_replicas)  # on each rank
 
@@ -104,7 +104,11 @@ class TokenBudgetSampler(DistributedSampler):
         """The micro-batches of all ranks in an epoch."""
         total = self.num_batches * self.num_replicas
         batches = self.longest_first
-        if self.shuffle:
+        if self.max_tokens is None and not self.shuffle:
+            batches = [chunk.tolist() for chunk in np.array_split(np.arange(len(self.lengths)), total)]
+        elif self.accumulate_grad_batches is None:
+            batches = self._adjust(batches, total)
+        else:
             rng = np.random.default_rng([self.seed, epoch, 1])
             for attempt in range(ATTEMPTS):
                 if len(drawn := self._fill(self._order(epoch, attempt))) <= total:
@@ -113,11 +117,7 @@ class TokenBudgetSampler(DistributedSampler):
             else:  # too many micro-batches in each order tried; longest first needs the fewest
                 batches = self._fill(self._by_length(rng))
             batches = self._adjust(batches, total)
-            batches = [batches[j] for j in rng.permutation(total)]
-        elif self.max_tokens is None:
-            batches = [chunk.tolist() for chunk in np.array_split(np.arange(len(self.lengths)), total)]
-        else:
-            batches = self._adjust(batches, total)
+            batches = [batches[j] for j in rng.permutation(total)] if self.shuffle else sorted(batches, key=min)
         return self._with_denominators(batches)
 
     def fingerprint(self) -> int:
@@ -126,7 +126,8 @@ class TokenBudgetSampler(DistributedSampler):
         return zlib.crc32(repr(settings).encode(), zlib.crc32(self.lengths.tobytes()))
 
     def _order(self, epoch: int, attempt: int = 0) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch, 0, attempt]).permutation(len(self.lengths))
+        rng, n = np.random.default_rng([self.seed, epoch, 0, attempt]), len(self.lengths)
+        return rng.permutation(n) if self.shuffle else np.arange(n)
 
     def _by_length(self, rng: np.random.Generator) -> np.ndarray:
         shuffled = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
@@ -181,7 +182,7 @@ class TokenBudgetSampler(DistributedSampler):
 
     def _with_denominators(self, batches: list[list[int]]) -> list[MicroBatch]:
         taken = min(self.num_batches, self.limit_batches or self.num_batches)
-        steps = self.accumulate_grad_batches if self.shuffle else taken
+        steps = taken if self.accumulate_grad_batches is None else self.accumulate_grad_batches
         local = np.arange(len(batches)) // self.num_replicas
         step = local // steps
         items = np.array([self.items[batch].sum() for batch in batches])

@@ -38,7 +38,7 @@ class ExamplesDataModule(LightningDataModule):
         max_prompt_length: longer prompts of `predict` lose tokens on the left; null = half of max_length.
         max_tokens: of a micro-batch, counting a shared prompt once; null = no limit.
         batch_size: examples of a micro-batch at most; null = as many as max_tokens takes.
-        shuffle: deal the training rows in another order in each epoch.
+        shuffle: deal the training rows in another order in each epoch; else about in the order of the data.
         num_workers: processes that pack batches beside the training.
         num_proc: processes that tokenise, once; null = one.
         seed: of the order of examples, and of the share that a weight below 1 takes.
@@ -189,7 +189,7 @@ class ExamplesDataModule(LightningDataModule):
         ranks = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return ranks or {"num_replicas": 1, "rank": 0}
 
-    def _loader(self, name: str, shuffle: bool, limit: float | None, accumulate: int = 1) -> ResumableLoader:
+    def _loader(self, name: str, shuffle: bool, limit: float | None, accumulate: int | None = None) -> ResumableLoader:
         dataset = self.datasets[name]
         sampler = TokenBudgetSampler(
             dataset.lengths(),

@@ -51,9 +51,8 @@ def token_logprobs(
         return empty, (empty if with_entropy else None)
     size = chunk_size(head, hidden.device, chunk_bytes)
     if is_plain_linear(head):
-        taken, entropy = LinearLogprobs.apply(
-            *in_compute_dtype(head, hidden), target_ids, temperature, with_entropy, size
-        )
+        settings = temperature, with_entropy, size
+        taken, entropy = LinearLogprobs.apply(hidden, *parameters(head), target_ids, *settings)
         return taken, (entropy if with_entropy else None)
 
     def chunk_logprobs(hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -81,7 +80,7 @@ def nll_sum(
     """
     size = chunk_size(head, hidden.device, chunk_bytes)
     if is_plain_linear(head) and hidden.shape[0] > size and torch.is_grad_enabled():
-        total: Tensor = LinearNLL.apply(*in_compute_dtype(head, hidden), target_ids, size)
+        total: Tensor = LinearNLL.apply(hidden, *parameters(head), target_ids, size)
         return total
     return -token_logprobs(head, hidden, target_ids, chunk_bytes=chunk_bytes)[0].sum()
 
@@ -107,12 +106,14 @@ def is_plain_linear(head: Any) -> bool:
     )
 
 
-def in_compute_dtype(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias in the dtype that autocast, if it is on, would multiply them in."""
-    dtype, bias = autocast_dtype(hidden.device.type), head.bias
-    if dtype is None:
-        return hidden, head.weight, bias
-    return hidden.to(dtype), head.weight.to(dtype), None if bias is None else bias.to(dtype)
+def parameters(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a plain linear head."""
+    return head.weight, head.bias
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What hidden states are multiplied in: their own dtype, or that of autocast."""
+    return autocast_dtype(hidden.device.type) or hidden.dtype
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -137,9 +138,11 @@ class LinearLogprobs(torch.autograd.Function):
         size: int,
     ) -> tuple[Tensor, Tensor]:
         """(M,) log-probs; (M,) entropies, or (0,)."""
+        ctx.dtype = compute_dtype(hidden)
+        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         parts = []
         for h, t in zip(hidden.split(size), target_ids.split(size), strict=True):
-            z = logits(h, weight, bias, temperature)
+            z = logits(h.to(ctx.dtype), w, b, temperature)
             parts.append((*statistics(z, t, with_entropy),))
         taken, normalisers, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, bias, target_ids, normalisers, entropies)
@@ -153,10 +156,11 @@ class LinearLogprobs(torch.autograd.Function):
         """Gradients of hidden states, weight and bias."""
         hidden, weight, bias, target_ids, normalisers, entropies = ctx.saved_tensors
         temperature, with_entropy, size = ctx.settings
-        sums = GradientSums(hidden, weight, bias, ctx.needs_input_grad)
+        sums = GradientSums(hidden, weight, bias, ctx.dtype, ctx.needs_input_grad)
         for rows in chunks(len(hidden), size):
-            z = logits(hidden[rows], weight, bias, temperature) if ctx.held is None else ctx.held
-            ctx.held = None
+            z, ctx.held = ctx.held, None  # no longer those of the chunk before, while the next are made
+            if z is None:
+                z = sums.logits(rows, temperature)
             entropy = (entropies[rows], gradients[1][rows]) if with_entropy else None
             to_gradient_(z, target_ids[rows], normalisers[rows], gradients[0][rows], entropy)
             sums.add(rows, z if temperature == 1.0 else z.div_(temperature))
@@ -169,14 +173,15 @@ class LinearNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, size: int) -> Tensor:
         """() the sum."""
-        sums = GradientSums(hidden, weight, bias, ctx.needs_input_grad)
+        sums = GradientSums(hidden, weight, bias, compute_dtype(hidden), ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for rows in chunks(len(hidden), size):
-            z = logits(hidden[rows], weight, bias, 1.0)
+            z = sums.logits(rows, 1.0)
             taken, normalisers, _ = statistics(z, target_ids[rows], with_entropy=False)
             total -= taken.sum()
             to_gradient_(z, target_ids[rows], normalisers, -torch.ones_like(taken), None)
             sums.add(rows, z)
+            del z  # before the next are made
         ctx.save_for_backward(*sums.results())
         return total
 
@@ -187,36 +192,54 @@ class LinearNLL(torch.autograd.Function):
 
 
 class GradientSums:
-    """Gradients of a linear layer, added up over chunks of its inputs."""
+    """Gradients of a linear layer, added up over chunks of its inputs; products are made in `dtype`."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]) -> None:
-        self.inputs, self.weight, self.bias = hidden, weight, bias
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, needed: tuple[bool, ...]
+    ) -> None:
+        self.inputs, self.dtype = hidden, dtype
+        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.results_in = weight.dtype, None if bias is None else bias.dtype
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self.weight_sum: Tensor | None = None
         self.bias_sum: Tensor | None = None
         self.needed = needed
 
+    def logits(self, rows: slice, temperature: float) -> Tensor:
+        """(C, V) logits / temperature of `rows`."""
+        return logits(self.inputs[rows].to(self.dtype), self.weight, self.bias, temperature)
+
     def add(self, rows: slice, gradient: Tensor) -> None:
         """Take the (C, V) gradient of the logits of `rows`."""
         whole = rows == slice(0, len(self.inputs))
         if self.hidden is not None:
-            torch.mm(gradient, self.weight, out=self.hidden[rows])
+            self.hidden[rows] = gradient @ self.weight
         if self.needed[1]:
-            if self.weight_sum is None:
-                product = gradient.t() @ self.inputs[rows]
-                self.weight_sum = product if whole else product.float()
-            elif self.weight_sum.dtype == gradient.dtype:
-                self.weight_sum.addmm_(gradient.t(), self.inputs[rows])
+            inputs = self.inputs[rows].to(self.dtype)
+            if whole:
+                self.weight_sum = gradient.t() @ inputs
             else:
-                self.weight_sum += gradient.t() @ self.inputs[rows]
+                if self.weight_sum is None:
+                    self.weight_sum = torch.zeros_like(self.weight, dtype=torch.float32)
+                self.add_product(gradient.t(), inputs)
         if self.bias is not None and self.needed[2]:
             total = gradient.sum(0, dtype=torch.float32)
             self.bias_sum = total if self.bias_sum is None else self.bias_sum + total
 
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add a product to the weight's gradient; one in half precision by blocks, so that it is never there whole."""
+        assert self.weight_sum is not None
+        if left.dtype == self.weight_sum.dtype:
+            self.weight_sum.addmm_(left, right)
+            return
+        size = max(1, CHUNK_LEAST // (4 * right.shape[1]))
+        for block, part in zip(self.weight_sum.split(size), left.split(size), strict=True):
+            block += part @ right
+
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden states, weight and bias in the dtypes of these."""
-        weight = None if self.weight_sum is None else self.weight_sum.to(self.weight.dtype)
-        bias = None if self.bias_sum is None or self.bias is None else self.bias_sum.to(self.bias.dtype)
+        sums = zip((self.weight_sum, self.bias_sum), self.results_in, strict=True)
+        weight, bias = (None if total is None else total.to(dtype) for total, dtype in sums)
         return self.hidden, weight, bias
 
 
@@ -274,6 +297,7 @@ def to_gradient_(
         result = logprobs.exp_().mul_(-factor)
         result[torch.arange(len(block), device=z.device), target_ids[rows]] += gradient[rows]
         block.copy_(result)
+        del logprobs, result  # before the next block's are made
 
 
 def blocks(z: Tensor) -> tuple[Tensor, ...]:

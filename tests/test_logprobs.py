@@ -3,9 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_rlhf import logprobs
 from lit_rlhf.logprobs import CHUNK_MOST, chunk_size, nll_sum, token_logprobs
 
 
@@ -178,15 +180,22 @@ def test_logits_of_one_chunk_at_most_are_held_for_the_backward_pass(problem):
 
 
 @pytest.mark.parametrize("width", [1024, 3584])  # beyond, the gradient of the head's weight is most of an eighth
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("way", [token_logprobs, nll_sum])
-def test_the_loss_at_16k_tokens_and_a_vocabulary_of_150k_takes_an_eighth_of_the_plain_memory(dtype, way, width):
+def test_the_loss_at_16k_tokens_and_a_vocabulary_of_150k_takes_an_eighth_of_the_plain_memory(
+    dtypes, way, width, monkeypatch
+):
+    """In single, half and mixed precision; the last as autocast does it, which the meta device does not know."""
+    stored, multiplied = (getattr(torch, name) for name in dtypes)
+    monkeypatch.setattr(logprobs, "autocast_dtype", lambda device: multiplied)
+
     def plain(head, hidden, targets):
-        return torch.log_softmax(head(hidden).float(), -1).gather(-1, targets[:, None])
+        logits = F.linear(hidden.to(multiplied), head.weight.to(multiplied))
+        return torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])
 
     def peak(function, **options):
-        head = nn.Linear(width, 150_000, bias=False, device="meta", dtype=dtype)
-        hidden = torch.empty(16_384, width, device="meta", dtype=dtype, requires_grad=True)
+        head = nn.Linear(width, 150_000, bias=False, device="meta", dtype=stored)
+        hidden = torch.empty(16_384, width, device="meta", dtype=stored, requires_grad=True)
         targets = torch.empty(16_384, device="meta", dtype=torch.int64)
         with PeakMemory() as memory:
             head.weight.detach(), hidden.detach()  # seen

@@ -65,6 +65,7 @@ build: setup
 # With PEER_PYTHON (and PEER_PPO_PYTHON) set, beside TRL; see docs/performance.md.
 bench: setup
 	$(BIN)/python -m benchmarks.compare $(if $(PEER_PYTHON),--peer trl)
+	$(BIN)/python -m benchmarks.compare $(if $(PEER_PYTHON),--peer trl) --task generate --fixed 48
 
 bench-scaling: setup
 	$(BIN)/python -m benchmarks.scaling

@@ -264,7 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = device_of()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     options.bandwidth = options.bandwidth or measured_bandwidth(device)
-    options.matmul_flops, options.peak_flops = measured_flops(device, dtype), peak_flops(device, dtype)
+    options.matmul_flops = measured_flops(device, dtype)
+    options.peak_flops, options.mfu_is_over = peak_flops(device, dtype) or (None, "nothing")
     if on_gpu:
         torch.cuda.empty_cache()
     conditions(device=torch.cuda.get_device_name() if on_gpu else "CPU", **vars(options))

@@ -131,6 +131,19 @@ def test_a_comparison_pairs_the_rounds_of_ours_and_each_peer(monkeypatch, capsys
     assert "| trl packing | " in output
 
 
+def test_without_a_python_for_its_ppo_the_peer_sits_out_ppo_and_the_tasks_after_it_are_played(monkeypatch, capsys):
+    monkeypatch.setattr(compare, "Contestant", Timed)
+    monkeypatch.setattr(Timed, "seconds", Timed.seconds | {"transformers generate": 4.0})
+    monkeypatch.setattr(sys, "argv", ["compare", "--peer", "trl", "--peer-python", sys.executable, "--rounds", "1"])
+    monkeypatch.delenv("PEER_PPO_PYTHON", raising=False)
+    monkeypatch.setattr(subprocess, "check_output", lambda command, text: "trl 1 torch 2\n")
+    compare.main()
+    output = capsys.readouterr().out
+    played = [(line["task"], line["contestant"]) for line in json_lines(output) if "contestant" in line]
+    assert played[-3:] == [("ppo", "ours"), ("generate", "ours"), ("generate", "transformers generate")]
+    assert "ppo: ours alone; --peer-ppo-python or $PEER_PPO_PYTHON must name a Python" in output
+
+
 def test_a_contestant_that_dies_says_why():
     contestant = Contestant("broken", [sys.executable, "-c", "raise SystemExit('no such model')"], threads=1)
     with pytest.raises(RuntimeError, match=r"broken died \(1\):\nno such model"):
@@ -155,6 +168,11 @@ def test_a_peer_without_a_python_is_refused_with_what_to_do(capsys, monkeypatch)
     with pytest.raises(SystemExit):
         compare.main()
     assert "a Python with TRL, see docs/performance.md" in capsys.readouterr().err
+    peers = ["--peer-python", sys.executable, "--peer-ppo-python", "nowhere/python"]
+    monkeypatch.setattr(sys, "argv", ["compare", "--peer", "trl", *peers])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "--peer-ppo-python or $PEER_PPO_PYTHON: there is no nowhere/python" in capsys.readouterr().err
 
 
 def test_a_count_below_one_is_refused(capsys, monkeypatch):

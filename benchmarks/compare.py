@@ -47,8 +47,12 @@ def contestants(task: str, options: argparse.Namespace) -> list[Contestant]:
     entries = {"ours": ours}
     if task not in ("ppo", "generate"):
         entries["ours, no Trainer"] = [*ours, "--bare"]
-    if options.peer == "trl":
-        python = (options.peer_ppo_python or options.peer_python) if task == "ppo" else options.peer_python
+    python = options.peer_ppo_python if task == "ppo" else options.peer_python
+    if options.peer == "trl" and not python:
+        print(
+            "ppo: ours alone; --peer-ppo-python or $PEER_PPO_PYTHON must name a Python with TRL 1.12, the last with PPO"
+        )
+    elif options.peer == "trl":
         peer = [python, "-m", "benchmarks.peer_trl", *common]
         if task == "generate":
             entries["transformers generate"] = [*peer, "--tuned"]
@@ -119,7 +123,7 @@ def describe(options: argparse.Namespace) -> None:
     peers = {}
     for name in ("peer_python", "peer_ppo_python") if options.peer else ():
         python = getattr(options, name)
-        if python is not None:
+        if python:
             ask = "from importlib.metadata import version as v; print('trl', v('trl'), 'torch', v('torch'))"
             peers[name] = subprocess.check_output([python, "-c", ask], text=True).strip()
     conditions(
@@ -158,6 +162,8 @@ def main() -> None:
             parser.error(f"--{name} must be 1 or more, not {count}")
     if options.peer is not None and (options.peer_python is None or not Path(options.peer_python).exists()):
         parser.error("--peer trl needs --peer-python or $PEER_PYTHON: a Python with TRL, see docs/performance.md")
+    if options.peer is not None and options.peer_ppo_python and not Path(options.peer_ppo_python).exists():
+        parser.error(f"--peer-ppo-python or $PEER_PPO_PYTHON: there is no {options.peer_ppo_python}")
     if options.peer is None:
         print("no peer: ours stands beside its own bare step (the same model and losses in a plain loop)")
     describe(options)

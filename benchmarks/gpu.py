@@ -15,10 +15,9 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -83,19 +82,39 @@ def trained(task: str, batch: int, options: argparse.Namespace, deadline: float)
 
 
 def decode(options: argparse.Namespace, limit: float) -> dict[str, Any]:
-    """New tokens per second of a rollout, by engine and law of lengths, and what bandwidth allows."""
+    """New tokens per second of a rollout, by engine and law of lengths, and what bandwidth allows.
+
+    Every round prints its line as it ends; where the time runs out, the medians are those of the rounds so far.
+    """
+    deadline = time.monotonic() + limit
     command = [sys.executable, "-m", "benchmarks.gpu", "--serve", "--shape", options.shape]
     command += ["--slots", str(options.slots), "--new-tokens", str(options.new_tokens)]
     command += ["--bandwidth", str(options.bandwidth)]
     contestant = Contestant("decode", command, threads=max(2, os.cpu_count() or 2))
     try:
-        return contestant.play(limit=limit)
+        while "engine" in contestant.play(limit=deadline - time.monotonic()):
+            print(json.dumps({"phase": "decode", **contestant.results[-1]}), flush=True)
+        return {"engines": medians(contestant.results[:-1])}
+    except RuntimeError as error:
+        return {"error": str(error)[-2000:], "engines": medians(contestant.results)}
     finally:
         contestant.close()
 
 
-def decoding(options: argparse.Namespace) -> dict[str, Any]:
-    """All engines in this process; one that fails leaves its error."""
+def medians(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each engine and law of lengths: the median of its rounds after one of warm-up, or its error."""
+    lines = []
+    for key in dict.fromkeys((line["engine"], line["lengths"]) for line in rounds):
+        played = [line for line in rounds if (line["engine"], line["lengths"]) == key]
+        counted = sorted(played[1:], key=lambda line: line.get("tokens_per_second", 0.0))
+        failed = [line for line in played if "error" in line]
+        no_time = {"engine": key[0], "lengths": key[1], "error": "no time for a round after that of warm-up"}
+        lines.append(failed[0] if failed else counted[len(counted) // 2] if counted else no_time)
+    return lines
+
+
+def decoding(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rounds of all engines in this process, in turns; one that fails leaves its error and sits out the others."""
     device, shape, slots = device_of(), workload.SHAPES[options.shape], options.slots
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = Policy(workload.make_model(shape, attn_implementation=IMPLEMENTATION).to(device, dtype).eval())
@@ -109,28 +128,21 @@ def decoding(options: argparse.Namespace) -> dict[str, Any]:
     }
     if device.type != "cuda":
         del engines["slot cache, CUDA graphs"]
-    lines = []
     for law, due in laws.items():
         context = np.mean([len(prompt) for prompt in prompts]) + (due**2).sum() / due.sum() / 2  # of a token written
         limit = bandwidth_limit(shape, slots, float(context), dtype.itemsize, options.bandwidth)
-        rates: dict[str, list[float]] = {name: [] for name in engines}
-        errors: dict[str, str] = {}
-        for _, (name, engine) in itertools.product(range(1 + ROUNDS), engines.items()):
-            if name in errors:
+        failed = set()
+        for number, (name, engine) in itertools.product(range(1 + ROUNDS), engines.items()):
+            if name in failed:
                 continue
+            line: dict[str, Any] = {"engine": name, "lengths": law, "slots": slots, "round": number}
             try:
                 start = now()
-                rates[name].append(engine(due) / (now() - start))
+                rate = engine(due) / (now() - start)
+                yield line | {"tokens_per_second": rate, "share_of_bandwidth_limit": rate / limit}
             except RuntimeError as error:
-                errors[name] = str(error)[-300:]
-        for name in engines:
-            line: dict[str, Any] = {"engine": name, "lengths": law, "slots": slots}
-            if name in errors:
-                lines.append(line | {"error": errors[name]})
-                continue
-            rate = statistics.median(rates[name][1:])
-            lines.append(line | {"tokens_per_second": rate, "share_of_bandwidth_limit": rate / limit})
-    return {"engines": lines}
+                failed.add(name)
+                yield line | {"error": str(error)[-300:]}
 
 
 def rollout(policy: Policy, prompts: list[np.ndarray], due: np.ndarray, slots: int, cuda_graphs: bool) -> int:
@@ -230,7 +242,7 @@ def measure(options: argparse.Namespace) -> None:
             except RuntimeError as error:
                 line["error"] = str(error)[-2000:]
         print(json.dumps(line | {"phase_seconds": round(time.monotonic() - start, 1)}), flush=True)
-        rows += [table_row(phase, part) for part in line.get("engines", [line])]
+        rows += [table_row(phase, part) for part in line.get("engines") or [line]]
     print_table("Medians", ("phase", "tokens/s", "of the limit"), rows)
 
 
@@ -259,12 +271,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.serve:
         torch.set_num_threads(int(os.environ.get("BENCHMARK_THREADS", "1")))
-        serve(lambda: decoding(options))
+        rounds = decoding(options)
+        serve(lambda: next(rounds, {}))
         return
     device = device_of()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     options.bandwidth = options.bandwidth or measured_bandwidth(device)
-    options.matmul_flops, options.peak_flops = measured_flops(device, dtype), peak_flops(device, dtype)
+    options.matmul_flops = measured_flops(device, dtype)
+    options.peak_flops, options.mfu_is_over = peak_flops(device, dtype) or (None, "nothing")
     if on_gpu:
         torch.cuda.empty_cache()
     conditions(device=torch.cuda.get_device_name() if on_gpu else "CPU", **vars(options))

@@ -36,11 +36,18 @@ class Shape:
         kv = self.kv_heads * self.hidden // self.heads
         return self.layers * (2 * self.hidden**2 + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate)
 
-    def forward_flops(self, lengths: Sequence[int], head_tokens: int) -> float:
-        """Useful operations of a forward pass over whole causal sequences, the head at `head_tokens` positions."""
+    def forward_flops(self, lengths: Sequence[int], head_tokens: int, shared_tokens: int = 0) -> float:
+        """Useful operations of a forward pass over whole causal sequences.
+
+        Args:
+            lengths: of the sequences.
+            head_tokens: positions at which the head is used.
+            shared_tokens: that sequences have in common with an earlier one; linear layers need not see them again.
+        """
         s = np.asarray(lengths, dtype=np.float64)
         attention = self.layers * 4.0 * self.hidden * (s * (s + 1) / 2).sum()
-        return 2.0 * self.linear_parameters() * s.sum() + attention + 2.0 * self.hidden * self.vocabulary * head_tokens
+        linear = 2.0 * self.linear_parameters() * (s.sum() - shared_tokens)
+        return linear + attention + 2.0 * self.hidden * self.vocabulary * head_tokens
 
 
 SHAPES = {
@@ -84,9 +91,13 @@ def sequences(task: str, pairs: Sequence[Pair]) -> tuple[list[int], int]:
 
 
 def training_flops(task: str, shape: Shape, pairs: Sequence[Pair]) -> float:
-    """Useful operations of an epoch: three forward passes, and one of the reference in DPO without a cache."""
+    """Useful operations of an epoch: three forward passes, and one of the reference in DPO without a cache.
+
+    The prompt of a pair counts once in the linear layers, as it does in `perf/mfu`.
+    """
     lengths, responses = sequences(task, pairs)
-    forward = shape.forward_flops(lengths, 0 if task == "reward" else responses)
+    shared = 0 if task == "sft" else sum(len(pair["prompt"]) for pair in pairs)
+    forward = shape.forward_flops(lengths, 0 if task == "reward" else responses, shared)
     return (4 if task == "dpo" else 3) * forward
 
 

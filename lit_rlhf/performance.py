@@ -1,5 +1,6 @@
 """How fast training is against what the device could do, and the precision that suits the device."""
 
+import math
 import time
 import warnings
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_rlhf.batches import RolloutBatch
@@ -17,69 +19,104 @@ from lit_rlhf.policy import Policy, Scorer, backbone
 
 
 class Performance(Callback):
-    """Log speed against the clock on the wall, rollouts and waiting included.
+    """Log speed against the clock on the wall, rollouts and waiting included; validation, its samples, checkpoints not.
 
     - `perf/tokens_per_second`: real tokens trained on, a shared prompt counted once, over all ranks.
-    - `perf/mfu`: useful operations of forward and backward passes (no padding, the head on response tokens only; a
-      backward pass is two forward passes) over what the device can do. Rollouts do no useful operation in this count.
+    - `perf/mfu`: useful operations of forward and backward passes (`step_flops`) over what the device can do by its
+      data sheet or, where Lightning has none (a CPU, some GPUs), by a product of matrices; the run says which. Rollouts
+      do no useful operation in this count. The mean over ranks, as all below.
     - `perf/padding_fraction`: cells of the attention buckets without a token; linear layers never see padding, nor does
       variable-length attention on CUDA.
     - `perf/rollout_fraction`: share of the time that on-policy training waits for rollouts and their scores.
 
-    Logged every `log_every_n_steps` micro-batches and at the end of an epoch; on-policy, once an iteration.
+    Logged every `log_every_n_steps` optimiser steps and at the end of an epoch; on-policy, once an iteration.
     """
 
+    since: float | None = None  # the clock runs from here; None = it stands
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self.peak: float | None = None
-        self.weights = {id(network): matrix_weights(network) for network in roles(pl_module)}
+        """Nothing is counted yet."""
+        self.peak: tuple[float, str] | None = None
+        self.weights = {id(n): (matrix_weights(n), matrix_weights(n, frozen=True)) for n in roles(pl_module)}
+        self.step, self.since = trainer.global_step, None
         self.restart()
 
     def restart(self) -> None:
-        """Count from here."""
-        self.since = self.idle_since = time.perf_counter()
+        """Count anew."""
         self.batches = self.tokens = 0
-        self.idle = 0.0
+        self.seconds = self.idle = 0.0
         self.padding: float = 0.0
         self.flops: Tensor | float = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The next batch is awaited from here; validation is none of the waiting."""
-        self.idle_since = time.perf_counter()
+        """Start the clock; the first batch is awaited from here."""
+        self.since = self.idle_since = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The batch is there."""
-        self.idle += time.perf_counter() - self.idle_since
+        """The batch is there; after an interruption nobody knows since when it was awaited."""
+        now = time.perf_counter()
+        if self.since is None:
+            self.since = now
+        else:
+            self.idle += now - self.idle_since
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; log with the other metrics."""
-        on_policy = isinstance(batch, RolloutBatch)
+        """Count; log at the steps at which Lightning writes what is logged."""
+        self.on_policy = isinstance(batch, RolloutBatch)
         self.batches += 1
         self.tokens += batch.packed.input_ids.numel()
         self.padding += batch.packed.layout.padding_fraction()
         for network in roles(pl_module):
-            trained = any(p.requires_grad for p in network.parameters())
-            if trained or not on_policy:  # frozen networks of on-policy training run in rollouts only
-                passes = 3 if trained else 1
-                self.flops = self.flops + passes * forward_flops(network, batch.packed, self.weights[id(network)])
+            # Frozen networks of on-policy training run in rollouts only.
+            if not self.on_policy or any(p.requires_grad for p in network.parameters()):
+                self.flops = self.flops + step_flops(network, batch.packed, *self.weights[id(network)])
+        stepped, self.step = trainer.global_step > self.step, trainer.global_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.is_last_batch or (not on_policy and self.batches % every == 0):
-            if self.peak is None:
-                self.peak = peak_flops(pl_module.device, compute_dtype(trainer))
-            seconds = time.perf_counter() - self.since
-            metrics = {
-                "perf/tokens_per_second": self.tokens * trainer.world_size / seconds,
-                "perf/padding_fraction": self.padding / self.batches,
-            }
-            if self.peak:
-                metrics["perf/mfu"] = float(self.flops) / seconds / self.peak
-            if on_policy:
-                metrics["perf/rollout_fraction"] = self.idle / seconds
-            pl_module.log_dict(metrics, batch_size=1)
-            self.restart()
+        if not self.on_policy and stepped and every and self.step % every == 0:
+            self.stop()
+            self.report(trainer, pl_module)
+            self.since = time.perf_counter()
         self.idle_since = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, wherever in the epoch training ended."""
+        self.stop()
+        if self.batches:
+            self.report(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Neither validation nor what follows it counts, up to the next batch."""
+        self.stop()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Nor does a checkpoint; Lightning does not tell of one with `save_weights_only`."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the clock, once the device has done what it was given."""
+        if self.since is not None:
+            self.flops = float(self.flops)
+            self.seconds += time.perf_counter() - self.since
+            self.since = None
+
+    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was counted, and count anew."""
+        if self.peak is None:
+            self.peak = peak_flops(pl_module.device, compute_dtype(trainer))
+            if self.peak:
+                rank_zero_info("perf/mfu is over %.3g operations per second: %s", *self.peak)
+        metrics = {
+            "perf/tokens_per_second": self.tokens * trainer.world_size / self.seconds,  # the mean over ranks follows
+            "perf/padding_fraction": self.padding / self.batches,
+        }
+        if self.peak:
+            metrics["perf/mfu"] = float(self.flops) / self.seconds / self.peak[0]
+        if self.on_policy:
+            metrics["perf/rollout_fraction"] = self.idle / self.seconds
+        pl_module.log_dict(metrics, batch_size=1, sync_dist=True)
+        self.restart()
 
 
 def roles(module: LightningModule) -> list[Policy | Scorer]:
@@ -88,19 +125,47 @@ def roles(module: LightningModule) -> list[Policy | Scorer]:
     return [network for network in module.networks() if isinstance(network, Policy | Scorer)]
 
 
-def matrix_weights(network: Policy | Scorer) -> int:
-    """Weights of the trunk that a token is multiplied with: matrices, no embeddings, and of experts those it meets."""
+def matrix_weights(network: Policy | Scorer, frozen: bool = False) -> int:
+    """Weights of the trunk that a token is multiplied with: matrices, no embeddings, and of experts those it meets.
+
+    Args:
+        network: whose trunk.
+        frozen: count only those that do not learn.
+    """
     embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
     met = getattr(network.model.config.get_text_config(), "num_experts_per_tok", None)
     matrices = [p for p in backbone(network.model).parameters() if p.ndim >= 2 and id(p) not in embeddings]
+    counted = [p for p in matrices if not (frozen and p.requires_grad)]
     # Experts lie in one (experts, in, out).
-    return sum(p.numel() // len(p) * met if p.ndim == 3 and met else p.numel() for p in matrices)
+    return sum(p.numel() // len(p) * met if p.ndim == 3 and met else p.numel() for p in counted)
+
+
+def step_flops(network: Policy | Scorer, batch: PackedBatch, weights: int, frozen: int) -> Tensor:
+    """() useful operations of a forward pass and, where anything learns, of the backward pass.
+
+    That takes as many for the gradients of what each layer was given (in all layers, wherever the learning ones are),
+    and as many again for those of the weights, of which the frozen ones need none.
+
+    Args:
+        network: as in `forward_flops`.
+        batch: packed tokens.
+        weights: as `matrix_weights` counts them.
+        frozen: those of them that do not learn.
+    """
+    forward = forward_flops(network, batch, weights)
+    if not any(p.requires_grad for p in network.parameters()):
+        return forward
+    skipped = 2.0 * frozen * len(batch.input_ids)
+    if isinstance(network, Policy) and not network.model.get_output_embeddings().weight.requires_grad:
+        skipped += head_flops(network, batch)
+    return 3 * forward - skipped
 
 
 def forward_flops(network: Policy | Scorer, batch: PackedBatch, weights: int) -> Tensor:
     """() useful operations of a forward pass over a packed batch; stays on the device.
 
-    2 per weight and token; 4 d per layer and pair of a query with a key that it sees; 2 d V per response token.
+    2 per weight and token; 4 d per layer and pair of a query with a key that it sees (of a sliding window w at most w
+    keys); 2 d V per response token.
 
     Args:
         network: a `Policy` uses its head at the predictors, a `Scorer` nearly nowhere.
@@ -109,18 +174,25 @@ def forward_flops(network: Policy | Scorer, batch: PackedBatch, weights: int) ->
     """
     config = network.model.config.get_text_config()
     lengths = batch.layout.end_to_end.bounds.diff().double()
-    pairs = (lengths * (lengths + 1) / 2).sum()
+    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    sliding = kinds.count("sliding_attention") if window else 0
+    seen = lengths.clamp(max=window or math.inf)  # by the last query; the seen - 1 first ones see fewer
+    pairs = (layers - sliding) * (lengths * (lengths + 1) / 2).sum()
+    pairs = pairs + sliding * (seen * (seen + 1) / 2 + (lengths - seen) * seen).sum()
     heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
     width = heads * config.head_dim if getattr(config, "head_dim", None) else config.hidden_size if heads else 0
-    attention = 4.0 * width * config.num_hidden_layers * pairs
-    head = (
-        2.0 * config.hidden_size * network.vocabulary_size * len(batch.target_ids) if isinstance(network, Policy) else 0
-    )
-    return 2.0 * weights * len(batch.input_ids) + attention + head
+    return 2.0 * weights * len(batch.input_ids) + 4.0 * width * pairs + head_flops(network, batch)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations per second that the device can do: a GPU's by its data sheet, else as measured; None if unknown."""
+def head_flops(network: Policy | Scorer, batch: PackedBatch) -> float:
+    """Operations of the head: 2 d V per response token of a policy."""
+    width = network.model.config.get_text_config().hidden_size
+    return 2.0 * width * network.vocabulary_size * len(batch.target_ids) if isinstance(network, Policy) else 0.0
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str] | None:
+    """Operations per second that the device can do, and by what: a GPU's data sheet, else a measured product."""
     if device.type not in ("cpu", "cuda"):
         return None
     listed = None
@@ -128,7 +200,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the GPU is not in Lightning's list: it is measured instead
             listed = get_available_flops(device, dtype)
-    return measured_flops(device, dtype) if listed is None else float(listed)
+    if listed is not None:
+        return float(listed), "the device's data sheet"
+    return measured_flops(device, dtype), "a product of matrices, measured"
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:

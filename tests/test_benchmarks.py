@@ -14,6 +14,9 @@ import torch
 
 from benchmarks import compare, scaling, workload
 from benchmarks.rounds import Contestant
+from lit_rlhf.packing import Example, pack
+from lit_rlhf.performance import forward_flops, matrix_weights, step_flops
+from lit_rlhf.policy import Policy, Scorer
 
 ROOT = Path(__file__).parents[1]
 ORIGINAL = ROOT.parent / "shared" / "bench" / "workload.py"
@@ -31,8 +34,20 @@ def test_the_workload_is_the_one_that_the_peers_were_measured_on(seed):
     pairs = workload.make_pairs(40, shape, seed)
     assert pairs == original.make_pairs(40, other, seed)
     assert workload.response_lengths(40, seed).tolist() == original.gen_lengths(40, seed).tolist()
-    for task, theirs in (("sft", "sft"), ("reward", "reward"), ("dpo", "dpo"), ("dpo_cached", "dpo_pre")):
-        assert workload.training_flops(task, shape, pairs) == original.task_flops(theirs, other, pairs)
+    assert workload.training_flops("sft", shape, pairs) == original.task_flops("sft", other, pairs)
+
+
+@pytest.mark.parametrize("task", ["sft", "reward", "dpo", "dpo_cached"])
+def test_useful_operations_are_those_of_perf_mfu_with_a_shared_prompt_once(task):
+    pairs = workload.make_pairs(6, TINY)
+    sides = ("chosen",) if task == "sft" else ("chosen", "rejected")
+    batch = pack([Example(np.array(p["prompt"]), tuple(np.array(p[side]) for side in sides)) for p in pairs])
+    network = (Scorer if task == "reward" else Policy)(workload.make_model(TINY, classifier=task == "reward"))
+    weights = matrix_weights(network)
+    counted = step_flops(network, batch, weights, frozen=0)
+    if task == "dpo":
+        counted += forward_flops(network, batch, weights)  # the reference
+    assert workload.training_flops(task, TINY, pairs) == counted.item()
 
 
 def test_prompts_and_responses_survive_the_way_through_text():
@@ -116,6 +131,19 @@ def test_a_comparison_pairs_the_rounds_of_ours_and_each_peer(monkeypatch, capsys
     assert "| trl packing | " in output
 
 
+def test_without_a_python_for_its_ppo_the_peer_sits_out_ppo_and_the_tasks_after_it_are_played(monkeypatch, capsys):
+    monkeypatch.setattr(compare, "Contestant", Timed)
+    monkeypatch.setattr(Timed, "seconds", Timed.seconds | {"transformers generate": 4.0})
+    monkeypatch.setattr(sys, "argv", ["compare", "--peer", "trl", "--peer-python", sys.executable, "--rounds", "1"])
+    monkeypatch.delenv("PEER_PPO_PYTHON", raising=False)
+    monkeypatch.setattr(subprocess, "check_output", lambda command, text: "trl 1 torch 2\n")
+    compare.main()
+    output = capsys.readouterr().out
+    played = [(line["task"], line["contestant"]) for line in json_lines(output) if "contestant" in line]
+    assert played[-3:] == [("ppo", "ours"), ("generate", "ours"), ("generate", "transformers generate")]
+    assert "ppo: ours alone; --peer-ppo-python or $PEER_PPO_PYTHON must name a Python" in output
+
+
 def test_a_contestant_that_dies_says_why():
     contestant = Contestant("broken", [sys.executable, "-c", "raise SystemExit('no such model')"], threads=1)
     with pytest.raises(RuntimeError, match=r"broken died \(1\):\nno such model"):
@@ -140,6 +168,11 @@ def test_a_peer_without_a_python_is_refused_with_what_to_do(capsys, monkeypatch)
     with pytest.raises(SystemExit):
         compare.main()
     assert "a Python with TRL, see docs/performance.md" in capsys.readouterr().err
+    peers = ["--peer-python", sys.executable, "--peer-ppo-python", "nowhere/python"]
+    monkeypatch.setattr(sys, "argv", ["compare", "--peer", "trl", *peers])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "--peer-ppo-python or $PEER_PPO_PYTHON: there is no nowhere/python" in capsys.readouterr().err
 
 
 def test_a_count_below_one_is_refused(capsys, monkeypatch):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from lit_rlhf.graphs import GraphedStep, Step, can_capture
+from lit_rlhf.graphs import GraphedStep, can_capture
 from lit_rlhf.packing import make_layout
 from lit_rlhf.policy import Policy, runs_packed
 
@@ -86,9 +86,9 @@ class SlotDecoder:
 
     def __init__(self, policy: Policy, num_slots: int, max_length: int, cuda_graphs: bool = True) -> None:
         self.policy = policy
-        self.step: Step = self._step
-        if cuda_graphs and can_capture(policy, policy.model.device):
-            self.step = GraphedStep(self._step, num_slots, max_length)
+        # Handed `_step` at each call: what kept it would keep this object, and its cache, until a garbage collection.
+        graphed = cuda_graphs and can_capture(policy, policy.model.device)
+        self.graphs = GraphedStep(num_slots, max_length) if graphed else None
         layers = [
             SlotLayer(num_slots, max_length) for _ in range(policy.model.config.get_text_config().num_hidden_layers)
         ]
@@ -183,7 +183,11 @@ class SlotDecoder:
         newest = lengths[slot_of_row] - 1
         positions = torch.from_numpy(newest).to(device)
         input_ids_of_rows = torch.from_numpy(input_ids[slot_of_row, newest]).to(device)[:, None]
-        logits = self.step(input_ids_of_rows, positions, int(newest.max()) + 1)
+        length = int(newest.max()) + 1
+        if self.graphs is None:
+            logits = self._step(input_ids_of_rows, positions, length)
+        else:
+            logits = self.graphs(self._step, input_ids_of_rows, positions, length)
         return logits[torch.from_numpy(self.rows[slots]).to(device)]
 
     def _step(self, input_ids: Tensor, positions: Tensor, length: int) -> Tensor:

@@ -49,21 +49,20 @@ class GraphedStep:
     """A decode step that is captured once for each shape and replayed from then on; as it is, where capture fails.
 
     Args:
-        step: the decode step; it must read nothing but its inputs, the weights and the cache.
         num_rows: rows of the cache.
         max_length: of the cache.
         capture: makes a replayable function of one without arguments.
     """
 
-    def __init__(self, step: Step, num_rows: int, max_length: int, capture: Capture = capture_cuda_graph) -> None:
-        self.step, self.num_rows, self.max_length, self.capture = step, num_rows, max_length, capture
+    def __init__(self, num_rows: int, max_length: int, capture: Capture = capture_cuda_graph) -> None:
+        self.num_rows, self.max_length, self.capture = num_rows, max_length, capture
         self.captured: dict[tuple[int, int], tuple[Tensor, Tensor, Callable[[], Tensor]]] = {}
         self.can_capture = True
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, length: int) -> Tensor:
-        """(n, V) logits; args as of `Step`."""
+    def __call__(self, step: Step, input_ids: Tensor, positions: Tensor, length: int) -> Tensor:
+        """(n, V) logits; `step` must read nothing but its inputs, the weights and the cache. Args as of `Step`."""
         if not self.can_capture:
-            return self.step(input_ids, positions, length)
+            return step(input_ids, positions, length)
         n = len(input_ids)
         rows = min(1 << (n - 1).bit_length(), self.num_rows)
         length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, self.max_length)
@@ -71,11 +70,11 @@ class GraphedStep:
             ids, where = input_ids.new_zeros(rows, 1), positions.new_zeros(rows)
             ids[:n], where[:n] = input_ids, positions  # the warm-up writes keys: they must be the right ones
             try:
-                replay = self.capture(lambda: self.step(ids, where, length))
+                replay = self.capture(lambda: step(ids, where, length))
             except RuntimeError as error:  # a model that waits for the GPU in its step (some experts, some embeddings)
                 self.can_capture = False
                 rank_zero_warn(f"the decode step cannot be captured in a CUDA graph ({error}); it runs without, slower")
-                return self.step(input_ids, positions, length)
+                return step(input_ids, positions, length)
             self.captured[rows, length] = ids, where, replay
         ids, where, replay = self.captured[rows, length]
         ids[:n], where[:n] = input_ids, positions

@@ -25,7 +25,7 @@ def test_replayed_steps_give_the_logits_of_the_full_forward_through_refills_and_
     policy, capture = tiny_policy(), Replayed()
     S, L = 5, 40
     decoder = SlotDecoder(policy, S, L)
-    decoder.step = GraphedStep(decoder._step, S, L, capture)
+    decoder.graphs = GraphedStep(S, L, capture)
     rng = np.random.default_rng(0)
     ids, lengths, active = np.zeros((S, L), np.int64), np.zeros(S, np.int64), np.ones(S, bool)
     for slot in range(S):
@@ -54,9 +54,10 @@ def test_lengths_are_rounded_up_so_that_few_graphs_serve_all():
         shapes.append((len(input_ids), length))
         return torch.zeros(len(input_ids), 3)
 
-    graphed = GraphedStep(step, num_rows=6, max_length=3 * LENGTH_STEP - 1, capture=Replayed())
+    graphed = GraphedStep(num_rows=6, max_length=3 * LENGTH_STEP - 1, capture=Replayed())
     for n, length in [(1, 1), (3, 7), (5, LENGTH_STEP + 1), (6, 3 * LENGTH_STEP - 1), (4, 9)]:
-        assert graphed(torch.zeros(n, 1, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), length).shape == (n, 3)
+        ids, positions = torch.zeros(n, 1, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+        assert graphed(step, ids, positions, length).shape == (n, 3)
     longest = 3 * LENGTH_STEP - 1
     assert set(shapes) == {(1, LENGTH_STEP), (4, LENGTH_STEP), (6, 2 * LENGTH_STEP), (6, longest)}
 
@@ -65,17 +66,20 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is_and_says_so_once():
     def refuses(function):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    graphed = GraphedStep(lambda ids, positions, length: ids * 2.0, 4, LENGTH_STEP, capture=refuses)
+    def step(ids, positions, length):
+        return ids * 2.0
+
+    graphed = GraphedStep(4, LENGTH_STEP, capture=refuses)
     ids, positions = torch.tensor([[3], [4]]), torch.tensor([0, 1])
     with pytest.warns(UserWarning, match="cannot be captured in a CUDA graph"):
-        assert graphed(ids, positions, 2).tolist() == [[6.0], [8.0]]
-    assert graphed(ids, positions, 3).tolist() == [[6.0], [8.0]]
+        assert graphed(step, ids, positions, 2).tolist() == [[6.0], [8.0]]
+    assert graphed(step, ids, positions, 3).tolist() == [[6.0], [8.0]]
 
 
 def test_nothing_is_captured_without_cuda():
     policy = tiny_policy()
     assert not can_capture(policy, torch.device("cpu"))
-    assert not isinstance(SlotDecoder(policy, 2, 8).step, GraphedStep)
+    assert SlotDecoder(policy, 2, 8).graphs is None
 
 
 @pytest.mark.gpu

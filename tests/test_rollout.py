@@ -1,14 +1,17 @@
 import gc
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from lit_rlhf import rollout
+from lit_rlhf import decoding, rollout
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data.tokenize import response_text
+from lit_rlhf.decoding import SlotLayer
 from lit_rlhf.errors import UserError
+from lit_rlhf.graphs import GraphedStep
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Policy
 from lit_rlhf.rollout import GenerationSettings, complete, play
@@ -143,6 +146,32 @@ def test_a_rollout_keeps_the_logits_of_no_earlier_step(monkeypatch):
     played = play(tiny_policy(), make_env(), GenerationSettings(), 6, env_seed=0)
     assert len(earlier) > 5
     assert [len(logprobs) for logprobs in played.sampled_logprobs] == [len(e.response_ids) for e in played.episodes]
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_the_cache_of_a_rollout_is_freed_when_it_ends(monkeypatch, graphed):
+    """Not when Python next looks for cycles: it knows nothing of the memory of a GPU."""
+    layers, real = [], SlotLayer.__init__
+
+    def watched(self, *args):
+        real(self, *args)
+        layers.append(weakref.ref(self))
+
+    def replays(function):
+        output = function()
+        return lambda: output
+
+    monkeypatch.setattr(SlotLayer, "__init__", watched)
+    if graphed:
+        monkeypatch.setattr(decoding, "can_capture", lambda *_: True)
+        monkeypatch.setattr(decoding, "GraphedStep", partial(GraphedStep, capture=replays))
+    policy, env = tiny_policy(), make_env()
+    gc.disable()
+    try:
+        play(policy, env, GenerationSettings(), 6, env_seed=0)
+        assert layers and not any(layer() is not None for layer in layers)
+    finally:
+        gc.enable()
 
 
 def test_a_step_costs_what_its_active_slots_cost(monkeypatch):

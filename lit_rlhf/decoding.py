@@ -245,7 +245,7 @@ def sample(
         return tokens, torch.zeros_like(uniforms, dtype=torch.float32)
     logits = filter_logits(logits / temperature, top_k, top_p, min_p)
     probs = torch.softmax(logits, dim=-1)
-    cumulative = probs.cumsum(-1)
+    cumulative = running_sums(probs)
     total = cumulative[:, -1:].contiguous()
     tokens = torch.searchsorted(cumulative, uniforms.to(cumulative)[:, None] * total, right=True)
     # A draw that is rounded up to the total falls on the last token that adds to it.
@@ -261,9 +261,20 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float, min_p: float)
     if top_p < 1.0:
         ordered, index = logits.sort(dim=-1, descending=True)
         probs = torch.softmax(ordered, dim=-1)
-        drop = probs.cumsum(-1) - probs >= top_p  # the mass before this token is enough already
+        drop = running_sums(probs) - probs >= top_p  # the mass before this token is enough already
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), float("-inf"))
     if min_p > 0.0:
         floor = logits.max(-1, keepdim=True).values + np.log(min_p)
         logits = logits.masked_fill(logits < floor, float("-inf"))
     return logits
+
+
+def running_sums(probs: Tensor) -> Tensor:
+    """Sums of probabilities along the last axis.
+
+    Where determinism is asked for (`trainer.deterministic`) they are summed as whole multiples of 2^-53: torch refuses
+    to sum floats on CUDA then, whose order it does not fix.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return probs.cumsum(-1)
+    return (probs.double() * 2**53).long().cumsum(-1).double().mul(2**-53).to(probs.dtype)

@@ -88,7 +88,7 @@ class SlotDecoder:
         self.policy = policy
         # Handed `_step` at each call: what kept it would keep this object, and its cache, until a garbage collection.
         graphed = cuda_graphs and can_capture(policy, policy.model.device)
-        self.graphs = GraphedStep(num_slots, max_length) if graphed else None
+        self.graphs = GraphedStep(policy, num_slots, max_length) if graphed else None
         layers = [
             SlotLayer(num_slots, max_length) for _ in range(policy.model.config.get_text_config().num_hidden_layers)
         ]

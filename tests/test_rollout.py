@@ -8,6 +8,8 @@ import torch
 
 from lit_rlhf import decoding, rollout
 from lit_rlhf.batches import PromptBatch
+from lit_rlhf.data.batching import MicroBatch
+from lit_rlhf.data.prompts import PromptDataset
 from lit_rlhf.data.tokenize import response_text
 from lit_rlhf.decoding import SlotLayer
 from lit_rlhf.errors import UserError
@@ -126,7 +128,19 @@ def test_prompts_that_leave_no_room_in_the_context_are_refused_with_the_numbers(
             )
 
 
+def test_a_completion_does_not_depend_on_the_batches_of_predict():
+    policy, tokenizer, data = tiny_policy(), tiny_tokenizer(), PromptDataset([PROMPTS[0]] * 6, {})
+    settings = GenerationSettings(max_new_tokens=12)
+    batches = [data[MicroBatch(np.arange(first, last), 1.0)] for first, last in ((0, 6), (0, 4), (4, 6))]
+    whole, *parts = ([e.response_ids.tolist() for e in complete(policy, tokenizer, b, settings)] for b in batches)
+    assert parts[0] + parts[1] == whole
+    assert len({tuple(ids) for ids in whole}) > 4  # of one prompt: each place in the data has draws of its own
+
+
 def test_settings_that_mean_nothing_are_refused():
+    for temperature in (float("nan"), float("inf"), -1.0, 1e-40):
+        with pytest.raises(UserError, match=r"temperature \(.*\) must be 0"):
+            GenerationSettings(temperature=temperature)
     with pytest.raises(UserError, match="top_p"):
         GenerationSettings(top_p=0.0)
     with pytest.raises(UserError, match="max_new_tokens"):

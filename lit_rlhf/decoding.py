@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from lit_rlhf.graphs import GraphedStep, Step, can_capture
+from lit_rlhf.graphs import GraphedStep, can_capture
 from lit_rlhf.packing import make_layout
 from lit_rlhf.policy import Policy, runs_packed
 
@@ -86,9 +86,9 @@ class SlotDecoder:
 
     def __init__(self, policy: Policy, num_slots: int, max_length: int, cuda_graphs: bool = True) -> None:
         self.policy = policy
-        self.step: Step = self._step
-        if cuda_graphs and can_capture(policy, policy.model.device):
-            self.step = GraphedStep(self._step, num_slots, max_length)
+        # Handed `_step` at each call: what kept it would keep this object, and its cache, until a garbage collection.
+        graphed = cuda_graphs and can_capture(policy, policy.model.device)
+        self.graphs = GraphedStep(policy, num_slots, max_length) if graphed else None
         layers = [
             SlotLayer(num_slots, max_length) for _ in range(policy.model.config.get_text_config().num_hidden_layers)
         ]
@@ -183,7 +183,11 @@ class SlotDecoder:
         newest = lengths[slot_of_row] - 1
         positions = torch.from_numpy(newest).to(device)
         input_ids_of_rows = torch.from_numpy(input_ids[slot_of_row, newest]).to(device)[:, None]
-        logits = self.step(input_ids_of_rows, positions, int(newest.max()) + 1)
+        length = int(newest.max()) + 1
+        if self.graphs is None:
+            logits = self._step(input_ids_of_rows, positions, length)
+        else:
+            logits = self.graphs(self._step, input_ids_of_rows, positions, length)
         return logits[torch.from_numpy(self.rows[slots]).to(device)]
 
     def _step(self, input_ids: Tensor, positions: Tensor, length: int) -> Tensor:
@@ -241,7 +245,7 @@ def sample(
         return tokens, torch.zeros_like(uniforms, dtype=torch.float32)
     logits = filter_logits(logits / temperature, top_k, top_p, min_p)
     probs = torch.softmax(logits, dim=-1)
-    cumulative = probs.cumsum(-1)
+    cumulative = running_sums(probs)
     total = cumulative[:, -1:].contiguous()
     tokens = torch.searchsorted(cumulative, uniforms.to(cumulative)[:, None] * total, right=True)
     # A draw that is rounded up to the total falls on the last token that adds to it.
@@ -257,9 +261,20 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float, min_p: float)
     if top_p < 1.0:
         ordered, index = logits.sort(dim=-1, descending=True)
         probs = torch.softmax(ordered, dim=-1)
-        drop = probs.cumsum(-1) - probs >= top_p  # the mass before this token is enough already
+        drop = running_sums(probs) - probs >= top_p  # the mass before this token is enough already
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), float("-inf"))
     if min_p > 0.0:
         floor = logits.max(-1, keepdim=True).values + np.log(min_p)
         logits = logits.masked_fill(logits < floor, float("-inf"))
     return logits
+
+
+def running_sums(probs: Tensor) -> Tensor:
+    """Sums of probabilities along the last axis.
+
+    Where determinism is asked for (`trainer.deterministic`) they are summed as whole multiples of 2^-53: torch refuses
+    to sum floats on CUDA then, whose order it does not fix.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return probs.cumsum(-1)
+    return (probs.double() * 2**53).long().cumsum(-1).double().mul(2**-53).to(probs.dtype)

@@ -97,10 +97,10 @@ def chunk_size(head: Callable[[Tensor], Tensor], device: torch.device, chunk_byt
     return max(1, chunk_bytes // (4 * vocabulary_size(head)))
 
 
-def is_plain_linear(head: Any) -> bool:
+def is_plain_linear(head: Any, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> bool:
     """Whether calling the head is nothing but a product with its whole weight."""
     return (
-        type(head) is nn.Linear
+        type(head) in kinds
         and not isinstance(head.weight, DTensor)
         and not (head._forward_hooks or head._forward_pre_hooks)
     )

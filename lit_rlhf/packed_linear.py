@@ -9,10 +9,12 @@ such a copy until the rollout ends.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.logprobs import autocast_dtype, is_plain_linear
 
@@ -21,17 +23,20 @@ from lit_rlhf.logprobs import autocast_dtype, is_plain_linear
 def packed_linears(network: nn.Module) -> Iterator[None]:
     """While inside, plain linear layers multiply by a ready copy of their weights; no gradient flows through them.
 
-    Layers that do more than multiply (LoRA) stay as they are, and so do those within compiled code, which would be
+    GPT-2's `Conv1D`, whose weight is transposed, is such a layer too. Layers that do more than multiply (LoRA) or hold
+    the weights of several experts in one stay as they are, and so do those within compiled code, which would be
     compiled anew, and a network for which neither `must_cast` nor `can_pack` holds.
     """
     compiled = {
         part for module in network.modules() if module._compiled_call_impl is not None for part in module.modules()
     }
     ready = cast_forward if must_cast(network) else packed_forward if can_pack(network) else None
-    layers = [m for m in network.modules() if is_plain_linear(m) and m not in compiled] if ready is not None else []
+    linears = [m for m in network.modules() if is_plain_linear(m, (nn.Linear, Conv1D)) and m not in compiled]
+    layers: list[Any] = [] if ready is None else linears
     for layer in layers:
         assert ready is not None
-        layer.forward = ready(layer)
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        layer.forward = ready(weight.T if isinstance(layer, Conv1D) else weight, bias)
     try:
         yield
     finally:
@@ -45,12 +50,10 @@ def must_cast(network: nn.Module) -> bool:
     return weight.dtype == torch.float32 and autocast_dtype(weight.device.type) is not None
 
 
-def cast_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+def cast_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """X W^T + b with the weights as they are now, in the dtype of autocast."""
-    assert isinstance(layer, nn.Linear)
-    dtype = autocast_dtype(layer.weight.device.type)
-    weight = layer.weight.detach().to(dtype)
-    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    dtype = autocast_dtype(weight.device.type)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return lambda x: F.linear(x, weight, bias)
 
 
@@ -66,11 +69,9 @@ def can_pack(network: nn.Module) -> bool:
     )
 
 
-def packed_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+def packed_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """X W^T + b with the weights as they are now."""
-    assert isinstance(layer, nn.Linear)
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-    bias = None if layer.bias is None else layer.bias.detach()
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     def forward(x: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -1,5 +1,6 @@
 """A policy acts in the token environment: episodes for learning, completions for reading."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ class GenerationSettings:
         top_p: sample from the smallest set of tokens of at least this mass.
         min_p: sample from tokens at least this times as likely as the most likely one.
         num_slots: completions written at the same time.
-        seed: of the sampling; the same prompt, seed and settings give the same completion.
+        seed: of the sampling; draws follow a prompt's number in the data, not its batch, slot or rank: the same data,
+            seed and settings give the same completions.
     """
 
     max_new_tokens: int = 64
@@ -44,11 +46,10 @@ class GenerationSettings:
         """Refuse settings that mean nothing."""
         if self.max_new_tokens < 1 or self.num_slots < 1:
             raise UserError(f"max_new_tokens ({self.max_new_tokens}) and num_slots ({self.num_slots}) must be positive")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise UserError(
-                f"temperature ({self.temperature}) must be 0 or more, top_p ({self.top_p}) in (0, 1], "
-                f"min_p ({self.min_p}) in [0, 1]"
-            )
+        sampled = self.temperature == 0 or 1e-6 <= self.temperature < math.inf  # below, logits overflow float32
+        require(sampled, "temperature", self.temperature, "0 (the most likely token), or at least 1e-6 and finite")
+        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise UserError(f"top_p ({self.top_p}) must be in (0, 1], min_p ({self.min_p}) in [0, 1]")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k ({self.top_k}) must be 1 or more, or null for all tokens")
@@ -67,17 +68,23 @@ class Play(NamedTuple):
 
 
 class Dice:
-    """Uniform draws that depend on (seed, stream, episode) alone: not on slots, batches or the order of finishing."""
+    """Uniform draws that depend on (seed, stream, episode) alone: not on slots, batches or the order of finishing.
 
-    def __init__(self, num_slots: int, max_new_tokens: int, seed: int, stream: int = 0) -> None:
-        self.seed, self.stream = seed, stream
+    Where `numbers` are given, episode k draws as episode `numbers[k]`.
+    """
+
+    def __init__(
+        self, num_slots: int, max_new_tokens: int, seed: int, stream: int = 0, numbers: np.ndarray | None = None
+    ) -> None:
+        self.seed, self.stream, self.numbers = seed, stream, numbers
         self.draws = np.zeros((num_slots, max_new_tokens), dtype=np.float32)
         self.episode_ids = np.full(num_slots, -1, dtype=np.int64)
 
     def uniforms(self, slots: np.ndarray, episode_ids: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """(n,) one draw per slot, for step t of its episode."""
         for slot in slots[self.episode_ids[slots] != episode_ids[slots]]:
-            key = np.random.SeedSequence([self.seed, self.stream, int(episode_ids[slot])])
+            number = int(episode_ids[slot] if self.numbers is None else self.numbers[episode_ids[slot]])
+            key = np.random.SeedSequence([self.seed, self.stream, number])
             self.draws[slot] = np.random.Generator(np.random.Philox(key)).random(self.draws.shape[1], np.float32)
             self.episode_ids[slot] = episode_ids[slot]
         return self.draws[slots, steps[slots]]
@@ -117,6 +124,7 @@ def play(
     stream: int = 0,
     env_seed: int | None = None,
     cuda_graphs: bool = True,
+    numbers: np.ndarray | None = None,
 ) -> Play:
     """Play episodes to their ends, refilling slots at once: continuous batching, in Gymnasium's words.
 
@@ -128,10 +136,11 @@ def play(
         stream: makes the draws of several ranks differ.
         env_seed: starts the prompt queue anew; needed once, before the first stream.
         cuda_graphs: capture the decode step on CUDA.
+        numbers: (num_episodes,) see `Dice`.
     """
     max_new_tokens = env.task.max_new_tokens
     decoder = SlotDecoder(policy, env.num_envs, env.task.prompts.max_length + max_new_tokens, cuda_graphs)
-    dice = Dice(env.num_envs, max_new_tokens, settings.seed, stream)
+    dice = Dice(env.num_envs, max_new_tokens, settings.seed, stream, numbers)
     logprobs = np.zeros((env.num_envs, max_new_tokens), dtype=np.float32)
     logprobs_of: dict[int, np.ndarray] = {}
     device = policy.model.device
@@ -170,7 +179,7 @@ def complete(
     Args:
         policy: acts.
         tokenizer: says which tokens stop a response.
-        prompts: B prompts, with the columns that the reward wants.
+        prompts: B prompts, with the columns that the reward wants; their numbers say what is drawn for them.
         settings: sampling, length limit and slots.
         reward: a bound reward function; None scores 0.
     """
@@ -187,7 +196,8 @@ def complete(
         shuffle=False,
         copy=False,
     )
-    return play(policy, env, settings, len(prompts.prompt_ids), env_seed=settings.seed).episodes
+    num_episodes, numbers = len(prompts.prompt_ids), prompts.numbers
+    return play(policy, env, settings, num_episodes, env_seed=settings.seed, numbers=numbers).episodes
 
 
 def completion_rows(

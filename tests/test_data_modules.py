@@ -169,6 +169,19 @@ def test_predict_plays_prompts_in_their_order_with_their_columns(tmp_path):
     assert module.sample_prompts(2).columns["id"] == [0, 1]
 
 
+def test_the_prompts_of_rollouts_keep_their_numbers_on_whatever_rank_and_in_whatever_batch(tmp_path):
+    write_inputs(tmp_path)
+    _, data = make_stage("ppo", tmp_path)
+    data.num_slots = 1  # batches of at most four
+    data.prompts["predict"] = PromptBatch([np.array([i]) for i in range(10)], {}, np.arange(10))
+    batches = []
+    for rank in (0, 1):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        batches += data.predict_dataloader()
+    assert len(batches) == 4
+    assert [batch.numbers.tolist() for batch in batches] == [np.concatenate(b.prompt_ids).tolist() for b in batches]
+
+
 def test_prompts_of_held_out_rows_stand_in_for_predict(tmp_path):
     source = pair_file(tmp_path, 3)
     module = attach(PreferenceDataModule(source, source, tokenizer=word_tokenizer(WORDS)), "predict")

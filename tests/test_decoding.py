@@ -147,3 +147,25 @@ def test_a_draw_at_the_very_end_never_lands_on_a_forbidden_token():
         tokens, logprobs = sample(logits, torch.tensor([uniform]))
         assert tokens.item() < 2
         assert logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9, "top_k": 30}])
+def test_tokens_are_drawn_where_determinism_is_asked_for(monkeypatch, settings):
+    logits = 3 * torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.arange(200) / 200
+    tokens, logprobs = sample(logits, uniforms, **settings)
+    real = torch.Tensor.cumsum
+
+    def as_on_cuda(self, dim):
+        if self.is_floating_point() and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return real(self, dim)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", as_on_cuda)
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = sample(logits, uniforms, **settings)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(tokens, again[0])
+    assert torch.equal(logprobs, again[1])

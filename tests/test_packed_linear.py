@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf import packed_linear
 from lit_rlhf.packed_linear import can_pack, packed_linears
@@ -17,10 +18,11 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 
 @pytest.mark.parametrize("rows", [(5,), (3, 1), (1, 7), (0,)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_packed_layers_give_the_same_products(rows, bias):
-    layer, x = nn.Linear(24, 70, bias=bias), torch.randn(*rows, 24)
+@pytest.mark.parametrize("layer", [nn.Linear(24, 70), nn.Linear(24, 70, bias=False), Conv1D(70, 24)], ids=str)
+def test_packed_layers_give_the_same_products(rows, layer):
+    x = torch.randn(*rows, 24)
     with torch.no_grad(), packed_linears(layer):
+        assert "forward" in vars(layer)
         packed = layer(x)
     torch.testing.assert_close(packed, layer(x), rtol=1e-5, atol=1e-5)
 
@@ -69,15 +71,16 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_rollout_in_mixed_precision_casts_each_weight_once_and_gives_the_same_tokens(monkeypatch):
-    policy, plays, casts = tiny_policy(), [], []
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_rollout_in_mixed_precision_casts_each_weight_once_and_gives_the_same_tokens(monkeypatch, architecture):
+    policy, plays, casts = tiny_policy(architecture), [], []
     for ready in (True, False):
         if not ready:
             monkeypatch.setattr("lit_rlhf.rollout.packed_linears", nullcontext)
         with MixedPrecision("bf16-mixed", "cpu").forward_context(), Casts(policy) as counted:
             plays.append(play(policy, make_env(), GenerationSettings(), 11, env_seed=0))
         casts.append(counted.count)
-    assert casts[0] == sum(isinstance(module, nn.Linear) for module in policy.modules()) < casts[1]
+    assert casts[0] == sum(isinstance(module, nn.Linear | Conv1D) for module in policy.modules()) < casts[1]
     for ours, theirs in zip(*(made.episodes for made in plays), strict=True):
         assert ours.response_ids.tolist() == theirs.response_ids.tolist()
     for ours, theirs in zip(*(made.sampled_logprobs for made in plays), strict=True):
@@ -88,9 +91,9 @@ def test_a_rollout_packs_the_weights_that_it_starts_with(monkeypatch):
     policy, env, weights = tiny_policy(), make_env(), []
     real = packed_linear.packed_forward
 
-    def watched(layer):
-        weights.append(layer.weight.detach().clone())
-        return real(layer)
+    def watched(weight, bias):
+        weights.append(weight.clone())
+        return real(weight, bias)
 
     monkeypatch.setattr(packed_linear, "packed_forward", watched)
     play(policy, env, GenerationSettings(), 4, env_seed=0)

@@ -1,14 +1,19 @@
 import gc
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from lit_rlhf import rollout
+from lit_rlhf import decoding, rollout
 from lit_rlhf.batches import PromptBatch
+from lit_rlhf.data.batching import MicroBatch
+from lit_rlhf.data.prompts import PromptDataset
 from lit_rlhf.data.tokenize import response_text
+from lit_rlhf.decoding import SlotLayer
 from lit_rlhf.errors import UserError
+from lit_rlhf.graphs import GraphedStep
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Policy
 from lit_rlhf.rollout import GenerationSettings, complete, play
@@ -123,7 +128,19 @@ def test_prompts_that_leave_no_room_in_the_context_are_refused_with_the_numbers(
             )
 
 
+def test_a_completion_does_not_depend_on_the_batches_of_predict():
+    policy, tokenizer, data = tiny_policy(), tiny_tokenizer(), PromptDataset([PROMPTS[0]] * 6, {})
+    settings = GenerationSettings(max_new_tokens=12)
+    batches = [data[MicroBatch(np.arange(first, last), 1.0)] for first, last in ((0, 6), (0, 4), (4, 6))]
+    whole, *parts = ([e.response_ids.tolist() for e in complete(policy, tokenizer, b, settings)] for b in batches)
+    assert parts[0] + parts[1] == whole
+    assert len({tuple(ids) for ids in whole}) > 4  # of one prompt: each place in the data has draws of its own
+
+
 def test_settings_that_mean_nothing_are_refused():
+    for temperature in (float("nan"), float("inf"), -1.0, 1e-40):
+        with pytest.raises(UserError, match=r"temperature \(.*\) must be 0"):
+            GenerationSettings(temperature=temperature)
     with pytest.raises(UserError, match="top_p"):
         GenerationSettings(top_p=0.0)
     with pytest.raises(UserError, match="max_new_tokens"):
@@ -143,6 +160,32 @@ def test_a_rollout_keeps_the_logits_of_no_earlier_step(monkeypatch):
     played = play(tiny_policy(), make_env(), GenerationSettings(), 6, env_seed=0)
     assert len(earlier) > 5
     assert [len(logprobs) for logprobs in played.sampled_logprobs] == [len(e.response_ids) for e in played.episodes]
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_the_cache_of_a_rollout_is_freed_when_it_ends(monkeypatch, graphed):
+    """Not when Python next looks for cycles: it knows nothing of the memory of a GPU."""
+    layers, real = [], SlotLayer.__init__
+
+    def watched(self, *args):
+        real(self, *args)
+        layers.append(weakref.ref(self))
+
+    def replays(function):
+        output = function()
+        return lambda: output
+
+    monkeypatch.setattr(SlotLayer, "__init__", watched)
+    if graphed:
+        monkeypatch.setattr(decoding, "can_capture", lambda *_: True)
+        monkeypatch.setattr(decoding, "GraphedStep", partial(GraphedStep, capture=replays))
+    policy, env = tiny_policy(), make_env()
+    gc.disable()
+    try:
+        play(policy, env, GenerationSettings(), 6, env_seed=0)
+        assert layers and not any(layer() is not None for layer in layers)
+    finally:
+        gc.enable()
 
 
 def test_a_step_costs_what_its_active_slots_cost(monkeypatch):

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,29 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lit_rlhf.decoding import filter_logits
 from lit_rlhf.errors import UserError
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.rollout import GenerationSettings
 from lit_rlhf.vllm_backend import VLLMBackend
 from tests.test_rollout import make_env
-from tests.tiny import tiny_policy
+from tests.tiny import EOS, tiny_policy
+
+
+@dataclass(kw_only=True)
+class StandInSamplingParams:
+    """`vllm.SamplingParams`: those of its fields that are used here, with its defaults."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0  # all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    detokenize: bool = True
 
 
 class StandInLLM:
@@ -48,16 +66,21 @@ class StandInLLM:
     def generate(self, prompts, sampling_params, use_tqdm):
         assert not self.stale
         self.calls += 1
+        self.asked = sampling_params
         return [self.complete(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
 
     def complete(self, ids, settings):
+        assert not settings.detokenize  # there is no tokenizer
+        assert settings.ignore_eos or self.model.generation_config.eos_token_id is None
         generator, tokens, logprobs = torch.Generator().manual_seed(settings.seed), [], []
         while len(tokens) < settings.max_tokens:
             logits = self.model(torch.tensor([ids + tokens])).logits[0, -1] / settings.temperature
-            distribution = torch.log_softmax(logits, -1)
+            kept = filter_logits(logits[None], settings.top_k or None, settings.top_p, settings.min_p)[0]
+            distribution = torch.log_softmax(kept, -1)
             token = int(torch.multinomial(distribution.exp(), 1, generator=generator))
             tokens.append(token)
-            logprobs.append({token: types.SimpleNamespace(logprob=distribution[token].item())})
+            if settings.logprobs is not None:
+                logprobs.append({token: types.SimpleNamespace(logprob=distribution[token].item())})
             if token in settings.stop_token_ids:
                 break
         return types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tokens, logprobs=logprobs)])
@@ -66,7 +89,7 @@ class StandInLLM:
 @pytest.fixture
 def vllm(monkeypatch):
     module = types.ModuleType("vllm")
-    module.LLM, module.SamplingParams = StandInLLM, types.SimpleNamespace
+    module.LLM, module.SamplingParams = StandInLLM, StandInSamplingParams
     monkeypatch.setitem(sys.modules, "vllm", module)
 
 
@@ -105,6 +128,16 @@ def test_prompts_of_all_slots_are_written_in_one_call(vllm):
     backend = VLLMBackend()
     backend.play(tiny_policy(), make_env(num_envs=11), GenerationSettings(), 11, env_seed=0)
     assert backend.engine.calls == 1
+
+
+def test_every_setting_of_the_sampling_reaches_the_engine(vllm):
+    backend = VLLMBackend()
+    settings = GenerationSettings(temperature=0.8, top_k=9, top_p=0.9, min_p=0.05, seed=3)
+    backend.play(tiny_policy(), make_env(num_envs=4), settings, 4, env_seed=0)
+    for asked in backend.engine.asked:
+        assert (asked.temperature, asked.top_k, asked.top_p, asked.min_p) == (0.8, 9, 0.9, 0.05)
+        assert (asked.max_tokens, asked.stop_token_ids) == (10, sorted({EOS, 7}))
+    assert len({asked.seed for asked in backend.engine.asked}) == 4
 
 
 @pytest.mark.parametrize("num_envs", [2, 11])

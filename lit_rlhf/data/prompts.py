@@ -32,6 +32,7 @@ class PromptDataset(Dataset):
         return PromptBatch(
             [self.prompt_ids[index] for index in batch.indices],
             {name: [values[index] for index in batch.indices] for name, values in self.columns.items()},
+            batch.indices,
         )
 
 

@@ -129,7 +129,7 @@ class RolloutDataModule(LightningDataModule):
             source = self.sources[split]
             if source is not None and split not in self.prompts:
                 prompt_ids, columns = load_prompts(source, split, self.tokenizer, limit, num_proc=self.num_proc)
-                self.prompts[split] = PromptBatch(prompt_ids, columns)
+                self.prompts[split] = PromptBatch(prompt_ids, columns, np.arange(len(prompt_ids)))
                 check_context(agent.policy, prompt_ids, self.max_new_tokens)
         for reward in (self.reward, *self.monitors.values()):
             reward.bind(self.tokenizer, trainer.strategy.root_device)
@@ -292,5 +292,7 @@ class RolloutLoader:
 
 
 def take(prompts: PromptBatch, rows: slice) -> PromptBatch:
-    """Some of the prompts, with their columns."""
-    return PromptBatch(prompts.prompt_ids[rows], {name: list(values)[rows] for name, values in prompts.columns.items()})
+    """Some of the prompts, with their columns and numbers."""
+    assert prompts.numbers is not None
+    columns = {name: list(values)[rows] for name, values in prompts.columns.items()}
+    return PromptBatch(prompts.prompt_ids[rows], columns, prompts.numbers[rows])

@@ -124,6 +124,7 @@ def test_what_dropped_prompts_were_is_said_and_the_answers_keep_their_ids(workdi
 def test_the_command_line_can_be_used_from_python_without_a_command(workdir, monkeypatch):
     config = str(Path("configs/sft.yaml").absolute())
     monkeypatch.chdir(workdir)
+    monkeypatch.setattr("sys.argv", ["notebook"])  # Lightning warns where the process has arguments of its own
     cli = AlignmentCLI(
         AlignmentModule,
         LightningDataModule,

@@ -26,6 +26,7 @@ from lit_rlhf.oracle import (
     small_problems,
     trap_problem,
 )
+from tests.tiny import plain_logits, tiny_model
 
 PROMPT = torch.tensor([1, 2])
 
@@ -445,6 +446,29 @@ class TestCausalLM:
         packed = tiny_llama(attn_implementation=IMPLEMENTATION)
         assert torch.allclose(causal_lm(packed)(PROMPT, prefixes), causal_lm(tiny_llama())(PROMPT, prefixes), atol=1e-6)
         assert packed.config._attn_implementation == IMPLEMENTATION
+
+    def test_a_packed_gemma_2_keeps_its_soft_caps(self):
+        model, prefixes = tiny_model("gemma2"), torch.tensor([[5, 6, 7], [8, 9, 10]])
+        rows = torch.cat([PROMPT.expand(2, -1), prefixes], dim=1)
+        expected = [torch.log_softmax(plain_logits(model, row)[-1].double(), -1) for row in rows]
+        assert torch.allclose(causal_lm(model)(PROMPT, prefixes), torch.stack(expected), atol=1e-6)
+        assert model.config._attn_implementation == IMPLEMENTATION
+
+    @pytest.mark.parametrize("fails", ["forward", "set_attn_implementation"])
+    def test_mode_and_attention_are_given_back_whatever_fails(self, fails, monkeypatch):
+        model = tiny_model("gemma2").train()
+        own = getattr(model, fails)
+
+        def broken(*args, **kwargs):
+            if args != (IMPLEMENTATION,):
+                raise RuntimeError("broken")
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(model, fails, broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            causal_lm(model)(PROMPT, torch.tensor([[5]]))
+        assert model.config._attn_implementation == IMPLEMENTATION
+        assert all(module.training for module in model.modules())
 
     def test_temperature_divides_the_logits(self):
         model, prefixes = tiny_llama(), torch.tensor([[1]])

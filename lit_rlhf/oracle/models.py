@@ -29,10 +29,10 @@ def causal_lm(
         rows = torch.cat([prompt_ids.cpu().expand(len(prefixes), -1), prefixes], dim=1)
         training = [module for module in model.modules() if module.training]
         implementation = model.config._attn_implementation
-        model.eval()
-        if implementation == IMPLEMENTATION:
-            model.set_attn_implementation("sdpa")
         try:
+            model.eval()
+            if implementation == IMPLEMENTATION:
+                model.set_attn_implementation("eager")  # every model has it; it keeps soft caps and sinks
             with torch.set_grad_enabled(requires_grad):
                 logprobs = []
                 for chunk in rows.split(max(1, max_tokens // rows.shape[1])):

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lit_rlhf.advantages import gae, token_rewards
@@ -89,6 +90,16 @@ def as_tuples(tree):
     return [tuple(row[:n]) for row, n in zip(tree.completions.tolist(), tree.lengths.tolist(), strict=True)]
 
 
+class CountOperations(TorchDispatchMode):
+    """Counts tensor operations while it is entered."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
 SHAPES = [(4, [0], 3), (4, [1, 3], 3), (2, [], 4), (3, [0, 1, 2], 2), (5, [4], 1)]
 every_shape = pytest.mark.parametrize(("vocab_size", "stop_ids", "max_new_tokens"), SHAPES)
 
@@ -151,8 +162,26 @@ class TestTokenTree:
     def test_too_many_completions_are_refused_before_memory_is(self):
         with pytest.raises(ValueError, match=r"vocab_size \(32000\) and max_new_tokens \(64\)"):
             TokenTree(32_000, [2], 64)
-        with pytest.raises(ValueError, match="more completions than the 20,000,000 that can be enumerated"):
+        with pytest.raises(ValueError, match="more than the 160,000,000 tokens in all that can be enumerated"):
             TokenTree(32_000, [2], 1024)
+
+    @pytest.mark.parametrize(
+        ("vocab_size", "stop_ids", "max_new_tokens"),
+        [(2, [0], 13_000), (2, [0], 19_999_999), (2, [], 10**7), (3, [0, 1, 2], 10**9)],
+    )
+    def test_few_completions_that_are_too_long_are_refused_at_once(self, vocab_size, stop_ids, max_new_tokens):
+        with pytest.raises(ValueError, match=rf"max_new_tokens \({max_new_tokens}\) make completions of more than"):
+            TokenTree(vocab_size, stop_ids, max_new_tokens)
+
+    def test_long_completions_take_operations_by_their_length_not_by_its_square(self):
+        operations = []
+        for length in (100, 200):
+            with CountOperations() as count:
+                tree = TokenTree(2, [0], length)
+                uniform = tree.tabulate(lambda prompt, prefixes: torch.full((len(prefixes), 2), 0.5).log(), PROMPT)
+                assert torch.equal(tree.along(uniform).ne(0).sum(1), tree.lengths)
+            operations.append(count.operations)
+        assert operations[1] < 2.2 * operations[0]
 
     @pytest.mark.parametrize("stop_ids", [[3], [-1]])
     def test_stop_ids_out_of_the_vocabulary_are_refused(self, stop_ids):

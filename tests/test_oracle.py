@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from lit_rlhf.oracle import (
     small_problems,
     trap_problem,
 )
+from lit_rlhf.policy import Policy
 from tests.tiny import plain_logits, tiny_model
 
 PROMPT = torch.tensor([1, 2])
@@ -402,6 +404,29 @@ class TestOracle:
         oracle = self.oracle(reward_fn=lambda *args: random_reward(*args).tolist())
         assert oracle.optimal_objective == pytest.approx(self.oracle().optimal_objective)
 
+    def test_prompts_may_be_lists_of_token_ids(self):
+        listed = [prompt.tolist() for prompt in self.prompts]
+        oracle = Oracle(self.tree, listed, random_policy(4, 0), random_reward, 0.3)
+        policy = TablePolicy(self.tree, listed, random_policy(4, 1))
+        assert oracle.evaluate(policy.logprob_fn) == self.oracle().evaluate(random_policy(4, 1))
+
+    @pytest.mark.parametrize(
+        ("prompts", "got"),
+        [([1, 2], r"\(\) torch.int64"), (PROMPT, r"\(\) torch.int64"), ([[1.5]], r"\(1,\) torch.float32")],
+    )
+    def test_one_prompt_in_place_of_a_list_and_what_is_no_token_id_are_refused(self, prompts, got):
+        with pytest.raises(ValueError, match=rf"each \(P,\) integer token ids; one of them is {got}"):
+            Oracle(self.tree, prompts, random_policy(4, 0), random_reward, 0.3)
+
+    @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1], [3], 2, -1])
+    def test_values_are_asked_for_by_the_number_of_a_prompt(self, prompt):
+        with pytest.raises(ValueError, match="must be the number of a prompt, 0 to 1"):
+            self.oracle().optimal_values(prompt)
+
+    def test_a_model_in_place_of_a_policy_is_answered_with_causal_lm(self):
+        with pytest.raises(ValueError, match=r"of a LlamaForCausalLM, give causal_lm\(model\)"):
+            self.oracle().evaluate(tiny_llama())
+
     def test_a_beta_of_zero_is_refused_by_name(self):
         with pytest.raises(ValueError, match=r"beta \(0.0\)"):
             self.oracle(beta=0.0)
@@ -504,6 +529,20 @@ class TestCausalLM:
         cold, warm = causal_lm(model, temperature=0.5), causal_lm(model)
         expected = torch.log_softmax(2 * warm(PROMPT, prefixes), -1)
         assert torch.allclose(cold(PROMPT, prefixes), expected)
+
+    @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+    def test_a_temperature_that_gives_no_policy_is_refused_by_name(self, temperature):
+        with pytest.raises(ValueError, match=rf"temperature \({temperature}\) must be more than 0"):
+            causal_lm(tiny_llama(), temperature=temperature)
+
+    def test_what_is_no_model_is_refused_with_where_the_model_is(self):
+        with pytest.raises(ValueError, match=r"not a Policy; of a DPO or PPO module, policy.model"):
+            causal_lm(Policy(tiny_llama()))
+
+    @pytest.mark.parametrize("prompt", [[], [5], [1, -1]])
+    def test_a_prompt_that_the_model_cannot_read_is_refused(self, prompt):
+        with pytest.raises(ValueError, match=rf"one or more token ids, 0 to 4; got {re.escape(str(prompt))}"):
+            Oracle(TokenTree(5, [0], 2), [prompt], causal_lm(tiny_llama()), random_reward, 0.3)
 
     def test_the_exact_gradient_reaches_the_weights_only_if_asked_for(self):
         model, tree = tiny_llama(), TokenTree(5, [0], 2)

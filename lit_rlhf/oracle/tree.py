@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 # prompt_ids (P,), prefixes (n, t) of response tokens -> (n, V) log-probs of the next token
 LogprobFn = Callable[[Tensor, Tensor], Tensor]
+
+Prompts = Sequence[Tensor | Sequence[int]]  # each (P,) token ids
 
 MAX_TOKENS = 160_000_000  # C T of them: 20 million completions of 8 take about 10 GB
 
@@ -104,6 +107,9 @@ class TokenTree:
         Raises:
             ValueError: what `logprob_fn` returns has another shape or does not sum to one.
         """
+        if isinstance(logprob_fn, PreTrainedModel):
+            kind = type(logprob_fn).__name__
+            raise ValueError(f"a policy is a function of a prompt and prefixes: of a {kind}, give causal_lm(model)")
         table = []
         for level in range(self.max_new_tokens):
             prefixes = self.prefixes(level)
@@ -141,3 +147,17 @@ class TokenTree:
     def _longer(path: Tensor, actions: Tensor, tokens: Tensor) -> Tensor:
         """Each of (n, t) paths goes on with the (n, V) entry of each of these k tokens: (n k, t + 1)."""
         return torch.cat([path.repeat_interleave(len(tokens), dim=0), actions[:, tokens].reshape(-1, 1)], dim=1)
+
+
+def prompt_tensors(prompts: Prompts) -> list[Tensor]:
+    """Each prompt as (P,) int64.
+
+    Raises:
+        ValueError: one of them has no axis or several, such as the ids of a single prompt that is in no list.
+    """
+    tensors = [torch.as_tensor(prompt_ids) for prompt_ids in prompts]
+    for prompt_ids in tensors:
+        if prompt_ids.ndim != 1 or (prompt_ids.is_floating_point() and prompt_ids.numel()):
+            kind = f"{tuple(prompt_ids.shape)} {prompt_ids.dtype}"
+            raise ValueError(f"prompts must be a list of prompts, each (P,) integer token ids; one of them is {kind}")
+    return [prompt_ids.long() for prompt_ids in tensors]

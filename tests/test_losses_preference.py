@@ -415,6 +415,48 @@ class TestEquivalences:
             assert torch.allclose(difference, difference[0])  # up to a constant, which cancels in the loss
 
 
+class TestLinksPastTheClamp:
+    """exp(20) is the largest that is taken; a link whose f' is steeper than that goes on as a straight line."""
+
+    every_steep_link = pytest.mark.parametrize(
+        ("link", "edge", "plain"),
+        [
+            (forward_kl_link, -20.0, lambda h: -torch.exp(-h)),
+            (alpha_link(0.5), -40.0, lambda h: -torch.expm1(-0.5 * h) / 0.5),
+            (alpha_link(1.0), -20.0, lambda h: -torch.expm1(-h)),
+        ],
+        ids=["forward_kl", "alpha_0.5", "alpha_1"],
+    )
+
+    @staticmethod
+    def value_and_slope(link, logratios):
+        logratios = logratios.clone().requires_grad_()
+        values = link(logratios)
+        return values.detach(), *torch.autograd.grad(values.sum(), logratios)
+
+    @every_steep_link
+    def test_up_to_the_clamp_they_are_the_plain_formula_to_the_bit(self, link, edge, plain):
+        logratios = torch.cat([torch.linspace(edge, 100, 1001), column(edge, 0).float()])
+        for ours, theirs in zip(
+            self.value_and_slope(link, logratios), self.value_and_slope(plain, logratios), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+    @every_steep_link
+    def test_past_it_they_keep_the_slope_and_value_of_the_edge(self, link, edge, plain):
+        (value,), (slope,) = self.value_and_slope(plain, column(edge))
+        values, slopes = self.value_and_slope(link, column(edge - 1e-9, edge - 5, -100))
+        assert torch.allclose(slopes, slope)
+        assert torch.allclose(values, value - slope * column(1e-9, 5, edge + 100))
+
+    @every_steep_link
+    @pytest.mark.parametrize("ahead", [1.0, 25.0])  # by how many nats the rejected response is
+    def test_a_chosen_response_that_the_policy_gave_up_is_pulled_back(self, link, edge, plain, ahead):
+        chosen = torch.tensor([edge - 5], requires_grad=True)
+        at(partial(f_dpo_loss, link=link), chosen, chosen.detach() + ahead, 0.1).sum().backward()
+        assert chosen.grad.item() < 0 and chosen.grad.isfinite()
+
+
 @pytest.mark.parametrize("loss", [conservative_dpo_loss, robust_dpo_loss, exo_pair_loss])
 @pytest.mark.parametrize("label_smoothing", [-0.1, 0.5, 1.0])
 def test_label_smoothing_out_of_range_is_refused_by_name(loss, label_smoothing):

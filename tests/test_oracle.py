@@ -1,9 +1,11 @@
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lit_rlhf.advantages import gae, token_rewards
@@ -26,6 +28,8 @@ from lit_rlhf.oracle import (
     small_problems,
     trap_problem,
 )
+from lit_rlhf.policy import Policy
+from tests.tiny import plain_logits, tiny_model
 
 PROMPT = torch.tensor([1, 2])
 
@@ -86,6 +90,16 @@ class SlowTree:
 
 def as_tuples(tree):
     return [tuple(row[:n]) for row, n in zip(tree.completions.tolist(), tree.lengths.tolist(), strict=True)]
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts tensor operations while it is entered."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
 
 
 SHAPES = [(4, [0], 3), (4, [1, 3], 3), (2, [], 4), (3, [0, 1, 2], 2), (5, [4], 1)]
@@ -150,8 +164,26 @@ class TestTokenTree:
     def test_too_many_completions_are_refused_before_memory_is(self):
         with pytest.raises(ValueError, match=r"vocab_size \(32000\) and max_new_tokens \(64\)"):
             TokenTree(32_000, [2], 64)
-        with pytest.raises(ValueError, match="more completions than the 20,000,000 that can be enumerated"):
+        with pytest.raises(ValueError, match="more than the 160,000,000 tokens in all that can be enumerated"):
             TokenTree(32_000, [2], 1024)
+
+    @pytest.mark.parametrize(
+        ("vocab_size", "stop_ids", "max_new_tokens"),
+        [(2, [0], 13_000), (2, [0], 19_999_999), (2, [], 10**7), (3, [0, 1, 2], 10**9)],
+    )
+    def test_few_completions_that_are_too_long_are_refused_at_once(self, vocab_size, stop_ids, max_new_tokens):
+        with pytest.raises(ValueError, match=rf"max_new_tokens \({max_new_tokens}\) make completions of more than"):
+            TokenTree(vocab_size, stop_ids, max_new_tokens)
+
+    def test_long_completions_take_operations_by_their_length_not_by_its_square(self):
+        operations = []
+        for length in (100, 200):
+            with CountOperations() as count:
+                tree = TokenTree(2, [0], length)
+                uniform = tree.tabulate(lambda prompt, prefixes: torch.full((len(prefixes), 2), 0.5).log(), PROMPT)
+                assert torch.equal(tree.along(uniform).ne(0).sum(1), tree.lengths)
+            operations.append(count.operations)
+        assert operations[1] < 2.2 * operations[0]
 
     @pytest.mark.parametrize("stop_ids", [[3], [-1]])
     def test_stop_ids_out_of_the_vocabulary_are_refused(self, stop_ids):
@@ -372,6 +404,29 @@ class TestOracle:
         oracle = self.oracle(reward_fn=lambda *args: random_reward(*args).tolist())
         assert oracle.optimal_objective == pytest.approx(self.oracle().optimal_objective)
 
+    def test_prompts_may_be_lists_of_token_ids(self):
+        listed = [prompt.tolist() for prompt in self.prompts]
+        oracle = Oracle(self.tree, listed, random_policy(4, 0), random_reward, 0.3)
+        policy = TablePolicy(self.tree, listed, random_policy(4, 1))
+        assert oracle.evaluate(policy.logprob_fn) == self.oracle().evaluate(random_policy(4, 1))
+
+    @pytest.mark.parametrize(
+        ("prompts", "got"),
+        [([1, 2], r"\(\) torch.int64"), (PROMPT, r"\(\) torch.int64"), ([[1.5]], r"\(1,\) torch.float32")],
+    )
+    def test_one_prompt_in_place_of_a_list_and_what_is_no_token_id_are_refused(self, prompts, got):
+        with pytest.raises(ValueError, match=rf"each \(P,\) integer token ids; one of them is {got}"):
+            Oracle(self.tree, prompts, random_policy(4, 0), random_reward, 0.3)
+
+    @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1], [3], 2, -1])
+    def test_values_are_asked_for_by_the_number_of_a_prompt(self, prompt):
+        with pytest.raises(ValueError, match="must be the number of a prompt, 0 to 1"):
+            self.oracle().optimal_values(prompt)
+
+    def test_a_model_in_place_of_a_policy_is_answered_with_causal_lm(self):
+        with pytest.raises(ValueError, match=r"of a LlamaForCausalLM, give causal_lm\(model\)"):
+            self.oracle().evaluate(tiny_llama())
+
     def test_a_beta_of_zero_is_refused_by_name(self):
         with pytest.raises(ValueError, match=r"beta \(0.0\)"):
             self.oracle(beta=0.0)
@@ -446,11 +501,48 @@ class TestCausalLM:
         assert torch.allclose(causal_lm(packed)(PROMPT, prefixes), causal_lm(tiny_llama())(PROMPT, prefixes), atol=1e-6)
         assert packed.config._attn_implementation == IMPLEMENTATION
 
+    def test_a_packed_gemma_2_keeps_its_soft_caps(self):
+        model, prefixes = tiny_model("gemma2"), torch.tensor([[5, 6, 7], [8, 9, 10]])
+        rows = torch.cat([PROMPT.expand(2, -1), prefixes], dim=1)
+        expected = [torch.log_softmax(plain_logits(model, row)[-1].double(), -1) for row in rows]
+        assert torch.allclose(causal_lm(model)(PROMPT, prefixes), torch.stack(expected), atol=1e-6)
+        assert model.config._attn_implementation == IMPLEMENTATION
+
+    @pytest.mark.parametrize("fails", ["forward", "set_attn_implementation"])
+    def test_mode_and_attention_are_given_back_whatever_fails(self, fails, monkeypatch):
+        model = tiny_model("gemma2").train()
+        own = getattr(model, fails)
+
+        def broken(*args, **kwargs):
+            if args != (IMPLEMENTATION,):
+                raise RuntimeError("broken")
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(model, fails, broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            causal_lm(model)(PROMPT, torch.tensor([[5]]))
+        assert model.config._attn_implementation == IMPLEMENTATION
+        assert all(module.training for module in model.modules())
+
     def test_temperature_divides_the_logits(self):
         model, prefixes = tiny_llama(), torch.tensor([[1]])
         cold, warm = causal_lm(model, temperature=0.5), causal_lm(model)
         expected = torch.log_softmax(2 * warm(PROMPT, prefixes), -1)
         assert torch.allclose(cold(PROMPT, prefixes), expected)
+
+    @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+    def test_a_temperature_that_gives_no_policy_is_refused_by_name(self, temperature):
+        with pytest.raises(ValueError, match=rf"temperature \({temperature}\) must be more than 0"):
+            causal_lm(tiny_llama(), temperature=temperature)
+
+    def test_what_is_no_model_is_refused_with_where_the_model_is(self):
+        with pytest.raises(ValueError, match=r"not a Policy; of a DPO or PPO module, policy.model"):
+            causal_lm(Policy(tiny_llama()))
+
+    @pytest.mark.parametrize("prompt", [[], [5], [1, -1]])
+    def test_a_prompt_that_the_model_cannot_read_is_refused(self, prompt):
+        with pytest.raises(ValueError, match=rf"one or more token ids, 0 to 4; got {re.escape(str(prompt))}"):
+            Oracle(TokenTree(5, [0], 2), [prompt], causal_lm(tiny_llama()), random_reward, 0.3)
 
     def test_the_exact_gradient_reaches_the_weights_only_if_asked_for(self):
         model, tree = tiny_llama(), TokenTree(5, [0], 2)

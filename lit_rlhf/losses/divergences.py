@@ -1,11 +1,13 @@
 """DPO under other divergences than the reverse KL: the implicit reward becomes β f'(π/π_ref).
 
 Wang et al. 2023, "Beyond Reverse KL", https://arxiv.org/abs/2309.16240. A *link* is u ↦ f'(u), u = π/π_ref, as a
-function of the log-ratio log u. Constants cancel between chosen and rejected and are left out.
+function of the log-ratio log u. Constants cancel between chosen and rejected and are left out. Where `exp` would
+overflow, a link goes on as a straight line, so that a response that the policy has given up is still pulled back.
 
 Axes: B pairs. Log-probabilities are in nats, summed over the response tokens.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,7 +30,7 @@ def reverse_kl_link(logratio: Tensor) -> Tensor:
 
 
 def forward_kl_link(logratio: Tensor) -> Tensor:
-    """KL(π_ref‖π): f'(u) = -1/u, Table 1. The log-ratio is clamped before `exp`.
+    """KL(π_ref‖π): f'(u) = -1/u, Table 1; below a log-ratio of -20 its tangent there.
 
     Args:
         logratio: any shape, log π - log π_ref.
@@ -36,7 +38,7 @@ def forward_kl_link(logratio: Tensor) -> Tensor:
     Returns:
         The same shape, negative.
     """
-    return -torch.exp(-logratio.clamp(min=-MAX_LOGRATIO))
+    return -torch.exp((-logratio).clamp(max=MAX_LOGRATIO)) - _line_past_the_clamp(-logratio)
 
 
 def jensen_shannon_link(logratio: Tensor) -> Tensor:
@@ -54,6 +56,8 @@ def jensen_shannon_link(logratio: Tensor) -> Tensor:
 def alpha_link(alpha: float) -> Callable[[Tensor], Tensor]:
     """The α-divergence between reverse KL (α → 0) and forward KL (α = 1): f'(u) = (1 - u^(-α))/α, Table 1.
 
+    Below a log-ratio of -20/α it is its tangent there.
+
     Args:
         alpha: in (0, 1].
 
@@ -64,7 +68,8 @@ def alpha_link(alpha: float) -> Callable[[Tensor], Tensor]:
         raise ValueError(f"alpha ({alpha}) must be in (0, 1]; its limit 0 is reverse_kl_link")
 
     def link(logratio: Tensor) -> Tensor:
-        return -torch.expm1((-alpha * logratio).clamp(max=MAX_LOGRATIO)) / alpha
+        exponent = -alpha * logratio
+        return -(torch.expm1(exponent.clamp(max=MAX_LOGRATIO)) + _line_past_the_clamp(exponent)) / alpha
 
     return link
 
@@ -171,3 +176,8 @@ def alpha_dpo_loss(
     """
     pair = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return f_dpo_loss(*pair, beta, alpha_link(alpha))
+
+
+def _line_past_the_clamp(exponent: Tensor) -> Tensor:
+    """What to add to exp(min(exponent, 20)), so that it goes on past 20 with the value and slope that it has there."""
+    return math.exp(MAX_LOGRATIO) * F.relu(exponent - MAX_LOGRATIO)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_rlhf.oracle.tree import LogprobFn, TokenTree
+from lit_rlhf.oracle.tree import LogprobFn, Prompts, TokenTree, prompt_tensors
 
 # prompt_ids (P,), completions (C, T) with 0 past their ends, lengths (C,) -> (C,) rewards
 RewardFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -138,7 +138,7 @@ class Evaluation(NamedTuple):
     reward: float  # E_π[r]
     kl: float  # KL(π‖π_ref), nats per completion
     objective: float  # J(π)
-    gap: float  # (J* - J)/(J* - J_ref): 0 optimal, 1 the reference; NaN where the reference is optimal already
+    gap: float  # (J* - J)/(J* - J_ref): 0 optimal, 1 the reference; NaN for constant rewards, where J* = J_ref
     kl_to_optimum: float  # KL(π‖π*), nats per completion
 
 
@@ -147,7 +147,7 @@ class Oracle:
 
     Args:
         tree: of the completions, the same for all prompts.
-        prompts: each (P,) int64.
+        prompts: each (P,) token ids; their order numbers them.
         reference: π_ref, as `causal_lm(model)` or any function of a prompt and prefixes.
         reward_fn: scores all completions of a prompt at once.
         beta: weight of the KL, more than 0.
@@ -163,17 +163,17 @@ class Oracle:
     """
 
     def __init__(
-        self, tree: TokenTree, prompts: Sequence[Tensor], reference: LogprobFn, reward_fn: RewardFn, beta: float
+        self, tree: TokenTree, prompts: Prompts, reference: LogprobFn, reward_fn: RewardFn, beta: float
     ) -> None:
         if not beta > 0:
             raise ValueError(f"beta ({beta}) must be more than 0: without KL the optimum is the best completion alone")
-        if not prompts:
+        self.tree, self.prompts, self.beta = tree, prompt_tensors(prompts), beta
+        if not self.prompts:
             raise ValueError("prompts is empty; give at least one, (P,) token ids")
-        self.tree, self.prompts, self.beta = tree, prompts, beta
         with torch.no_grad():
-            self.ref_tables = [tree.tabulate(reference, prompt_ids) for prompt_ids in prompts]
+            self.ref_tables = [tree.tabulate(reference, prompt_ids) for prompt_ids in self.prompts]
             self.ref_logprobs = torch.stack([tree.completion_logprobs(table) for table in self.ref_tables])
-            rewards = [torch.as_tensor(reward_fn(prompt_ids, tree.completions, tree.lengths)) for prompt_ids in prompts]
+            rewards = [torch.as_tensor(reward_fn(ids, tree.completions, tree.lengths)) for ids in self.prompts]
         for values in rewards:
             if values.shape != (tree.num_completions,) or not values.isfinite().all():
                 got = tuple(values.shape) if values.isfinite().all() else values[~values.isfinite()][:3].tolist()
@@ -190,7 +190,10 @@ class Oracle:
         return torch.stack([self.tree.completion_logprobs(table) for table in tables])
 
     def evaluate(self, policy: LogprobFn) -> Evaluation:
-        """Reward, KL, objective and the distance to the optimum of a policy, all exact."""
+        """Reward, KL, objective and the distance to the optimum of a policy, all exact.
+
+        Where the reward is the same for all completions, the reference is the optimum, and `gap` is NaN: 0/0.
+        """
         with torch.no_grad():
             logprobs = self.logprobs(policy)
             reward = (logprobs.exp() * self.rewards).sum(-1).mean().item()
@@ -203,7 +206,9 @@ class Oracle:
         return Evaluation(reward, kl, attained, gap, kl_to_optimum)
 
     def optimal_values(self, prompt: int) -> Values:
-        """V*, Q* and advantages of the prompt of this number; see `optimal_values`."""
+        """V*, Q* and advantages of the prompt of this number, its place in `prompts`; see `optimal_values`."""
+        if torch.as_tensor(prompt).ndim or not 0 <= prompt < len(self.prompts):
+            raise ValueError(f"prompt ({prompt}) must be the number of a prompt, 0 to {len(self.prompts) - 1}")
         return optimal_values(self.tree, self.ref_tables[prompt], self.rewards[prompt], self.beta)
 
 

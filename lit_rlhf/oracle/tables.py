@@ -1,11 +1,9 @@
 """A policy that is a table of logits: the smallest one that can be any policy at all, the optimum included."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.oracle.tree import LogprobFn, TokenTree
+from lit_rlhf.oracle.tree import LogprobFn, Prompts, TokenTree, prompt_tensors
 
 
 class TablePolicy(nn.Module):
@@ -16,16 +14,16 @@ class TablePolicy(nn.Module):
 
     Args:
         tree: of the completions.
-        prompts: each (P,) int64; their order numbers them.
+        prompts: each (P,) token ids; their order numbers them.
         start: where the logits start, such as the reference; None = 0, the uniform policy.
 
     Attributes:
         logits: (N, V) the parameter.
     """
 
-    def __init__(self, tree: TokenTree, prompts: Sequence[Tensor], start: LogprobFn | None = None) -> None:
+    def __init__(self, tree: TokenTree, prompts: Prompts, start: LogprobFn | None = None) -> None:
         super().__init__()
-        self.tree = tree
+        self.tree, prompts = tree, prompt_tensors(prompts)
         self.numbers = {tuple(prompt_ids.tolist()): number for number, prompt_ids in enumerate(prompts)}
         sizes = [tree.num_prefixes(level) for level in range(tree.max_new_tokens)]
         self.offsets = torch.tensor([0, *sizes]).cumsum(0)  # (T + 1,) where each level starts

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 # prompt_ids (P,), prefixes (n, t) of response tokens -> (n, V) log-probs of the next token
 LogprobFn = Callable[[Tensor, Tensor], Tensor]
 
-MAX_COMPLETIONS = 20_000_000  # about 10 GB with 8 tokens each
+Prompts = Sequence[Tensor | Sequence[int]]  # each (P,) token ids
+
+MAX_TOKENS = 160_000_000  # C T of them: 20 million completions of 8 take about 10 GB
 
 
 class TokenTree:
@@ -38,14 +42,18 @@ class TokenTree:
         self._stop_ids = torch.tensor(stops, dtype=torch.int64)
         self.open_ids = torch.tensor([i for i in range(vocab_size) if i not in set(stops)], dtype=torch.int64)
         self._all_ids = torch.arange(vocab_size)
-        self._sizes = [self.num_prefixes(t) * len(self.closing_ids(t)) for t in range(max_new_tokens)]
-        self.num_completions = sum(self._sizes)
-        if self.num_completions > MAX_COMPLETIONS:
-            raise ValueError(
-                f"vocab_size ({vocab_size}) and max_new_tokens ({max_new_tokens}) make more completions than the "
-                f"{MAX_COMPLETIONS:,} that can be enumerated; lower one of them"
-            )
-        self.completions = self._list_completions()
+        self._sizes: list[int] = []
+        self.num_completions = 0
+        for level in range(max_new_tokens):  # ends early, before numbers are large
+            self._sizes.append(self.num_prefixes(level) * len(self.closing_ids(level)))
+            self.num_completions += self._sizes[-1]
+            if max(self.num_completions, self.num_prefixes(level), max_new_tokens) * max_new_tokens > MAX_TOKENS:
+                raise ValueError(
+                    f"vocab_size ({vocab_size}) and max_new_tokens ({max_new_tokens}) make completions of more than "
+                    f"the {MAX_TOKENS:,} tokens in all that can be enumerated; lower one of them"
+                )
+        own_ids = [self._all_ids.expand(self.num_prefixes(level), -1) for level in range(max_new_tokens)]
+        self.completions = self.along(own_ids)
         self.lengths = torch.arange(1, max_new_tokens + 1).repeat_interleave(torch.tensor(self._sizes))
 
     def num_prefixes(self, level: int) -> int:
@@ -65,7 +73,9 @@ class TokenTree:
         """(K^t, t) int64: the prefixes of `level` response tokens that have not ended, in order."""
         if level == 0:
             return torch.empty(1, 0, dtype=torch.int64)
-        return torch.cartesian_prod(*[self.open_ids] * level).view(-1, level)
+        K, T = len(self.open_ids), self.max_new_tokens
+        longest = self.completions[self.num_completions - self._sizes[-1] :]  # each prefix begins as many, one by one
+        return longest[:: max(1, K ** (T - 1 - level) * self.vocab_size), :level].clone()
 
     def index(self, completion: Sequence[int]) -> int:
         """Where in 0..C-1 a completion stands.
@@ -97,6 +107,9 @@ class TokenTree:
         Raises:
             ValueError: what `logprob_fn` returns has another shape or does not sum to one.
         """
+        if isinstance(logprob_fn, PreTrainedModel):
+            kind = type(logprob_fn).__name__
+            raise ValueError(f"a policy is a function of a prompt and prefixes: of a {kind}, give causal_lm(model)")
         table = []
         for level in range(self.max_new_tokens):
             prefixes = self.prefixes(level)
@@ -121,20 +134,30 @@ class TokenTree:
 
     def along(self, table: Sequence[Tensor]) -> Tensor:
         """(C, T) what each completion meets on its way: the table at its states or actions, 0 past its end."""
-        K, rows = len(self.open_ids), []
-        for level, completions in enumerate(self.completions.split(self._sizes)):
-            prefix = torch.arange(self.num_prefixes(level)).repeat_interleave(len(self.closing_ids(level)))
-            columns = [table[0].new_zeros(len(prefix))] * self.max_new_tokens
-            for t in range(level + 1):
-                ancestor = prefix // max(K, 1) ** (level - t)
-                columns[t] = table[t][ancestor] if table[t].ndim == 1 else table[t][ancestor, completions[:, t]]
-            rows.append(torch.stack(columns, dim=1))
+        rows, path = [], table[0].new_empty(1, 0)  # (K^t, t) along each prefix
+        for level, step in enumerate(table):
+            actions = step if step.ndim == 2 else step[:, None].expand(-1, self.vocab_size)
+            ended = self._longer(path, actions, self.closing_ids(level))
+            rows.append(F.pad(ended, (0, self.max_new_tokens - level - 1)))
+            if level < self.max_new_tokens - 1:
+                path = self._longer(path, actions, self.open_ids)
         return torch.cat(rows)
 
-    def _list_completions(self) -> Tensor:
-        completions = torch.zeros(self.num_completions, self.max_new_tokens, dtype=torch.int64)
-        for level, rows in enumerate(completions.split(self._sizes)):
-            prefixes, closing = self.prefixes(level), self.closing_ids(level)
-            rows[:, :level] = prefixes.repeat_interleave(len(closing), dim=0)
-            rows[:, level] = closing.repeat(len(prefixes))
-        return completions
+    @staticmethod
+    def _longer(path: Tensor, actions: Tensor, tokens: Tensor) -> Tensor:
+        """Each of (n, t) paths goes on with the (n, V) entry of each of these k tokens: (n k, t + 1)."""
+        return torch.cat([path.repeat_interleave(len(tokens), dim=0), actions[:, tokens].reshape(-1, 1)], dim=1)
+
+
+def prompt_tensors(prompts: Prompts) -> list[Tensor]:
+    """Each prompt as (P,) int64.
+
+    Raises:
+        ValueError: one of them has no axis or several, such as the ids of a single prompt that is in no list.
+    """
+    tensors = [torch.as_tensor(prompt_ids) for prompt_ids in prompts]
+    for prompt_ids in tensors:
+        if prompt_ids.ndim != 1 or (prompt_ids.is_floating_point() and prompt_ids.numel()):
+            kind = f"{tuple(prompt_ids.shape)} {prompt_ids.dtype}"
+            raise ValueError(f"prompts must be a list of prompts, each (P,) integer token ids; one of them is {kind}")
+    return [prompt_ids.long() for prompt_ids in tensors]

@@ -129,6 +129,7 @@ def test_the_command_line_can_be_used_from_python_without_a_command(workdir, mon
         AlignmentModule,
         LightningDataModule,
         run=False,
+        seed_everything_default=0,
         auto_configure_optimizers=False,
         subclass_mode_model=True,
         subclass_mode_data=True,

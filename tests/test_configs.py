@@ -121,15 +121,14 @@ def test_what_dropped_prompts_were_is_said_and_the_answers_keep_their_ids(workdi
     assert [row["id"] for row in predictions("out/gaps")] == [0, 2]
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_the_command_line_can_be_used_from_python_without_a_command(workdir, monkeypatch):
     config = str(Path("configs/sft.yaml").absolute())
     monkeypatch.chdir(workdir)
-    monkeypatch.setattr("sys.argv", ["notebook"])  # Lightning warns where the process has arguments of its own
     cli = AlignmentCLI(
         AlignmentModule,
         LightningDataModule,
         run=False,
-        seed_everything_default=0,
         auto_configure_optimizers=False,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
 from lit_rlhf.checkpoints import WholeCheckpointIO, choose_checkpoint, newest_checkpoint
 from lit_rlhf.errors import UserError, require
+from lit_rlhf.files import make_folder
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.parser import Parser, did_you_mean
 from lit_rlhf.performance import Performance, default_precision
@@ -81,10 +82,7 @@ class AlignmentCLI(LightningCLI):
             kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
         trainer = super().instantiate_trainer(**kwargs)
         AlignmentCLI.root = Path(trainer.default_root_dir)
-        try:  # before an hour of training, not after it
-            Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"trainer.default_root_dir: {trainer.default_root_dir} cannot be made ({error})") from error
+        make_folder(AlignmentCLI.root, "trainer.default_root_dir")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer

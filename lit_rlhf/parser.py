@@ -4,11 +4,14 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NoReturn
 
+from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_rlhf.errors import UserError
 
 HINT = "For all options: lit-rlhf fit --help, lit-rlhf fit --model.help lit_rlhf.DPO, lit-rlhf compare --help"
 # jsonargparse lists every type that a value failed to be, and repeats the whole value.
@@ -33,7 +36,7 @@ TYPES = {
     "float": "a number",
     "bool": "true or false",
     "str": "text",
-    "tuple": "a list, [a, b]",
+    "tuple": "a list, '[{}]'",
 }
 CLASS_GIVEN = ("--config", "-c", "--model=", "--data=")
 EXAMPLES = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}
@@ -54,12 +57,15 @@ class Parser(LightningArgumentParser):
         if unknown := UNKNOWN.search(message):
             said = self.unknown_option(next(filter(None, unknown.groups())))
         elif wrong := WRONG_VALUE.fullmatch(said):
-            said = f"{self.as_typed(wrong[1])}: expected {TYPES.get(wrong[2], wrong[2])}, got {wrong[3]}"
+            said = (
+                f"{self.as_typed(wrong[1])}: expected {TYPES.get(wrong[2], wrong[2]).format(wrong[3])}, got {wrong[3]}"
+            )
         elif "No module named" in message:
             said += "\nmodules are found in the current folder and among what is installed"
         elif "fit.model" in message and "required" in message:
             said = "there is neither model nor data; name a config, such as --config configs/sft.yaml"
-        print(f"error: {said}\n{HINT}", file=sys.stderr)
+        hint = HINT if self.prog.startswith("lit-rlhf") else f"For all options: {self.prog} --help"
+        print(f"error: {said}\n{hint}", file=sys.stderr)
         raise SystemExit(2)
 
     def unknown_option(self, name: str) -> str:
@@ -76,6 +82,15 @@ class Parser(LightningArgumentParser):
     def as_typed(self, name: str) -> str:
         """An option as it stands on the command line; by its own name where it stands in a YAML."""
         return next((arg.split("=")[0] for arg in self.typed if arg.split("=")[0].endswith(name)), name)
+
+
+def command(function: Callable[..., None]) -> None:
+    """A function as a program of its own; what the user can mend is said in one line, with exit status 2."""
+    try:
+        auto_cli(function, as_positional=False, parser_class=Parser)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:

@@ -337,7 +337,7 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
         (["fti"], "there is no command 'fti'; did you mean fit?"),
         (["fit", "--model.policy=x"], "--model.policy: name a class first, by --config or --model="),
         (["fit"], "there is neither model nor data; name a config"),
-        (["compare", "--policies=a,b"], "--policies: expected a list, [a, b], got a,b"),
+        (["compare", "--policies=a,b"], "--policies: expected a list, '[a,b]', got a,b"),
         (["compare", "--max_prompts=0"], "max_prompts (0) must be 1 or more"),
         (["comprae"], "did you mean compare?\nusage: lit-rlhf [-c CONFIG] {fit,validate,test,predict,compare}"),
         (["compare", "--polices=[sft]"], "there is no option --polices; did you mean policies?"),

@@ -5,6 +5,7 @@ LightningCLI with no class given: the YAML names model and data by `class_path`,
 
 import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
@@ -81,6 +83,9 @@ class AlignmentCLI(LightningCLI):
         if given.get("precision") is None and given.get("plugins") is None:
             kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
         trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer.accelerator, CPUAccelerator):  # each would be a process that waits for all others
+            most = max(os.cpu_count() or 1, 8)
+            require(trainer.num_devices <= most, "trainer.devices", trainer.num_devices, f"at most {most} on this CPU")
         AlignmentCLI.root = Path(trainer.default_root_dir)
         make_folder(AlignmentCLI.root, "trainer.default_root_dir")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

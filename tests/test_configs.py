@@ -258,6 +258,11 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     ),
     "value out of range": ("sft", ["--model.generation.top_p=2"], "top_p (2.0)"),
     "unknown accelerator": ("sft", ["--trainer.accelerator=cpuu"], "cpuu"),
+    "more processes than cores": (
+        "sft",
+        ["--trainer.devices=999"],
+        "trainer.devices (999) must be at most ",
+    ),
     "unknown strategy": ("sft", ["--trainer.strategy=ddpp"], "ddpp"),
     "missing checkpoint": ("sft", ["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
     "no checkpoint": ("sft", ["--ckpt_path=malformed.jsonl"], "malformed.jsonl is no checkpoint"),

@@ -214,6 +214,11 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "unknown option": ("dpo", ["--model.betta=3"], "there is no option --model.betta; did you mean beta?"),
     "unknown option of the Trainer": ("sft", ["--trainer.max_stps=3"], "did you mean max_steps?"),
     "unknown option of an option": ("ppo", ["--model.kl.kl_coeff=3"], "did you mean kl_coef?"),
+    "option of another algorithm": ("dpo", ["--model.kl=3"], "no option --model.kl\nFor all options: lit-rlhf fit"),
+    "mistake in an option of PPO": ("ppo", ["--model.gamma=x"], "--model.help lit_rlhf.PPO, "),
+    "loss without its module": ("dpo", ["--model.loss=ipo_loss"], "did you mean lit_rlhf.losses.ipo_loss?"),
+    "unknown loss": ("dpo", ["--model.loss=sigmoyd"], "got sigmoyd; lit_rlhf.losses has alpha_dpo_loss, "),
+    "mistyped loss": ("dpo", ["--model.loss=lit_rlhf.losses.ipo_los"], "'ipo_los'; did you mean ipo_loss?"),
     "unknown class": ("sft", ["--model=lit_rlhf.SFTT"], "has no attribute 'SFTT'"),
     "pairs as demonstrations": (
         "sft",

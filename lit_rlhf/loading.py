@@ -111,10 +111,14 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     Raises:
         UserError: no tokenizer there, no end-of-sequence token, or more tokens than the model has embeddings.
     """
+    source = _resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_resolve(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no tokenizer could be loaded there ({_first_line(error)})") from error
+        raise UserError(
+            f"{name}: no tokenizer could be loaded there ({_first_line(error)}){_hint(source, error)}; "
+            "save the model's own beside it (tokenizer.save_pretrained)"
+        ) from error
     check_vocabulary(tokenizer, model_config.vocab_size, str(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
@@ -247,4 +251,4 @@ def _hint(source: str, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().splitlines()[0].removesuffix(" from one of: ")  # what could be is in further lines

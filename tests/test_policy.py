@@ -209,6 +209,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
         load_tokenizer(folder, load_policy(folder).model.config)
 
 
+def test_a_folder_without_a_tokenizer_says_what_lies_there_and_what_to_do(folder, tmp_path):
+    without = shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    said = r"no tokenizer .*instantiate the backend tokenizer\); the folder holds \['config.json', .*save_pretrained"
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(without, load_policy(without).model.config)
+
+
 def test_the_tokenizer_knows_the_context_of_the_model(folder):
     assert load_tokenizer(folder, load_policy(folder).model.config).model_max_length == 64
 

@@ -1,6 +1,6 @@
 """Who gets the credit on a long horizon: samples until 90 % of the optimum, for four ways to pay and to learn.
 
-    python benchmarks/credit_assignment.py [--output docs/data/credit_assignment.jsonl] [--lengths 64]
+    python benchmarks/credit_assignment.py [--output docs/data/credit_assignment.jsonl] [--lengths '[64]']
 
 The task: T steps, V tokens, one of them right at each step; the return is the share of right tokens. The policy is a
 table (T, V), the environment is `token_mdp`, and the same return is paid in two ways:
@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 
 from lit_rlhf.advantages import gae, whiten
+from lit_rlhf.errors import require
+from lit_rlhf.files import make_folder, write_lines
 from lit_rlhf.losses import ppo_policy_loss, value_loss
+from lit_rlhf.parser import command
 from token_mdp import TokenVectorEnv
 
 VOCABULARY = 4
@@ -135,6 +137,11 @@ def main(
         seeds: runs of each.
         max_samples: give up after so many episodes.
     """
+    require(len(lengths) > 0 and min(lengths) >= 1, "lengths", lengths, "one at least, each 1 or more")
+    require(seeds >= 1, "seeds", seeds, "1 or more")
+    require(max_samples >= 1, "max_samples", max_samples, "1 or more")
+    if output is not None:
+        make_folder(Path(output).parent, "output")
     torch.set_num_threads(1)
     lines = []
     for length in lengths:
@@ -149,8 +156,8 @@ def main(
                 lines.append(json.dumps(row))
                 print(lines[-1], flush=True)
     if output is not None:
-        Path(output).write_text("\n".join(lines) + "\n")
+        write_lines(lines, Path(output))
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    command(main)

@@ -6,8 +6,11 @@ python benchmarks/curves.py --run runs/ppo_without_kl --output docs/data/ppo_wit
 import json
 from pathlib import Path
 
-from jsonargparse import auto_cli
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.files import make_folder, write_lines
+from lit_rlhf.parser import command
 
 CURVES = {"rollout/score": "proxy_reward", "rollout/gold": "gold_reward", "rollout/kl": "kl"}
 
@@ -19,13 +22,19 @@ def curves(run: str, output: str) -> None:
         run: folder of a PPO run.
         output: file to write.
     """
-    newest = max(Path(run).rglob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
-    events = EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload()
+    files = sorted(Path(run).rglob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise UserError(f"run: no TensorBoard files under {Path(run).absolute()}; name the folder of a PPO run")
+    events = EventAccumulator(str(files[-1]), size_guidance={"scalars": 0}).Reload()
+    if missing := [tag for tag in CURVES if tag not in events.Tags()["scalars"]]:
+        raise UserError(
+            f"run: {files[-1]} holds no {', '.join(missing)}; name the folder of a PPO run with a gold reward"
+        )
     columns = [[point.value for point in events.Scalars(tag)] for tag in CURVES]
     rows = [dict(zip(CURVES.values(), values, strict=True)) for values in zip(*columns, strict=True)]
-    lines = [json.dumps({"iteration": number} | row) for number, row in enumerate(rows)]
-    Path(output).write_text("\n".join(lines) + "\n")
+    make_folder(Path(output).parent, "output")
+    write_lines((json.dumps({"iteration": number} | row) for number, row in enumerate(rows)), Path(output))
 
 
 if __name__ == "__main__":
-    auto_cli(curves, as_positional=False)
+    command(curves)

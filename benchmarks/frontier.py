@@ -1,7 +1,7 @@
 """Reward against KL on the demo, β swept for PPO and DPO: how far the proxy can be trusted.
 
     make demo                                   # once: the SFT model and the reward model that every point starts from
-    python benchmarks/frontier.py --output docs/data/frontier.jsonl
+    python benchmarks/frontier.py --output docs/data/frontier.jsonl [--ppo_betas '[0.1, 0.5]'] [--dpo_betas '[]']
 
 Each point is one `lit-rlhf fit` with the demo's config and another β, about a minute on two cores, then one
 `lit-rlhf compare` over all of them. Points that are there already are not trained again, so a sweep that was stopped
@@ -14,7 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
+from lit_rlhf.errors import UserError
+from lit_rlhf.files import make_folder, write_lines
+from lit_rlhf.parser import command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -42,7 +44,9 @@ def main(
     folder = Path(root)
     for stage in ("sft", "reward_model"):
         if not (folder / stage / "model").exists():
-            raise SystemExit(f"{folder / stage / 'model'} is missing: run make demo first, or give its --root")
+            raise UserError(f"{folder / stage / 'model'} is missing: run make demo first, or give its --root")
+    if output is not None:
+        make_folder(Path(output).parent, "output")
     runs: dict[str, tuple[str, float]] = {}
     for beta in ppo_betas:
         name = f"frontier_ppo_{beta:g}"
@@ -76,7 +80,7 @@ def main(
         lines.append(json.dumps({"algorithm": algorithm, "beta": beta} | figures))
         print(lines[-1])
     if output is not None:
-        Path(output).write_text("\n".join(lines) + "\n")
+        write_lines(lines, Path(output))
 
 
 def train(folder: Path, stage: str, options: Sequence[str]) -> None:
@@ -91,4 +95,4 @@ def lit_rlhf(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    command(main)

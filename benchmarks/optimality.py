@@ -1,6 +1,6 @@
 """Every algorithm against the closed form, on token MDPs small enough to list all completions.
 
-    python benchmarks/optimality.py [--output docs/data/optimality.jsonl] [--problems trap] [--betas 0.1]
+    python benchmarks/optimality.py [--output docs/data/optimality.jsonl] [--problems '[trap]'] [--betas '[0.1]']
 
 One JSON line per (algorithm, MDP, β), then a table. The losses, estimators and the environment are the project's own;
 the policies are tables of logits, which can be the optimum exactly: what is left is the algorithm's own error.
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
@@ -46,8 +45,11 @@ from benchmarks.table_preferences import (
     table_of,
 )
 from benchmarks.words import make_reference, measure_words
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.files import make_folder, write_lines
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.oracle import Oracle, Problem, TablePolicy, optimal_logprobs, small_problems
+from lit_rlhf.parser import command
 
 BETAS = (0.05, 0.1, 0.5, 1.0)
 WORD_BETAS = (0.1, 0.5)
@@ -145,9 +147,12 @@ def main(
         ("algorithms", algorithms, ALGORITHMS),
     ):
         if unknown := [name for name in given if name not in known]:
-            raise SystemExit(f"{option}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
-    if not min(betas) > 0:
-        raise SystemExit(f"betas ({betas}) must be more than 0")
+            raise UserError(f"{option}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+        require(len(given) > 0, option, given, "one name at least")
+    require(len(betas) > 0 and min(betas) > 0, "betas", betas, "one at least, each more than 0")
+    require(processes >= 1, "processes", processes, "1 or more")
+    if output is not None:
+        make_folder(Path(output).parent, "output")
     pythons = {"trl_ppo": peer_ppo_python, "trl_dpo": peer_python}
     playing = [name for name in ON_WORDS if name in algorithms and (name not in pythons or pythons[name])]
     with tempfile.TemporaryDirectory() as folder:
@@ -168,8 +173,8 @@ def main(
     rows.sort(key=lambda row: (place[row["mdp"]], row["beta"], algorithms.index(row["algorithm"])))
     print_table(rows, algorithms)
     if output is not None:
-        Path(output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(map(json.dumps, rows), Path(output))
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    command(main)

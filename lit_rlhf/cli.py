@@ -5,6 +5,7 @@ LightningCLI with no class given: the YAML names model and data by `class_path`,
 
 import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
 from lit_rlhf.checkpoints import WholeCheckpointIO, choose_checkpoint, newest_checkpoint
 from lit_rlhf.errors import UserError, require
+from lit_rlhf.files import make_folder
 from lit_rlhf.module import AlignmentModule
 from lit_rlhf.parser import Parser, did_you_mean
 from lit_rlhf.performance import Performance, default_precision
@@ -80,11 +83,11 @@ class AlignmentCLI(LightningCLI):
         if given.get("precision") is None and given.get("plugins") is None:
             kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
         trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer.accelerator, CPUAccelerator):  # each would be a process that waits for all others
+            most = max(os.cpu_count() or 1, 8)
+            require(trainer.num_devices <= most, "trainer.devices", trainer.num_devices, f"at most {most} on this CPU")
         AlignmentCLI.root = Path(trainer.default_root_dir)
-        try:  # before an hour of training, not after it
-            Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"trainer.default_root_dir: {trainer.default_root_dir} cannot be made ({error})") from error
+        make_folder(AlignmentCLI.root, "trainer.default_root_dir")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer

@@ -15,7 +15,7 @@ from rich.table import Table
 from lit_rlhf.batches import PromptBatch
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.errors import UserError, require
-from lit_rlhf.files import write_json
+from lit_rlhf.files import make_folder, write_json
 from lit_rlhf.loading import check_same_tokens, load_policy, load_tokenizer
 from lit_rlhf.packing import Example, pack
 from lit_rlhf.policy import Policy, freeze
@@ -77,10 +77,7 @@ def compare(
     room = tokenizer.model_max_length - generation.max_new_tokens
     require(room >= 1, "generation.max_new_tokens", generation.max_new_tokens, "less than the models' context")
     prompt_ids, columns = load_prompts(prompts, "validation", tokenizer, room)
-    try:  # before all the playing, not after it
-        results_file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {results_file.parent.absolute()} cannot be made ({error})") from error
+    make_folder(results_file.parent, "output")
     held_out = PromptBatch(prompt_ids[:max_prompts], {name: values[:max_prompts] for name, values in columns.items()})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if gold is None and prompts == "demo":

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lit_rlhf.errors import UserError
+
 
 @contextmanager
 def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
@@ -23,6 +25,14 @@ def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make the folder that an option names: before an hour's work that ends in it, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: {folder.absolute()} cannot be made ({error})") from error
 
 
 def write_json(content: Any, file: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.errors import UserError, looks_like_a_path
@@ -109,10 +111,14 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     Raises:
         UserError: no tokenizer there, no end-of-sequence token, or more tokens than the model has embeddings.
     """
+    source = _resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_resolve(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no tokenizer could be loaded there ({_first_line(error)})") from error
+        raise UserError(
+            f"{name}: no tokenizer could be loaded there ({_first_line(error)}){_hint(source, error)}; "
+            "save the model's own beside it (tokenizer.save_pretrained)"
+        ) from error
     check_vocabulary(tokenizer, model_config.vocab_size, str(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
@@ -168,6 +174,11 @@ def pad_token_id_for(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_code: bool, **kwargs: Any) -> Any:
     source = _resolve(name)
     try:
+        if not from_scratch and find_adapter_config_file(source) is not None:  # transformers would apply it, unasked
+            raise UserError(
+                f"{name} holds an adapter of PEFT (adapter_config.json), which is no part of a model here: merge it "
+                "into its model (merge_and_unload) and save that; or remove the adapter's files, to start without it"
+            )
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         for key, value in kwargs.items():
             setattr(config, key, value)
@@ -194,6 +205,13 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
                     f"{name}: its weights lack {len(missing)} tensors of {type(model).__name__}, like {missing[:3]}; "
                     "they would be left random: is it the folder of another kind of model?"
                 )
+    except UserError:
+        raise
+    except SafetensorError as error:
+        files = sorted(path.name for path in Path(source).glob("*.safetensors"))
+        raise UserError(
+            f"{name}: damaged or cut short, copy it anew: {', '.join(files) or 'weights'} ({error})"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: no model could be loaded there ({_first_line(error)}). Expected a folder with config.json and "
@@ -227,12 +245,10 @@ def _hint(source: str, error: Exception) -> str:
         return "; if you trust that code, set trust_remote_code: true"
     if source == str(DEMO_MODEL):
         return "; the embedded demo model has no weights: SFT trains it with from_scratch: true, and exports a policy"
-    if (Path(source) / "adapter_config.json").is_file():
-        return "; it holds adapters of PEFT alone: merge them into their model (merge_and_unload) and save that"
     if Path(source).is_dir():
         return f"; the folder holds {sorted(p.name for p in Path(source).iterdir())[:8]}"
     return f"; there is no folder {Path(source).absolute()}"
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().splitlines()[0].removesuffix(" from one of: ")  # what could be is in further lines

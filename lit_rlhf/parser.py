@@ -4,13 +4,16 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from lightning.pytorch import Trainer
+from jsonargparse import auto_cli
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-HINT = "For all options: lit-rlhf fit --help, lit-rlhf fit --model.help lit_rlhf.DPO, lit-rlhf compare --help"
+from lit_rlhf.errors import UserError
+
 # jsonargparse lists every type that a value failed to be, and repeats the whole value.
 NOISE = (
     "Does not validate against",
@@ -27,13 +30,15 @@ NOISE = (
 UNKNOWN = re.compile(
     r"Option '([^']+)' is not accepted|unrecognized arguments: --([^=\s]+)|does not accept option '([^']+)'"
 )
+NO_PATH = re.compile(r'Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]+)', re.S)
+NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 WRONG_VALUE = re.compile(r'Parser key "([^"]+)":\s*Expected a <class \'(\w+)\'>\. Got value: (.*)')
 TYPES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
     "str": "text",
-    "tuple": "a list, [a, b]",
+    "tuple": "a list, '[{}]'",
 }
 CLASS_GIVEN = ("--config", "-c", "--model=", "--data=")
 EXAMPLES = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}
@@ -54,13 +59,36 @@ class Parser(LightningArgumentParser):
         if unknown := UNKNOWN.search(message):
             said = self.unknown_option(next(filter(None, unknown.groups())))
         elif wrong := WRONG_VALUE.fullmatch(said):
-            said = f"{self.as_typed(wrong[1])}: expected {TYPES.get(wrong[2], wrong[2])}, got {wrong[3]}"
+            said = (
+                f"{self.as_typed(wrong[1])}: expected {TYPES.get(wrong[2], wrong[2]).format(wrong[3])}, got {wrong[3]}"
+            )
+        elif absent := NOT_IN_MODULE.search(message):
+            said = f"{absent[0]}{did_you_mean(absent[2], vars(sys.modules[absent[1]]))}"
+        elif no_path := NO_PATH.search(message):
+            option, given = no_path.groups()
+            said = f"{self.as_typed(option)}: expected an import path, got {given}{nearest_path(option, given)}"
         elif "No module named" in message:
             said += "\nmodules are found in the current folder and among what is installed"
         elif "fit.model" in message and "required" in message:
             said = "there is neither model nor data; name a config, such as --config configs/sft.yaml"
-        print(f"error: {said}\n{HINT}", file=sys.stderr)
+        print(f"error: {said}\n{self.hint}", file=sys.stderr)
         raise SystemExit(2)
+
+    @property
+    def hint(self) -> str:
+        """Where all options are to be seen."""
+        model = f"lit-rlhf fit --model.help {self.model_in_use() or EXAMPLES['model']}"
+        return f"For all options: lit-rlhf fit --help, {model}, lit-rlhf compare --help"
+
+    def model_in_use(self) -> str | None:
+        """Class path of the model that the command line, or a YAML which it names, is about."""
+        typed = "\n".join(self.typed)
+        if named := re.search(r"^--model[=\n]([\w.]+)$", typed, re.M):
+            return named[1]
+        yamls = [Path(name) for name in re.findall(r"^(?:--config|-c)[=\n](.+)$", typed, re.M)]
+        texts = [file.read_text() for file in yamls if file.is_file()]
+        found = re.search(r"^model:\s+class_path: *([\w.]+)", "\n".join(texts), re.M)
+        return found[1] if found else None
 
     def unknown_option(self, name: str) -> str:
         """What to say of an option that is not there."""
@@ -68,7 +96,7 @@ class Parser(LightningArgumentParser):
         owner = full.lstrip("-").split(".")[0]
         if owner in EXAMPLES and "." in full and not any(arg.startswith(CLASS_GIVEN) for arg in self.typed):
             return f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={EXAMPLES[owner]}"
-        names = option_names(self)
+        names = option_names(self, self.model_in_use())
         last, first = name.split(".")[-1], name.split(".")[0]
         near = did_you_mean(first if last in names else last, names | {"model", "data", "trainer"}, cutoff=0.7)
         return f"there is no option {full}{near}"
@@ -78,18 +106,55 @@ class Parser(LightningArgumentParser):
         return next((arg.split("=")[0] for arg in self.typed if arg.split("=")[0].endswith(name)), name)
 
 
+class Program(Parser):
+    """Of one function alone, without a model to name."""
+
+    @property
+    def hint(self) -> str:
+        """Where all options are to be seen."""
+        return f"For all options: {self.prog} --help"
+
+
+def command(function: Callable[..., None]) -> None:
+    """A function as a program of its own; what the user can mend is said in one line, with exit status 2."""
+    try:
+        auto_cli(function, as_positional=False, parser_class=Program)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The nearest name as a question, or nothing."""
     near = difflib.get_close_matches(given, list(names), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def option_names(parser: LightningArgumentParser) -> set[str]:
-    """Last parts of the options that this parser, the Trainer, and the classes a YAML may name have."""
+def nearest_path(option: str, given: str) -> str:
+    """The import path of ours that a name may stand for; where none is near, the losses if it was to be one."""
+    import lit_rlhf
+    from lit_rlhf import losses
+
+    paths = {name: f"lit_rlhf.{name}" for name in lit_rlhf.__all__}
+    paths |= {name: f"lit_rlhf.losses.{name}" for name in losses.__all__}
+    if near := difflib.get_close_matches(given, paths, n=1):
+        return f"; did you mean {paths[near[0]]}?"
+    of_pairs = [n for n in losses.__all__ if "chosen_logprobs" in inspect.signature(getattr(losses, n)).parameters]
+    return f"; lit_rlhf.losses has {', '.join(of_pairs)}" if option == "loss" else ""
+
+
+def option_names(parser: LightningArgumentParser, model: str | None) -> set[str]:
+    """Last parts of the options that this parser, the Trainer, and the classes a YAML may name have.
+
+    Where the model is one of ours, those of other models are none.
+    """
     import lit_rlhf
 
-    public = [getattr(lit_rlhf, name) for name in lit_rlhf.__all__]
-    classes = {base for cls in [Trainer, *public] if inspect.isclass(cls) for base in cls.__mro__}
+    public = {f"lit_rlhf.{name}": getattr(lit_rlhf, name) for name in lit_rlhf.__all__}
+    others = [cls for cls in public.values() if inspect.isclass(cls) and issubclass(cls, LightningModule)]
+    if model in public:
+        public = {path: cls for path, cls in public.items() if path == model or cls not in others}
+    classes = {base for cls in [Trainer, *public.values()] if inspect.isclass(cls) for base in cls.__mro__}
     constructors = [vars(cls)["__init__"] for cls in classes if inspect.isfunction(vars(cls).get("__init__"))]
     names = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
     actions = {option.split(".")[-1].lstrip("-") for action in parser._actions for option in action.option_strings}

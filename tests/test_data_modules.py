@@ -46,7 +46,12 @@ def pair_file(tmp_path, n=20):
 
 def attach(module, stage="fit", rank=0, ranks=1, **options):
     """Set up a data module as a Trainer of this many ranks would."""
-    defaults = {"limit_train_batches": None, "limit_val_batches": None, "limit_test_batches": None}
+    defaults = {
+        "limit_train_batches": None,
+        "limit_val_batches": None,
+        "limit_test_batches": None,
+        "gradient_clip_val": None,
+    }
     module.trainer = SimpleNamespace(
         distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank},
         **{**defaults, "overfit_batches": 0, "callbacks": [], "accumulate_grad_batches": 1, **options},
@@ -256,6 +261,9 @@ def test_options_that_cannot_be_honoured_are_refused_by_name(tmp_path):
         SFTDataModule(source)
     with pytest.raises(UserError, match="max_tokens and batch_size are both null"):
         SFTDataModule(source, None, max_tokens=None)
+    for limit in ("max_tokens", "batch_size"):
+        with pytest.raises(UserError, match=rf"{limit} \(-1\) must be 1 or more, or null"):
+            SFTDataModule(source, None, **{limit: -1})
     with pytest.raises(UserError, match="SFTDataModule needs the model's tokenizer"):
         attach(SFTDataModule(source, None))
     with pytest.raises(UserError, match=r"overfit_batches \(2\) would replace the plan"):

@@ -56,6 +56,7 @@ def test_a_row_keeps_the_columns_of_its_format(kind, row, kept):
         ("sft", {"messages": [ASK, {"role": "assistant"}]}, "message 1: expected text as `content`, found nothing"),
         ("sft", {"prompt": "q", "completion": [YES]}, "all text or all message lists; 'prompt' is text"),
         ("preference", {"prompt": "q", "chosen": "y"}, "expected the columns `chosen` and `rejected`"),
+        ("preference", {"chosen": None, "rejected": "n"}, "found \\['rejected'\\], and null in \\['chosen'\\]$"),
         ("preference", {"prompt": [ASK], "chosen": [ASK, YES], "rejected": [NO]}, "one assistant message .* \\['user'"),
         ("preference", {"chosen": [ASK, YES], "rejected": [YES]}, "must begin with the same messages"),
         (

@@ -56,10 +56,25 @@ def test_a_missing_model_is_one_clear_line(tmp_path):
         load_policy("demo")
 
 
-def test_adapters_alone_are_no_model_and_the_message_says_what_to_do(tmp_path):
+@pytest.mark.parametrize("load", [load_policy, load_scorer])
+@pytest.mark.parametrize("beside_a_model", [False, True])
+def test_an_adapter_of_peft_is_refused_alone_and_beside_a_model_and_the_message_says_what_to_do(
+    load, beside_a_model, folder, tmp_path
+):
+    if beside_a_model:
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="adapters of PEFT alone: merge them into their model"):
-        load_policy(tmp_path)
+    with pytest.raises(UserError, match=r"holds an adapter of PEFT.*merge it into its model.*or remove"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 5000])
+def test_weights_that_were_cut_short_are_named_with_their_folder(left, folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[:left])
+    with pytest.raises(UserError, match=r"broken: damaged or cut short, copy it anew: model\.safetensors \("):
+        load_policy(broken)
 
 
 def test_a_critic_is_refused_where_transformers_has_no_class_for_it():
@@ -192,6 +207,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match="the tokenizer has ids up to 40, the model embeds 40"):
         load_tokenizer(folder, load_policy(folder).model.config)
+
+
+def test_a_folder_without_a_tokenizer_says_what_lies_there_and_what_to_do(folder, tmp_path):
+    without = shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    said = r"no tokenizer .*instantiate the backend tokenizer\); the folder holds \['config.json', .*save_pretrained"
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(without, load_policy(without).model.config)
 
 
 def test_the_tokenizer_knows_the_context_of_the_model(folder):

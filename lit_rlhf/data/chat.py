@@ -64,7 +64,8 @@ def _render(
     if tokenizer.chat_template is None:
         raise UserError(
             "the data are message lists, but the tokenizer has no chat template: set chat_template to one, or give "
-            "text columns"
+            "text columns. The embedded demo's rows, which stand where none are named (data.train, data.validation, "
+            "data.predict), are message lists"
         )
     try:
         variables: dict[str, Any] = {**tokenizer.special_tokens_map, **options}

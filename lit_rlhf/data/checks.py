@@ -40,6 +40,8 @@ def check_trainer_options(trainer: Any) -> None:
     """Refuse options of the Trainer that change the training batches behind their plan's back."""
     accumulate = trainer.accumulate_grad_batches
     require(accumulate >= 1, "accumulate_grad_batches", accumulate, "1 or more")
+    clip = trainer.gradient_clip_val
+    require(clip is None or clip >= 0, "gradient_clip_val", clip, "0 or more (0 = no clipping), or null")
     if trainer.overfit_batches:
         raise UserError(
             f"overfit_batches ({trainer.overfit_batches}) would replace the plan of the micro-batches; to learn from "

@@ -39,7 +39,8 @@ def check_row(row: Any, kind: Kind, place: str) -> Row:
 
     def keep(*columns: str) -> Row:
         if not present.issuperset(columns):
-            raise UserError(f"{place}: expected the columns {EXPECTED[kind]}; found {sorted(present)}")
+            null = f", and null in {sorted(set(row) - present)}" if len(present) < len(row) else ""
+            raise UserError(f"{place}: expected the columns {EXPECTED[kind]}; found {sorted(present)}{null}")
         for column in columns:
             _check_content(row[column], f"{place}, column '{column}'")
         if len({isinstance(row[column], str) for column in columns}) > 1:

@@ -70,6 +70,8 @@ class ExamplesDataModule(LightningDataModule):
         require_held_out_rows(train, validation)
         if max_tokens is None and batch_size is None:
             raise UserError("max_tokens and batch_size are both null: one of them must limit a micro-batch")
+        require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "1 or more, or null")
+        require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "1 or more, or null")
         require_prompt_length(max_prompt_length)
         require(seed >= 0, "seed", seed, "0 or more")
         require(num_workers >= 0, "num_workers", num_workers, "0 or more")

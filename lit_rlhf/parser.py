@@ -63,7 +63,7 @@ class Parser(LightningArgumentParser):
                 f"{self.as_typed(wrong[1])}: expected {TYPES.get(wrong[2], wrong[2]).format(wrong[3])}, got {wrong[3]}"
             )
         elif absent := NOT_IN_MODULE.search(message):
-            said = f"{absent[0]}{did_you_mean(absent[2], vars(sys.modules[absent[1]]))}"
+            said = f"{absent[0]}{did_you_mean(absent[2], dir(sys.modules.get(absent[1])))}"
         elif no_path := NO_PATH.search(message):
             option, given = no_path.groups()
             said = f"{self.as_typed(option)}: expected an import path, got {given}{nearest_path(option, given)}"
@@ -81,14 +81,14 @@ class Parser(LightningArgumentParser):
         return f"For all options: lit-rlhf fit --help, {model}, lit-rlhf compare --help"
 
     def model_in_use(self) -> str | None:
-        """Class path of the model that the command line, or a YAML which it names, is about."""
+        """Class path of the model that the command line, or a YAML which it names, is about; None if there is none."""
         typed = "\n".join(self.typed)
-        if named := re.search(r"^--model[=\n]([\w.]+)$", typed, re.M):
-            return named[1]
         yamls = [Path(name) for name in re.findall(r"^(?:--config|-c)[=\n](.+)$", typed, re.M)]
-        texts = [file.read_text() for file in yamls if file.is_file()]
-        found = re.search(r"^model:\s+class_path: *([\w.]+)", "\n".join(texts), re.M)
-        return found[1] if found else None
+        texts = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in yamls if file.is_file())
+        named = re.search(r"^--model[=\n]([\w.]+)$", typed, re.M)
+        named = named or re.search(r"^model:\s+class_path: *([\w.]+)", texts, re.M)
+        module, _, name = named[1].rpartition(".") if named else ("", "", "")
+        return f"{module}.{name}" if hasattr(sys.modules.get(module), name) else None
 
     def unknown_option(self, name: str) -> str:
         """What to say of an option that is not there."""

@@ -121,7 +121,7 @@ def test_what_dropped_prompts_were_is_said_and_the_answers_keep_their_ids(workdi
     assert [row["id"] for row in predictions("out/gaps")] == [0, 2]
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # of the arguments that the tests were called with, among others
 def test_the_command_line_can_be_used_from_python_without_a_command(workdir, monkeypatch):
     config = str(Path("configs/sft.yaml").absolute())
     monkeypatch.chdir(workdir)
@@ -220,7 +220,11 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "loss without its module": ("dpo", ["--model.loss=ipo_loss"], "did you mean lit_rlhf.losses.ipo_loss?"),
     "unknown loss": ("dpo", ["--model.loss=sigmoyd"], "got sigmoyd; lit_rlhf.losses has alpha_dpo_loss, "),
     "mistyped loss": ("dpo", ["--model.loss=lit_rlhf.losses.ipo_los"], "'ipo_los'; did you mean ipo_loss?"),
-    "unknown class": ("sft", ["--model=lit_rlhf.SFTT"], "has no attribute 'SFTT'"),
+    "unknown class": (
+        "sft",
+        ["--model=lit_rlhf.SFTT"],
+        "has no attribute 'SFTT'; did you mean SFT?\nFor all options: lit-rlhf fit --help, ",
+    ),
     "pairs as demonstrations": (
         "sft",
         ["--data=lit_rlhf.PreferenceDataModule"],
@@ -236,7 +240,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "negative seed of all": ("sft", ["--seed_everything=-1"], "seed_everything (-1) must be in [0, 2^32)"),
     "negative workers": ("sft", ["--data.num_workers=-1"], "num_workers (-1) must be 0 or more"),
     "no accumulation": ("sft", ["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches (0) must be 1 or"),
-    "clipping below 0": ("sft", ["--trainer.gradient_clip_val=-1"], "gradient_clip_val (-1) must be 0 or more"),
+    "clipping below 0": ("sft", ["--trainer.gradient_clip_val=-1"], "gradient_clip_val (-1"),
     "weight that is no number": (
         "sft",
         [NO_VALIDATION, '--data.train=[{"source": "demo", "weight": "x"}]'],

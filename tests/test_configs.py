@@ -138,6 +138,15 @@ def test_the_command_line_can_be_used_from_python_without_a_command(workdir, mon
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_more_processes_than_a_cpu_has_cores_are_refused_before_any_starts(monkeypatch, capsys):
+    monkeypatch.setattr(AlignmentCLI, "_run_subcommand", lambda cli, name: None)  # would start them all
+    options = ["--config", "configs/sft.yaml", *QUICK]
+    assert run("fit", *options, "--trainer.devices=999") == 2
+    assert "trainer.devices (999) must be at most " in capsys.readouterr().err
+    assert run("fit", *options, "--trainer.devices=2") == 0
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("completion", ["null", "5", '[{"role": "assistant", "content": "x"}]'])
 def test_a_completion_that_cannot_be_scored_is_named_with_its_line(completion, workdir, monkeypatch, capsys):
     config = Path("configs/reward_model.yaml").absolute()
@@ -269,11 +278,6 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     ),
     "value out of range": ("sft", ["--model.generation.top_p=2"], "top_p (2.0)"),
     "unknown accelerator": ("sft", ["--trainer.accelerator=cpuu"], "cpuu"),
-    "more processes than cores": (
-        "sft",
-        ["--trainer.devices=999"],
-        "trainer.devices (999) must be at most ",
-    ),
     "unknown strategy": ("sft", ["--trainer.strategy=ddpp"], "ddpp"),
     "missing checkpoint": ("sft", ["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
     "no checkpoint": ("sft", ["--ckpt_path=malformed.jsonl"], "malformed.jsonl is no checkpoint"),

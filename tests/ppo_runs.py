@@ -23,6 +23,7 @@ def constant(prompts, responses, **columns):
 
 def make(folder, tmp_path, reward=count_w9, trainer=None, data=None, **options):
     (tmp_path / "prompts.jsonl").write_text(PROMPTS + "\n")
+    torch.manual_seed(0)  # of the critic's head
     module = PPO(str(folder), **({"learning_rate": 1e-3, "lr_scheduler": "constant"} | options))
     sizes = {"rollout_size": 16, "num_slots": 4, "max_new_tokens": 8, "validation": None}
     datamodule = RolloutDataModule(

@@ -263,7 +263,7 @@ class TestKLPenalty:
             gae_lambda=1.0,
             learning_rate=3e-3,
             num_minibatches=2,
-            trainer={"max_epochs": 6, "callbacks": [watch := Rollouts()]},
+            trainer={"max_epochs": 8, "callbacks": [watch := Rollouts()]},
             data={"rollout_size": 32, "num_slots": 32},
         )
         away_from_reference(module)

@@ -2,9 +2,9 @@
 
 Only positions that predict a response token reach the head. Where their logits fit into a share of the device's memory,
 they are held for the backward pass and turned into their own gradient in place; else they are made in chunks, and made
-anew in the backward pass, so that at most one chunk of them is alive. Weights are converted to the compute dtype once,
-not per chunk; gradients of several chunks add up in float32. A head that is no plain linear layer (LoRA, a weight of
-tensor parallelism) is called as the module it is. Log-probs are in nats and float32, whatever the compute dtype.
+anew in the backward pass, so that at most one chunk of them is alive. Weights are converted to the compute dtype once a
+pass, not per chunk; gradients of several chunks add up in float32. A head that is no plain linear layer (LoRA, a weight
+of tensor parallelism) is called as the module it is. Log-probs are in nats and float32, whatever the compute dtype.
 
 Axes: M response tokens, C tokens of a chunk, V vocabulary, d width.
 """

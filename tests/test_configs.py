@@ -249,7 +249,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "negative seed of all": ("sft", ["--seed_everything=-1"], "seed_everything (-1) must be in [0, 2^32)"),
     "negative workers": ("sft", ["--data.num_workers=-1"], "num_workers (-1) must be 0 or more"),
     "no accumulation": ("sft", ["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches (0) must be 1 or"),
-    "clipping below 0": ("sft", ["--trainer.gradient_clip_val=-1"], "gradient_clip_val (-1"),
+    "clipping below 0": ("sft", ["--trainer.gradient_clip_val=-0.5"], "gradient_clip_val (-0.5) must be 0 or more"),
     "weight that is no number": (
         "sft",
         [NO_VALIDATION, '--data.train=[{"source": "demo", "weight": "x"}]'],

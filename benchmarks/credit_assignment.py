@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lit_rlhf.advantages import gae, whiten
+from lit_rlhf.cli.parser import command
 from lit_rlhf.errors import require
 from lit_rlhf.files import make_folder, write_lines
 from lit_rlhf.losses import ppo_policy_loss, value_loss
-from lit_rlhf.parser import command
+from lit_rlhf.losses.advantages import gae, whiten
 from token_mdp import TokenVectorEnv
 
 VOCABULARY = 4

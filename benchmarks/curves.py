@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_rlhf.cli.parser import command
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import make_folder, write_lines
-from lit_rlhf.parser import command
 
 CURVES = {"rollout/score": "proxy_reward", "rollout/gold": "gold_reward", "rollout/kl": "kl"}
 

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lit_rlhf.cli.parser import command
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import make_folder, write_lines
-from lit_rlhf.parser import command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -28,10 +28,10 @@ from benchmarks.compare import useful_tokens
 from benchmarks.ours import ForcedLengths
 from benchmarks.peer_trl import forced
 from benchmarks.rounds import Contestant, conditions, print_table, serve
-from lit_rlhf.attention import IMPLEMENTATION
-from lit_rlhf.performance import measured_flops, peak_flops
-from lit_rlhf.policy import Policy
-from lit_rlhf.rollout import GenerationSettings, play
+from lit_rlhf.callbacks.performance import measured_flops, peak_flops
+from lit_rlhf.engine.attention import IMPLEMENTATION
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.rollout.play import GenerationSettings, play
 
 # In order of worth, should time run out; sequences (of PPO and SFT) or pairs of a micro-batch, for 80 GB.
 BATCHES = {"sft": 64, "dpo": 32, "ppo": 8, "reward": 32, "dpo_cached": 32}

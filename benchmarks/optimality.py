@@ -45,11 +45,11 @@ from benchmarks.table_preferences import (
     table_of,
 )
 from benchmarks.words import make_reference, measure_words
+from lit_rlhf.cli.parser import command
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import make_folder, write_lines
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.oracle import Oracle, Problem, TablePolicy, optimal_logprobs, small_problems
-from lit_rlhf.parser import command
 
 BETAS = (0.05, 0.1, 0.5, 1.0)
 WORD_BETAS = (0.1, 0.5)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
-import lit_rlhf.data.rollouts
-import lit_rlhf.rollout
+import lit_rlhf.rollout.data_module
+import lit_rlhf.rollout.play
 from benchmarks import workload
 from benchmarks.rounds import clock, serve
-from lit_rlhf.cli import run
-from lit_rlhf.dpo import sequence_logprobs
+from lit_rlhf.algorithms.dpo import sequence_logprobs
+from lit_rlhf.cli.main import run
 from lit_rlhf.losses import bradley_terry_loss, dpo_loss
 from token_mdp import TokenVectorEnv
 
@@ -140,9 +140,9 @@ def train_through_the_command_line(argv: list[str]) -> dict[str, Any]:
 
 def train_in_a_plain_loop(argv: list[str], task: str) -> dict[str, Any]:
     """A round of the same work without a Trainer."""
-    cli = lit_rlhf.cli.AlignmentCLI(
-        lit_rlhf.cli.AlignmentModule,
-        lit_rlhf.cli.LightningDataModule,
+    cli = lit_rlhf.cli.main.AlignmentCLI(
+        lit_rlhf.cli.main.AlignmentModule,
+        lit_rlhf.cli.main.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
@@ -200,7 +200,7 @@ def main() -> None:
     ForcedLengths.lengths = workload.response_lengths(options.pairs, options.seed)
     if options.fixed is not None:
         ForcedLengths.lengths[:] = options.fixed
-    lit_rlhf.rollout.TokenVectorEnv = lit_rlhf.data.rollouts.TokenVectorEnv = ForcedLengths  # type: ignore[misc]
+    lit_rlhf.rollout.play.TokenVectorEnv = lit_rlhf.rollout.data_module.TokenVectorEnv = ForcedLengths  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, options.task, shape, pairs)

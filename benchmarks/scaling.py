@@ -20,11 +20,11 @@ import torch
 
 from benchmarks import workload
 from benchmarks.rounds import conditions, print_table
-from lit_rlhf.attention import IMPLEMENTATION
-from lit_rlhf.decoding import SlotDecoder
-from lit_rlhf.logprobs import nll_sum
-from lit_rlhf.packing import Example, pack
-from lit_rlhf.policy import Policy
+from lit_rlhf.engine.attention import IMPLEMENTATION
+from lit_rlhf.engine.logprobs import nll_sum
+from lit_rlhf.engine.packing import Example, pack
+from lit_rlhf.models.decoding import SlotDecoder
+from lit_rlhf.models.policy import Policy
 
 VOCABULARIES = (8192, 16_384, 32_768, 65_536)
 BASE = workload.Shape(hidden=192, layers=4, heads=6, kv_heads=2, intermediate=512, vocabulary=4096)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_rlhf.advantages import gae, token_rewards, whiten
-from lit_rlhf.kl import k1
 from lit_rlhf.losses import ppo_policy_loss, value_loss
+from lit_rlhf.losses.advantages import gae, token_rewards, whiten
+from lit_rlhf.losses.kl import k1
 from lit_rlhf.oracle import Problem, TablePolicy
 from token_mdp import TokenVectorEnv
 

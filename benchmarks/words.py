@@ -23,10 +23,10 @@ from benchmarks import workload
 from benchmarks.rounds import Contestant
 from benchmarks.workload import BOS, EOS, FIRST_WORD, PAD
 from lit_rlhf import DPO, PPO, FixedKL, PreferenceDataModule, RewardModel, RolloutDataModule
+from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.examples import FEATURES, PreferenceDataset
-from lit_rlhf.module import AlignmentModule
 from lit_rlhf.oracle import Evaluation, Problem, TokenTree, causal_lm
-from lit_rlhf.rewards import Reward
+from lit_rlhf.rollout.rewards import Reward
 
 SHAPE = workload.Shape(hidden=32, layers=2, heads=4, kv_heads=4, intermediate=64, vocabulary=6, tied=False, context=16)
 # Two tokens: with rotary positions, a Llama that has seen one token again and again cannot tell how often.

@@ -1,5 +1,5 @@
 """`python -m lit_rlhf` is `lit-rlhf`."""
 
-from lit_rlhf.cli import main
+from lit_rlhf.cli.main import main
 
 main()

@@ -18,7 +18,7 @@ from lit_rlhf import (
     SFTDataModule,
     TextReward,
 )
-from lit_rlhf.module import AlignmentModule
+from lit_rlhf.algorithms.module import AlignmentModule
 from tests.tiny import VOCABULARY, save_tiny
 
 STAGES = ("sft", "reward_model", "dpo", "ppo")

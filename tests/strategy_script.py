@@ -10,13 +10,15 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lit_rlhf import AdaptiveKL, KLPenalty, RewardShaping, logprobs, reference_cache
+from lit_rlhf import AdaptiveKL, KLPenalty, RewardShaping
+from lit_rlhf.algorithms import reference_cache
+from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.callbacks import HuggingFaceExport
-from lit_rlhf.logprobs import CHUNK_MOST
+from lit_rlhf.engine import logprobs
+from lit_rlhf.engine.logprobs import CHUNK_MOST
+from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.losses import bco_pair_loss
-from lit_rlhf.module import AlignmentModule
-from lit_rlhf.reference_update import ReferenceUpdate
-from lit_rlhf.sharding import full_state_dict
 from tests.stages import STAGES, make_stage
 from tests.tiny import VOCABULARY
 

@@ -18,9 +18,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from lit_rlhf.attention import IMPLEMENTATION
-from lit_rlhf.packing import Example
-from lit_rlhf.policy import Policy
+from lit_rlhf.engine.attention import IMPLEMENTATION
+from lit_rlhf.engine.packing import Example
+from lit_rlhf.models.policy import Policy
 
 VOCABULARY = 40  # <pad> <s> </s>, then words w3 ... w39
 PAD, BOS, EOS = 0, 1, 2

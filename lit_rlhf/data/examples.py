@@ -17,15 +17,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.batches import PreferenceBatch, SFTBatch
 from lit_rlhf.data import tokenize
+from lit_rlhf.data.batches import PreferenceBatch, SFTBatch
 from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.formats import EXPECTED, Kind, Sources
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.sources import DEMO, Role, Source, fingerprint, iterate_rows, parse_sources, weighted
 from lit_rlhf.data.tokenize import Options
+from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError
-from lit_rlhf.packing import Example, pack
 
 CACHE_VERSION = 3  # raise it when checks or masks change, so that no older cache is used
 _IDS = datasets.List(datasets.Value("int32"))

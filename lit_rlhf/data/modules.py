@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.batches import PromptBatch
+from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
 from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows, require_kind, require_prompt_length
 from lit_rlhf.data.examples import PackedDataset, load_examples

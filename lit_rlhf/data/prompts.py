@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.batches import PromptBatch
+from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.examples import ragged, tokenized
 from lit_rlhf.data.formats import EXPECTED, Kind, Row, Sources

@@ -18,7 +18,7 @@ from lit_rlhf.losses.divergences import (
     jensen_shannon_link,
     reverse_kl_link,
 )
-from lit_rlhf.losses.ppo import clip_fraction, ppo_policy_loss, value_loss
+from lit_rlhf.losses.policy_gradients import clip_fraction, ppo_policy_loss, value_loss
 from lit_rlhf.losses.preference import (
     chosen_nll_loss,
     conservative_dpo_loss,

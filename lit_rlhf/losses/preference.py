@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_rlhf.kl import MAX_LOGRATIO
+from lit_rlhf.losses.kl import MAX_LOGRATIO
 
 
 def dpo_loss(

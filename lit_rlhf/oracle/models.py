@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_rlhf.attention import IMPLEMENTATION
+from lit_rlhf.engine.attention import IMPLEMENTATION
 from lit_rlhf.errors import require
 from lit_rlhf.oracle.tree import LogprobFn
 

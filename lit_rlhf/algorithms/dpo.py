@@ -1,0 +1,237 @@
+"""Direct preference optimisation: the policy is its own reward model."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.algorithms.preference_loss import LossTerm, PreferenceLoss
+from lit_rlhf.algorithms.reference_cache import ReferenceCache
+from lit_rlhf.algorithms.reference_update import ReferenceUpdate
+from lit_rlhf.algorithms.reward_model import agreement, pair_lengths
+from lit_rlhf.data.batches import PreferenceBatch
+from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.losses import dpo_loss
+from lit_rlhf.models.loading import check_same_tokens, load_policy, load_tokenizer
+from lit_rlhf.models.policy import Policy, freeze, frozen_copy
+from lit_rlhf.rollout.play import GenerationSettings
+
+
+class DPO(AlignmentModule):
+    """Direct preference optimisation: minimise -log σ(β[log π/π_ref(y_w) - log π/π_ref(y_l)]).
+
+    Rafailov et al. 2023, Eq. 7, https://arxiv.org/abs/2305.18290
+
+    Args:
+        policy: folder or hub name of the causal LM to start from, normally the SFT model.
+        reference: folder or hub name of π_ref; None = the policy as it is before the first step.
+        beta: strength of the pull towards the reference; the paper uses 0.1 to 0.5.
+        loss: any of the preference losses in `lit_rlhf.losses`, by its import path; or a list of terms, each with a
+            function, a weight and options.
+        cache_reference: compute the reference log-probs of all pairs before the first step, instead of holding a
+            second model in memory and running it each step; later runs find them on disk.
+        reference_free: no reference, as if it were uniform: the implicit reward is β log π.
+        reference_update: TR-DPO: let the reference follow the policy, by `alpha` and `every`; null = it stays.
+        trust_remote_code: run model code that comes with the weights.
+        generation: how `predict` and the sample tables write completions.
+        kwargs: the optimiser's settings, see `AlignmentModule`.
+    """
+
+    learns_from = "preference"
+    reward_shift: Tensor  # () where the loss asks for it: mean implicit reward of the pairs of all steps so far
+    pairs_seen: Tensor  # () how many these are
+
+    def __init__(
+        self,
+        policy: str = "demo",
+        reference: str | None = None,
+        beta: float = 0.1,
+        loss: list[LossTerm] | Callable[..., Any] = dpo_loss,
+        cache_reference: bool = False,
+        reference_free: bool = False,
+        reference_update: ReferenceUpdate | None = None,
+        trust_remote_code: bool = False,
+        generation: GenerationSettings = GenerationSettings(),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
+        if cache_reference and reference is not None:
+            raise UserError(
+                f"cache_reference computes log-probs with the policy before its first step; drop reference "
+                f"({reference}), or set cache_reference: false"
+            )
+        if reference_free and (reference is not None or cache_reference):
+            raise UserError(
+                f"reference_free leaves reference ({reference}) and cache_reference ({cache_reference}) nothing to do; "
+                "drop them, or set reference_free: false"
+            )
+        if reference_update is not None and (reference_free or cache_reference):
+            other = "reference_free" if reference_free else "cache_reference"
+            raise UserError(f"reference_update moves a reference in memory, {other} holds none; set {other}: false")
+        self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
+        self.loss = PreferenceLoss(loss, reference_free)
+        if reference is not None:
+            loaded = freeze(load_policy(reference, trust_remote_code=trust_remote_code))
+            theirs = load_tokenizer(reference, loaded.model.config, trust_remote_code)
+            check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
+            self.frozen["reference"] = loaded
+        elif not (cache_reference or reference_free):
+            self.frozen["reference"] = frozen_copy(self.policy)
+        if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint
+            self.reference = self.frozen.pop("reference").train()  # Lightning warns of eval mode; dropout is 0 anyway
+        if "reward_shift" in self.loss.inputs:
+            self.register_buffer("reward_shift", torch.zeros(()))
+            self.register_buffer("pairs_seen", torch.zeros(()))
+        self.step_rewards: list[Tensor] = []  # mean implicit rewards of the optimiser step's pairs so far
+        self.beta = beta
+        self.reference_free = reference_free
+        self.reference_update = reference_update
+        self.cache_reference = cache_reference
+        self.reference_cache = ReferenceCache()
+        self.has_learnt = False  # whether the policy has moved away from the reference
+        self.generation = generation
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """One micro-batch: the preference loss of its pairs."""
+        chosen, rejected = sequence_logprobs(self.policy, batch.packed)
+        ref_chosen, ref_rejected = self.reference_logprobs(batch, "train")
+        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **self.loss_inputs(batch))
+        self.log_dpo("train", losses, chosen, rejected, ref_chosen, ref_rejected)
+        self.log_mean("train", pair_lengths(batch.packed), weight=len(losses))
+        if "reward_shift" in self.loss.inputs:
+            self.step_rewards.append(self.beta * (chosen - ref_chosen + rejected - ref_rejected).detach() / 2)
+        return losses.sum() / batch.denominator
+
+    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+        """Log loss, implicit rewards and their accuracy, as means over all pairs."""
+        chosen, rejected = sequence_logprobs(self.policy, batch.packed)
+        ref_chosen, ref_rejected = self.reference_logprobs(batch, stage)
+        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **self.loss_inputs(batch))
+        self.log_dpo(stage, losses, chosen, rejected, ref_chosen, ref_rejected)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, Tensor]:
+        """(B,) log π_ref of chosen and rejected: from the cache, the frozen or the moving reference; or zeros."""
+        if self.reference_free:
+            zeros = torch.zeros(batch.packed.num_sequences // 2, device=self.device)
+            return zeros, zeros
+        if self.reference_update is not None:
+            return sequence_logprobs(self.reference, batch.packed)
+        if self.cache_reference:
+            cached = self.reference_cache[split][batch.row_ids]
+            return cached[:, 0], cached[:, 1]
+        return sequence_logprobs(self.frozen_network("reference"), batch.packed)
+
+    def loss_inputs(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """What the loss asks for beyond log-probs: lengths, (B,), and BCO's shift, ()."""
+        packed, wanted = batch.packed, {}
+        if self.loss.inputs & {"chosen_lengths", "rejected_lengths"}:
+            wanted["chosen_lengths"], wanted["rejected_lengths"] = packed.response_lengths.chunk(2)
+        if "reward_shift" in self.loss.inputs:
+            wanted["reward_shift"] = self.reward_shift
+        return wanted
+
+    def update_reward_shift(self, rewards: Tensor) -> None:
+        """Take the implicit rewards of a step's pairs, (B,), of all ranks, into the running mean."""
+        ours = torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))])
+        total, count = self.trainer.strategy.reduce(ours, reduce_op="sum")
+        self.pairs_seen += count
+        self.reward_shift += (total - count * self.reward_shift) / self.pairs_seen
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's step; then, where they are to, BCO's shift and the reference follow the policy."""
+        super().optimizer_step(*args, **kwargs)
+        if self.step_rewards:  # not before: all micro-batches of a step have the same shift
+            self.update_reward_shift(torch.cat(self.step_rewards))
+            self.step_rewards = []
+        update = self.reference_update
+        if update is not None and (self.trainer.global_step + 1) % update.every == 0:  # this step counts afterwards
+            update.apply(self.reference, self.policy)
+
+    @torch.no_grad()
+    def log_dpo(
+        self,
+        stage: str,
+        losses: Tensor,
+        chosen: Tensor,
+        rejected: Tensor,
+        ref_chosen: Tensor,
+        ref_rejected: Tensor,
+    ) -> None:
+        """Log the loss, the implicit rewards r̂ = β log π/π_ref (whatever the loss compares) and why they moved.
+
+        Args:
+            stage: train, val or test.
+            losses: (B,).
+            chosen: (B,) log π of the chosen responses; they may fall while the margin grows.
+            rejected: (B,) log π of the rejected responses.
+            ref_chosen: (B,) log π_ref of the chosen responses.
+            ref_rejected: (B,) log π_ref of the rejected responses.
+        """
+        chosen_reward, rejected_reward = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
+        agrees = agreement(chosen_reward, rejected_reward)
+        prefix = "dpo" if stage == "train" else stage
+        metrics = {
+            "loss": losses.mean(),
+            f"{prefix}/reward_accuracy": agrees["accuracy"],
+            f"{prefix}/reward_margin": agrees["margin"],
+            f"{prefix}/chosen_reward": chosen_reward.mean(),
+            f"{prefix}/rejected_reward": rejected_reward.mean(),
+            f"{prefix}/chosen_logprobs": chosen.mean(),
+            f"{prefix}/rejected_logprobs": rejected.mean(),
+        }
+        self.log_mean(stage, metrics, weight=len(losses))
+
+    def on_fit_start(self) -> None:
+        """Fill the cache of reference log-probs, unless a checkpoint brought it along."""
+        self.fill_cache("train", "val")
+
+    def on_train_start(self) -> None:
+        """From here on the policy is no longer the reference."""
+        super().on_train_start()
+        self.has_learnt = True
+
+    def on_validation_start(self) -> None:
+        """Validation alone: the policy as loaded is the reference."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self.fill_cache("val")
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        self.fill_cache("test")
+
+    def fill_cache(self, *splits: str) -> None:
+        """Reference log-probs of every pair of these splits."""
+        if self.cache_reference:
+            self.reference_cache.fill(
+                self.trainer,
+                self.policy,
+                splits,
+                lambda packed: sequence_logprobs(self.policy, packed),
+                is_reference=not self.has_learnt,
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the cache: after a resume, the policy is no longer the reference."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["reference_cache"] = self.reference_cache.by_rows
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the cache of the run that goes on."""
+        super().on_load_checkpoint(checkpoint)
+        self.reference_cache = ReferenceCache(checkpoint["reference_cache"])
+        self.has_learnt = True
+
+
+def sequence_logprobs(policy: Policy | torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """(B,) log π(y|x) of chosen and of rejected responses, summed over their tokens."""
+    token_logprobs, _ = policy(batch)
+    chosen, rejected = batch.sum_by_sequence(token_logprobs).chunk(2)
+    return chosen, rejected

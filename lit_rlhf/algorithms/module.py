@@ -1,0 +1,272 @@
+"""What the algorithms share: the policy and its tokenizer, the optimiser, frozen networks, sharding."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.data.formats import Kind
+from lit_rlhf.engine.sharding import shard, total_norm
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.losses.advantages import Moments, masked_moments
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
+
+PROGRESS = ("loss", "accuracy", "score")  # what the progress bar shows; TensorBoard has everything
+
+
+class AlignmentModule(LightningModule):
+    """Base of SFT, RewardModel, PPO and DPO.
+
+    Args:
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: decoupled decay of matrices; norms, biases and other vectors are not decayed.
+        adam_betas: decay rates of AdamW's moments.
+        adam_eps: AdamW's epsilon.
+        lr_scheduler: what follows the warm-up: constant, or a cosine or linear fall to 0 at the last step.
+        warmup_steps: optimiser steps of linear warm-up; below 1, that share of all steps.
+    """
+
+    learns_from: ClassVar[Kind]  # what the rows of its data are
+    predicts_from: ClassVar[Kind] = "prompts"
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    generation: GenerationSettings  # how `predict` and the sample tables write completions
+
+    def __init__(
+        self,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.0,
+        adam_betas: tuple[float, float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+        lr_scheduler: Literal["constant", "cosine", "linear"] = "cosine",
+        warmup_steps: float = 0.0,
+    ) -> None:
+        super().__init__()
+        require(warmup_steps >= 0, "warmup_steps", warmup_steps, "a number of steps, or a share of them below 1")
+        require(learning_rate >= 0, "learning_rate", learning_rate, "0 or more")
+        require(weight_decay >= 0, "weight_decay", weight_decay, "0 or more")
+        require(all(0 <= beta < 1 for beta in adam_betas), "adam_betas", adam_betas, "two numbers in [0, 1)")
+        require(adam_eps >= 0, "adam_eps", adam_eps, "0 or more")
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.adam_betas = adam_betas
+        self.adam_eps = adam_eps
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
+        # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
+        self.frozen: dict[str, nn.Module] = {}
+        self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
+        self.untrained: str | None = None  # what is random in the network that predicts, and what to do about it
+        # Of the optimiser step's micro-batches so far, by metric: weighted sum and weight.
+        self.step_sums: dict[str, tuple[Tensor, int]] = {}
+
+    def frozen_network(self, name: str) -> nn.Module:
+        """A frozen network, on this module's device and in its networks' dtype."""
+        network, trained = self.frozen[name], next(self.parameters())
+        held = next(network.parameters())
+        if held.device != self.device or held.dtype != trained.dtype:
+            network.to(device=self.device, dtype=trained.dtype)
+        return network
+
+    def networks(self) -> Iterator[nn.Module]:
+        """Every network, trained and frozen: the models held in memory."""
+        yield from self.children()
+        yield from self.frozen.values()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate held-out data."""
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As validation, on the test data."""
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: Any, stage: str) -> None:
+        """Log what the algorithm is judged by, as `stage`/what."""
+        raise NotImplementedError(f"{type(self).__name__} says how it is evaluated")  # pragma: no cover
+
+    @torch.no_grad()
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Complete each prompt; the columns of its row stand beside it."""
+        return predicted_rows(batch, completion_rows(self.policy, self.tokenizer, batch, self.generation))
+
+    def exportable(self) -> PreTrainedModel:
+        """The Hugging Face model that this stage is about: its weights become the artefact."""
+        return self.policy.model
+
+    def before_export(self) -> None:
+        """What the artefact needs besides training; called on all ranks before its weights are read for an export."""
+
+    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
+        """Rows of text that show a person what the model does on these prompts.
+
+        Completions end where the context does: a run is not stopped by what illustrates it.
+        """
+        room = room_for_response(self.policy, prompts.prompt_ids)
+        limit = self.generation.max_new_tokens if room is None else min(self.generation.max_new_tokens, room)
+        return completion_rows(self.policy, self.tokenizer, prompts, replace(self.generation, max_new_tokens=limit))
+
+    def configure_model(self) -> None:
+        """Shard every network under FSDP2 (`ModelParallelStrategy`); other strategies need nothing."""
+        mesh = self.device_mesh
+        if mesh is not None:
+            for network in self.networks():
+                shard(network, mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with decay on matrices only, and the schedule stepped after each optimiser step."""
+        # One kernel for the whole step. Lightning clips fp16 gradients before a fused step would unscale them.
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        optimizer = AdamW(self.parameter_groups(), betas=self.adam_betas, eps=self.adam_eps, fused=fused)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            if self.lr_scheduler != "constant" or 0 < self.warmup_steps < 1:
+                raise UserError(
+                    f"lr_scheduler {self.lr_scheduler!r} and a warm-up share need an end: set trainer.max_epochs or "
+                    "trainer.max_steps, or use lr_scheduler: constant with warmup_steps in steps"
+                )
+            total = 0
+        warmup = math.ceil(self.warmup_steps * total) if self.warmup_steps < 1 else int(self.warmup_steps)
+        name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As Lightning clips; which in mixed precision refuses a fused optimiser, as if bfloat16 were scaled too."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What AdamW optimises, with learning rates and decay."""
+        return self.decay_groups(self.parameters(), self.learning_rate)
+
+    def decay_groups(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:
+        """Trained matrices, which decay, and trained vectors, which do not."""
+        trained = [p for p in parameters if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+        return [
+            {"params": matrices, "lr": learning_rate, "weight_decay": self.weight_decay},
+            {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+        ]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose checkpoint it is."""
+        checkpoint["algorithm"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another algorithm; keep where the data stood, see `on_train_start`."""
+        mine, theirs = type(self).__name__, checkpoint.get("algorithm")
+        if theirs not in (None, mine):
+            raise UserError(
+                f"ckpt_path: the checkpoint is of {theirs}, this run is of {mine}; resume the same config, or start "
+                f"{mine} from the model that {theirs} exported, by model.policy"
+            )
+        require_same_shapes(checkpoint.get("state_dict", {}), self.state_dict())
+        self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        self.untrained = None
+
+    def on_train_start(self) -> None:
+        """Put the training data back to where the checkpoint was taken.
+
+        Lightning does it when it sets up the loader; but `estimated_stepping_batches` sets it up for the schedule
+        before the checkpoint's loops are restored, and then it does not.
+        """
+        for state in self.loader_states:
+            self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
+        self.loader_states, self.untrained = [], None
+
+    def on_predict_start(self) -> None:
+        """Refuse to hand out what random weights make.
+
+        Raises:
+            UserError: neither the model's folder nor a checkpoint gave trained ones.
+        """
+        if self.untrained is not None:
+            raise UserError(self.untrained)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log this step, gradient norm before clipping included; refuse one that would write NaN into the weights."""
+        self.log_step()
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = total_norm(gradients)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # fp16: inf means "scale down"
+        if not scaled and not torch.isfinite(norm):
+            raise UserError(
+                f"the gradient norm is {norm.item()} at step {self.global_step}: no step was taken and the weights are "
+                "as they were; if earlier steps have ruined them already, go back to an older checkpoint. Lower "
+                "learning_rate, set trainer.gradient_clip_val, or look for outliers in the data"
+            )
+        self.log("train/grad_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks, back on the CPU."""
+        return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
+
+    def mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Means of scalars over all ranks, which weigh alike."""
+        sums = self.sum_over_ranks(torch.stack([value.double() for value in metrics.values()]))
+        return dict(zip(metrics, (sums / self.trainer.world_size).tolist(), strict=True))
+
+    def moments_over_ranks(self, values: Tensor) -> Moments:
+        """Sum, sum of squares and number of the values of all ranks."""
+        return Moments(*self.sum_over_ranks(torch.stack(masked_moments(values))))
+
+    def log_mean(self, stage: str, metrics: dict[str, Tensor], weight: int) -> None:
+        """Log means of a micro-batch, averaged by their weight: in training over the optimiser step, else the epoch.
+
+        Args:
+            stage: train, val or test.
+            metrics: means; a name with a slash stands as it is, any other is logged as `stage`/name.
+            weight: how many items each is a mean over, of the kind that the loss is a mean over where it is the loss.
+        """
+        for name, value in metrics.items():
+            tag = name if "/" in name else f"{stage}/{name}"
+            if stage == "train":
+                total, count = self.step_sums.get(tag, (0.0, 0))
+                self.step_sums[tag] = (total + value.float() * weight, count + weight)
+            else:
+                in_bar = name in PROGRESS
+                self.log(tag, value, batch_size=weight, on_step=False, on_epoch=True, sync_dist=True, prog_bar=in_bar)
+
+    def log_step(self) -> None:
+        """Log the training metrics of an optimiser step: means over its micro-batches on all ranks, in one exchange."""
+        if not self.step_sums:
+            return
+        totals, weights = zip(*self.step_sums.values(), strict=True)
+        sums = torch.stack([torch.stack(totals), torch.tensor(weights, dtype=torch.float32, device=self.device)])
+        totals, weights = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        for tag, mean in zip(self.step_sums, totals / weights, strict=True):
+            self.log(tag, mean, prog_bar=tag.removeprefix("train/") in PROGRESS)
+        self.step_sums = {}
+
+
+def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not those of this module."""
+    differing = [
+        f"{name} ({tuple(given[name].shape) if name in given else 'missing'} there, "
+        f"{tuple(mine[name].shape) if name in mine else 'missing'} here)"
+        for name in sorted(given.keys() | mine.keys())
+        if name not in given or name not in mine or given[name].shape != mine[name].shape
+    ]
+    if given and differing:
+        raise UserError(
+            f"ckpt_path: the checkpoint is of another model, {len(differing)} tensors differ, like {differing[0]}; "
+            "resume with the model settings of the run"
+        )

@@ -1,0 +1,206 @@
+"""Reference log-probs of preference pairs, computed once and kept on disk for every run that would compute the same.
+
+The key is a hash of all that the numbers follow from: the weights and the config of the reference, the token ids of
+every pair (what tokenizer, chat template and data come to), the precision, the code of the model and the versions of
+torch and transformers. Work under way is kept in parts, and taken up where a killed run left it. Files are written
+aside and renamed: runs may share them.
+
+Axes: n pairs of a split.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_rlhf.data.batches import PreferenceBatch
+from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.engine.sharding import full_state_dict
+from lit_rlhf.errors import UserError
+from lit_rlhf.files import replacing
+from lit_rlhf.models.policy import Policy
+
+VERSION = 1  # raise it when the same key would no longer give the same numbers
+SECONDS_PER_PART = 60.0  # what a killed run loses at most
+NOT_WEIGHTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+PairLogprobs = Callable[[PackedBatch], tuple[Tensor, Tensor]]
+
+
+class ReferenceCache:
+    """Split -> (n, 2) float32 log π_ref of chosen and rejected responses, on the device that trains.
+
+    Args:
+        known: what a checkpoint brought along, by the fingerprint of the rows: those of other rows are never used.
+    """
+
+    def __init__(self, known: dict[str, Tensor] | None = None) -> None:
+        self.by_rows = known or {}  # on the CPU, as checkpoints carry it
+        self.by_split: dict[str, Tensor] = {}
+
+    def __getitem__(self, split: str) -> Tensor:
+        return self.by_split[split]
+
+    def fill(
+        self,
+        trainer: Trainer,
+        policy: Policy,
+        splits: Sequence[str],
+        pair_logprobs: PairLogprobs,
+        is_reference: bool = True,
+    ) -> None:
+        """Take the log-probs of splits from memory or disk, or compute what is missing, each rank doing its share.
+
+        Args:
+            trainer: its data module deals the rows.
+            policy: the reference, as it is now.
+            splits: train, val or test; for one without rows nothing happens.
+            pair_logprobs: (B,) log-probs of chosen and rejected responses of a packed batch.
+            is_reference: whether the policy still is the reference; it is not once it has learnt.
+
+        Raises:
+            UserError: it is not, and rows are new.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        source = ""
+        for split in splits:
+            loader = data.rows_dataloader(split)
+            if loader is None:
+                continue
+            rows = data.rows_fingerprint(split)
+            if rows not in self.by_rows:
+                if not is_reference:
+                    raise UserError(
+                        f"cache_reference: there are no reference log-probs of these {split} rows, and the policy that "
+                        "gave those of other rows has learnt since; set cache_reference: false and name the model that "
+                        "the run started from as model.reference"
+                    )
+                source = source or source_hash(policy, trainer)  # once: it reads all weights
+                file = cache_folder() / f"{hashlib.sha256(f'{source} {rows}'.encode()).hexdigest()}.safetensors"
+                self.by_rows[rows] = self._find(trainer, split, loader, file, pair_logprobs)
+            self.by_split[split] = self.by_rows[rows].to(trainer.lightning_module.device)
+
+    def _find(self, trainer: Trainer, split: str, loader: Any, file: Path, pair_logprobs: PairLogprobs) -> Tensor:
+        """(n, 2) from disk, or computed and written there."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        found = read(file)
+        # What one rank sees on its disk decides for all: they must agree on whether to compute.
+        if trainer.strategy.reduce_boolean_decision(found is not None, all=True) and found is not None:
+            rank_zero_info(f"reference log-probs of {len(found['logprobs'])} {split} pairs are in {file}")
+            return found["logprobs"]
+        rank_zero_info(f"computing reference log-probs of {data.num_rows(split)} {split} pairs")
+        mine = self._compute(trainer, loader, data.num_rows(split), Parts(file.with_suffix(".parts")), pair_logprobs)
+        logprobs: Tensor = trainer.strategy.reduce(mine, reduce_op="sum").cpu()
+        if trainer.is_global_zero:
+            try:
+                write({"logprobs": logprobs}, file)
+                shutil.rmtree(file.with_suffix(".parts"), ignore_errors=True)
+            except (OSError, SafetensorError) as error:  # this run has them, and other ranks wait for this one
+                rank_zero_warn(
+                    f"the reference log-probs cannot be kept in {file} ({error}); this run goes on with them, another "
+                    "will compute them again; set $LIT_RLHF_CACHE to a folder with room that can be written"
+                )
+        return logprobs
+
+    @torch.no_grad()
+    def _compute(
+        self, trainer: Trainer, loader: Any, num_rows: int, parts: "Parts", pair_logprobs: PairLogprobs
+    ) -> Tensor:
+        """(n, 2) with the rows of this rank, 0 elsewhere."""
+        module: Any = trainer.lightning_module
+        known = parts.load(num_rows)
+        mine = torch.zeros(num_rows, 2, device=module.device)
+        for host_batch in loader:
+            rows = host_batch.row_ids
+            held = known[rows]
+            # Decided by all ranks together: their parts may differ, and under FSDP2 they forward together or hang.
+            if trainer.strategy.reduce_boolean_decision(not held.isnan().any(), all=True):
+                mine[rows.to(mine.device)] = held.to(mine.device)
+                continue
+            batch: PreferenceBatch = module.transfer_batch_to_device(host_batch, module.device, 0)
+            with trainer.precision_plugin.forward_context():
+                values = torch.stack(pair_logprobs(batch.packed), dim=1)
+            mine[batch.row_ids] = values
+            parts.add(rows, values)
+        parts.flush()
+        return mine
+
+
+class Parts:
+    """Results of a computation under way, in files that any number of ranks and runs may add to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.since = time.monotonic()
+
+    def load(self, num_rows: int) -> Tensor:
+        """(n, 2) what is there, NaN elsewhere."""
+        known = torch.full((num_rows, 2), float("nan"))
+        for file in self.folder.glob("*.safetensors"):
+            part = read(file)
+            if part is not None:
+                known[part["rows"]] = part["logprobs"]
+        return known
+
+    def add(self, rows: Tensor, logprobs: Tensor) -> None:
+        """Keep (B, 2) log-probs of (B,) rows; on disk once in a while."""
+        self.pending.append((rows, logprobs))
+        if time.monotonic() - self.since >= SECONDS_PER_PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending; a part that cannot be written costs a killed run time, and no other run anything."""
+        if self.pending:
+            rows, logprobs = (torch.cat([x.cpu() for x in column]) for column in zip(*self.pending, strict=True))
+            with suppress(OSError, SafetensorError):  # another run is done, and clears the folder meanwhile
+                write({"rows": rows, "logprobs": logprobs}, self.folder / f"{uuid.uuid4().hex}.safetensors")
+        self.pending, self.since = [], time.monotonic()
+
+
+def cache_folder() -> Path:
+    """Where log-probs are kept: $LIT_RLHF_CACHE, or a folder of the user's cache."""
+    base = os.environ.get("LIT_RLHF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "lit_rlhf")
+    return Path(base).expanduser() / "reference"
+
+
+def source_hash(policy: Policy, trainer: Trainer) -> str:
+    """Hash of all but the rows that the log-probs follow from; every rank must call it, and gets that of rank 0."""
+    weights = full_state_dict(policy.model)
+    config = {name: value for name, value in policy.model.config.to_dict().items() if name not in NOT_WEIGHTS}
+    code = inspect.getsource(sys.modules[type(policy.model).__module__])  # mended, or come with the weights
+    made_by = [VERSION, config, str(trainer.precision), torch.__version__, transformers.__version__, code]
+    digest = hashlib.sha256(json.dumps(made_by, default=str).encode())
+    for name, tensor in sorted(weights.items()) if trainer.is_global_zero else ():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return str(trainer.strategy.broadcast(digest.hexdigest()))
+
+
+def read(file: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file; None if it is not there, or is no such file."""
+    try:
+        return load_file(file)
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def write(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write what another run may be writing as well."""
+    with replacing(file, shared=True) as aside:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)

@@ -1,0 +1,170 @@
+"""Reward model: learn a scalar score from pairwise preferences."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_rlhf.algorithms.calibration import Calibration, calibration
+from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
+from lit_rlhf.data.tokenize import Options, tokenize_sft
+from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.engine.sharding import gathered
+from lit_rlhf.errors import UserError
+from lit_rlhf.losses import bradley_terry_loss
+from lit_rlhf.models.loading import load_scorer, load_tokenizer, pad_token_id_for
+from lit_rlhf.rollout.play import predicted_rows
+from lit_rlhf.rollout.rewards import scores
+
+
+class RewardModel(AlignmentModule):
+    """Bradley-Terry reward model: minimise -log σ(r(x, y_w) - r(x, y_l)).
+
+    Christiano et al. 2017, https://arxiv.org/abs/1706.03741; Ouyang et al. 2022, Eq. 1, https://arxiv.org/abs/2203.02155
+
+    The score is read at the last token of prompt and response. Exported and loaded as
+    `AutoModelForSequenceClassification` with one label. Preferences leave a constant of the score open: the export is
+    shifted so that held-out responses score 0 in the mean. That head has no bias in transformers' models: the shift is
+    `score_bias` in config.json, which our rewards and critics add and others may leave out.
+
+    Args:
+        policy: folder or hub name of the causal LM to start from, normally the SFT model; or of a reward model.
+        normalize: what the export is shifted and scaled to over the responses that validation reads (training, where
+            there is no validation): "mean" 0, "mean_and_std" 0 and 1, or null = scores as learnt.
+        fresh_head: draw the scalar head anew from N(0, 1/√(d+1)), or keep a reward model's; null = keep it where there
+            is one.
+        trust_remote_code: run model code that comes with the weights.
+        kwargs: the optimiser's settings, see `AlignmentModule`.
+    """
+
+    learns_from = "preference"
+    predicts_from = "scored"
+
+    def __init__(
+        self,
+        policy: str = "demo",
+        normalize: Literal["mean", "mean_and_std"] | None = "mean",
+        fresh_head: bool | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if normalize not in (None, "mean", "mean_and_std"):
+            raise UserError(f"normalize ({normalize!r}) must be 'mean', 'mean_and_std' or null")
+        self.normalize = normalize
+        self.reward_model = load_scorer(policy, fresh_head=fresh_head, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(policy, self.reward_model.model.config, trust_remote_code)
+        self.reward_model.model.config.pad_token_id = pad_token_id_for(self.tokenizer)
+        if self.reward_model.fresh_head:
+            self.untrained = (
+                "the model's folder holds no trained reward head, so its scores would be random; name a trained reward "
+                "model as model.policy, or a checkpoint as ckpt_path"
+            )
+        self.bins: Tensor | None = None  # of the evaluation under way, see `calibration`
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """One micro-batch: the Bradley-Terry loss of its pairs."""
+        chosen, rejected = self.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
+        losses = bradley_terry_loss(chosen, rejected, batch.margin)
+        metrics = {"loss": losses.detach().mean(), **agreement(chosen, rejected), **pair_lengths(batch.packed)}
+        self.log_mean("train", metrics, weight=len(losses))
+        return losses.sum() / batch.denominator
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how far confidence is from accuracy."""
+        self.report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self.report("test")
+
+    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+        """Log loss, accuracy, margin and confidence, as means over all pairs."""
+        chosen, rejected = self.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
+        loss = bradley_terry_loss(chosen, rejected, batch.margin).mean()
+        confidence = (chosen - rejected).abs().sigmoid().mean()
+        metrics = {"loss": loss, "confidence": confidence, **agreement(chosen, rejected)}
+        self.log_mean(stage, metrics, weight=len(chosen))
+        bins = torch.stack(calibration(chosen - rejected))
+        self.bins = bins if self.bins is None else self.bins + bins
+
+    def report(self, stage: str) -> None:
+        """Log the expected calibration error over the pairs of all ranks."""
+        if self.bins is not None:
+            error = Calibration(*self.sum_over_ranks(self.bins)).error
+            self.log(f"{stage}/calibration_error", error, sync_dist=True)  # the same on all ranks
+        self.bins = None
+
+    @torch.no_grad()
+    def before_export(self) -> None:
+        """Normalise the scores over held-out responses: the gain into the head, the shift into the config."""
+        if self.normalize is None:
+            return
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # not yet, where a checkpoint left nothing to train
+        batches: Any = self.trainer.val_dataloaders or self.trainer.train_dataloader
+        scores = []
+        with gathered(self.reward_model), self.trainer.precision_plugin.forward_context():
+            for batch in batches:
+                packed = move_data_to_device(batch, self.device).packed
+                scores.append(self.reward_model(packed, packed.last_nodes))
+        moments = self.moments_over_ranks(torch.cat(scores))
+        std = moments.variance.sqrt().item() if self.normalize == "mean_and_std" else 1.0
+        if not std > 0:
+            raise UserError("normalize: mean_and_std cannot scale scores that are all equal; has the model learnt?")
+        self.reward_model.rescale(1 / std, -moments.mean.item() / std)
+
+    @torch.no_grad()
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Score the `completion` that stands beside each prompt, read as in training.
+
+        What does not fit into the context is cut: the prompt on its left, as it came, and the completion on its right.
+
+        Raises:
+            UserError: the rows have no completion.
+        """
+        completions = batch.columns.get("completion")
+        if completions is None:
+            raise UserError(
+                "a reward model scores completions, so its predict data need the columns prompt and completion; "
+                f"found {sorted(batch.columns)}"
+            )
+        pairs = zip(batch.columns["prompt"], completions, strict=True)
+        whole: dict[str, Any] = tokenize_sft(
+            [{"prompt": p, "completion": c} for p, c in pairs], self.tokenizer, Options(None)
+        )
+        prompts, responses, limit = [], [], self.tokenizer.model_max_length
+        for ids, mask, cut in zip(whole["input_ids"], whole["loss_mask"], batch.prompt_ids, strict=True):
+            prompt, response = np.split(ids, [mask.argmax()])
+            prompts.append(min(prompt, cut, key=len))
+            responses.append(response[: limit - len(prompts[-1])])
+        if any(len(ids) > limit for ids in whole["input_ids"]):
+            rank_zero_warn(f"some completions do not fit into the context of {limit} tokens and are scored as cut")
+        values = scores(self.reward_model, prompts, responses)
+        return predicted_rows(batch, [{"score": value} for value in values.tolist()])
+
+    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
+        """Scores of held-out completions, where the data has them."""
+        rows = self.predict_step(prompts, 0) if "completion" in prompts.columns else []
+        return [{"prompt": row["prompt"], "completion": row["completion"], "score": row["score"]} for row in rows]
+
+    def exportable(self) -> PreTrainedModel:
+        """The sequence classifier with its scalar head."""
+        return self.reward_model.model
+
+
+def pair_lengths(packed: PackedBatch) -> dict[str, Tensor]:
+    """Mean response tokens of B pairs, chosen and rejected apart: what a bias towards length would feed on."""
+    chosen, rejected = packed.response_lengths.chunk(2)
+    return {"chosen_length": chosen.mean(), "rejected_length": rejected.mean()}
+
+
+def agreement(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """How well the scores of B pairs agree with the labels; a tie is half right."""
+    margin = (chosen - rejected).detach()
+    accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
+    return {"accuracy": accuracy.mean(), "margin": margin.mean()}

@@ -1,0 +1,58 @@
+"""Supervised fine-tuning: imitate demonstrations."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.data.batches import SFTBatch
+from lit_rlhf.losses import nll
+from lit_rlhf.models.loading import load_policy, load_tokenizer
+from lit_rlhf.rollout.play import GenerationSettings
+
+
+class SFT(AlignmentModule):
+    """Supervised fine-tuning: minimise -Σ log π(y_t | x, y_<t) over the response tokens.
+
+    Ouyang et al. 2022, step 1, https://arxiv.org/abs/2203.02155
+
+    Args:
+        policy: folder or hub name of a Hugging Face causal LM; "demo" is the embedded one.
+        from_scratch: start from random weights in the shape of that model's config.
+        trust_remote_code: run model code that comes with the weights.
+        generation: how `predict` and the sample tables write completions.
+        kwargs: the optimiser's settings, see `AlignmentModule`.
+    """
+
+    learns_from = "sft"
+
+    def __init__(
+        self,
+        policy: str = "demo",
+        from_scratch: bool = False,
+        trust_remote_code: bool = False,
+        generation: GenerationSettings = GenerationSettings(),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.policy = load_policy(policy, from_scratch, trust_remote_code)
+        self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
+        self.generation = generation
+        if from_scratch:
+            self.untrained = (
+                "from_scratch is true, so the weights are random; to predict, set model.from_scratch: false and "
+                "model.policy to the folder that a run exported, or name a checkpoint as ckpt_path"
+            )
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        """One micro-batch: the negative log-likelihood of the demonstrated tokens."""
+        total, lengths = self.policy.nll(batch.packed), batch.packed.response_lengths
+        count = len(batch.packed.target_ids)
+        self.log_mean("train", {"loss": total.detach() / count}, weight=count)
+        self.log_mean("train", {"response_length": lengths.mean()}, weight=len(lengths))
+        return total / batch.denominator
+
+    def evaluate(self, batch: SFTBatch, stage: str) -> None:
+        """Log the loss, a mean over all response tokens."""
+        logprobs, _ = self.policy(batch.packed)
+        self.log_mean(stage, {"loss": nll(logprobs).mean()}, weight=len(logprobs))

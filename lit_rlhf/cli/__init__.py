@@ -1,0 +1,1 @@
+"""The command line: LightningCLI runs, and a file for each further command."""

@@ -1,0 +1,182 @@
+"""Play several policies on the same held-out prompts and put what they achieved side by side."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.data.prompts import load_prompts
+from lit_rlhf.engine.packing import Example, pack
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.files import make_folder, write_json
+from lit_rlhf.models.loading import check_same_tokens, load_policy, load_tokenizer
+from lit_rlhf.models.policy import Policy, freeze
+from lit_rlhf.rollout.play import GenerationSettings, complete
+from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
+from token_mdp import Episode
+
+EPISODES_PER_FORWARD = 64
+FIGURES = {  # key in the JSON -> heading and format in the table
+    "gold_reward": ("gold reward", ".3f"),
+    "proxy_reward": ("proxy reward", ".3f"),
+    "kl": ("KL to {baseline} [nats]", ".2f"),
+    "win_rate": ("win rate over {baseline}", ".2f"),
+    "response_length": ("response [tokens]", ".1f"),
+    "models_in_memory": ("models in memory", "d"),
+    "peak_memory_mb": ("peak memory [MB]", ".0f"),
+    "seconds": ("training [s]", ".0f"),
+}
+
+
+def compare(
+    root: str = "runs",
+    policies: tuple[str, ...] = ("sft", "ppo", "dpo"),
+    reward_model: str | None = "reward_model",
+    prompts: str = "demo",
+    gold: Callable[..., Any] | None = None,
+    max_prompts: int = 256,
+    generation: GenerationSettings = GenerationSettings(),
+    output: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Compare finished runs: reward, KL, win rate, length, and what each cost.
+
+    Args:
+        root: folder of the runs.
+        policies: runs in it to compare; the first is the baseline of KL and win rate.
+        reward_model: run in it whose reward model gives the proxy reward; null = none.
+        prompts: held-out prompts: a file, a folder, the name of a dataset, or "demo".
+        gold: function (prompts, responses, **columns) -> scores of text, by import path, that decides who wins;
+            null = the demo's gold reward for the demo's prompts, and else the proxy reward.
+        max_prompts: play at most this many.
+        generation: how responses are written.
+        output: JSON file for the results; null = results.json in `root`.
+
+    Returns:
+        The measured figures by run; the KL is None where `generation` cuts the distribution (top_k, top_p, min_p, or
+        temperature 0).
+    """
+    if not policies:
+        raise UserError("policies is empty: name at least the baseline")
+    require(max_prompts >= 1, "max_prompts", max_prompts, "1 or more")
+    results_file = Path(output) if output else Path(root) / "results.json"
+    folders = {name: run_folder(root, name) for name in policies}
+    baseline, *_ = policies
+    tokenizers = {name: load_tokenizer(*model_and_config(folder)) for name, folder in folders.items()}
+    tokenizer = tokenizers[baseline]
+    for name, other in tokenizers.items():  # one's ids are what all play, judge and decode
+        check_same_tokens(tokenizer, other, f"policy {name}")
+    costs = {name: read_json(folder / "summary.json") for name, folder in folders.items()}
+    room = tokenizer.model_max_length - generation.max_new_tokens
+    require(room >= 1, "generation.max_new_tokens", generation.max_new_tokens, "less than the models' context")
+    prompt_ids, columns = load_prompts(prompts, "validation", tokenizer, room)
+    make_folder(results_file.parent, "output")
+    held_out = PromptBatch(prompt_ids[:max_prompts], {name: values[:max_prompts] for name, values in columns.items()})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if gold is None and prompts == "demo":
+        from lit_rlhf.demo import gold_reward as gold
+    judges: dict[str, Reward] = {}
+    if gold is not None:
+        judges["gold_reward"] = TextReward(gold)
+    if reward_model is not None:
+        judges["proxy_reward"] = RewardModelReward(str(run_folder(root, reward_model) / "model"))
+    if not judges:
+        raise UserError("nothing to compare by: give reward_model, gold, or both")
+    for judge in judges.values():
+        judge.bind(tokenizer, device)
+
+    reference = freeze(load_policy(folders[baseline] / "model")).to(device)
+    results: dict[str, dict[str, Any]] = {}
+    scores: dict[str, np.ndarray] = {}
+    for name, folder in folders.items():
+        policy = freeze(load_policy(folder / "model")).to(device)
+        episodes = complete(policy, tokenizer, held_out, generation)
+        responses = [episode.response_ids for episode in episodes]
+        judged = {what: judge(held_out.prompt_ids, responses, **held_out.columns) for what, judge in judges.items()}
+        scores[name] = judged[next(iter(judges))]
+        margin = scores[name] - scores[baseline]
+        results[name] = {
+            **{what: float(values.mean()) for what, values in judged.items()},
+            # What a cut distribution wrote is no sample of π, nor its log-ratio an estimate of the KL.
+            "kl": sequence_kl(policy, reference, episodes, generation.temperature) if generation.is_whole else None,
+            "win_rate": float(((margin > 0) + 0.5 * (margin == 0)).mean()),
+            "response_length": float(np.mean([len(response) for response in responses])),
+            **{key: costs[name][key] for key in ("models_in_memory", "peak_memory_mb", "seconds")},
+        }
+    print_table(results, baseline)
+    if reward_model is not None:
+        results["reward_model"] = reward_model_results(run_folder(root, reward_model), prompts)
+    write_json(results, results_file)
+    return results
+
+
+@torch.no_grad()
+def sequence_kl(policy: Policy, reference: Policy, episodes: list[Episode], temperature: float) -> float:
+    """KL(π‖π_ref) over whole responses, in nats: the mean log-ratio of responses that π sampled."""
+    total = 0.0
+    for start in range(0, len(episodes), EPISODES_PER_FORWARD):
+        examples = [Example(e.prompt_ids, (e.response_ids,)) for e in episodes[start : start + EPISODES_PER_FORWARD]]
+        batch = move_data_to_device(pack(examples), policy.model.device)
+        logratio = policy(batch, temperature)[0] - reference(batch, temperature)[0]
+        total += logratio.double().sum().item()
+    return total / len(episodes)
+
+
+def reward_model_results(folder: Path, prompts: str) -> dict[str, Any]:
+    """Accuracy on held-out pairs as its run measured it; for the demo, the best that any model could reach."""
+    results: dict[str, Any] = {"val_accuracy": read_json(folder / "summary.json")["metrics"].get("val/accuracy")}
+    if prompts == "demo":
+        from lit_rlhf.demo import bayes_accuracy, rows
+
+        results["bayes_accuracy"] = bayes_accuracy(rows("preference", "validation"))
+    return results
+
+
+def run_folder(root: str | Path, name: str) -> Path:
+    """The folder of a finished run."""
+    folder = Path(root) / name
+    if not (folder / "model" / "config.json").exists():
+        finished = sorted(found.parent.parent.name for found in Path(root).glob("*/model/config.json"))
+        there = f"finished runs in {root} are {', '.join(finished)}" if finished else f"{root} holds no finished run"
+        raise UserError(
+            f"no exported model in {(folder / 'model').absolute()}: has the run {name!r} finished its fit? {there}; "
+            "choose by --policies=[...], --reward_model and --root"
+        )
+    return folder
+
+
+def model_and_config(folder: Path) -> tuple[Path, Any]:
+    """The exported model's folder and its config."""
+    from transformers import AutoConfig
+
+    return folder / "model", AutoConfig.from_pretrained(folder / "model")
+
+
+def print_table(results: dict[str, dict[str, Any]], baseline: str) -> None:
+    """The comparison as a table in the terminal: a column per policy, so that eighty characters hold it."""
+    table = Table(title="Held-out prompts", title_justify="left")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    for key, (heading, form) in FIGURES.items():
+        if key in results[baseline]:
+            table.add_row(
+                escape(heading.format(baseline=baseline)),
+                *("-" if row[key] is None else format(row[key], form) for row in results.values()),
+            )
+    Console().print(table)
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file that a run left behind."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file.absolute()} is missing: it is written when `fit` ends") from None

@@ -1,0 +1,179 @@
+"""The command line: `lit-rlhf fit|validate|test|predict --config X.yaml` and `lit-rlhf compare`.
+
+LightningCLI with no class given: the YAML names model and data by `class_path`, their constructors are the schema.
+"""
+
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jsonargparse import auto_cli
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers.utils.logging import disable_progress_bar
+
+from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
+from lit_rlhf.callbacks.performance import Performance, default_precision
+from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint, newest_checkpoint
+from lit_rlhf.cli.parser import Parser, did_you_mean
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.files import make_folder
+from token_mdp import RewardError
+
+COMPARE = "compare"  # the one command that is no LightningCLI run
+COMMANDS = ("fit", "validate", "test", "predict", COMPARE)
+USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
+DESCRIPTION = (
+    "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side."
+)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class AlignmentCLI(LightningCLI):
+    """Adds what every run has: the tokenizer from model to data, exports, samples, throughput."""
+
+    root: ClassVar[Path | None] = None  # of the run that this process last set up
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of the callbacks that every run has."""
+        parser.add_lightning_class_args(HuggingFaceExport, "export")
+        parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_lightning_class_args(CompletionWriter, "predictions")
+        parser.add_lightning_class_args(Performance, "performance")
+        parser.add_lightning_class_args(RunSummary, "summary")
+        parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """The usage line names all commands; each command's own, made before, does not repeat them."""
+        super().setup_parser(*args, **kwargs)
+        self.parser.usage = USAGE
+
+    def instantiate_classes(self) -> None:
+        """A value that a constructor refuses is the user's to mend, whoever wrote the constructor."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse wraps our own errors in the whole of what was given
+            raise users_mistake(error.__cause__ or error.__context__) or UserError(str(error)) from None
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Look at the checkpoint before it, a model or any data is read."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")  # none with `run=False`
+        given = self.config if subcommand is None else self.config[subcommand]
+        if given.get("ckpt_path") is not None:
+            root = Path(given.trainer.default_root_dir or ".")
+            given.ckpt_path = choose_checkpoint(given.ckpt_path, root, training=subcommand == "fit")
+        seed = given.get("seed_everything")
+        if seed is not None and not isinstance(seed, bool):
+            require(0 <= seed < 2**32, "seed_everything", seed, "in [0, 2^32)")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With the precision that suits the device unless the user names one, and checkpoints that are whole."""
+        given = self._get(self.config_init, "trainer", default={})
+        if given.get("precision") is None and given.get("plugins") is None:
+            kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer.accelerator, CPUAccelerator):  # each would be a process that waits for all others
+            most = max(os.cpu_count() or 1, 8)
+            require(trainer.num_devices <= most, "trainer.devices", trainer.num_devices, f"at most {most} on this CPU")
+        AlignmentCLI.root = Path(trainer.default_root_dir)
+        make_folder(AlignmentCLI.root, "trainer.default_root_dir")
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; what the user can mend is said in one message, with exit status 2."""
+    argv = list(sys.argv[1:] if args is None else args)
+    quiet_libraries()
+    if str(Path.cwd()) not in sys.path:  # a user's own functions are found here, as with `python -m lit_rlhf`
+        sys.path.insert(0, str(Path.cwd()))
+    Parser.typed = argv
+    try:
+        if argv == ["--version"]:
+            print(f"lit-rlhf {version('lit-rlhf')}")
+            return
+        if not argv:
+            raise UserError(f"no command is given\nusage: {USAGE}")
+        if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+            raise UserError(f"there is no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}\nusage: {USAGE}")
+        if argv[:1] == [COMPARE]:
+            from lit_rlhf.cli.compare import compare
+
+            about: Any = {
+                "prog": f"lit-rlhf {COMPARE}",
+                "description": "Play finished runs on the same held-out prompts.",
+            }
+            auto_cli(compare, args=argv[1:], as_positional=False, parser_class=Parser, **about)
+        else:
+            run(None if args is None else argv)  # LightningCLI warns when it is handed the process's own arguments
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print(interrupted(argv), file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        mistake = users_mistake(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def interrupted(argv: Sequence[str]) -> str:
+    """What a run that Ctrl-C stopped has left, and how it goes on."""
+    newest = None if AlignmentCLI.root is None or argv[0] != "fit" else newest_checkpoint(AlignmentCLI.root)
+    if newest is None:
+        return "interrupted"
+    return f"interrupted; no model was exported. The run goes on from its newest checkpoint with --ckpt_path={newest}"
+
+
+def quiet_libraries() -> None:
+    """Keep advertisements, bars for the reading of a file, and warnings about Lightning's own code off the terminal."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # each part of a run has a folder of its own
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # `validation: null`
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")  # CompletionWriter goes without
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+
+
+def users_mistake(error: BaseException | None) -> BaseException | None:
+    """What the user can mend among an error and its causes: jsonargparse wraps what a constructor raises."""
+    while error is not None:
+        if isinstance(error, RewardError) and isinstance(error.__cause__, UserError):
+            return error.__cause__  # names the user's function, not the environment's argument
+        if isinstance(error, UserError | RewardError | MisconfigurationException):
+            return error
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error
+        error = error.__cause__
+    return None
+
+
+def run(argv: list[str] | None) -> Any:
+    """One LightningCLI run; None reads the process's own arguments."""
+    return AlignmentCLI(
+        AlignmentModule,
+        LightningDataModule,
+        parser_class=Parser,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,  # the modules configure their own
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "lit-rlhf", "description": DESCRIPTION},
+        args=argv,
+    )

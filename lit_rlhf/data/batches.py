@@ -1,0 +1,49 @@
+"""The typed batches that travel from data and rollout to `training_step`.
+
+Axes: B examples or pairs, N packed nodes, M response tokens of all sequences (see `packing.py`).
+A batch is one micro-batch. `denominator` makes its loss a share of the mean over the *global* batch: a loss is
+`losses.sum() / batch.denominator`, whatever the split into micro-batches, accumulation steps and ranks.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from lit_rlhf.engine.packing import PackedBatch
+
+
+class SFTBatch(NamedTuple):
+    """Demonstrations; B sequences."""
+
+    packed: PackedBatch
+    denominator: Tensor  # () float32: response tokens of the global batch / (accumulation steps x ranks)
+
+
+class PreferenceBatch(NamedTuple):
+    """B pairs as 2 B sequences: all chosen, then all rejected, each pair's prompt stored once."""
+
+    packed: PackedBatch
+    row_ids: Tensor  # (B,) int64: the rows of the data set that the pairs are
+    margin: Tensor  # (B,) float32: by how much chosen should beat rejected; 0 where the data has none
+    denominator: Tensor  # () float32: pairs of the global batch / (accumulation steps x ranks)
+
+
+class PromptBatch(NamedTuple):
+    """B prompts for playing held-out episodes; left on the CPU, the environment deals in numpy."""
+
+    prompt_ids: list[np.ndarray]  # B of (P,) int64
+    columns: dict[str, list[Any]]  # the other columns of the data, B values each, handed to the reward function
+    numbers: np.ndarray | None = None  # (B,) int64: which of the data's prompts they are; None = the first B
+
+
+class RolloutBatch(NamedTuple):
+    """A minibatch of the current rollout; B sequences of a prompt and the response the policy gave."""
+
+    packed: PackedBatch
+    old_logprobs: Tensor  # (M,) log π_old of the response tokens
+    ref_logprobs: Tensor  # (M,) log π_ref
+    old_values: Tensor  # (M,) critic at rollout
+    advantages: Tensor  # (M,) whitened over the whole rollout and all ranks
+    returns: Tensor  # (M,) advantages before whitening + old_values
+    denominator: Tensor  # () float32: response tokens of the minibatch over all ranks / (accumulation steps x ranks)

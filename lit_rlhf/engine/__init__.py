@@ -1,0 +1,1 @@
+"""Tensors and layouts: packed rows, attention over them, log-probs without the (B, S, V) tensor, sharding."""

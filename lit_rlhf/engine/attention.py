@@ -1,0 +1,181 @@
+"""Attention of packed rows under transformers' interface, and of decode steps with a slot cache.
+
+Packed rows: queries, keys and values are gathered into the layout's length buckets, causal attention runs in each
+without a mask, and the outputs are scattered back; on CUDA in half precision the sequences lie end to end in
+variable-length flash attention instead.
+
+Axes: N nodes, C cells of all sequences end to end (a shared node counts in each), L cells of a bucket's row or keys of
+a cache, H heads, D head dimension, B rows when decoding.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from lit_rlhf.engine.packing import EndToEnd, Layout
+
+IMPLEMENTATION = "lit_rlhf_packed"
+# Whether the kernel takes fewer heads of keys than of queries: torch 2.12 says so, 2.11 has no such argument.
+VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention for packed rows (with a layout) and for decoding (with a 4-D mask), under transformers' interface.
+
+    Args:
+        module: the attention layer, as transformers hands it over.
+        query: (1, H, N, D) for packed rows; (B, H, 1, D) when decoding.
+        key: (1, H_kv, N, D); (B, H_kv, L, D) when decoding.
+        value: as key.
+        attention_mask: None for packed rows; (B, 1, 1, L) bool, True = attend, when decoding.
+        dropout: must be 0 in packed rows: the ratio of new to old policy needs the same network twice.
+        scaling: factor on the scores; 1/sqrt(D) if None.
+        layout: of the packed row.
+        sliding_window: attend to this many newest tokens, the query's own included (Mistral); None = all.
+        softcap: scores become softcap tanh(score / softcap) (Gemma 2); None = they stay.
+        kwargs: what transformers passes besides; a model for which they change the result runs in padded batches.
+
+    Returns:
+        (1, N, H, D) or (B, 1, H, D), and None for the attention weights.
+    """
+    if query.dtype != value.dtype:  # under autocast, rotary embeddings promote queries and keys to float32
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    groups = query.shape[1] // key.shape[1]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layout is None:
+        assert attention_mask is not None, "decoding needs a mask of the cached keys"
+        if sliding_window is not None:  # keys stand at their positions: column = position
+            newest = attention_mask.sum(-1, keepdim=True) - 1
+            column = torch.arange(key.shape[-2], device=key.device)
+            attention_mask = attention_mask & (column > newest - sliding_window)
+        return _decode_attention(query, key, value, attention_mask, scaling, groups, softcap), None
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
+    if softcap is None and takes_variable_lengths(q, v):
+        return _end_to_end_attention(q, k, v, layout.end_to_end, scaling, groups, sliding_window).unsqueeze(0), None
+    outputs = []
+    for cells in layout.buckets:
+        bucket_q, bucket_k, bucket_v = (x[cells].transpose(1, 2) for x in (q, k, v))  # (n, H, L, D)
+        band = _band(cells.shape[1], sliding_window, q.device)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(
+                bucket_q,
+                bucket_k,
+                bucket_v,
+                attn_mask=band,
+                dropout_p=dropout,
+                is_causal=band is None,
+                scale=scaling,
+                enable_gqa=groups > 1,
+            )
+        else:
+            out = _capped_attention(bucket_q, bucket_k, bucket_v, band, scaling, groups, softcap)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n L, H, D)
+    return torch.cat(outputs)[layout.source].unsqueeze(0), None
+
+
+def takes_variable_lengths(q: Tensor, v: Tensor) -> bool:
+    """Whether flash attention can take these queries and values: half precision on CUDA, compute capability 8 or more.
+
+    Heads of one width, at most 256 numbers and a multiple of 8, as the kernel asks for.
+    """
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and q.shape[-1] == v.shape[-1] <= 256
+        and q.shape[-1] % 8 == 0
+    )
+
+
+def _end_to_end_attention(
+    q: Tensor, k: Tensor, v: Tensor, cells: EndToEnd, scaling: float, groups: int, sliding_window: int | None
+) -> Tensor:
+    """(N, H, D) outputs; queries, keys and values (N, H, D) are laid end to end by sequence, without any padding."""
+    q, k, v = (x[cells.nodes] for x in (q, k, v))
+    grouped: dict[str, Any] = {}
+    if groups > 1 and VARLEN_SHARES_KEYS:
+        grouped = {"enable_gqa": True}
+    elif groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        cells.bounds,
+        cells.bounds,
+        cells.longest,
+        cells.longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        **grouped,
+    )
+    assert isinstance(out, Tensor)
+    return out[cells.source]
+
+
+def _capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, band: Tensor | None, scaling: float, groups: int, softcap: float
+) -> Tensor:
+    """Attention with capped scores, which no fused kernel offers: (n, H, L, D) by way of all (n, H, L, L) scores."""
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scaling / softcap))
+    if band is None:
+        band = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    weights = torch.softmax(scores.masked_fill(~band, float("-inf")), dim=-1, dtype=torch.float32)
+    return weights.to(v.dtype) @ v
+
+
+def _band(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """(L, L) bool mask of a sliding window, or None where the window covers the sequence and plain causal will do."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def _decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    groups: int,
+    softcap: float | None,
+) -> Tensor:
+    """One query per row against its cached keys; query heads of a group share keys, so none is repeated in memory."""
+    B, H, T, D = query.shape
+    q = query.reshape(B, H // groups, groups * T, D) * scaling
+    weights = q @ key.transpose(-1, -2)
+    if softcap is not None:
+        weights = softcap * torch.tanh(weights / softcap)
+    weights = weights.masked_fill(~attention_mask, float("-inf"))
+    out = torch.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.reshape(B, H, T, value.shape[-1]).transpose(1, 2)  # MLA: values narrower than queries
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask function of packed rows: the layout says it all."""
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

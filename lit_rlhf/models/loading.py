@@ -1,0 +1,254 @@
+"""Models and tokenizers from folders or hub names, checked before they are used.
+
+Weights are loaded in float32; the Trainer's `precision` decides what is computed in.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import find_adapter_config_file
+from transformers.utils import logging as transformers_logging
+
+from lit_rlhf.errors import UserError, looks_like_a_path
+from lit_rlhf.models.policy import Policy, Scorer, backbone, context_length
+from lit_rlhf.models.probe import choose_attention, disable_dropout
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
+
+
+def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code: bool = False) -> Policy:
+    """Load a causal LM for packed batches.
+
+    Args:
+        name: folder or hub name of a Hugging Face causal LM, or "demo" for the embedded model.
+        from_scratch: random weights in the shape of its config instead of the stored weights.
+        trust_remote_code: run model code that comes with the weights.
+
+    Raises:
+        UserError: no such model, or one that gives other numbers by itself than in this library.
+    """
+    model = _load(AutoModelForCausalLM, name, from_scratch, trust_remote_code)
+    stored = stored_architectures(name, trust_remote_code)
+    if not from_scratch and has_score_head(stored):
+        raise UserError(f"{name} holds a reward model ({stored}), not a policy; name the folder of a causal LM")
+    policy = Policy(model)
+    choose_attention(policy, str(name))
+    return policy
+
+
+def load_scorer(name: str | Path, fresh_head: bool | None = False, trust_remote_code: bool = False) -> Scorer:
+    """Load a one-label sequence classifier, from a reward model's folder or on top of a causal LM.
+
+    Args:
+        name: folder or hub name of a Hugging Face model, or "demo".
+        fresh_head: draw the scalar head anew, N(0, 1/(d+1)) in variance (Stiennon et al. 2020,
+            https://arxiv.org/abs/2009.01325; "N+ details", https://arxiv.org/abs/2403.17031), rather than load it;
+            None = only where the folder holds none.
+        trust_remote_code: run model code that comes with the weights.
+
+    Raises:
+        UserError: no such model, or no trained scalar head in it and `fresh_head` is off.
+    """
+    model = _load(AutoModelForSequenceClassification, name, False, trust_remote_code, num_labels=1)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; its architecture is not supported")
+    architectures = stored_architectures(name, trust_remote_code)
+    trained = has_score_head(architectures)
+    fresh_head = not trained if fresh_head is None else fresh_head
+    if fresh_head:
+        initialize_score_head(model)
+    elif not trained:
+        raise UserError(f"{name} holds no trained reward head: its config names {architectures}")
+    scorer = Scorer(model, fresh_head)
+    choose_attention(scorer, str(name))
+    return scorer
+
+
+def initialize_score_head(model: PreTrainedModel) -> None:
+    """Draw the scalar head from N(0, 1/√(d+1)) and set its bias, if any, to 0."""
+    head = cast(nn.Linear, model.score)
+    model.config.score_bias = 0.0
+    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+
+
+def scorer_from_policy(policy: Policy, trust_remote_code: bool = False) -> Scorer:
+    """A scorer on a copy of the policy's trunk, with a fresh head."""
+    config = copy.deepcopy(policy.model.config)
+    config.num_labels = 1
+    try:
+        model = AutoModelForSequenceClassification.from_config(
+            config, attn_implementation=policy.model.config._attn_implementation, trust_remote_code=trust_remote_code
+        )
+    except ValueError as error:
+        raise UserError(
+            f"transformers has no sequence classification model for {type(config).__name__}, which a critic "
+            "or a reward model is; SFT and DPO need none"
+        ) from error
+    backbone(model).load_state_dict(backbone(policy.model).state_dict())
+    disable_dropout(model)
+    initialize_score_head(model)
+    return Scorer(model, fresh_head=True)
+
+
+def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model, its `model_max_length` cut to the model's context.
+
+    Raises:
+        UserError: no tokenizer there, no end-of-sequence token, or more tokens than the model has embeddings.
+    """
+    source = _resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: no tokenizer could be loaded there ({_first_line(error)}){_hint(source, error)}; "
+            "save the model's own beside it (tokenizer.save_pretrained)"
+        ) from error
+    check_vocabulary(tokenizer, model_config.vocab_size, str(name))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
+    context = context_length(model_config)
+    if context is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, name: str) -> None:
+    """Refuse a tokenizer that can make ids which the model has no embedding for."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocabulary_size:
+        raise UserError(
+            f"{name}: the tokenizer has ids up to {highest}, the model embeds {vocabulary_size} (0 to "
+            f"{vocabulary_size - 1}); use the tokenizer the model was trained with, or resize its embeddings first"
+        )
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a network that would read other words in the policy's ids than the policy wrote.
+
+    Args:
+        tokenizer: the policy's.
+        other: that of the network which reads the policy's ids.
+        name: of the network, with its role.
+
+    Raises:
+        UserError: the two differ in an id or a word.
+    """
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
+        raise UserError(
+            f"{name} was trained with another tokenizer than the policy ({len(theirs)} against {len(ours)} tokens; for "
+            f"example {differing}): it would read other words than the policy wrote. Start both from the same SFT model"
+        )
+
+
+def pad_token_id_for(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """A pad token that cannot be mistaken for the end of a response.
+
+    Our own batches have no padding; transformers finds a padded row's score at the last token that is not pad, and
+    would read it one token early where pad is eos. Then the unknown or beginning token serves instead, if there is one.
+    """
+    eos = tokenizer.eos_token_id
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+        if candidate is not None and candidate != eos:
+            return int(candidate)
+    return None
+
+
+def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_code: bool, **kwargs: Any) -> Any:
+    source = _resolve(name)
+    try:
+        if not from_scratch and find_adapter_config_file(source) is not None:  # transformers would apply it, unasked
+            raise UserError(
+                f"{name} holds an adapter of PEFT (adapter_config.json), which is no part of a model here: merge it "
+                "into its model (merge_and_unload) and save that; or remove the adapter's files, to start without it"
+            )
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        for key, value in kwargs.items():
+            setattr(config, key, value)
+        if from_scratch:
+            model = auto_class.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
+        else:
+            verbosity = transformers_logging.get_verbosity()
+            transformers_logging.set_verbosity_error()  # its report of missing weights is our error, below
+            try:
+                model, report = auto_class.from_pretrained(
+                    source,
+                    config=config,
+                    attn_implementation="eager",  # `choose_attention` sees to ours
+                    dtype=torch.float32,
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+            finally:
+                transformers_logging.set_verbosity(verbosity)
+            missing = sorted(key for key in report["missing_keys"] if not key.startswith("score."))
+            if missing:
+                raise UserError(
+                    f"{name}: its weights lack {len(missing)} tensors of {type(model).__name__}, like {missing[:3]}; "
+                    "they would be left random: is it the folder of another kind of model?"
+                )
+    except UserError:
+        raise
+    except SafetensorError as error:
+        files = sorted(path.name for path in Path(source).glob("*.safetensors"))
+        raise UserError(
+            f"{name}: damaged or cut short, copy it anew: {', '.join(files) or 'weights'} ({error})"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: no model could be loaded there ({_first_line(error)}). Expected a folder with config.json and "
+            f"model.safetensors, or a name on the Hugging Face hub{_hint(source, error)}"
+        ) from error
+    disable_dropout(model)
+    return model.train()  # from_pretrained leaves it in eval mode
+
+
+def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
+    """The classes that a folder's weights were saved from, by its config."""
+    return list(AutoConfig.from_pretrained(_resolve(name), trust_remote_code=trust_remote_code).architectures or [])
+
+
+def has_score_head(architectures: list[str]) -> bool:
+    """Whether weights of these classes are a reward model's: with a scalar head that was trained."""
+    return any("ForSequenceClassification" in architecture for architecture in architectures)
+
+
+def _resolve(name: str | Path) -> str:
+    if str(name) == "demo":
+        return str(DEMO_MODEL)
+    path = Path(name).expanduser()
+    if not path.exists() and looks_like_a_path(str(name)):
+        raise UserError(f"{name}: no model could be loaded there: there is no folder {path.absolute()}")
+    return str(path) if path.exists() else str(name)
+
+
+def _hint(source: str, error: Exception) -> str:
+    if "trust_remote_code=True" in str(error):
+        return "; if you trust that code, set trust_remote_code: true"
+    if source == str(DEMO_MODEL):
+        return "; the embedded demo model has no weights: SFT trains it with from_scratch: true, and exports a policy"
+    if Path(source).is_dir():
+        return f"; the folder holds {sorted(p.name for p in Path(source).iterdir())[:8]}"
+    return f"; there is no folder {Path(source).absolute()}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].removesuffix(" from one of: ")  # what could be is in further lines

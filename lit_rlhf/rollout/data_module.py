@@ -1,0 +1,298 @@
+"""The environment side of on-policy training: prompts, reward, slots, lengths."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.data.batches import PromptBatch, RolloutBatch
+from lit_rlhf.data.batching import as_it_is
+from lit_rlhf.data.checks import (
+    check_trainer_options,
+    require_held_out_rows,
+    require_kind,
+    require_prompt_length,
+    require_whole_epochs,
+)
+from lit_rlhf.data.formats import Sources
+from lit_rlhf.data.prompts import load_prompts
+from lit_rlhf.data.sources import STAGES, Role
+from lit_rlhf.data.tokenize import stop_token_ids
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.rollout.experience import Experience
+from lit_rlhf.rollout.play import RolloutBackend, check_context
+from lit_rlhf.rollout.rewards import Reward
+from token_mdp import TokenVectorEnv
+
+
+class RolloutDataModule(LightningDataModule):
+    """Prompts, a token environment to play them in, and the reward that ends an episode.
+
+    Args:
+        reward: scores a whole response, paid on its last token.
+        train: prompts to learn from: a file, a folder, the name of a dataset, or "demo".
+        validation: held-out prompts, played at each validation; null = none.
+        test: prompts for `test`; null = the validation prompts.
+        predict: prompts for `predict`; null = the validation prompts.
+        monitors: further rewards by name, logged as rollout/<name> but not learnt from.
+        rollout_size: episodes per iteration, over all ranks.
+        num_slots: episodes played at the same time on each rank; a quarter of its episodes or fewer keeps them busy.
+        max_prompt_length: longer prompts lose tokens on the left; null = what the model's context leaves.
+        max_new_tokens: length limit of a response.
+        max_validation_prompts: play at most this many held-out prompts.
+        num_proc: processes that tokenise, once; null = one.
+        seed: of the order of prompts.
+        backend: what plays the training episodes; null = the slot cache in this process.
+        tokenizer: the policy's; linked by the CLI.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        train: Sources = "demo",
+        validation: Sources | None = "demo",
+        test: Sources | None = None,
+        predict: Sources | None = None,
+        monitors: dict[str, Reward] | None = None,
+        rollout_size: int = 256,
+        num_slots: int = 64,
+        max_prompt_length: int | None = None,
+        max_new_tokens: int = 64,
+        max_validation_prompts: int = 256,
+        num_proc: int | None = None,
+        seed: int = 0,
+        backend: RolloutBackend | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        require_held_out_rows(train, validation)
+        if min(rollout_size, num_slots, max_new_tokens, max_validation_prompts) < 1:
+            raise UserError(
+                f"rollout_size ({rollout_size}), num_slots ({num_slots}), max_new_tokens ({max_new_tokens}) and "
+                f"max_validation_prompts ({max_validation_prompts}) must be 1 or more"
+            )
+        require_prompt_length(max_prompt_length)
+        require(seed >= 0, "seed", seed, "0 or more")
+        require(num_proc is None or num_proc >= 1, "num_proc", num_proc, "1 or more, or null")
+        self.reward = reward
+        self.monitors = monitors or {}
+        for given in (self.reward, *self.monitors.values()):
+            if not isinstance(given, Reward):
+                raise UserError(f"{given!r} is no Reward; a function of text becomes one as TextReward(function)")
+        self.sources = {"train": train, "validation": validation, "test": test or validation}
+        self.sources["predict"] = predict or validation
+        self.rollout_size = rollout_size
+        self.num_slots = num_slots
+        self.max_prompt_length = max_prompt_length
+        self.max_new_tokens = max_new_tokens
+        self.max_validation_prompts = max_validation_prompts
+        self.num_proc = num_proc
+        self.seed = seed
+        self.backend = RolloutBackend() if backend is None else backend
+        self.tokenizer = tokenizer
+        self.prompts: dict[str, PromptBatch] = {}
+
+    @property
+    def reward_fn(self) -> Any:
+        """The reward as the environment takes it; with monitors, as weighted components."""
+        if not self.monitors:
+            return self.reward
+        return {"reward": (self.reward, 1.0)} | {name: (reward, 0.0) for name, reward in self.monitors.items()}
+
+    def prepare_data(self) -> None:
+        """Tokenise on one process per machine; the others find the cache."""
+        assert self.trainer is not None and self.trainer.state.fn is not None
+        self.setup(self.trainer.state.fn.value)
+
+    def setup(self, stage: str) -> None:
+        """Tokenise the prompts that this stage needs."""
+        if self.tokenizer is None:
+            raise UserError("RolloutDataModule needs the policy's tokenizer: pass tokenizer=model.tokenizer")
+        trainer = self.trainer
+        assert trainer is not None
+        require_kind(trainer, "prompts")
+        agent: Any = trainer.lightning_module
+        limit = self.max_prompt_length or self.tokenizer.model_max_length - self.max_new_tokens
+        if limit < 1:
+            raise UserError(
+                f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in the context of "
+                f"{self.tokenizer.model_max_length}"
+            )
+        splits: tuple[Role, ...] = STAGES[stage]
+        for split in splits:
+            source = self.sources[split]
+            if source is not None and split not in self.prompts:
+                prompt_ids, columns = load_prompts(source, split, self.tokenizer, limit, num_proc=self.num_proc)
+                self.prompts[split] = PromptBatch(prompt_ids, columns, np.arange(len(prompt_ids)))
+                check_context(agent.policy, prompt_ids, self.max_new_tokens)
+        for reward in (self.reward, *self.monitors.values()):
+            reward.bind(self.tokenizer, trainer.strategy.root_device)
+
+    def train_dataloader(self) -> "RolloutLoader":
+        """One pass over it is one PPO iteration.
+
+        Raises:
+            UserError: a Trainer option that would change the batches behind the plan's back, or an unequal share.
+        """
+        assert self.trainer is not None
+        check_trainer_options(self.trainer)
+        require_whole_epochs(self.trainer)
+        if self.rollout_size % self.trainer.world_size:
+            raise UserError(
+                f"rollout_size ({self.rollout_size}) must divide among {self.trainer.world_size} ranks; try "
+                f"{self.rollout_size - self.rollout_size % self.trainer.world_size}"
+            )
+        return RolloutLoader(self)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """This rank's share of the held-out prompts."""
+        return self.prompt_loader("validation", self.max_validation_prompts)
+
+    def test_dataloader(self) -> DataLoader | list:
+        """This rank's share of the test prompts, all of them."""
+        return self.prompt_loader("test")
+
+    def predict_dataloader(self) -> DataLoader | list:
+        """This rank's share of the prompts to complete."""
+        return self.prompt_loader("predict")
+
+    def prompt_loader(self, split: str, limit: int | None = None) -> DataLoader | list:
+        """This rank's batches, the k-th of rank r being batch k W + r of all; as many on each rank."""
+        if split not in self.prompts:
+            return []
+        assert self.trainer is not None
+        prompts, ranks = take(self.prompts[split], slice(limit)), self.trainer.world_size
+        count = len(prompts.prompt_ids)
+        # Four times the slots, so that the longest episode of a batch does not idle the other slots for long.
+        rounds = -(-count // (4 * self.num_slots * ranks))
+        if count < rounds * ranks:
+            raise UserError(f"{count} {split} prompts are too few for {ranks} ranks")
+        bounds = np.linspace(0, count, rounds * ranks + 1).astype(int).tolist()
+        batches = [take(prompts, slice(start, end)) for start, end in itertools.pairwise(bounds)]
+        mine: Any = batches[self.trainer.global_rank :: ranks]
+        return DataLoader(mine, batch_size=None, collate_fn=as_it_is)
+
+    def sample_prompts(self, count: int) -> PromptBatch | None:
+        """The first held-out prompts, for sample tables."""
+        held_out = self.prompts.get("validation")
+        return None if held_out is None else take(held_out, slice(count))
+
+    def make_env(self) -> TokenVectorEnv:
+        """This rank's environment over its share of the training prompts."""
+        trainer, tokenizer = self.trainer, self.tokenizer
+        assert trainer is not None and tokenizer is not None
+        rank, ranks = trainer.global_rank, trainer.world_size
+        agent: Any = trainer.lightning_module
+        policy: Policy = agent.policy
+        mine = take(self.prompts["train"], slice(rank, None, ranks))
+        if not mine.prompt_ids:
+            raise UserError(f"{len(self.prompts['train'].prompt_ids)} training prompts are too few for {ranks} ranks")
+        return TokenVectorEnv(
+            prompts=mine.prompt_ids,
+            columns=mine.columns,
+            num_envs=min(self.num_slots, self.rollout_size // ranks),
+            vocab_size=policy.vocabulary_size,
+            stop_token_ids=stop_token_ids(tokenizer, policy.model.generation_config),
+            max_new_tokens=self.max_new_tokens,
+            reward_fn=self.reward_fn,
+            reward_mode="deferred",
+            copy=False,
+        )
+
+
+class RolloutLoader:
+    """Iterating plays a rollout, hands it to the agent to score, and yields its minibatches.
+
+    Its state is the environment's prompt queue and random state, and the rollout that is being learnt from; one entry
+    per rank.
+    """
+
+    def __init__(self, data: RolloutDataModule) -> None:
+        assert data.trainer is not None
+        self.data = data
+        self.trainer = data.trainer
+        self.agent: Any = data.trainer.lightning_module
+        self.env = data.make_env()
+        self.env_seed: int | None = data.seed + data.trainer.global_rank  # until the first rollout
+        self.experience: Experience | None = None  # of the iteration under way
+        self.done = 0  # its micro-batches handed out so far
+
+    @property
+    def plan(self) -> dict[str, int]:
+        """What an iteration's micro-batches are cut by."""
+        return {
+            "ppo_epochs": self.agent.ppo_epochs,
+            "num_minibatches": self.agent.num_minibatches,
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+        }
+
+    def __len__(self) -> int:
+        return int(self.agent.ppo_epochs * self.agent.num_minibatches * self.trainer.accumulate_grad_batches)
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        if self.experience is None or self.done == len(self):
+            episodes = self.data.rollout_size // self.trainer.world_size
+            with self.trainer.precision_plugin.forward_context():
+                played = self.data.backend.play(
+                    self.agent.policy,
+                    self.env,
+                    self.agent.rollout_settings,
+                    episodes,
+                    stream=self.trainer.global_rank,
+                    env_seed=self.env_seed,
+                )
+            self.env_seed = None
+            self.experience, self.done = self.agent.experience(played), 0
+        for number in range(self.done, len(self)):
+            self.done += 1
+            # After a stop, steps are taken for form's sake alone (see `PPO.on_before_optimizer_step`): one episode.
+            yield self.experience.micro_batch(number, self.trainer.world_size, limit=1 if self.agent.stopped else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all ranks."""
+        under_way = self.done < len(self)
+        mine = {
+            "env": None if self.env_seed is not None else self.env.state_dict(),
+            "experience": self.experience.state_dict() if under_way and self.experience is not None else None,
+            "done": self.done if under_way else 0,
+            "plan": self.plan,
+        }
+        states: list[Any] = [mine] * self.trainer.world_size
+        if dist.is_available() and dist.is_initialized():
+            dist.all_gather_object(states, mine)
+        return {"ranks": states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        if len(state["ranks"]) != self.trainer.world_size:
+            raise UserError(
+                f"the checkpoint was written by {len(state['ranks'])} ranks, this run has {self.trainer.world_size}: "
+                "prompts and rollouts cannot be divided anew; resume with as many ranks"
+            )
+        mine = state["ranks"][self.trainer.global_rank]
+        if mine["done"] and mine["plan"] != self.plan:
+            raise UserError(
+                f"the checkpoint stopped in the middle of an iteration of {mine['plan']}, this run has {self.plan}; "
+                "resume with the same, or from a checkpoint of an iteration's end"
+            )
+        if mine["env"] is not None:
+            try:
+                self.env.load_state_dict(mine["env"])
+            except ValueError as error:
+                raise UserError(f"ckpt_path: {error}; resume with the data settings of the run") from error
+            self.env_seed = None
+        self.experience = None if mine["experience"] is None else Experience.from_state_dict(mine["experience"])
+        self.done = mine["done"]
+
+
+def take(prompts: PromptBatch, rows: slice) -> PromptBatch:
+    """Some of the prompts, with their columns and numbers."""
+    assert prompts.numbers is not None
+    columns = {name: list(values)[rows] for name, values in prompts.columns.items()}
+    return PromptBatch(prompts.prompt_ids[rows], columns, prompts.numbers[rows])

@@ -1,0 +1,104 @@
+"""From the rewards of whole responses to the scores that are learnt from."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.losses.advantages import Moments
+
+
+class RewardShaping:
+    """What is done to rewards before they are learnt from; by default nothing.
+
+    In this order: normalise, clip, length penalty, missing end. Then the score joins the KL penalty in the token
+    rewards, which may be whitened. Logged as `rollout/shaped_score`; `rollout/score` stays the reward as it came.
+
+    Args:
+        normalize: "scale" divides rewards by the standard deviation of all rewards of the run so far; "standardize"
+            subtracts their mean before; null = neither. The KL coefficient then weighs against this unit.
+        clip: hold rewards within ±clip; null = no clipping.
+        length_penalty: subtracted for each response token past length_budget.
+        length_budget: response tokens that cost nothing.
+        missing_end_penalty: subtracted from the score of a response that the length limit, not a stop token, ended.
+        missing_end_score: the score of such a response in place of its own; null = its own, less the penalty.
+        whiten: scale the token rewards, KL penalty included, to variance 1 over the rollout of all ranks, around their
+            mean, whose sign means something.
+    """
+
+    def __init__(
+        self,
+        normalize: Literal["scale", "standardize"] | None = None,
+        clip: float | None = None,
+        length_penalty: float = 0.0,
+        length_budget: int = 0,
+        missing_end_penalty: float = 0.0,
+        missing_end_score: float | None = None,
+        whiten: bool = False,
+    ) -> None:
+        if normalize not in (None, "scale", "standardize"):
+            raise UserError(f"normalize ({normalize!r}) must be 'scale', 'standardize' or null")
+        if clip is not None and not clip > 0:
+            raise UserError(f"clip ({clip}) must be more than 0, or null for no clipping")
+        for name, value in (("length_penalty", length_penalty), ("missing_end_penalty", missing_end_penalty)):
+            require(0 <= value < math.inf, name, value, "0 or more, as it is subtracted, and finite")
+        require(length_budget >= 0, "length_budget", length_budget, "0 or more tokens")
+        finite = missing_end_score is None or math.isfinite(missing_end_score)
+        require(finite, "missing_end_score", missing_end_score, "a finite number, or null")
+        if length_budget and not length_penalty:
+            raise UserError(f"length_budget ({length_budget}) says what length_penalty (0) spares: set that too")
+        if missing_end_penalty and missing_end_score is not None:
+            raise UserError(
+                f"missing_end_penalty ({missing_end_penalty}) subtracts from the score of a cut response and "
+                f"missing_end_score ({missing_end_score}) replaces it: give one of them"
+            )
+        self.normalize = normalize
+        self.clip = clip
+        self.length_penalty = length_penalty
+        self.length_budget = length_budget
+        self.missing_end_penalty = missing_end_penalty
+        self.missing_end_score = missing_end_score
+        self.whiten = whiten
+        self.seen = Moments(*torch.zeros(3, dtype=torch.float64))  # all rewards of the run so far, of all ranks
+
+    def observe(self, rewards: Moments) -> None:
+        """Take a rollout into the running statistics.
+
+        Args:
+            rewards: moments of its rewards over all ranks.
+        """
+        self.seen = Moments(*(old + new for old, new in zip(self.seen, rewards, strict=True)))
+
+    def scores(self, rewards: Tensor, lengths: Tensor, cut: Tensor) -> Tensor:
+        """Scores to learn from.
+
+        Args:
+            rewards: (B,) as the reward function gave them.
+            lengths: (B,) response tokens.
+            cut: (B,) bool, True = the length limit ended the response.
+
+        Returns:
+            (B,) float32.
+        """
+        scores = rewards.double()
+        if self.normalize == "standardize":
+            scores = scores - self.seen.mean
+        if self.normalize is not None and self.seen.variance > 1e-12 * self.seen.mean.square():  # else all are equal
+            scores = scores / self.seen.variance.sqrt()
+        if self.clip is not None:
+            scores = scores.clamp(-self.clip, self.clip)
+        scores = scores - self.length_penalty * (lengths - self.length_budget).clamp(min=0)
+        ended_badly = scores - self.missing_end_penalty
+        if self.missing_end_score is not None:
+            ended_badly = torch.full_like(scores, self.missing_end_score)
+        return torch.where(cut, ended_badly, scores).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running statistics, for the checkpoint."""
+        return {"seen": [value.item() for value in self.seen]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the statistics of a checkpoint."""
+        self.seen = Moments(*torch.tensor(state["seen"], dtype=torch.float64))

@@ -1,0 +1,275 @@
+"""The DPO module with every loss and option that a YAML can choose."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from lit_rlhf import DPO, UserError, losses
+from lit_rlhf.algorithms.dpo import sequence_logprobs
+from lit_rlhf.algorithms.preference_loss import LossTerm
+from lit_rlhf.algorithms.reference_update import ReferenceUpdate
+from lit_rlhf.cli.main import main
+from lit_rlhf.losses import bco_pair_loss, dpo_loss, ipo_loss, length_normalized_dpo_loss
+from lit_rlhf.models.loading import load_policy
+from tests.stages import make_stage, make_trainer
+
+OPTIONS = {  # of losses that need some
+    "alpha_dpo_loss": {"alpha": 0.5},
+    "conservative_dpo_loss": {"label_smoothing": 0.1},
+    "robust_dpo_loss": {"label_smoothing": 0.1},
+}
+NOT_PREFERENCES = ("bradley_terry_loss", "ppo_policy_loss", "value_loss")
+FAMILY = [name for name in losses.__all__ if name.endswith("_loss") and name not in NOT_PREFERENCES]
+
+
+class Watch(Callback):
+    """Keeps each batch and its loss."""
+
+    def __init__(self):
+        self.losses, self.batches = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(trainer.callback_metrics["train/loss"].item())
+        self.batches.append(batch)
+
+
+def fit(inputs, folder, max_steps=3, **options):
+    module, data = make_stage("dpo", inputs, warmup_steps=0, **options)
+    watch = Watch()
+    make_trainer(folder, max_epochs=1, max_steps=max_steps, callbacks=[watch]).fit(module, data)
+    return module, watch
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_loss_trains(name, inputs, tmp_path):
+    loss = [LossTerm(getattr(losses, name), options=OPTIONS.get(name))]
+    if name == "chosen_nll_loss":  # a term for mixtures alone
+        loss.append(LossTerm(dpo_loss, 1e-3))
+    module, watch = fit(inputs, tmp_path, max_steps=1, loss=loss)
+    assert math.isfinite(watch.losses[0])
+    start = DPO(str(inputs / "model")).policy.parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(module.policy.parameters(), start, strict=True))
+
+
+IN_A_YAML = {
+    "a function": {"loss": "lit_rlhf.losses.ipo_loss"},
+    "a function with options": {
+        "loss": [{"function": "lit_rlhf.losses.robust_dpo_loss", "options": {"label_smoothing": 0.1}}]
+    },
+    "a mixture": {
+        "loss": [
+            {"function": "lit_rlhf.losses.dpo_loss", "weight": 0.8},
+            {"function": "lit_rlhf.losses.bco_pair_loss", "weight": 0.2},
+            {"function": "lit_rlhf.losses.chosen_nll_loss"},
+        ]
+    },
+    "TR-DPO": {"reference_update": {"alpha": 1.0, "every": 2}},
+    "no reference": {"reference_free": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", IN_A_YAML)
+def test_a_yaml_chooses_the_loss_and_is_kept_beside_the_run(name, inputs, tmp_path):
+    chosen = IN_A_YAML[name]
+    config = {
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 0}
+        | {"enable_checkpointing": False, "default_root_dir": str(tmp_path / "run")},
+        "model": {"class_path": "lit_rlhf.DPO", "init_args": {"policy": str(inputs / "model")} | chosen},
+        "data": {
+            "class_path": "lit_rlhf.PreferenceDataModule",
+            "init_args": {"train": str(inputs / "preference.jsonl"), "validation": None, "max_tokens": 100},
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "config.yaml")])
+    metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+    assert math.isfinite(metrics["train/loss"]) and metrics["train/grad_norm"] > 0
+    (kept,) = (tmp_path / "run").rglob("config.yaml")
+    kept_arguments = yaml.safe_load(kept.read_text())["model"]["init_args"]
+    if isinstance(chosen.get("loss"), list):  # what was left out stands there with its default
+        functions = [term["function"] for term in kept_arguments["loss"]]
+        assert functions == [term["function"] for term in chosen["loss"]]
+    else:
+        assert {name: kept_arguments[name] for name in chosen} == chosen
+
+
+def test_the_loss_of_a_mixture_is_the_sum_of_its_terms(inputs, tmp_path):
+    mixture = [LossTerm(dpo_loss, 0.7), LossTerm(losses.chosen_nll_loss, 0.3)]
+    _, watch = fit(inputs, tmp_path, max_steps=1, loss=mixture)
+    start = DPO(str(inputs / "model")).policy
+    chosen, _ = sequence_logprobs(start, watch.batches[0].packed)
+    lengths = torch.bincount(watch.batches[0].packed.sequence_ids)[: len(chosen)]
+    expected = 0.7 * math.log(2) + 0.3 * (-chosen / lengths).mean().item()
+    assert watch.losses[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_lengths_are_those_of_the_responses(inputs, tmp_path):
+    # The policy starts elsewhere than the reference, so that log-ratios and with them lengths count.
+    policy = inputs / "other"
+    if not policy.exists():
+        module, _ = fit(inputs, tmp_path)
+        module.policy.model.save_pretrained(policy)
+        module.tokenizer.save_pretrained(policy)
+    module = DPO(str(policy), reference=str(inputs / "model"), loss=length_normalized_dpo_loss)
+    _, data = make_stage("dpo", inputs)
+    watch = Watch()
+    make_trainer(tmp_path, max_steps=1, callbacks=[watch]).fit(module, data)
+    packed = watch.batches[0].packed
+    start = DPO(str(policy), reference=str(inputs / "model"))
+    logratio = start.policy(packed)[0] - start.frozen["reference"](packed)[0]
+    means = [logratio[packed.sequence_ids == i].mean() for i in range(packed.num_sequences)]
+    chosen, rejected = torch.stack(means).chunk(2)
+    expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    assert expected.item() != pytest.approx(math.log(2), abs=1e-4)
+    assert watch.losses[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_bco_shifts_by_the_mean_implicit_reward_of_the_pairs_before(inputs, tmp_path):
+    module, _ = fit(inputs, tmp_path, max_steps=1, loss=bco_pair_loss)
+    assert module.reward_shift.item() == 0 and module.pairs_seen.item() > 0  # the first rewards are those of π_ref
+    shifts, rewards = [], []
+
+    class Recorder(DPO):
+        def update_reward_shift(self, rewards_of_pairs):
+            shifts.append(self.reward_shift.item())
+            rewards.append(rewards_of_pairs.tolist())
+            super().update_reward_shift(rewards_of_pairs)
+
+    _, data = make_stage("dpo", inputs)
+    recorder = Recorder(str(inputs / "model"), loss=bco_pair_loss, learning_rate=1e-2)
+    make_trainer(tmp_path, max_epochs=1).fit(recorder, data)
+    seen = [reward for batch in rewards[:-1] for reward in batch]
+    assert shifts[-1] == pytest.approx(sum(seen) / len(seen), rel=1e-4)
+    assert abs(shifts[-1]) > 1e-4
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, bco_pair_loss])
+def test_the_gradient_of_a_step_does_not_depend_on_its_split_into_micro_batches(loss, inputs, tmp_path):
+    class Gradient(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.taken = torch.cat([p.grad.flatten() for p in pl_module.policy.parameters()])
+
+    gradients = []
+    for budget in (100, 10_000):
+        module, data = make_stage("dpo", inputs, loss=loss)
+        data.max_tokens = budget
+        with torch.no_grad():
+            next(module.frozen["reference"].parameters()).add_(0.5)  # rewards, and so BCO's shift, are not 0
+        make_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=100, callbacks=[watch := Gradient()]).fit(
+            module, data
+        )
+        gradients.append(watch.taken)
+        if loss is bco_pair_loss:
+            assert module.pairs_seen == 24 and abs(module.reward_shift) > 0.01
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_reference_free_dpo_is_dpo_against_a_uniform_reference(inputs, tmp_path):
+    module, watch = fit(inputs, tmp_path, max_steps=1, reference_free=True)
+    assert not module.frozen
+    chosen, rejected = sequence_logprobs(DPO(str(inputs / "model")).policy, watch.batches[0].packed)
+    zeros = torch.zeros_like(chosen)
+    assert watch.losses[0] == pytest.approx(dpo_loss(chosen, rejected, zeros, zeros, 0.1).mean().item(), rel=1e-5)
+
+
+class TestReferenceUpdate:
+    """TR-DPO."""
+
+    def snapshots(self, inputs, folder, **options):
+        """Policy and reference after each step."""
+        taken = []
+
+        class Snapshot(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                networks = pl_module.policy, pl_module.reference
+                taken.append([torch.cat([p.detach().flatten() for p in n.parameters()]) for n in networks])
+
+        module, data = make_stage("dpo", inputs, warmup_steps=0, **options)
+        start = torch.cat([p.detach().flatten() for p in module.reference.parameters()])
+        make_trainer(folder, max_steps=6, max_epochs=2, callbacks=[Snapshot()]).fit(module, data)
+        return start, taken
+
+    def test_a_soft_update_moves_the_reference_by_alpha_each_time(self, inputs, tmp_path):
+        reference, taken = self.snapshots(inputs, tmp_path, reference_update=ReferenceUpdate(0.25, every=1))
+        for policy, now in taken:
+            reference = 0.25 * policy + 0.75 * reference
+            torch.testing.assert_close(now, reference)
+
+    def test_a_hard_update_copies_the_policy_at_each_third_step_and_leaves_it_between(self, inputs, tmp_path):
+        reference, taken = self.snapshots(inputs, tmp_path, reference_update=ReferenceUpdate(1.0, every=3))
+        assert len(taken) == 6
+        for step, (policy, now) in enumerate(taken, start=1):
+            assert not torch.equal(policy, reference)
+            if step % 3 == 0:
+                reference = policy
+            assert torch.equal(now, reference)
+
+    def test_the_reference_gets_no_gradient_and_is_counted_as_a_model(self, inputs, tmp_path):
+        module, _ = fit(inputs, tmp_path, reference_update=ReferenceUpdate(1.0, every=1))
+        assert not any(p.requires_grad for p in module.reference.parameters())
+        assert len(list(module.networks())) == 2
+
+    @pytest.mark.parametrize(
+        ("settings", "words"), [({"alpha": 0.0}, r"alpha \(0.0\)"), ({"every": 0}, r"every \(0\)")]
+    )
+    def test_settings_that_move_nothing_are_refused_by_name(self, settings, words):
+        with pytest.raises(UserError, match=words):
+            ReferenceUpdate(**settings)
+
+
+CONTRADICTIONS = {
+    "cache_reference and reference_update": {"cache_reference": True, "reference_update": ReferenceUpdate()},
+    "reference_free and reference_update": {"reference_free": True, "reference_update": ReferenceUpdate()},
+    "reference_free and cache_reference": {"reference_free": True, "cache_reference": True},
+    "reference_free and reference": {"reference_free": True, "reference": "elsewhere"},
+    "cache_reference and reference": {"cache_reference": True, "reference": "elsewhere"},
+}
+
+
+@pytest.mark.parametrize("pair", CONTRADICTIONS)
+def test_options_that_contradict_each_other_are_refused_by_both_names(pair, inputs):
+    with pytest.raises(UserError) as error:
+        DPO(str(inputs / "model"), **CONTRADICTIONS[pair])
+    assert all(name in str(error.value) for name in pair.split(" and "))
+
+
+@pytest.mark.parametrize("beta", [0.0, math.inf, math.nan])
+def test_a_beta_that_weighs_nothing_or_all_is_refused_by_name(beta, inputs):
+    with pytest.raises(UserError, match=rf"beta \({beta}\) must be"):
+        DPO(str(inputs / "model"), beta=beta)
+
+
+def test_the_default_reference_is_the_policy_in_memory_not_what_the_config_names(inputs, monkeypatch):
+    loaded = []
+
+    def load_and_move(name, **kwargs):
+        loaded.append(name)
+        policy = load_policy(name, **kwargs)
+        with torch.no_grad():
+            next(policy.parameters()).add_(1.0)  # so that memory and disk differ
+        return policy
+
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.load_policy", load_and_move)
+    module = DPO(str(inputs / "model"), loss=ipo_loss)
+    held, trained = module.frozen["reference"], module.policy
+    assert len(loaded) == 1
+    assert all(torch.equal(a, b) for a, b in zip(held.parameters(), trained.parameters(), strict=True))
+    with torch.no_grad():
+        next(trained.parameters()).add_(1.0)
+    assert not torch.equal(next(held.parameters()), next(trained.parameters()))  # a copy, not the same memory
+
+
+def test_validation_metrics_are_means_over_pairs_not_over_batches(inputs, tmp_path):
+    means = []
+    for budget in (100, 10_000):
+        module, data = make_stage("dpo", inputs)
+        data.max_tokens = budget
+        trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+        trainer.validate(module, data, verbose=False)
+        means.append(trainer.callback_metrics["val/chosen_logprobs"].item())
+    assert means[0] == pytest.approx(means[1], rel=1e-5)

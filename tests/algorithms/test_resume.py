@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_rlhf import KLPenalty, RewardShaping, UserError
+from lit_rlhf.algorithms.reference_update import ReferenceUpdate
+from lit_rlhf.losses import bco_pair_loss
+from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+from tests.tiny import save_tiny
+
+
+def fit(stage, inputs, folder, ckpt_path=None, **options):
+    """Three epochs, with a checkpoint after each step."""
+    module, data = make_stage(stage, inputs, **copy.deepcopy(options))  # some have a state
+    saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(folder, max_epochs=3, callbacks=[saver], enable_checkpointing=True)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+# The folder of the checkpoints moves, so that both runs can be told apart.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+# Steps of a run: SFT 3 x 5, preferences 3 x 9 or so, PPO 3 iterations of 2 x 2: 4 ends one.
+@pytest.mark.parametrize(
+    ("stage", "step", "options"),
+    [
+        *((stage, 2, {}) for stage in STAGES),
+        ("ppo", 4, {}),
+        ("ppo", 10, {}),
+        ("ppo", 3, {"target_kl": 1e-6, "shaping": RewardShaping(normalize="standardize", clip=2.0)}),
+        ("ppo", 7, {"target_kl": 1e-6, "shaping": RewardShaping(normalize="scale", whiten=True)}),
+        ("ppo", 2, {"critic_warmup": 2, "critic_learning_rate": 1e-3, "kl_penalty": KLPenalty("loss", "k3")}),
+        ("dpo", 2, {"cache_reference": True}),
+        ("dpo", 3, {"reference_update": ReferenceUpdate(alpha=0.5, every=2)}),
+        ("dpo", 2, {"loss": bco_pair_loss}),
+    ],
+)
+def test_a_resumed_run_has_the_bits_of_a_run_never_stopped(inputs, tmp_path, stage, step, options):
+    whole, trainer = fit(stage, inputs, tmp_path / "whole", **options)
+    checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
+    resumed, resumed_trainer = fit(stage, inputs, tmp_path / "resumed", ckpt_path=checkpoint, **options)
+
+    assert resumed_trainer.global_step == trainer.global_step > step
+    expected = whole.state_dict()
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    if stage == "ppo":
+        assert resumed.kl.kl_coef == whole.kl.kl_coef != 0.1
+        assert resumed.rollout_metrics == whole.rollout_metrics
+        assert resumed.shaping.state_dict() == whole.shaping.state_dict()
+        assert torch.load(checkpoint, weights_only=False)["on_policy"]["stopped"] == ("target_kl" in options)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_frozen_weights_stay_out_of_checkpoints(inputs, tmp_path, stage):
+    module, _ = fit(stage, inputs, tmp_path)
+    content = torch.load(tmp_path / "step=2.ckpt", weights_only=False)
+    assert set(content["state_dict"]) == set(module.state_dict())
+    assert not any("reference" in name for name in content["state_dict"])
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_the_reference_is_the_same_before_and_after_training(inputs, tmp_path, stage):
+    module, data = make_stage(stage, inputs)
+    before = {name: p.clone() for name, p in module.frozen["reference"].named_parameters()}
+    start = {name: p.clone() for name, p in module.policy.named_parameters()}
+    make_trainer(tmp_path, max_epochs=1).fit(module, data)
+    assert any(not torch.equal(p, start[name]) for name, p in module.policy.named_parameters())
+    for name, p in module.frozen["reference"].named_parameters():
+        assert torch.equal(p, before[name])
+
+
+def test_the_checkpoint_of_another_model_is_refused_with_a_tensor_that_differs(inputs, tmp_path):
+    _, trainer = fit("sft", inputs, tmp_path / "sft")
+    trainer.save_checkpoint(tmp_path / "sft.ckpt")
+    (tmp_path / "other").mkdir()
+    write_inputs(tmp_path / "other")
+    save_tiny(tmp_path / "other" / "model", "gpt2")
+    with pytest.raises(UserError, match=r"is of another model, \d+ tensors differ, like policy"):
+        fit("sft", tmp_path / "other", tmp_path / "again", ckpt_path=tmp_path / "sft.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_an_iteration_under_way_is_not_gone_on_with_by_another_plan(inputs, tmp_path):
+    fit("ppo", inputs, tmp_path / "whole")
+    module, data = make_stage("ppo", inputs)
+    module.num_minibatches = 4
+    with pytest.raises(
+        UserError, match=r"in the middle of an iteration of .*'num_minibatches': 2.* 'num_minibatches': 4"
+    ):
+        make_trainer(tmp_path, max_epochs=3).fit(module, data, ckpt_path=tmp_path / "whole" / "step=3.ckpt")
+
+
+def test_the_checkpoint_of_another_algorithm_is_refused_by_name(inputs, tmp_path):
+    _, trainer = fit("sft", inputs, tmp_path / "sft")
+    trainer.save_checkpoint(tmp_path / "sft.ckpt")
+    with pytest.raises(UserError, match="the checkpoint is of SFT, this run is of DPO"):
+        fit("dpo", inputs, tmp_path / "dpo", ckpt_path=tmp_path / "sft.ckpt")

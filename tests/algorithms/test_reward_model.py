@@ -1,0 +1,133 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification
+
+from lit_rlhf import RewardModel, RewardModelReward, UserError
+from lit_rlhf.callbacks import HuggingFaceExport
+from tests.stages import make_stage, make_trainer
+from tests.tiny import tiny_tokenizer
+
+
+def fit(inputs, folder, **options):
+    torch.manual_seed(0)  # the head is drawn at random
+    module, data = make_stage("reward_model", inputs, **options)
+    trainer = make_trainer(folder, max_epochs=1, limit_val_batches=None, callbacks=[HuggingFaceExport()])
+    trainer.fit(module, data)
+    return module, data, trainer
+
+
+def held_out_scores(scorer, data):
+    with torch.no_grad():
+        packed = [batch.packed for batch in data.rows_dataloader("val")]
+        return torch.cat([scorer(batch, batch.last_nodes) for batch in packed])
+
+
+@pytest.mark.parametrize("normalize", [None, "mean", "mean_and_std"])
+def test_the_export_is_normalised_as_asked_and_keeps_the_order_of_scores(inputs, tmp_path, normalize):
+    plain, data, _ = fit(inputs, tmp_path / "plain", normalize=None)
+    fit(inputs, tmp_path, normalize=normalize)
+    raw = held_out_scores(plain.reward_model, data)
+    exported = RewardModel(str(tmp_path / "model"), fresh_head=False).reward_model
+    mean, std = {
+        None: (raw.mean().item(), raw.std(correction=0).item()),
+        "mean": (0.0, raw.std(correction=0).item()),
+        "mean_and_std": (0.0, 1.0),
+    }[normalize]
+    scores = held_out_scores(exported, data)
+    assert abs(raw.mean().item()) > 0.01 and abs(raw.std(correction=0).item() - 1) > 0.01
+    assert scores.mean().item() == pytest.approx(mean, abs=1e-4)
+    assert scores.std(correction=0).item() == pytest.approx(std, rel=1e-3)
+    assert torch.equal(scores.argsort(), raw.argsort())
+
+
+def test_rewards_read_the_shift_and_transformers_scores_differ_by_it_alone(inputs, tmp_path):
+    fit(inputs, tmp_path, normalize="mean_and_std")
+    reward = RewardModelReward(str(tmp_path / "model"))
+    reward.bind(tiny_tokenizer(), torch.device("cpu"))
+    score = reward([np.array([5, 6])], [np.array([7, 8, 2])]).item()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        logit = model(torch.tensor([[5, 6, 7, 8, 2]])).logits.item()
+    shift = json.loads((tmp_path / "model" / "config.json").read_text())["score_bias"]
+    assert shift != 0
+    assert score == pytest.approx(logit + shift, abs=1e-5)
+
+
+def test_without_held_out_pairs_the_training_pairs_serve(inputs, tmp_path):
+    torch.manual_seed(0)
+    module, data = make_stage("reward_model", inputs)
+    data.sources["validation"] = None
+    make_trainer(tmp_path, max_epochs=1, callbacks=[HuggingFaceExport()]).fit(module, data)
+    with torch.no_grad():
+        packed = [batch.packed for batch in data.rows_dataloader("train")]
+        scores = torch.cat([module.reward_model(batch, batch.last_nodes) for batch in packed])
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+
+
+def test_one_epoch_anneals_the_learning_rate_to_0(inputs, tmp_path):
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs" / "reward_model.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 1
+    _, data = make_stage("reward_model", inputs)
+    module = RewardModel(str(inputs / "model"), learning_rate=1e-3)
+    trainer = make_trainer(tmp_path, max_epochs=config["trainer"]["max_epochs"])
+    trainer.fit(module, data)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_exporting_twice_changes_nothing(inputs, tmp_path):
+    module, data, _ = fit(inputs, tmp_path, normalize="mean_and_std")
+    before = held_out_scores(module.reward_model, data)
+    module.before_export()
+    torch.testing.assert_close(held_out_scores(module.reward_model, data), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_head_forgets_the_shift_of_the_old_one(inputs, tmp_path):
+    fit(inputs, tmp_path)
+    assert RewardModel(str(tmp_path / "model"), fresh_head=False).reward_model.bias != 0
+    assert RewardModel(str(tmp_path / "model"), fresh_head=True).reward_model.bias == 0
+
+
+def test_scores_that_are_all_equal_cannot_be_scaled(inputs, tmp_path):
+    module, data = make_stage("reward_model", inputs, normalize="mean_and_std", learning_rate=0.0)
+    torch.nn.init.zeros_(module.reward_model.model.score.weight)
+    with pytest.raises(UserError, match="mean_and_std"):
+        make_trainer(tmp_path, max_epochs=1, callbacks=[HuggingFaceExport()]).fit(module, data)
+
+
+def test_loaders_without_a_data_module_will_do(inputs, tmp_path):
+    torch.manual_seed(0)
+    module, data = make_stage("reward_model", inputs)
+    data.setup("fit")
+    trainer = make_trainer(tmp_path, max_epochs=1, limit_val_batches=None, callbacks=[HuggingFaceExport()])
+    trainer.fit(module, data.rows_dataloader("train"), data.rows_dataloader("val"))
+    assert held_out_scores(module.reward_model, data).mean().item() == pytest.approx(0, abs=1e-4)
+
+
+def test_another_word_for_normalize_is_refused(inputs):
+    with pytest.raises(UserError, match="normalize"):
+        RewardModel(str(inputs / "model"), normalize="std")
+
+
+def test_validation_reports_accuracy_confidence_and_calibration(inputs, tmp_path):
+    module, data, trainer = fit(inputs, tmp_path)
+    (metrics,) = trainer.validate(module, data, verbose=False)
+    with torch.no_grad():
+        packed = [batch.packed for batch in data.rows_dataloader("val")]
+        pairs = [module.reward_model(batch, batch.last_nodes).chunk(2) for batch in packed]
+    chosen, rejected = (torch.cat(part) for part in zip(*pairs, strict=True))
+    confidence = (chosen - rejected).abs().sigmoid()
+    assert metrics["val/confidence"] == pytest.approx(confidence.mean().item(), abs=1e-5)
+    assert metrics["val/accuracy"] == pytest.approx((chosen > rejected).float().mean().item(), abs=1e-5)
+    # An independent slow loop over the bins.
+    error = 0.0
+    for low in np.arange(0.5, 1.0, 0.05):
+        inside = (confidence >= low) & (confidence < low + 0.05)
+        if inside.any():
+            accuracy = (chosen > rejected)[inside].float().mean()
+            error += inside.float().mean().item() * abs(accuracy - confidence[inside].mean()).item()
+    assert metrics["val/calibration_error"] == pytest.approx(error, abs=1e-5)

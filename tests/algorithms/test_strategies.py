@@ -1,0 +1,113 @@
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lit_rlhf import RewardModel
+from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+from tests.strategy_script import WHOLE_RUNS, WHOLE_TRAINER, outcome
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
+    write_inputs(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    script = str(Path(__file__).parents[1] / "strategy_script.py")
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root}/envs"}
+    done = subprocess.run(
+        [*command, script, str(tmp_path), strategy], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    results = json.loads((tmp_path / f"{strategy}.json").read_text())
+    assert set(results) == {*STAGES, "stopped_ppo", "dpo_cached", "dpo_moving", *WHOLE_RUNS}
+    for run, result in results.items():
+        assert result["steps"] > 0
+        assert all(math.isfinite(value) for value in result["metrics"].values()), (run, result)
+        kind = AutoModelForSequenceClassification if run.endswith("reward_model") else AutoModelForCausalLM
+        model = kind.from_pretrained(tmp_path / strategy / run / "model")
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    # The reference's log-probs are the same, whether a frozen copy gives them or a cache that one rank had begun.
+    assert results["dpo_cached"]["checksum"] == pytest.approx(results["dpo"]["checksum"], rel=1e-5)
+    assert "val/score" in results["ppo"]["metrics"]
+    assert "val/loss" in results["sft"]["metrics"]
+
+    # A step of the whole data set is the step that one device takes: same loss, same gradient, same weights, whether
+    # the head sees all of its tokens at once or a few at a time.
+    for run, (stage, options) in WHOLE_RUNS.items():
+        seed_everything(0, verbose=False)
+        module, data = make_stage(stage, tmp_path, **options)
+        trainer = make_trainer(tmp_path, **WHOLE_TRAINER)
+        trainer.fit(module, data)
+        alone, together = outcome(trainer, module), results[run]
+        assert alone["steps"] == together["steps"] == 1
+        for name, value in alone["metrics"].items():
+            assert together["metrics"][name] == pytest.approx(value, rel=1e-4), (run, name)
+        assert together["checksum"] == pytest.approx(alone["checksum"], rel=1e-7)
+
+    # A minibatch of PPO is divided by its tokens on all ranks, of which each has a share.
+    mine, other = results["ppo"]["shares"]
+    assert len(mine) == len(other) == results["ppo"]["steps"]
+    for (tokens, denominator), (other_tokens, other_denominator) in zip(mine, other, strict=True):
+        assert denominator == other_denominator == (tokens + other_tokens) / 2
+
+    # Advantages are whitened over all ranks, not on each.
+    ranks = [torch.tensor(rank) for rank in results["ppo"]["advantages"]]
+    assert torch.cat(ranks).mean().item() == pytest.approx(0, abs=1e-5)
+    assert torch.cat(ranks).var(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert abs(ranks[0].mean().item()) > 0.01
+
+    # All ranks stopped together, by the mean of their KLs, and went on together.
+    stopped = results["stopped_ppo"]
+    assert stopped["metrics"]["ppo/stopped"] == 1
+    assert stopped["steps"] == results["ppo"]["steps"] == 2 * 2 * 2
+    for rank in stopped["of_all"]:
+        assert rank["stopped"] == [False] * 6 + [True] * 2
+
+    # What is said of a rollout is said of the episodes of all ranks, to the KL controller too; prompts are shared out.
+    for run in ("ppo", "stopped_ppo"):
+        one, another = results[run]["of_all"]
+        assert one == another
+        assert one["seen"][2] == 2 * 16
+        assert one["heard"][-1] == [one["rollout"]["rollout/kl"], 16]
+        mine, other = ({tuple(prompt) for prompt in prompts} for prompts in results[run]["prompts"])
+        assert mine and other and not mine & other
+    assert results["ppo"]["of_all"][0]["rollout"]["rollout/kl"] != 0
+
+    # Token rewards (with gamma 0 the returns) have variance 1 over all ranks, not on each.
+    ranks = [torch.tensor(rank) for rank in stopped["returns"]]
+    assert torch.cat(ranks).var(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert ranks[0].var(correction=0).item() != pytest.approx(1, abs=1e-2)
+
+    # BCO's shift is that of the pairs of all ranks; TR-DPO's reference is the policy after a hard update.
+    moving = results["dpo_moving"]
+    assert moving["shift"][0] == moving["shift"][1] and moving["shift"][0][0] != 0
+    assert moving["shift"][0][1] == 2 * 24 and moving["steps"] % 2 == 0
+    assert max(moving["apart"]) == 0
+    if strategy == "ddp":
+        assert stopped["own_weights"][0] == stopped["own_weights"][1]
+
+    # The export of the reward model is normalised over the held-out responses of all ranks.
+    module = RewardModel(str(tmp_path / strategy / "reward_model" / "model"), fresh_head=False)
+    _, data = make_stage("reward_model", tmp_path)
+    make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
+    with torch.no_grad():
+        packed = [batch.packed for batch in data.rows_dataloader("val")]
+        scores = torch.cat([module.reward_model(batch, batch.last_nodes) for batch in packed])
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)

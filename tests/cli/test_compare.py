@@ -1,0 +1,162 @@
+"""What `compare` measures, and the demo, which ends in it."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_rlhf import RewardModelReward
+from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
+from lit_rlhf.cli.compare import FIGURES, compare
+from lit_rlhf.cli.main import main
+from lit_rlhf.data.prompts import load_prompts
+from lit_rlhf.demo import __main__ as demo
+from lit_rlhf.engine.attention import IMPLEMENTATION
+from lit_rlhf.rollout.play import GenerationSettings
+from tests.stages import make_stage, make_trainer, share_of_w9, write_inputs
+from tests.tiny import plain_response_logprobs, tiny_model, tiny_tokenizer
+
+RUNS = {
+    "sft": ("sft", {}),
+    "ppo": ("ppo", {}),
+    "ppo_monitored": ("ppo", {}),
+    "dpo": ("dpo", {}),
+    "dpo_cached": ("dpo", {"cache_reference": True}),
+}
+
+
+def save_always_w9(folder):
+    """A policy that writes w9 and nothing else: its last norm gives the same features whatever it has read."""
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(1000 * model.transformer.wte.weight[9])
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Finished runs of one epoch each and a policy that is better by construction, compared on 24 prompts."""
+    root = tmp_path_factory.mktemp("compare")
+    write_inputs(root)
+    for name, (stage, options) in {"reward_model": ("reward_model", {}), **RUNS}.items():
+        module, data = make_stage(stage, root, **options)
+        if stage == "ppo":
+            scorer = RewardModelReward(str(root / "reward_model" / "model"))
+            if name == "ppo_monitored":
+                data.monitors = {"scorer": scorer}
+            else:
+                data.reward = scorer
+        callbacks = [HuggingFaceExport(), RunSummary()]
+        trainer = make_trainer(root / name, max_epochs=1, limit_val_batches=1, callbacks=callbacks)
+        trainer.fit(module, data)
+    save_always_w9(root / "better" / "model")
+    (root / "better" / "summary.json").write_text((root / "sft" / "summary.json").read_text())
+    compare(
+        root=str(root),
+        policies=(*RUNS, "better"),
+        prompts=str(root / "prompts.jsonl"),
+        gold=share_of_w9,
+        generation=GenerationSettings(max_new_tokens=8),
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(root):
+    return json.loads((root / "results.json").read_text())
+
+
+def test_every_policy_has_every_figure_and_the_reward_model_its_accuracy(results):
+    assert set(results) == {*RUNS, "better", "reward_model"}
+    assert all(set(results[name]) == set(FIGURES) for name in (*RUNS, "better"))
+    assert set(results["reward_model"]) == {"val_accuracy"}
+    assert 0 <= results["reward_model"]["val_accuracy"] <= 1
+
+
+def test_the_baseline_wins_half_against_itself_and_is_at_no_distance(results):
+    assert results["sft"]["win_rate"] == 0.5
+    assert results["sft"]["kl"] == 0
+
+
+def test_a_better_policy_wins_every_prompt_at_the_kl_of_what_it_writes(root, results):
+    better = results["better"]
+    assert better["gold_reward"] == 1.0 > results["sft"]["gold_reward"]
+    assert better["win_rate"] == 1.0
+    assert better["response_length"] == 8
+    # It is certain of its response, so that the log-ratio is minus the baseline's log-prob alone.
+    baseline = AutoModelForCausalLM.from_pretrained(root / "sft" / "model", attn_implementation=IMPLEMENTATION).eval()
+    prompts, _ = load_prompts(str(root / "prompts.jsonl"), "validation", tiny_tokenizer())
+    with torch.no_grad():
+        surprise = [-plain_response_logprobs(baseline, ids, np.full(8, 9)).sum().item() for ids in prompts]
+    assert better["kl"] == pytest.approx(np.mean(surprise), rel=1e-4)
+
+
+def test_a_long_prompt_is_cut_to_what_the_response_leaves_and_a_cut_distribution_has_no_kl(root, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "w3 " * 200}) + "\n")
+    found = compare(
+        root=str(root),
+        policies=("sft",),
+        prompts=str(tmp_path / "long.jsonl"),
+        gold=share_of_w9,
+        generation=GenerationSettings(max_new_tokens=8, temperature=0),
+        output=str(tmp_path / "new" / "results.json"),
+    )
+    assert found["sft"]["kl"] is None and found["sft"]["response_length"] <= 8
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["sft"]["kl"] is None
+    [kl] = [line for line in capsys.readouterr().out.splitlines() if "KL to" in line]
+    assert "-" in kl.split("│")[2]
+
+
+def test_models_in_memory_are_those_that_the_stage_needs(results):
+    models = {name: results[name]["models_in_memory"] for name in RUNS}
+    # PPO: policy, critic, reference and reward model, learnt from or watched; DPO: policy and reference, if not cached.
+    assert models == {"sft": 1, "ppo": 4, "ppo_monitored": 4, "dpo": 2, "dpo_cached": 1}
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_the_demo_starts_each_stage_from_the_one_before_and_says_what_it_achieved(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def accept(command, check=False):
+        """The command line reads the options of a stage; what it would leave behind is written here."""
+        _, _, module, *words = command
+        assert module == "lit_rlhf"
+        started.append(words)
+        if words[0] == "fit":
+            with pytest.raises(SystemExit, match="0"):
+                main([*words, "--print_config"])
+            (folder,) = [word.partition("=")[2] for word in words if word.startswith("--trainer.default_root_dir=")]
+            stage = Path(folder).name
+            Path(folder).mkdir(parents=True)
+            metrics = {name: 0.25 for name in demo.ACHIEVED[stage]}
+            (Path(folder) / "summary.json").write_text(json.dumps({"metrics": metrics}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(demo.subprocess, "run", accept)
+    monkeypatch.chdir(tmp_path)
+    demo.demo(seed=3)
+
+    sft, reward_model, ppo, dpo, comparison = started
+    assert not any(word.startswith("--model.policy") for word in sft)
+    for command in (reward_model, ppo, dpo):
+        assert "--model.policy=runs/demo/sft/model" in command
+        assert {"--seed_everything=3", "--data.seed=3"} < set(command)
+    trained = "runs/demo/reward_model/model"
+    assert {f"--model.critic={trained}", f"--data.reward.init_args.model={trained}", "--model.seed=3"} < set(ppo)
+    assert comparison == ["compare", "--root=runs/demo"]
+    lines = capsys.readouterr().out.splitlines()
+    for stage, names in demo.ACHIEVED.items():
+        (line,) = [line for line in lines if line.startswith(f"{stage}: ") and " in " in line]
+        assert all(f"{name} 0.250" in line for name in names)
+
+
+def test_the_demo_ends_with_a_stage_that_fails(monkeypatch):
+    monkeypatch.setattr(demo.subprocess, "run", lambda command: SimpleNamespace(returncode=2))
+    with pytest.raises(SystemExit, match="2"):
+        demo.demo()

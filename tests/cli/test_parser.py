@@ -1,0 +1,65 @@
+"""Programs of one function, as the benchmarks are: what the user got wrong is one line, before anything is computed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import credit_assignment, curves, frontier, optimality
+from lit_rlhf.cli.parser import command
+
+ARGUMENTS = {  # program and arguments -> words of the answer
+    (optimality.main, "--problems", "trap"): "problems: expected a list, '[trap]', got trap\nFor all options: ",
+    (optimality.main, "--problems", "[]"): "problems (()) must be one name at least",
+    (optimality.main, "--algorithms", "[pop]"): "algorithms: unknown pop; there are ppo, ",
+    (optimality.main, "--betas", "[]"): "betas (()) must be one at least, each more than 0",
+    (optimality.main, "--processes", "0"): "processes (0) must be 1 or more",
+    (optimality.main, "--output", "a_file/x.jsonl"): "a_file cannot be made",
+    (credit_assignment.main, "--lengths", "64"): "lengths: expected a list, '[64]', got 64",
+    (credit_assignment.main, "--lengths", "[0]"): "lengths ((0,)) must be one at least, each 1 or more",
+    (credit_assignment.main, "--seeds", "0"): "seeds (0) must be 1 or more",
+    (credit_assignment.main, "--output", "a_file/x.jsonl"): "a_file cannot be made",
+    (frontier.main, "--root", "nowhere"): "nowhere/sft/model is missing",
+    (frontier.main, "--root", "demo", "--output", "a_file/x.jsonl"): "a_file cannot be made",
+    (curves.curves, "--run", "nowhere", "--output", "x.jsonl"): "run: no TensorBoard files under ",
+}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda arguments: " ".join(arguments[1:]))
+def test_a_mistake_in_the_arguments_of_a_benchmark_is_one_line_before_anything_runs(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    function, *typed = arguments
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program", *typed])
+    Path("a_file").touch()
+    for stage in ("sft", "reward_model"):
+        Path("demo", stage, "model").mkdir(parents=True)
+    with pytest.raises(SystemExit) as exit:
+        command(function)
+    said, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert said == ""
+    assert err.startswith("error: ") and ARGUMENTS[arguments] in err
+    assert "lit-rlhf fit" not in err
+
+
+def test_the_lines_of_a_benchmark_go_into_a_folder_that_is_made(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "new" / "lines.jsonl"
+    options = ["--lengths=[4]", "--seeds=1", "--max_samples=16"]
+    monkeypatch.setattr(sys, "argv", ["program", f"--output={target}", *options])
+    command(credit_assignment.main)
+    assert target.read_text() == capsys.readouterr().out
+    assert len(target.read_text().splitlines()) == len(credit_assignment.METHODS)
+
+
+def test_the_curves_of_a_run_without_rollouts_are_refused_by_name(tmp_path, monkeypatch, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(tmp_path / "run")
+    writer.add_scalar("rollout/score", 1.0, 0)
+    writer.close()
+    monkeypatch.setattr(sys, "argv", ["program", f"--run={tmp_path}", f"--output={tmp_path / 'new' / 'x.jsonl'}"])
+    with pytest.raises(SystemExit):
+        command(curves.curves)
+    assert "holds no rollout/gold, rollout/kl; name the folder of a PPO run" in capsys.readouterr().err

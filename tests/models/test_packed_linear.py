@@ -1,0 +1,107 @@
+from contextlib import nullcontext
+
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from lit_rlhf.engine.packing import pack
+from lit_rlhf.models import packed_linear
+from lit_rlhf.models.packed_linear import can_pack, packed_linears
+from lit_rlhf.rollout.play import GenerationSettings, play
+from tests.rollout.test_play import make_env
+from tests.tiny import random_examples, tiny_policy
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+
+
+@pytest.mark.parametrize("rows", [(5,), (3, 1), (1, 7), (0,)])
+@pytest.mark.parametrize("layer", [nn.Linear(24, 70), nn.Linear(24, 70, bias=False), Conv1D(70, 24)], ids=str)
+def test_packed_layers_give_the_same_products(rows, layer):
+    x = torch.randn(*rows, 24)
+    with torch.no_grad(), packed_linears(layer):
+        assert "forward" in vars(layer)
+        packed = layer(x)
+    torch.testing.assert_close(packed, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_are_as_before_afterwards_and_learn_again():
+    policy, batch = tiny_policy(), pack(random_examples(3))
+    names = list(policy.state_dict())
+    with pytest.raises(KeyboardInterrupt), packed_linears(policy):
+        raise KeyboardInterrupt
+    assert not any("forward" in vars(module) for module in policy.modules())
+    assert list(policy.state_dict()) == names
+    policy(batch)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters())
+
+
+def test_a_layer_that_does_more_than_multiply_stays_as_it_is():
+    class Adapted(nn.Linear):  # as LoRA does
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    layers = nn.Sequential(nn.Linear(8, 8), Adapted(8, 8))
+    x = torch.randn(2, 8)
+    with torch.no_grad(), packed_linears(layers):
+        assert ["forward" in vars(layer) for layer in layers] == [True, False]
+        packed = layers(x)
+    torch.testing.assert_close(packed, layers(x), rtol=1e-5, atol=1e-5)
+
+
+def test_other_precisions_are_left_alone():
+    assert can_pack(nn.Linear(4, 4))
+    assert not can_pack(nn.Linear(4, 4).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not can_pack(nn.Linear(4, 4))
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions of weights."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.weights = {weight.data_ptr() for weight in network.parameters() if weight.ndim == 2}
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.weights
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_rollout_in_mixed_precision_casts_each_weight_once_and_gives_the_same_tokens(monkeypatch, architecture):
+    policy, plays, casts = tiny_policy(architecture), [], []
+    for ready in (True, False):
+        if not ready:
+            monkeypatch.setattr("lit_rlhf.rollout.play.packed_linears", nullcontext)
+        with MixedPrecision("bf16-mixed", "cpu").forward_context(), Casts(policy) as counted:
+            plays.append(play(policy, make_env(), GenerationSettings(), 11, env_seed=0))
+        casts.append(counted.count)
+    assert casts[0] == sum(isinstance(module, nn.Linear | Conv1D) for module in policy.modules()) < casts[1]
+    for ours, theirs in zip(*(made.episodes for made in plays), strict=True):
+        assert ours.response_ids.tolist() == theirs.response_ids.tolist()
+    for ours, theirs in zip(*(made.sampled_logprobs for made in plays), strict=True):
+        assert (ours == theirs).all()
+
+
+def test_a_rollout_packs_the_weights_that_it_starts_with(monkeypatch):
+    policy, env, weights = tiny_policy(), make_env(), []
+    real = packed_linear.packed_forward
+
+    def watched(weight, bias):
+        weights.append(weight.clone())
+        return real(weight, bias)
+
+    monkeypatch.setattr(packed_linear, "packed_forward", watched)
+    play(policy, env, GenerationSettings(), 4, env_seed=0)
+    before = len(weights)
+    assert before == sum(isinstance(module, nn.Linear) for module in policy.modules())
+    with torch.no_grad():  # an optimiser's step
+        for parameter in policy.parameters():
+            parameter.mul_(0.9)
+    play(policy, env, GenerationSettings(), 4)
+    for old, new in zip(weights[:before], weights[before:], strict=True):
+        torch.testing.assert_close(new, 0.9 * old)

@@ -49,6 +49,7 @@ format-check: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	PYTHONPATH=envs $(BIN)/lint-imports --no-logo
 	$(BIN)/codespell
 
 types: setup

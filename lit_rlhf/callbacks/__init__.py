@@ -1,7 +1,10 @@
 """What a run leaves behind and shows."""
 
 from lit_rlhf.callbacks.compilation import CompileModel
-from lit_rlhf.callbacks.export import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
+from lit_rlhf.callbacks.completions import CompletionWriter
+from lit_rlhf.callbacks.export import HuggingFaceExport
 from lit_rlhf.callbacks.performance import Performance
+from lit_rlhf.callbacks.samples import SampleTable
+from lit_rlhf.callbacks.summary import RunSummary
 
 __all__ = ["CompileModel", "CompletionWriter", "HuggingFaceExport", "Performance", "RunSummary", "SampleTable"]

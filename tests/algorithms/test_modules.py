@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import DPO, RewardModel, RewardModelReward, RolloutDataModule, TextReward, UserError
-from lit_rlhf.callbacks.export import HuggingFaceExport, SampleTable, export, markdown_table
+from lit_rlhf.callbacks.export import HuggingFaceExport, export
+from lit_rlhf.callbacks.samples import SampleTable, markdown_table
 from lit_rlhf.engine.sharding import full_state_dict, total_norm
 from lit_rlhf.rollout.play import GenerationSettings
 from tests.stages import make_stage, make_trainer

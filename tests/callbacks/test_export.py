@@ -77,7 +77,7 @@ def test_a_finished_run_is_exported_again_from_its_checkpoint(inputs, tmp_path, 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_rlhf.callbacks.export.time.perf_counter", iter(range(0, 10**6, 100)).__next__)
+    monkeypatch.setattr("lit_rlhf.callbacks.summary.time.perf_counter", iter(range(0, 10**6, 100)).__next__)
     fit(inputs, tmp_path)
     first = json.loads((tmp_path / "summary.json").read_text())["seconds"]
     fit(inputs, tmp_path, ckpt_path=tmp_path / "end.ckpt", max_epochs=2)

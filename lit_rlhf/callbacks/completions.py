@@ -1,0 +1,42 @@
+"""What `predict` made, as JSON Lines."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_rlhf.files import write_lines
+
+
+class CompletionWriter(BasePredictionWriter):
+    """Write what `predict` made as JSON Lines, in the order of the prompts.
+
+    Args:
+        file: where, relative to the Trainer's `default_root_dir`.
+    """
+
+    def __init__(self, file: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="epoch")
+        self.file = file
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Collect the rows of all ranks and write them aside, then rename."""
+        mine = list(predictions)
+        ranks: list[list[Any]] = [mine] * trainer.world_size
+        if dist.is_available() and dist.is_initialized():
+            dist.all_gather_object(ranks, mine)
+        if trainer.is_global_zero:
+            # The k-th batch of rank r among n is batch k n + r of the data.
+            batches = [batch for kth in itertools.zip_longest(*ranks, fillvalue=()) for batch in kth]
+            rows = [row for batch in batches for row in batch]
+            target = Path(trainer.default_root_dir) / self.file
+            write_lines((json.dumps(row, ensure_ascii=False, default=str) for row in rows), target)
+            rank_zero_info(f"wrote {len(rows)} rows to {target}")

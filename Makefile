@@ -38,7 +38,7 @@ rllib:
 	grep -v '^gymnasium==' constraints.txt > .venv-rllib/constraints.txt
 	.venv-rllib/bin/pip install --quiet -c .venv-rllib/constraints.txt -e ".[rllib,test]"
 	.venv-rllib/bin/python tests/envs/compatibility.py ray
-	.venv-rllib/bin/python -m pytest -q tests/envs tests/test_docs.py -k "token or agents"
+	.venv-rllib/bin/python -m pytest -q tests/envs tests/test_docs.py -k "envs or agents"
 
 format: setup
 	$(BIN)/ruff format .

@@ -7,9 +7,11 @@ import gymnasium
 import numpy as np
 
 import token_mdp  # noqa: F401 (registers the ids)
+from token_mdp import TokenVectorEnv
 
 VOCAB = 8
 END = 7
+NEWLINE = 6
 
 
 def weighted_sum(prompts, responses):
@@ -61,3 +63,44 @@ def toy_score(act: Callable[[Any], Any], env_id: str = "LitRLHF/Token-v0") -> fl
         observations, rewards, _, _, infos = env.step(np.asarray(act(observations)))
         total += rewards.sum()
     return total / 20
+
+
+def make(num_envs=3, **changes):
+    """A vector env of the task."""
+    return TokenVectorEnv(num_envs=num_envs, **task(**changes))
+
+
+def drain(env, rng, **reset):
+    """Play a finite stream with random tokens; the transitions, those of parked slots included."""
+    env.reset(**reset)
+    transitions = []
+    while env.active.any():
+        transitions.append(env.step(rng.integers(VOCAB, size=env.num_envs)))
+    return transitions
+
+
+def play(env, *tokens):
+    """The last transition of a single env that takes these tokens."""
+    for token in tokens:
+        transition = env.step(token)
+    return transition
+
+
+def only_even_tokens(prompts, responses):
+    return [[token % 2 == 0 for token in range(VOCAB)] for _ in responses]
+
+
+def ends_of_all_slots(**changes):
+    """One step that ends the episodes of prompts 0, 1 and 2."""
+    env = TokenVectorEnv(num_envs=3, **task(shuffle=False, **changes))
+    env.reset()
+    return env.step(np.full(3, END))
+
+
+def zero(prompts, responses):
+    return np.zeros(len(responses))
+
+
+def newest_token(prompts, responses):
+    """A process reward: the token itself."""
+    return [float(response[-1]) for response in responses]

@@ -1,11 +1,9 @@
-"""The checks of arguments, one by one; `test_token_task.py` has what the envs make of them."""
+"""The checks of arguments, one by one; `test_task.py` has what the envs make of them."""
 
 import numpy as np
 import pytest
-from gymnasium.error import ResetNeeded
-from token_tasks import END, task
 
-from token_mdp import TokenEnv, TokenVectorEnv
+from token_mdp import TokenEnv
 from token_mdp.checks import (
     check_choice,
     check_count,
@@ -50,13 +48,3 @@ def test_what_does_not_fit_is_refused_with_name_value_and_what_is_wanted(check, 
     with pytest.raises(ValueError) as error:
         check("render_mode", value)
     assert str(error.value).startswith(f"render_mode ({value!r}) must be ") and wanted in str(error.value)
-
-
-@pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
-def test_a_step_before_the_first_reset_is_refused_by_both_envs(mode):
-    envs = TokenEnv(**task()), TokenVectorEnv(num_envs=2, autoreset_mode=mode, **task())
-    for env, action in zip(envs, (END, np.array([END, END])), strict=True):
-        with pytest.raises(ResetNeeded, match=r"step\(\) without an episode: call reset\(\) first"):
-            env.step(action)
-        env.reset()
-        env.step(action)

@@ -1,11 +1,11 @@
-"""What the constructors of both envs refuse."""
+"""What the constructors of both envs refuse; action masks and text, as the task hands them on."""
 
+import gymnasium
 import numpy as np
 import pytest
-from gymnasium import spaces
-from token_tasks import task
+from token_tasks import END, VOCAB, task
 
-from token_mdp import TokenEnv, TokenVectorEnv
+from token_mdp import RewardError, TokenEnv, TokenVectorEnv
 from token_mdp.toy import ToyTokenizer
 
 
@@ -113,13 +113,6 @@ def test_bad_arguments_of_the_vector_env_are_refused_with_their_values(changes, 
         TokenVectorEnv(**{"num_envs": 2} | task(**changes))
 
 
-def test_prompts_may_be_lists_or_integer_arrays_and_one_stop_token_may_be_an_int():
-    env = TokenEnv(**task(prompts=[np.array([1], dtype=np.int32), (2, 3)], stop_token_ids=7))
-    observation, _ = env.reset(options={"prompt_index": 1})
-    assert observation["input_ids"].dtype == np.int64
-    assert env.step(7)[2]
-
-
 @pytest.mark.parametrize("ids", [{3, 7}, frozenset({3, 7}), (token for token in (3, 7)), range(3, 8, 4)])
 def test_stop_tokens_may_be_any_collection_of_ids(ids):
     env = TokenEnv(**task(stop_token_ids=ids))
@@ -134,44 +127,92 @@ def test_an_empty_set_of_stop_tokens_leaves_the_limit_alone():
     assert [env.step(token)[2] for token in (7, 7)] == [False, True]
 
 
-class ByLabel(list):
-    """Like a column of pandas whose rows were turned round: an index is a label, iteration goes by position."""
-
-    def __getitem__(self, label):
-        return super().__getitem__(len(self) - 1 - label)
-
-
-def test_columns_go_with_the_prompts_by_position_not_by_label():
-    seen = []
-
-    def reward(prompts, responses, name):
-        seen.extend(zip([prompt.tolist() for prompt in prompts], name, strict=True))
-        return [0.0] * len(responses)
-
-    env = TokenVectorEnv(
-        num_envs=3, **task(shuffle=False, reward_fn=reward, columns={"name": ByLabel(["one", "two", "three"])})
-    )
-    env.reset()
-    env.step(np.full(3, 7))
-    assert seen == [([1], "one"), ([2, 3], "two"), ([4, 5, 6], "three")]
-
-
-def test_the_spaces_are_those_of_the_contract():
-    # P = 3, T = 4, V = 8
-    env = TokenEnv(**task())
-    assert env.action_space == spaces.Discrete(8)
-    assert env.observation_space == spaces.Dict(
-        {
-            "input_ids": spaces.Box(0, 7, (7,), np.int64),
-            "attention_mask": spaces.Box(0, 1, (7,), np.int8),
-            "prompt_length": spaces.Box(0, 3, (1,), np.int64),
-            "length": spaces.Box(0, 7, (1,), np.int64),
-        }
-    )
-    assert TokenEnv(**task(observation="flat")).observation_space == spaces.Box(-1, 7, (7,), np.int64)
-
-
 def test_all_arguments_but_the_prompts_go_by_name():
     for make in (TokenEnv, TokenVectorEnv):
         with pytest.raises(TypeError, match="takes 2 positional arguments"):
             make([[1]], 8, stop_token_ids=7, max_new_tokens=4, reward_fn=len)
+
+
+def test_without_an_action_mask_all_tokens_are_allowed_and_info_stays_small():
+    env = TokenEnv(**task())
+    assert "action_mask" not in env.reset()[1]
+    assert env.action_masks().all() and env.action_masks().dtype == np.bool_
+    info = TokenEnv(**task(action_mask=True)).reset()[1]
+    assert info["action_mask"].dtype == np.int8 and info["action_mask"].all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.ones((1, 3)), r"must return shape \(1, 8\), got \(1, 3\)"),
+        (np.zeros((1, VOCAB)), r"at least one token per row, rows \[0\] have none"),
+    ],
+)
+def test_an_action_mask_of_the_wrong_shape_or_without_a_token_is_refused(bad, message):
+    env = TokenEnv(**task(action_mask=lambda prompts, responses: bad))
+    with pytest.raises(ValueError, match=message + r".*prompt indices \[2\]"):
+        env.reset(options={"prompt_index": 2})
+
+
+@pytest.mark.parametrize(
+    ("mask", "shown"),
+    [
+        (np.where(np.arange(VOCAB) == 3, -np.inf, 0.0)[None], "-inf"),  # to add to logits: 0 means yes there
+        (np.full((1, VOCAB), np.nan), "nan"),
+        (np.full((1, VOCAB), 0.5), "0.5"),
+        (np.full((1, VOCAB), 2), "2"),
+        ([["no"] * VOCAB], "'no'"),
+        ([[None] * VOCAB], "None"),
+        (None, "None"),
+        ([[True], [True, False]], r"\[True\]"),
+    ],
+)
+def test_an_action_mask_that_is_neither_bool_nor_0_and_1_is_refused(mask, shown):
+    env = TokenEnv(**task(action_mask=lambda prompts, responses: mask))
+    with pytest.raises(ValueError, match=rf"must return True \(or 1\).*got .*{shown}.*prompt indices \[2\]"):
+        env.reset(options={"prompt_index": 2})
+
+
+@pytest.mark.parametrize("make", [TokenEnv, lambda **arguments: TokenVectorEnv(num_envs=1, **arguments)])
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int64, np.float32])
+def test_an_action_mask_may_be_bool_or_0_and_1(make, dtype):
+    mask = np.array([[1, 0] * 4], dtype=dtype)
+    env = make(**task(action_mask=lambda prompts, responses: mask))
+    env.reset()
+    mask[:] = 1  # the function's buffer, not the env's
+    assert env.action_masks().ravel().tolist() == [True, False] * 4
+
+
+def test_an_action_mask_may_be_a_tensor_with_a_gradient_or_in_bfloat16():
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.ones(1, VOCAB, requires_grad=True), torch.ones(1, VOCAB, dtype=torch.bfloat16)):
+        env = TokenEnv(**task(action_mask=lambda prompts, responses, tensor=tensor: tensor))
+        env.reset()
+        assert env.action_masks().all()
+
+
+def test_a_tokenizer_that_fails_is_named_with_the_prompts():
+    class Failing:
+        def decode(self, ids, skip_special_tokens=False):
+            if END in ids:
+                raise UnicodeError("half a character")
+            return "text"
+
+    env = TokenEnv(**task(tokenizer=Failing(), reward_on="text"))
+    env.reset(options={"prompt_index": 2})
+    with pytest.raises(RewardError, match=r"tokenizer.decode raised UnicodeError.*prompt indices \[2\]"):
+        env.step(END)
+
+
+def test_rewards_on_text_get_decoded_strings_without_special_tokens():
+    seen = []
+
+    def reward(prompts, responses):
+        seen.extend([prompts, responses])
+        return [1.0]
+
+    env = gymnasium.make("LitRLHF/Token-v0", reward_fn=reward, reward_on="text")
+    env.reset(options={"prompt_index": 6})
+    env.step(1)
+    env.step(0)
+    assert seen == [["a c →"], ["a"]]

@@ -3,16 +3,9 @@ import pickle
 
 import numpy as np
 import pytest
-from token_tasks import END, task
+from token_tasks import END, ends_of_all_slots, task
 
 from token_mdp import RewardError, Shared, TokenEnv, TokenVectorEnv
-
-
-def ends_of_all_slots(**changes):
-    """One step that ends the episodes of prompts 0, 1 and 2."""
-    env = TokenVectorEnv(num_envs=3, **task(shuffle=False, **changes))
-    env.reset()
-    return env.step(np.full(3, END))
 
 
 def lengths(prompts, responses):
@@ -128,55 +121,12 @@ def test_rewards_may_be_lists_arrays_or_tensors(values):
     np.testing.assert_array_equal(rewards, [0.5, 1.5, 2.5])
 
 
-def test_all_slots_that_end_in_a_step_are_scored_in_one_call():
-    batches = []
-
-    def reward(prompts, responses):
-        batches.append(len(responses))
-        return np.zeros(len(responses))
-
-    ends_of_all_slots(reward_fn=reward)
-    assert batches == [3]
-
-
 def test_components_add_up_by_their_weights_and_each_is_in_info():
     reward_fn = {"lengths": (lengths, 2.0), "prompts": prompt_lengths}
     *_, infos = transition = ends_of_all_slots(reward_fn=reward_fn)
     np.testing.assert_array_equal(transition[1], [3.0, 4.0, 5.0])  # 2·1 + (1, 2, 3)
     np.testing.assert_array_equal(infos["final_info"]["reward/lengths"], [1.0, 1.0, 1.0])
     np.testing.assert_array_equal(infos["final_info"]["reward/prompts"], [1.0, 2.0, 3.0])
-
-
-def test_each_function_gets_the_columns_that_it_names():
-    seen = {}
-
-    class Grader:
-        def __call__(self, prompts, responses, level):
-            seen["a method"] = level
-            return [0.0] * len(responses)
-
-    def none(prompts, responses):
-        return [1.0] * len(responses)
-
-    def one(prompts, responses, answer, other=None):
-        seen["one"] = answer
-        return [0.0] * len(responses)
-
-    def every(prompts, responses, **columns):
-        seen["every"] = columns
-        return np.ones((len(responses), 8), dtype=bool)
-
-    ends_of_all_slots(
-        columns={"answer": ["a", "b", "c"], "level": [1, 2, 3]},
-        reward_fn={"none": none, "one": one, "grader": Shared(Grader())},
-        process_reward_fn=none,
-        potential_fn=none,
-        action_mask=every,
-    )
-    assert seen["one"] == ["a", "b", "c"] and seen["a method"] == [1, 2, 3]
-    assert seen["every"].keys() == {"answer", "level"}
-    with pytest.raises(RewardError, match=r"reward_fn raised TypeError.*'answer'"):  # named, but not there
-        ends_of_all_slots(reward_fn=one)
 
 
 def test_a_list_of_components_is_named_after_its_functions():

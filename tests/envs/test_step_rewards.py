@@ -4,19 +4,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-from token_tasks import END, task
+from token_tasks import END, NEWLINE, newest_token, task, zero
 
 from token_mdp import RewardError, TokenEnv, TokenVectorEnv
-
-NEWLINE = 6
-
-
-def zero(prompts, responses):
-    return np.zeros(len(responses))
-
-
-def newest_token(prompts, responses):
-    return [float(response[-1]) for response in responses]
 
 
 def play(env, tokens, **reset):
@@ -47,37 +37,6 @@ def test_process_rewards_at_boundaries_are_paid_where_a_step_closes_and_at_the_e
     assert [info["reward/process"] for info in infos] == [0.0, 1.0, 0.0, 1.0]  # the key is there on every step
 
 
-def test_the_vector_env_asks_for_all_process_rewards_of_a_step_in_one_call():
-    batches = []
-
-    def score(prompts, responses, name):
-        batches.append(name)
-        return np.ones(len(responses))
-
-    arguments = task(process_reward_fn=score, step_boundary_ids=NEWLINE, columns={"name": ["a", "b", "c"]})
-    arguments["reward_fn"] = lambda prompts, responses, name: np.zeros(len(responses))
-    env = TokenVectorEnv(num_envs=3, shuffle=False, **arguments)
-    env.reset()
-    env.step(np.array([1, 1, 1]))
-    _, rewards, *_ = env.step(np.array([NEWLINE, 1, END]))
-    assert batches == [["a", "c"]]
-    assert rewards.tolist() == [1.0, 0.0, 1.0]
-
-
-def test_a_step_that_closes_nowhere_looks_at_no_response(monkeypatch):
-    # Responses are long: looking at all of them would make every step cost by their length.
-    asked = []
-    arguments = task(process_reward_fn=newest_token, step_boundary_ids=NEWLINE, reward_fn=zero, max_new_tokens=9)
-    env = TokenVectorEnv(num_envs=3, **arguments)
-    env.reset()
-    responses = env._slots.responses
-    monkeypatch.setattr(env._slots, "responses", lambda slots: asked.append(slots.tolist()) or responses(slots))
-    env.step(np.array([1, 1, 1]))
-    assert asked == []
-    env.step(np.array([1, NEWLINE, 1]))
-    assert asked == [[1]]
-
-
 def test_functions_for_steps_cannot_reach_the_envs_own_tokens():
     def vandal(prompts, responses):
         for ids in prompts + responses:
@@ -94,17 +53,6 @@ def test_functions_for_steps_cannot_reach_the_envs_own_tokens():
         for token in (5, END):
             observation, *_ = env.step(np.array(token).reshape(env.action_space.shape))
         assert observation["input_ids"].ravel().tolist() == [4, 5, 6, 5, END, 0, 0]
-
-
-def test_deferred_mode_pays_steps_at_once_and_keeps_them_in_the_records():
-    env = TokenVectorEnv(
-        num_envs=1, max_episodes=1, reward_mode="deferred", **task(process_reward_fn=newest_token, reward_fn=zero)
-    )
-    env.reset()
-    paid = [env.step(np.array([token]))[1][0] for token in (2, 4, END)]
-    (episode,) = env.pop_episodes()
-    assert paid == episode.step_rewards.tolist() == [2.0, 4.0, END]
-    assert episode.reward == 0.0
 
 
 # A task small enough to enumerate: three tokens, of which 0 ends, and at most three of them.

@@ -5,6 +5,8 @@ FSDP2 and DDP see every parameter where they expect it. `loading.py` makes them 
 """
 
 import copy
+import inspect
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
@@ -65,12 +67,22 @@ class Policy(nn.Module):
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=True,
             layout=layout,
+            **{self.cache_argument: cache},
         ).last_hidden_state
         hidden = hidden[:, -1] if nodes is None else hidden[0, nodes]
         return cast(Tensor, self.head(hidden))
+
+    @cached_property
+    def cache_argument(self) -> str:
+        """What this model calls its key-value cache.
+
+        Transformers renamed `past_key_values` to `cache` in release 5.24, and warns of the old name; code that comes
+        with weights may go on with it.
+        """
+        arguments = inspect.signature(type(backbone(self.model)).forward).parameters
+        return "cache" if "cache" in arguments else "past_key_values"
 
     @property
     def head(self) -> Any:

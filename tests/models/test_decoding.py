@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaModel
 
 from lit_rlhf.models.decoding import SlotDecoder, sample
 from tests.tiny import ARCHITECTURES, VOCABULARY, plain_logits, tiny_policy
@@ -71,6 +74,25 @@ def test_a_step_reads_no_token_of_finished_slots_and_the_newest_alone_where_epis
     decoder.logits(ids, lengths, active, episodes)
     decoder.logits(ids.view(Watched), lengths + 1, active, episodes)
     assert Watched.read <= (4 if told else 2 * 9 + 4)
+
+
+class NewName(LlamaModel):
+    def forward(self, input_ids, position_ids, attention_mask, use_cache, layout, cache):
+        return SimpleNamespace(last_hidden_state=cache)
+
+
+class OldName(LlamaModel):
+    def forward(self, input_ids, position_ids, attention_mask, use_cache, layout, past_key_values):
+        return SimpleNamespace(last_hidden_state=past_key_values)
+
+
+@pytest.mark.parametrize("trunk", [NewName, OldName])
+def test_a_model_is_given_its_cache_by_the_name_that_it_has_for_it(trunk):
+    policy = tiny_policy()
+    policy.model.model = trunk(policy.model.config)
+    cached = torch.randn(2, 1, policy.model.config.hidden_size)
+    ids = torch.ones(2, 1, dtype=torch.int64)
+    assert torch.equal(policy.decode(ids, ids, cached), policy.head(cached[:, -1]))
 
 
 def test_clear_forgets_keys_of_old_weights():

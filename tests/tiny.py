@@ -1,5 +1,6 @@
 """Tiny random models and a tokenizer for tests: a few thousand parameters, any of the supported architectures."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +94,10 @@ def tiny_policy(architecture: str = "llama", seed: int = 0) -> Policy:
     return Policy(tiny_model(architecture, seed))
 
 
-def tiny_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
-    """One token per word: the text of token i is `w<i>`."""
+def tiny_tokenizer(pad_is_eos: bool = False, missing: str | None = None) -> PreTrainedTokenizerFast:
+    """One token per word: the text of token i is `w<i>`; a missing word leaves its id unused."""
     vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    vocabulary.pop(missing, None)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -112,6 +114,28 @@ def save_tiny(folder: Path, architecture: str = "llama", seed: int = 0, pad_is_e
     tiny_model(architecture, seed).save_pretrained(folder)
     tiny_tokenizer(pad_is_eos).save_pretrained(folder)
     return folder
+
+
+def save_padded(folder: Path, architecture: str = "llama", rows: int = 56, seed: int = 0) -> Path:
+    """A folder whose model has more embeddings than tokens, the further ones as likely as tokens if nothing forbids it.
+
+    The word w20 is missing from the tokenizer: its id stands for no token either.
+    """
+    config = copy.deepcopy(CONFIGS[architecture])
+    config.vocab_size = rows
+    source, model = tiny_model(architecture, seed), spread_model(config, IMPLEMENTATION, seed)
+    repeated = torch.cat([torch.arange(VOCABULARY), torch.arange(rows - VOCABULARY) % (VOCABULARY - 3) + 3])
+    weights = source.state_dict()
+    model.load_state_dict({name: w[repeated] if name in padded_weights(model) else w for name, w in weights.items()})
+    model.save_pretrained(folder)
+    tiny_tokenizer(missing="w20").save_pretrained(folder)
+    return folder
+
+
+def padded_weights(model: torch.nn.Module) -> set[str]:
+    """Names of the weights that have a row for each id."""
+    rows = model.config.vocab_size
+    return {name for name, weight in model.state_dict().items() if weight.shape[0] == rows}
 
 
 def random_examples(count: int, responses: int = 1, seed: int = 0, longest: int = 12) -> list[Example]:

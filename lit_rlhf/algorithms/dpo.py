@@ -17,7 +17,7 @@ from lit_rlhf.data.batches import PreferenceBatch
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.losses import dpo_loss
-from lit_rlhf.models.loading import check_same_tokens, load_policy, load_tokenizer
+from lit_rlhf.models.loading import check_same_tokens, load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy, freeze, frozen_copy
 from lit_rlhf.rollout.play import GenerationSettings
 
@@ -74,14 +74,12 @@ class DPO(AlignmentModule):
         if reference_update is not None and (reference_free or cache_reference):
             other = "reference_free" if reference_free else "cache_reference"
             raise UserError(f"reference_update moves a reference in memory, {other} holds none; set {other}: false")
-        self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
-        self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
+        self.policy, self.tokenizer = load_policy_with_tokenizer(policy, trust_remote_code=trust_remote_code)
         self.loss = PreferenceLoss(loss, reference_free)
         if reference is not None:
-            loaded = freeze(load_policy(reference, trust_remote_code=trust_remote_code))
-            theirs = load_tokenizer(reference, loaded.model.config, trust_remote_code)
+            loaded, theirs = load_policy_with_tokenizer(reference, trust_remote_code=trust_remote_code)
             check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
-            self.frozen["reference"] = loaded
+            self.frozen["reference"] = freeze(loaded)
         elif not (cache_reference or reference_free):
             self.frozen["reference"] = frozen_copy(self.policy)
         if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint

@@ -18,6 +18,7 @@ from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import shard, total_norm
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.losses.advantages import Moments, masked_moments
+from lit_rlhf.models.loading import keep_to_tokens
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
 
@@ -82,6 +83,12 @@ class AlignmentModule(LightningModule):
         """Every network, trained and frozen: the models held in memory."""
         yield from self.children()
         yield from self.frozen.values()
+
+    def setup(self, stage: str) -> None:
+        """Every policy keeps to the tokens that the tokenizer has now: some may have been added since it was loaded."""
+        for network in self.networks():
+            if isinstance(network, Policy):
+                keep_to_tokens(network, self.tokenizer, "model.tokenizer")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate held-out data."""

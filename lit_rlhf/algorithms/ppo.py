@@ -24,7 +24,13 @@ from lit_rlhf.losses.advantages import (
     whiten,
 )
 from lit_rlhf.losses.kl import FixedKL, KLController, KLPenalty, clamped_logratio, k3
-from lit_rlhf.models.loading import check_same_tokens, load_policy, load_scorer, load_tokenizer, scorer_from_policy
+from lit_rlhf.models.loading import (
+    check_same_tokens,
+    load_policy_with_tokenizer,
+    load_scorer,
+    load_tokenizer,
+    scorer_from_policy,
+)
 from lit_rlhf.models.policy import frozen_copy
 from lit_rlhf.rollout.experience import Experience, pack_episodes, plan_minibatches, rollout_means, split_by_episode
 from lit_rlhf.rollout.play import GenerationSettings, Play
@@ -109,8 +115,7 @@ class PPO(OnPolicyModule):
         require(0 <= gamma <= 1, "gamma", gamma, "in [0, 1]")
         require(0 <= gae_lambda <= 1, "gae_lambda", gae_lambda, "in [0, 1]")
         require((critic_learning_rate or 0) >= 0, "critic_learning_rate", critic_learning_rate, "0 or more, or null")
-        self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
-        self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
+        self.policy, self.tokenizer = load_policy_with_tokenizer(policy, trust_remote_code=trust_remote_code)
         self.frozen["reference"] = frozen_copy(self.policy)
         if critic is None:
             self.critic = scorer_from_policy(self.policy, trust_remote_code)

@@ -1,9 +1,9 @@
 """Reference log-probs of preference pairs, computed once and kept on disk for every run that would compute the same.
 
 The key is a hash of all that the numbers follow from: the weights and the config of the reference, the token ids of
-every pair (what tokenizer, chat template and data come to), the precision, the code of the model and the versions of
-torch and transformers. Work under way is kept in parts, and taken up where a killed run left it. Files are written
-aside and renamed: runs may share them.
+every pair (what tokenizer, chat template and data come to), the ids without a token, the precision, the code of the
+model and the versions of torch and transformers. Work under way is kept in parts, and taken up where a killed run left
+it. Files are written aside and renamed: runs may share them.
 
 Axes: n pairs of a split.
 """
@@ -184,7 +184,8 @@ def source_hash(policy: Policy, trainer: Trainer) -> str:
     weights = full_state_dict(policy.model)
     config = {name: value for name, value in policy.model.config.to_dict().items() if name not in NOT_WEIGHTS}
     code = inspect.getsource(sys.modules[type(policy.model).__module__])  # mended, or come with the weights
-    made_by = [VERSION, config, str(trainer.precision), torch.__version__, transformers.__version__, code]
+    unused = [] if policy.unused_ids is None else policy.unused_ids.tolist()
+    made_by = [VERSION, config, unused, str(trainer.precision), torch.__version__, transformers.__version__, code]
     digest = hashlib.sha256(json.dumps(made_by, default=str).encode())
     for name, tensor in sorted(weights.items()) if trainer.is_global_zero else ():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

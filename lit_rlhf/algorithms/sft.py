@@ -7,7 +7,7 @@ from torch import Tensor
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.batches import SFTBatch
 from lit_rlhf.losses import nll
-from lit_rlhf.models.loading import load_policy, load_tokenizer
+from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings
 
 
@@ -35,9 +35,9 @@ class SFT(AlignmentModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.policy = load_policy(policy, from_scratch, trust_remote_code)
-        self.tokenizer = load_tokenizer(policy, self.policy.model.config, trust_remote_code)
+        self.policy, self.tokenizer = load_policy_with_tokenizer(policy, from_scratch, trust_remote_code)
         self.generation = generation
+        self.from_scratch = from_scratch
         if from_scratch:
             self.untrained = (
                 "from_scratch is true, so the weights are random; to predict, set model.from_scratch: false and "
@@ -56,3 +56,9 @@ class SFT(AlignmentModule):
         """Log the loss, a mean over all response tokens."""
         logprobs, _ = self.policy(batch.packed)
         self.log_mean(stage, {"loss": nll(logprobs).mean()}, weight=len(logprobs))
+
+    def before_export(self) -> None:
+        """Let transformers, too, never generate ids without a token: from random weights, none has become unlikely."""
+        unused = self.policy.unused_ids
+        if self.from_scratch and unused is not None:
+            self.policy.model.generation_config.suppress_tokens = unused.tolist()

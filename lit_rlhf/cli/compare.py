@@ -17,7 +17,7 @@ from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import make_folder, write_json
-from lit_rlhf.models.loading import check_same_tokens, load_policy, load_tokenizer
+from lit_rlhf.models.loading import check_same_tokens, load_policy_with_tokenizer, load_tokenizer
 from lit_rlhf.models.policy import Policy, freeze
 from lit_rlhf.rollout.play import GenerationSettings, complete
 from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
@@ -92,11 +92,11 @@ def compare(
     for judge in judges.values():
         judge.bind(tokenizer, device)
 
-    reference = freeze(load_policy(folders[baseline] / "model")).to(device)
+    reference = freeze(load_policy_with_tokenizer(folders[baseline] / "model")[0]).to(device)
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, np.ndarray] = {}
     for name, folder in folders.items():
-        policy = freeze(load_policy(folder / "model")).to(device)
+        policy = freeze(load_policy_with_tokenizer(folder / "model")[0]).to(device)
         episodes = complete(policy, tokenizer, held_out, generation)
         responses = [episode.response_ids for episode in episodes]
         judged = {what: judge(held_out.prompt_ids, responses, **held_out.columns) for what, judge in judges.items()}

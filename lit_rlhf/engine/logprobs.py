@@ -23,6 +23,8 @@ CHUNK_SHARE, CHUNK_LEAST, CHUNK_MOST = 1 / 64, 64 * 2**20, 2**29
 # Softmax statistics are made over rows whose copies take no memory to speak of. On a CPU they stay in its cache: 0.37 s
 # instead of 0.42 s for 800 x 16 384.
 BLOCK_BYTES = {"cpu": 2 * 2**20}
+# The logit of an id without a token: e to the power of it is 0, and 0 times it, as in the entropy, is not NaN.
+NO_TOKEN = -1e30
 
 
 def token_logprobs(
@@ -32,6 +34,7 @@ def token_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     chunk_bytes: int | None = None,
+    unused_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log π(y_t | x, y_<t) of each taken token, π being the softmax of logits / temperature.
 
@@ -42,6 +45,7 @@ def token_logprobs(
         temperature: the logits are divided by it, as in sampling: what is trained is what is sampled from.
         with_entropy: also return the entropy of each next-token distribution.
         chunk_bytes: memory that the float32 logits of one chunk may take; None = a share of the device's.
+        unused_ids: (U,) ids without a token, which have no probability; None = there is none.
 
     Returns:
         (M,) float32 log-probs, and (M,) float32 entropies or None.
@@ -51,12 +55,12 @@ def token_logprobs(
         return empty, (empty if with_entropy else None)
     size = chunk_size(head, hidden.device, chunk_bytes)
     if is_plain_linear(head):
-        settings = temperature, with_entropy, size
+        settings = temperature, with_entropy, size, unused_ids
         taken, entropy = LinearLogprobs.apply(hidden, *parameters(head), target_ids, *settings)
         return taken, (entropy if with_entropy else None)
 
     def chunk_logprobs(hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        logprobs = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+        logprobs = torch.log_softmax(mask_(head(hidden).float() / temperature, unused_ids), dim=-1)
         taken = logprobs.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
         return taken, (-(logprobs.exp() * logprobs).sum(-1) if with_entropy else None)
 
@@ -71,7 +75,11 @@ def token_logprobs(
 
 
 def nll_sum(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, target_ids: Tensor, chunk_bytes: int | None = None
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    target_ids: Tensor,
+    chunk_bytes: int | None = None,
+    unused_ids: Tensor | None = None,
 ) -> Tensor:
     """-Σ log π(y_t | x, y_<t) over all taken tokens: () float32.
 
@@ -80,9 +88,9 @@ def nll_sum(
     """
     size = chunk_size(head, hidden.device, chunk_bytes)
     if is_plain_linear(head) and hidden.shape[0] > size and torch.is_grad_enabled():
-        total: Tensor = LinearNLL.apply(hidden, *parameters(head), target_ids, size)
+        total: Tensor = LinearNLL.apply(hidden, *parameters(head), target_ids, size, unused_ids)
         return total
-    return -token_logprobs(head, hidden, target_ids, chunk_bytes=chunk_bytes)[0].sum()
+    return -token_logprobs(head, hidden, target_ids, chunk_bytes=chunk_bytes, unused_ids=unused_ids)[0].sum()
 
 
 def chunk_size(head: Callable[[Tensor], Tensor], device: torch.device, chunk_bytes: int | None = None) -> int:
@@ -136,27 +144,28 @@ class LinearLogprobs(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
         size: int,
+        unused_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(M,) log-probs; (M,) entropies, or (0,)."""
         ctx.dtype = compute_dtype(hidden)
         w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         parts = []
         for h, t in zip(hidden.split(size), target_ids.split(size), strict=True):
-            z = logits(h.to(ctx.dtype), w, b, temperature)
+            z = logits(h.to(ctx.dtype), w, b, temperature, unused_ids)
             parts.append((*statistics(z, t, with_entropy),))
         taken, normalisers, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, bias, target_ids, normalisers, entropies)
         # Kept beside the saved tensors, since the backward pass turns it into its own gradient.
         ctx.held = z if len(parts) == 1 and any(ctx.needs_input_grad) else None
-        ctx.settings = temperature, with_entropy, size
+        ctx.settings = temperature, with_entropy, size, unused_ids
         return taken, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and bias."""
         hidden, weight, bias, target_ids, normalisers, entropies = ctx.saved_tensors
-        temperature, with_entropy, size = ctx.settings
-        sums = GradientSums(hidden, weight, bias, ctx.dtype, ctx.needs_input_grad)
+        temperature, with_entropy, size, unused_ids = ctx.settings
+        sums = GradientSums(hidden, weight, bias, ctx.dtype, ctx.needs_input_grad, unused_ids)
         for rows in chunks(len(hidden), size):
             z, ctx.held = ctx.held, None  # no longer those of the chunk before, while the next are made
             if z is None:
@@ -164,16 +173,24 @@ class LinearLogprobs(torch.autograd.Function):
             entropy = (entropies[rows], gradients[1][rows]) if with_entropy else None
             to_gradient_(z, target_ids[rows], normalisers[rows], gradients[0][rows], entropy)
             sums.add(rows, z if temperature == 1.0 else z.div_(temperature))
-        return *sums.results(), None, None, None, None
+        return *sums.results(), None, None, None, None, None
 
 
 class LinearNLL(torch.autograd.Function):
     """Summed negative log-likelihood of a plain linear head, its gradient made in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, size: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target_ids: Tensor,
+        size: int,
+        unused_ids: Tensor | None,
+    ) -> Tensor:
         """() the sum."""
-        sums = GradientSums(hidden, weight, bias, compute_dtype(hidden), ctx.needs_input_grad)
+        sums = GradientSums(hidden, weight, bias, compute_dtype(hidden), ctx.needs_input_grad, unused_ids)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for rows in chunks(len(hidden), size):
             z = sums.logits(rows, 1.0)
@@ -188,16 +205,22 @@ class LinearNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients are there; they scale with that of the sum, in place."""
-        return *(None if x is None else scale_(x, gradients[0]) for x in ctx.saved_tensors), None, None
+        return *(None if x is None else scale_(x, gradients[0]) for x in ctx.saved_tensors), None, None, None
 
 
 class GradientSums:
     """Gradients of a linear layer, added up over chunks of its inputs; products are made in `dtype`."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, needed: tuple[bool, ...]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        needed: tuple[bool, ...],
+        unused_ids: Tensor | None,
     ) -> None:
-        self.inputs, self.dtype = hidden, dtype
+        self.inputs, self.dtype, self.unused_ids = hidden, dtype, unused_ids
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         self.results_in = weight.dtype, None if bias is None else bias.dtype
         self.hidden = torch.empty_like(hidden) if needed[0] else None
@@ -207,7 +230,7 @@ class GradientSums:
 
     def logits(self, rows: slice, temperature: float) -> Tensor:
         """(C, V) logits / temperature of `rows`."""
-        return logits(self.inputs[rows].to(self.dtype), self.weight, self.bias, temperature)
+        return logits(self.inputs[rows].to(self.dtype), self.weight, self.bias, temperature, self.unused_ids)
 
     def add(self, rows: slice, gradient: Tensor) -> None:
         """Take the (C, V) gradient of the logits of `rows`."""
@@ -250,10 +273,17 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     return x
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, unused_ids: Tensor | None
+) -> Tensor:
     """(C, V) logits / temperature."""
     z = hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
-    return z if temperature == 1.0 else z.div_(temperature)
+    return mask_(z if temperature == 1.0 else z.div_(temperature), unused_ids)
+
+
+def mask_(z: Tensor, unused_ids: Tensor | None) -> Tensor:
+    """Take the probability from (..., V) logits of ids without a token, in place."""
+    return z if unused_ids is None else z.index_fill_(-1, unused_ids, max(NO_TOKEN, torch.finfo(z.dtype).min))
 
 
 def statistics(z: Tensor, target_ids: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:

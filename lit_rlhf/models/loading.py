@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -47,6 +48,16 @@ def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code:
     policy = Policy(model)
     choose_attention(policy, str(name))
     return policy
+
+
+def load_policy_with_tokenizer(
+    name: str | Path, from_scratch: bool = False, trust_remote_code: bool = False
+) -> tuple[Policy, Any]:
+    """A policy and the tokenizer beside it, whose tokens the policy keeps to; see the two functions for each."""
+    policy = load_policy(name, from_scratch, trust_remote_code)
+    tokenizer = load_tokenizer(name, policy.model.config, trust_remote_code)
+    keep_to_tokens(policy, tokenizer, str(name))
+    return policy, tokenizer
 
 
 def load_scorer(name: str | Path, fresh_head: bool | None = False, trust_remote_code: bool = False) -> Scorer:
@@ -126,6 +137,32 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     if context is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     return tokenizer
+
+
+def keep_to_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Leave ids that stand for no token of the tokenizer out of a policy's distribution.
+
+    Many models have more embeddings than tokens, mostly so that the number divides well. Sampled, such an id would be
+    text to nobody, and perhaps have no embedding in a reward model.
+
+    Args:
+        policy: samples and gives log-probs over the tokens alone from now on.
+        tokenizer: says which ids are tokens.
+        name: of the policy, for messages.
+
+    Raises:
+        UserError: the tokenizer has ids that the policy does not embed.
+    """
+    check_vocabulary(tokenizer, policy.vocabulary_size, name)
+    unused = torch.ones(policy.vocabulary_size, dtype=torch.bool)
+    unused[list(tokenizer.get_vocab().values())] = False
+    ids = unused.nonzero()[:, 0]
+    if len(ids) and policy.unused_ids is None:
+        rank_zero_info(
+            f"{name}: {len(ids)} of {len(unused)} ids stand for no token of its tokenizer; none of them is sampled, "
+            "and log-probs leave them out"
+        )
+    policy.unused_ids = ids.to(policy.model.device) if len(ids) else None
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, name: str) -> None:

@@ -14,30 +14,38 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.engine.attention import IMPLEMENTATION
-from lit_rlhf.engine.logprobs import nll_sum, token_logprobs
+from lit_rlhf.engine.logprobs import mask_, nll_sum, token_logprobs
 from lit_rlhf.engine.packing import Layout, PackedBatch
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Policy(nn.Module):
-    """A causal LM that gives the log-probs of response tokens; also the frozen reference."""
+    """A causal LM that gives the log-probs of response tokens; also the frozen reference.
+
+    Its distribution is over the tokens that the tokenizer has: ids without one are left out of sampling and log-probs
+    alike, whoever learns (see `loading.keep_to_tokens`).
+    """
+
+    unused_ids: Tensor | None  # (U,) ids without a token
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.register_buffer("unused_ids", None, persistent=False)
 
     def forward(
         self, batch: PackedBatch, temperature: float = 1.0, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(M,) float32 log-probs of the response tokens, and (M,) entropies if asked for."""
         hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
-        return token_logprobs(self.head, hidden[batch.predictors], batch.target_ids, temperature, with_entropy)
+        taken = hidden[batch.predictors], batch.target_ids
+        return token_logprobs(self.head, *taken, temperature, with_entropy, unused_ids=self.unused_ids)
 
     def nll(self, batch: PackedBatch) -> Tensor:
         """() float32 -Σ log π over all response tokens of the batch, for losses that weigh them alike."""
         hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
-        return nll_sum(self.head, hidden[batch.predictors], batch.target_ids)
+        return nll_sum(self.head, hidden[batch.predictors], batch.target_ids, unused_ids=self.unused_ids)
 
     def decode(
         self,
@@ -62,7 +70,7 @@ class Policy(nn.Module):
             (B, V) logits.
         """
         if layout is not None and not runs_packed(self.model):  # without the cache, which only packed rows know
-            return cast(Tensor, self.head(padded_hidden_states(self.model, input_ids[0], layout)[nodes]))
+            return mask_(self.head(padded_hidden_states(self.model, input_ids[0], layout)[nodes]), self.unused_ids)
         hidden = backbone(self.model)(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -72,7 +80,7 @@ class Policy(nn.Module):
             **{self.cache_argument: cache},
         ).last_hidden_state
         hidden = hidden[:, -1] if nodes is None else hidden[0, nodes]
-        return cast(Tensor, self.head(hidden))
+        return mask_(self.head(hidden), self.unused_ids)
 
     @cached_property
     def cache_argument(self) -> str:

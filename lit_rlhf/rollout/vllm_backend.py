@@ -5,6 +5,7 @@ Written against the interface of vLLM 0.33 (https://docs.vllm.ai/en/v0.33.0/): `
 against a stand-in that keeps that contract; vLLM itself, which needs CUDA, could not be run where this was written.
 """
 
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -72,7 +73,7 @@ class VLLMBackend(RolloutBackend):
             fresh = [slot for slot in slots.tolist() if int(ids[slot]) not in responses]
             if fresh:
                 prompts = [observation["input_ids"][s, : int(observation["length"][s, 0])].tolist() for s in fresh]
-                written = self.write(prompts, [int(ids[s]) for s in fresh], env, settings, stream)
+                written = self.write(policy, prompts, [int(ids[s]) for s in fresh], env, settings, stream)
                 for slot, (tokens, logprobs) in zip(fresh, written, strict=True):
                     responses[int(ids[slot])], logprobs_of[int(ids[slot])] = tokens, logprobs
             steps = observation["length"][:, 0] - observation["prompt_length"][:, 0]
@@ -90,6 +91,7 @@ class VLLMBackend(RolloutBackend):
 
     def write(
         self,
+        policy: Policy,
         prompts: list[list[int]],
         episode_ids: list[int],
         env: TokenVectorEnv,
@@ -97,6 +99,7 @@ class VLLMBackend(RolloutBackend):
         stream: int,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Whole responses with the log-probs under the distribution sampled from, (T,) each."""
+        unused = [] if policy.unused_ids is None else policy.unused_ids.tolist()
         parameters = [
             self.vllm.SamplingParams(
                 max_tokens=env.task.max_new_tokens,
@@ -110,6 +113,8 @@ class VLLMBackend(RolloutBackend):
                 ignore_eos=True,  # the environment's stop tokens and no others
                 logprobs=0,  # of the token taken alone
                 detokenize=False,
+                # Not `allowed_token_ids`, of which its newer runner takes 1024 at most.
+                logit_bias=dict.fromkeys(unused, -math.inf) or None,
             )
             for episode in episode_ids
         ]

@@ -265,3 +265,45 @@ def test_gradients_are_those_of_autograd_through_the_whole_softmax(problem, rows
         gradients.append((hidden.grad, head.weight.grad.clone(), head.bias.grad.clone()))
     for expected, gradient in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, type("Adapted", (nn.Linear,), {})])  # the second is called as a module
+@pytest.mark.parametrize("rows", [5, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 20.0])
+def test_ids_without_a_token_count_in_nothing(problem, kind, rows, temperature):
+    """Log-probs, entropies and gradients are those of a head without their rows, in the middle and at the end."""
+    plain, hidden, targets = problem
+    used = torch.tensor([i for i in range(50) if i != 7 and i < 44])
+    unused = torch.tensor([7, 44, 45, 46, 47, 48, 49])
+    padded, small = kind(16, 50), nn.Linear(16, 43)
+    padded.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        padded.weight[unused], padded.bias[unused] = 3.0, 50.0  # likelier than all others
+        small.weight.copy_(padded.weight[used]), small.bias.copy_(padded.bias[used])
+    targets = targets % 43
+    settings = {"temperature": temperature, "with_entropy": True, "chunk_bytes": rows * 4 * 50}
+    results = []
+    for head, ids, missing in ((small, targets, None), (padded, used[targets], unused)):
+        hidden.grad = None
+        logprobs, entropy = token_logprobs(head, hidden, ids, **settings, unused_ids=missing)
+        (logprobs.square().sum() + 7 * entropy.sum()).backward()
+        results.append([logprobs.detach(), entropy.detach(), hidden.grad, head.weight.grad, head.bias.grad])
+    assert not results[1][3][unused].any() and not results[1][4][unused].any()
+    results[1][3:] = [gradient[used] for gradient in results[1][3:]]
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [5, 100])
+def test_the_summed_nll_leaves_out_ids_without_a_token_in_every_dtype(problem, rows, dtype):
+    head, hidden, targets = problem
+    head, leaf, targets = head.to(dtype), hidden.detach().to(dtype).requires_grad_(), targets % 40
+    with torch.no_grad():
+        head.bias[40:] = 50.0
+    expected = nn.functional.cross_entropy(head(leaf)[:, :40].float(), targets, reduction="sum").item()
+    total = nll_sum(head, leaf, targets, chunk_bytes=rows * 4 * 50, unused_ids=torch.arange(40, 50))
+    total.backward()
+    assert total.item() == pytest.approx(expected, rel=1e-2)
+    assert leaf.grad.isfinite().all()
+    assert not head.weight.grad[40:].any()

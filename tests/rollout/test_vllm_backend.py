@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.decoding import filter_logits
+from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings
 from lit_rlhf.rollout.vllm_backend import VLLMBackend
 from tests.rollout.test_play import make_env
-from tests.tiny import EOS, tiny_policy
+from tests.tiny import EOS, VOCABULARY, save_padded, tiny_policy
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,7 @@ class StandInSamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     detokenize: bool = True
+    logit_bias: dict[int, float] | None = None  # added to the logits before all else; the constructor does not clamp it
 
 
 class StandInLLM:
@@ -74,7 +76,10 @@ class StandInLLM:
         assert settings.ignore_eos or self.model.generation_config.eos_token_id is None
         generator, tokens, logprobs = torch.Generator().manual_seed(settings.seed), [], []
         while len(tokens) < settings.max_tokens:
-            logits = self.model(torch.tensor([ids + tokens])).logits[0, -1] / settings.temperature
+            logits = self.model(torch.tensor([ids + tokens])).logits[0, -1]
+            for token, bias in (settings.logit_bias or {}).items():
+                logits[token] += bias
+            logits = logits / settings.temperature
             kept = filter_logits(logits[None], settings.top_k or None, settings.top_p, settings.min_p)[0]
             distribution = torch.log_softmax(kept, -1)
             token = int(torch.multinomial(distribution.exp(), 1, generator=generator))
@@ -114,6 +119,14 @@ def test_episodes_and_logprobs_are_those_of_the_policys_present_weights(vllm, tm
             for parameter in policy.parameters():
                 parameter.mul_(0.9)
     assert list(tmp_path.iterdir()) == []  # no weights are left behind
+
+
+def test_ids_without_a_token_are_never_written_and_count_in_no_logprob(vllm, tmp_path):
+    policy, _ = load_policy_with_tokenizer(save_padded(tmp_path / "model", rows=VOCABULARY))
+    played = VLLMBackend().play(policy, make_env(num_envs=11), GenerationSettings(), 11, env_seed=0)
+    assert 20 not in np.concatenate([episode.response_ids for episode in played.episodes])
+    sampled = torch.from_numpy(np.concatenate(played.sampled_logprobs))
+    torch.testing.assert_close(sampled, logprobs_of(policy, played, 1.0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

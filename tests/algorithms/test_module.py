@@ -1,0 +1,89 @@
+"""What holds for all LightningModules: they keep to the tokens that the tokenizer has."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_rlhf import SFT, UserError
+from lit_rlhf.callbacks.export import HuggingFaceExport
+from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.rollout.play import GenerationSettings
+from tests.ppo_runs import record
+from tests.stages import make_stage, make_trainer
+from tests.tiny import VOCABULARY, save_padded
+
+UNUSED = [20, *range(VOCABULARY, 56)]
+
+
+@pytest.fixture(scope="module")
+def padded(inputs, tmp_path_factory):
+    """Files of each format beside models with 56 and with 40 embeddings for 39 tokens."""
+    folders = {}
+    for rows in (56, VOCABULARY):
+        folders[rows] = shutil.copytree(inputs, tmp_path_factory.mktemp("padded") / "inputs")
+        shutil.rmtree(folders[rows] / "model")
+        save_padded(folders[rows] / "model", rows=rows)
+    return folders
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+def test_every_stage_learns_as_if_ids_without_a_token_were_not_there(stage, padded, tmp_path):
+    metrics = []
+    for folder in padded.values():
+        module, data = make_stage(stage, folder)
+        if stage == "ppo":
+            torch.nn.init.normal_(module.critic.model.score.weight, generator=torch.Generator().manual_seed(0))
+        trainer = make_trainer(tmp_path, max_epochs=1, limit_val_batches=None, gradient_clip_val=1.0)
+        trainer.fit(module, data)
+        metrics.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_first_ratio_is_exactly_one_with_ids_that_stand_for_no_token(padded, tmp_path, precision):
+    module = record(padded[56] / "model", tmp_path, entropy_coef=0.1, trainer={"precision": precision})
+    batch, logprobs = module.seen[0]
+    assert torch.equal(logprobs, batch.old_logprobs)
+    assert module.rollout_metrics["rollout/kl"] == 0.0
+    assert module.rollout_metrics["rollout/sampler_gap"] < (1e-4 if precision == "32-true" else 0.1)
+    for batch, _ in module.seen:
+        assert not np.isin(batch.packed.target_ids.numpy(), UNUSED).any()
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_completions_and_samples_have_no_id_without_a_token(padded, tmp_path):
+    module, _ = make_stage("sft", padded[56], generation=GenerationSettings(max_new_tokens=20, temperature=3.0))
+    rng = np.random.default_rng(0)
+    prompts = PromptBatch([rng.integers(3, 19, 4) for _ in range(32)], {})
+    rows = module.predict_step(prompts, 0)
+    words = {word for row in rows for word in row["completion"].split()}
+    assert words <= {f"w{i}" for i in range(3, VOCABULARY)} - {"w20"}
+    assert len(words) > 30
+
+
+def test_tokens_added_before_a_run_are_learnt(padded, tmp_path):
+    module, data = make_stage("sft", padded[56])
+    module.tokenizer.add_tokens(["new"])
+    (tmp_path / "new.jsonl").write_text('{"prompt": "w3", "completion": " new"}\n' * 8)
+    data.sources |= {"train": str(tmp_path / "new.jsonl"), "validation": None}
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, data)
+    assert trainer.callback_metrics["train/loss"] < 10  # e to the power of it is the number of ids, not of the mask
+    module.tokenizer.add_tokens([f"new{i}" for i in range(20)])
+    with pytest.raises(UserError, match=r"model\.tokenizer: the tokenizer has ids up to"):
+        make_trainer(tmp_path, max_epochs=1).fit(module, data)
+
+
+@pytest.mark.parametrize("from_scratch", [True, False])
+def test_transformers_generates_no_id_that_random_weights_never_learnt_to_avoid(from_scratch, padded, tmp_path):
+    _, data = make_stage("sft", padded[56])
+    module = SFT(str(padded[56] / "model"), from_scratch=from_scratch)
+    make_trainer(tmp_path, max_steps=1, callbacks=[HuggingFaceExport()]).fit(module, data)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert exported.generation_config.suppress_tokens == (UNUSED if from_scratch else None)
+    torch.manual_seed(0)
+    written = exported.generate(torch.tensor([[5, 6, 7]] * 64), do_sample=True, top_k=0, max_new_tokens=16)
+    assert np.isin(written[:, 3:].numpy(), UNUSED).any() != from_scratch

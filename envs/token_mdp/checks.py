@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from numbers import Real
 from typing import Any
 
@@ -12,8 +13,7 @@ import numpy.typing as npt
 class ArgumentError(ValueError, TypeError):
     """An argument, or a render mode, that the env does not have.
 
-    A TypeError besides, since Stable-Baselines3 asks every id for "rgb_array" and TorchRL for a `frameskip`, and do
-    without upon that error alone.
+    A TypeError besides, since TorchRL asks every id for a `frameskip`, and does without upon that error alone.
     """
 
     def __init__(self, message: str) -> None:
@@ -26,6 +26,32 @@ def check_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} ({value!r}) must be an integer and at least 1")
     return int(value)
+
+
+def check_room(num_slots: int, width: int, vocab_size: int, masks: bool, named: str) -> None:
+    """Refuse sizes that this machine's memory cannot hold, before any of it is taken.
+
+    Args:
+        num_slots: B.
+        width: P+T.
+        vocab_size: V.
+        masks: whether each slot has a mask of V tokens.
+        named: the sizes as the user gave them, for the error's text.
+    """
+    # A cell is 9 bytes of the observation, as many of its copy, and 30 of the bounds of the spaces; a token is in the
+    # table of stop tokens, and in a bool and an int8 mask of each slot.
+    needed = num_slots * width * 48 + vocab_size * (1 + 2 * num_slots * masks)
+    memory = _memory()
+    if memory is not None and needed > memory:
+        raise ValueError(f"{named} would take about {needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB")
+
+
+def _memory() -> int | None:
+    """Bytes of memory that the machine has, where the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def check_share(name: str, value: Any) -> None:

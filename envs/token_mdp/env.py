@@ -13,8 +13,9 @@ from gymnasium.error import ResetNeeded
 from token_mdp.actions import checked_token
 from token_mdp.checks import check_flag, check_render_mode
 from token_mdp.episodes import FinishReason, IntArray
+from token_mdp.pictures import picture
 from token_mdp.prompts import PromptQueue
-from token_mdp.rendering import EpisodePrinter, episode_text, outcome_text
+from token_mdp.rendering import NO_RENDER_MODE, EpisodePrinter, episode_text, outcome_text
 from token_mdp.reset_options import single_prompt
 from token_mdp.rewards import STEPS_AND_END, RewardFn, RewardSpec, finite_sum
 from token_mdp.slots import Slots
@@ -86,14 +87,15 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     tokenizer: anything with `decode(ids)`; for `render` and `reward_on="text"` (then also `skip_special_tokens`).
     reward_on: "tokens", or "text" to hand decoded strings, without special tokens, to all reward functions.
     observation: "dict" or "flat".
-    render_mode: "ansi": `render()` returns the episode as text; "human": the text streams to stdout.
+    render_mode: "ansi": `render()` returns the episode as text; "human": the text streams to stdout; "rgb_array":
+        `render()` draws it, (H, W, 3) uint8, by Pillow.
     prompt_queue: a `PromptQueue` that several envs share; the first that is reset with a seed shuffles for all.
 
     ## Version History
     v0: first release.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 30}  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 30}  # type: ignore[misc]
 
     def __init__(
         self,
@@ -239,16 +241,22 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             return self._allowed.copy()
         return np.ones(self.task.vocab_size, dtype=np.bool_)
 
-    def render(self) -> str | None:
-        """The episode as text under "ansi"; under "human" it has been printed as it went."""
+    def render(self) -> str | npt.NDArray[np.uint8] | None:
+        """The episode as text under "ansi", drawn under "rgb_array"; under "human" it has been printed as it went.
+
+        Raises:
+            ResetNeeded: before the first reset.
+            DependencyNotInstalled: there is no Pillow to draw with.
+        """
         if self.render_mode is None:
-            gymnasium.logger.warn("render() without a render_mode; make the env with render_mode='ansi' or 'human'")
-        if self.render_mode != "ansi":
+            gymnasium.logger.warn(NO_RENDER_MODE)
+        if self.render_mode not in ("ansi", "rgb_array"):
             return None
         if not self._ready:
             raise ResetNeeded(NO_EPISODE.format("render"))
         outcome = outcome_text(self._finish_reason, self._return)
-        return episode_text(self._slots.prompt(0), self._slots.response(0), outcome, self.task.tokenizer)
+        text = episode_text(self._slots.prompt(0), self._slots.response(0), outcome, self.task.tokenizer)
+        return text if self.render_mode == "ansi" else picture(text)
 
     def _info(self) -> dict[str, Any]:
         info: dict[str, Any] = {

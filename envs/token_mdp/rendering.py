@@ -9,6 +9,8 @@ from typing import Any
 from token_mdp.episodes import FinishReason, IntArray
 from token_mdp.slots import Slots
 
+NO_RENDER_MODE = "render() without a render_mode; make the env with render_mode='ansi', 'human' or 'rgb_array'"
+
 
 def episode_text(
     prompt_ids: Sequence[int] | IntArray,

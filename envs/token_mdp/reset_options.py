@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,8 +57,27 @@ def vector_reset(
     return VectorReset(slots, prompt_indices, mask is None, max_episodes)
 
 
+def queue_seed(seed: Any, num_slots: int) -> int | None:
+    """The seed of the queue: the one given, or of a list with one for each slot the first that is not None.
+
+    So it is in a `SyncVectorEnv` of envs that share a queue, where the first env that gets a seed shuffles.
+
+    Raises:
+        ValueError: neither an integer of at least 0, nor None, nor `num_slots` of these.
+    """
+    seeds = [seed] if seed is None or isinstance(seed, int | np.integer) else None
+    if seeds is None and isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str) and np.ndim(seed) == 1:
+        seeds = list(seed) if len(seed) == num_slots else None
+    if seeds is None or not all(one is None or (isinstance(one, int | np.integer) and one >= 0) for one in seeds):
+        raise ValueError(f"seed ({seed!r:.80}) must be None, an integer of at least 0, or {num_slots} of these")
+    return next((int(one) for one in seeds if one is not None), None)
+
+
 def _known(options: Mapping[str, Any] | None, names: tuple[str, ...]) -> Mapping[str, Any]:
-    options = options or {}
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"reset options ({options!r:.80}) must be None or a dict of {', '.join(map(repr, names))}")
     if unknown := [name for name in options if name not in names]:
         raise ValueError(f"reset options {unknown} are unknown; there are {', '.join(map(repr, names))}")
     return options

@@ -8,6 +8,7 @@ Also for sb3-contrib: MaskablePPO finds `action_masks`, RecurrentPPO needs nothi
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,17 @@ class SB3VecEnv(VecEnv):
     def close(self) -> None:
         """Close the vector env."""
         self.env.close()
+
+    def get_images(self) -> list[np.ndarray | None]:
+        """One picture per slot, of an env made with render_mode="rgb_array"; else None for each, and a warning."""
+        if self.render_mode != "rgb_array":
+            warnings.warn(
+                f"there are no pictures with render_mode={self.render_mode!r}; make the env with 'rgb_array'",
+                stacklevel=2,
+            )
+            return [None] * self.num_envs
+        pictures: Any = self.env.render()
+        return list(pictures)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The attribute of the vector env or of a wrapper around it, once per slot."""

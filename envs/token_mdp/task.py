@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from token_mdp.checks import as_array, check_choice, check_count, check_function, check_share
+from token_mdp.checks import as_array, check_choice, check_count, check_function, check_room, check_share
 from token_mdp.columns import checked_columns, columns_for
 from token_mdp.episodes import FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptStore
@@ -83,6 +83,14 @@ class TokenTask:
             raise ValueError(f"action_mask must be None, a bool or a function -> (n, V) bool, got {action_mask!r}")
 
         self.prompts = PromptStore(prompts, vocab_size, max_prompt_length)
+        check_room(
+            1,
+            width=self.prompts.max_length + max_new_tokens,
+            vocab_size=vocab_size,
+            masks=bool(action_mask),
+            named=f"max_new_tokens ({max_new_tokens}), max_prompt_length ({self.prompts.max_length}) and vocab_size "
+            f"({vocab_size})",
+        )
         self.vocab_size = vocab_size
         self.max_new_tokens = max_new_tokens
         self.is_stop = _token_table("stop_token_ids", stop_token_ids, vocab_size)  # (V,) bool

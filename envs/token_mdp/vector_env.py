@@ -14,12 +14,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from token_mdp.actions import checked_tokens
-from token_mdp.checks import check_choice, check_count, check_flag, check_render_mode
+from token_mdp.checks import check_choice, check_count, check_flag, check_render_mode, check_room
 from token_mdp.env import NO_EPISODE
 from token_mdp.episodes import Episode, FloatArray, IntArray
 from token_mdp.infos import SlotInfos, put
-from token_mdp.rendering import slot_text
-from token_mdp.reset_options import vector_reset
+from token_mdp.pictures import picture
+from token_mdp.rendering import NO_RENDER_MODE, slot_text
+from token_mdp.reset_options import queue_seed, vector_reset
 from token_mdp.rewards import RewardFn, RewardSpec
 from token_mdp.saved_state import check_identity, filled, refusing_damage
 from token_mdp.slot_rewards import empty_slots
@@ -63,13 +64,14 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     max_episodes: N of every stream; None never ends.
     copy: False returns the live arrays of observations and masks: faster, and overwritten by the next step.
     max_episode_steps: what `gymnasium.make_vec` passes on; T becomes the smaller of it and `max_new_tokens`.
-    render_mode: "ansi": `render()` returns one text per slot; "human": each episode is printed when it ends.
+    render_mode: "ansi": `render()` returns one text per slot; "human": each episode is printed when it ends;
+        "rgb_array": `render()` returns one picture per slot, (H, W, 3) uint8, drawn by Pillow.
 
     ## Version History
     v0: first release.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 30}  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 30}  # type: ignore[misc]
 
     def __init__(
         self,
@@ -130,6 +132,15 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             reward_on=reward_on,
             observation=observation,
         )
+        width = self.task.prompts.max_length + self.task.max_new_tokens
+        masks = bool(self.task.action_mask)
+        check_room(
+            num_envs,
+            width,
+            self.task.vocab_size,
+            masks,
+            named=f"num_envs ({num_envs}) slots of {width} tokens{f' and {vocab_size} flags' * masks}",
+        )
         self.num_envs = num_envs
         self.single_observation_space = self.task.observation_space
         self.single_action_space = self.task.action_space
@@ -161,7 +172,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         return self._stream.active
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[VectorObservation, dict[str, Any]]:
         """Start a new stream in all slots, or new episodes in some.
 
@@ -170,12 +181,14 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         with a `reset_mask`, which goes on with the stream, the queue alone.
 
         Args:
-            seed: seeds `np_random`, which shuffles the prompts.
+            seed: seeds `np_random`, which shuffles the prompts. Of a list with a seed for each slot, the first that is
+                not None does: there is one queue for all slots, and nothing else is drawn at random.
             options: `max_episodes`: length N of this stream, None for endless; `reset_mask`: (B,) bool, reset only
                 these slots, within the current stream, which counts the episodes that this cuts short;
                 `prompt_index`: int or (B,), prompts to start from instead of drawing from the queue.
         """
         ask = vector_reset(options, self.task.prompts, self.num_envs, self.max_episodes, self._ready)
+        seed = queue_seed(seed, self.num_envs)
         super().reset(seed=seed)
         if seed is not None or not self._stream.queue.started:
             self._stream.queue.restart(self.np_random)
@@ -264,15 +277,21 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         """(B, V) True for each token that may come next; the name is the one that sb3-contrib calls."""
         return self._infos.action_masks()
 
-    def render(self) -> tuple[str, ...] | None:
-        """One text per slot under "ansi"; under "human" each episode has been printed when it ended."""
+    def render(self) -> tuple[Any, ...] | None:
+        """One text per slot under "ansi", one picture under "rgb_array"; under "human" what ended was printed.
+
+        Raises:
+            ResetNeeded: before the first reset.
+            DependencyNotInstalled: there is no Pillow to draw with.
+        """
         if self.render_mode is None:
-            gymnasium.logger.warn("render() without a render_mode; make the env with render_mode='ansi' or 'human'")
-        if self.render_mode != "ansi":
+            gymnasium.logger.warn(NO_RENDER_MODE)
+        if self.render_mode not in ("ansi", "rgb_array"):
             return None
         if not self._ready:
             raise ResetNeeded(NO_EPISODE.format("render"))
-        return tuple(self._text(slot) for slot in range(self.num_envs))
+        texts = [self._text(slot) for slot in range(self.num_envs)]
+        return tuple(texts if self.render_mode == "ansi" else map(picture, texts))
 
     def observe(self) -> tuple[VectorObservation, dict[str, Any]]:
         """What the agent sees now, as `reset` returns it, without a step; to go on after `load_state_dict`."""

@@ -5,11 +5,13 @@ import pytest
 
 from token_mdp import TokenEnv
 from token_mdp.checks import (
+    _memory,
     check_choice,
     check_count,
     check_flag,
     check_function,
     check_render_mode,
+    check_room,
     check_share,
 )
 
@@ -48,3 +50,19 @@ def test_what_does_not_fit_is_refused_with_name_value_and_what_is_wanted(check, 
     with pytest.raises(ValueError) as error:
         check("render_mode", value)
     assert str(error.value).startswith(f"render_mode ({value!r}) must be ") and wanted in str(error.value)
+
+
+def test_sizes_are_held_against_the_memory_of_the_machine(monkeypatch):
+    sizes = {"num_slots": 10, "width": 100, "vocab_size": 1000, "masks": True, "named": "num_envs (10)"}
+    monkeypatch.setattr("token_mdp.checks._memory", lambda: 10 * 100 * 48 + 1000 * 21)
+    check_room(**sizes)
+    with pytest.raises(ValueError, match=r"^num_envs \(10\) would take about 0 GB; this machine has 0 GB$"):
+        check_room(**sizes | {"width": 101})
+    monkeypatch.setattr("token_mdp.checks._memory", lambda: None)  # a system that does not tell
+    check_room(**sizes | {"width": 10**15})
+
+
+def test_the_memory_of_a_system_that_does_not_tell_is_unknown(monkeypatch):
+    assert _memory() > 10**8
+    monkeypatch.delattr("os.sysconf")  # as on Windows
+    assert _memory() is None

@@ -105,9 +105,9 @@ def test_native_vector_env_equals_sync_vector_env_of_single_envs(mode, arguments
     assert native.action_space == sync.action_space
     assert native.metadata == sync.metadata
 
-    for _ in range(2):  # again, from the middle of a pass
-        observations, infos = native.reset(seed=seed)
-        expected_observations, expected_infos = sync.reset(seed=seed)  # the first env's seed alone shuffles for all
+    for seeds in (seed, [seed] * num_envs, [*range(seed, seed + num_envs)]):  # again, from the middle of a pass
+        observations, infos = native.reset(seed=seeds)
+        expected_observations, expected_infos = sync.reset(seed=seeds)  # the first env's seed alone shuffles for all
         assert_same(observations, expected_observations)
         assert_same(without_native_only(infos), expected_infos)
 

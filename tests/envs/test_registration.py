@@ -87,7 +87,7 @@ def test_the_toy_prompts_are_not_played_with_words_of_another_task(make):
             {"reward_mode": "deferred"},
             "unexpected keyword argument 'reward_mode'; it is one of gymnasium.make_vec",
         ),
-        (gymnasium.make, {"render_mode": "rgb_array"}, "render_mode ('rgb_array') must be None or one of"),
+        (gymnasium.make, {"render_mode": "depth_array"}, "render_mode ('depth_array') must be None or one of"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is being initialised with render_mode")

@@ -18,6 +18,45 @@ def test_unknown_options_and_prompts_are_refused():
             env.reset(options={"prompt_index": index})
 
 
+@pytest.mark.parametrize("made", [TokenEnv(**task()), make()])
+@pytest.mark.parametrize("options", [5, 0, "", "prompt_index", [("prompt_index", 1)], ["prompt_index"], True])
+def test_options_that_are_no_mapping_are_refused_as_such(made, options):
+    with pytest.raises(
+        ValueError, match=rf"reset options \({re.escape(repr(options))}\) must be None or a dict of 'p|'m"
+    ):
+        made.reset(options=options)
+
+
+@pytest.mark.parametrize(
+    "seed", [[1, 2], [1, 2, 3, 4], [], [1, -1, 2], [1, 2.0, 3], [1, "2", 3], "123", -1, 1.0, {}, [[1]] * 3]
+)
+def test_seeds_that_are_not_one_for_each_slot_are_refused(seed):
+    env = make()
+    env.reset(seed=0)
+    before = env.state_dict()
+    with pytest.raises(ValueError, match=rf"seed \({re.escape(repr(seed))}\) must be None, an integer.*or 3 of these"):
+        env.reset(seed=seed)
+    assert env.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    "seed", [np.int64(7), [7, 8, 9], (7, 7, 7), np.array([7, 1, 2]), [None, 7, 9], [7, None, None]]
+)
+def test_the_first_seed_of_a_list_shuffles_the_prompts_for_all_slots(seed):
+    one, several = make(), make()
+    one.reset(seed=7)
+    several.reset(seed=seed)
+    assert several.state_dict() == one.state_dict()
+
+
+def test_a_list_without_a_seed_goes_on_with_the_queue():
+    one, several = make(), make()
+    for env, nothing in ((one, None), (several, [None] * 3)):
+        env.reset(seed=0)
+        env.reset(seed=nothing)
+    assert several.state_dict() == one.state_dict()
+
+
 @pytest.mark.parametrize("make", [TokenEnv, lambda **arguments: TokenVectorEnv(num_envs=1, **arguments)])
 @pytest.mark.parametrize("index", [1, np.int32(1), np.array(1)])
 def test_a_prompt_may_be_picked_by_any_integer_scalar(make, index):

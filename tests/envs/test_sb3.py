@@ -230,3 +230,22 @@ def test_a_step_that_is_both_an_end_and_a_cut_bootstraps_from_nothing():
     env = SB3VecEnv(Both(TokenVectorEnv(num_envs=2, **task(max_new_tokens=1))))
     env.reset()
     assert [info["TimeLimit.truncated"] for info in env.step(np.array([1, END]))[3]] == [False, False]
+
+
+def test_pictures_are_those_of_the_slots():
+    pytest.importorskip("PIL", reason="needs Pillow")
+    adapter = native(num_envs=4, render_mode="rgb_array")
+    adapter.reset()
+    images = adapter.get_images()
+    assert [image.shape for image in images] == [images[0].shape] * 4 and images[0].dtype == np.uint8
+    assert all(np.array_equal(*pair) for pair in zip(images, adapter.env.render(), strict=True))
+    height, width, _ = images[0].shape
+    assert adapter.render().shape == (2 * height, 2 * width, 3)  # tiled by Stable-Baselines3, as its recorder wants it
+
+
+@pytest.mark.parametrize("mode", [None, "ansi"])
+def test_an_env_without_pictures_has_none_for_each_slot_as_a_dummy_vec_env(mode):
+    for env in (native(num_envs=2, render_mode=mode), DummyVecEnv([lambda: TokenEnv(**task(render_mode=mode))] * 2)):
+        env.reset()
+        with pytest.warns(UserWarning, match="rgb_array"):
+            assert env.get_images() == [None, None]

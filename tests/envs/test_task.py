@@ -80,7 +80,10 @@ def envs_of(**changes):
         ({"reward_on": "words"}, r"reward_on \('words'\) must be one of"),
         ({"reward_on": "text"}, "reward_on='text' needs a tokenizer"),
         ({"action_mask": "all"}, "action_mask must be None, a bool or a function"),
-        ({"render_mode": "rgb_array"}, r"render_mode \('rgb_array'\) must be None or one of"),
+        ({"render_mode": "depth_array"}, r"render_mode \('depth_array'\) must be None or one of"),
+        ({"max_new_tokens": 10**12}, r"max_new_tokens \(10{12}\), .* would take about 48,000 GB; this machine has"),
+        ({"max_prompt_length": 10**15}, r"max_prompt_length \(10{15}\) .* would take about 48,000,000 GB"),
+        ({"vocab_size": 10**13}, r"vocab_size \(10{13}\) would take about 10,000 GB"),
         ({"step_boundary_ids": [1]}, "needs process_reward_fn"),
         ({"step_boundary_ids": [9], "process_reward_fn": len}, r"step_boundary_ids \(\[9\]\)"),
         ({"gamma": 0.9}, r"gamma \(0.9\).*needs potential_fn"),
@@ -97,6 +100,12 @@ def test_bad_arguments_are_refused_with_their_values(changes, message):
     ("changes", "message"),
     [
         ({"num_envs": 0}, r"num_envs \(0\)"),
+        ({"num_envs": 10**12}, r"num_envs \(10{12}\) slots of 7 tokens would take about 336,000 GB; this machine has"),
+        ({"num_envs": 10**12, "observation": "flat"}, r"num_envs \(10{12}\) slots of 7 tokens would"),
+        (
+            {"num_envs": 10**6, "vocab_size": 10**6, "action_mask": True},
+            r"num_envs \(10{6}\) slots of 7 tokens and 10{6} flags would take about 2,000 GB",
+        ),
         ({"reward_mode": "later"}, r"reward_mode \('later'\)"),
         (
             {"autoreset_mode": "Sometimes"},

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_rlhf.cli.main import main
-from tests.cli.test_configs import QUICK, SMALL_PPO
+from tests.cli.command_line import QUICK, SMALL_PPO
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

@@ -1,6 +1,8 @@
 """Checkpoints are whole or not there; what is none is refused before a model is read."""
 
 import errno
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_rlhf import UserError
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, require_checkpoint
+from tests.cli.command_line import QUICK, run
 
 CHECKPOINT = {"state_dict": {"weight": torch.ones(1000)}, "loops": {}}
 
@@ -61,3 +64,14 @@ def test_weights_alone_and_an_exported_model_are_no_checkpoint(tmp_path):
     for name in ("weights.pt", "model"):
         with pytest.raises(UserError, match=f"{name} is no checkpoint of the Trainer's"):
             require_checkpoint(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_last_checkpoint_is_the_newest_of_the_run(workdir, monkeypatch):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    options = ["--trainer.limit_val_batches=0", "--trainer.default_root_dir=out/last"]
+    assert run("fit", "--config", config, *QUICK, *options, "--trainer.max_steps=2") == 0
+    assert run("fit", "--config", config, *QUICK, *options, "--trainer.max_steps=3", "--ckpt_path=last") == 0
+    assert json.loads(Path("out/last/summary.json").read_text())["steps"] == 3
+    assert sorted(path.name for path in Path("out/last").rglob("*.ckpt"))[-1].endswith("step=3.ckpt")

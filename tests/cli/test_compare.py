@@ -1,8 +1,6 @@
-"""What `compare` measures, and the demo, which ends in it."""
+"""What `compare` measures."""
 
 import json
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +10,7 @@ from transformers import AutoModelForCausalLM
 from lit_rlhf import RewardModelReward
 from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
 from lit_rlhf.cli.compare import FIGURES, compare
-from lit_rlhf.cli.main import main
 from lit_rlhf.data.prompts import load_prompts
-from lit_rlhf.demo import __main__ as demo
 from lit_rlhf.engine.attention import IMPLEMENTATION
 from lit_rlhf.rollout.play import GenerationSettings
 from tests.stages import make_stage, make_trainer, share_of_w9, write_inputs
@@ -117,46 +113,3 @@ def test_models_in_memory_are_those_that_the_stage_needs(results):
     models = {name: results[name]["models_in_memory"] for name in RUNS}
     # PPO: policy, critic, reference and reward model, learnt from or watched; DPO: policy and reference, if not cached.
     assert models == {"sft": 1, "ppo": 4, "ppo_monitored": 4, "dpo": 2, "dpo_cached": 1}
-
-
-@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
-def test_the_demo_starts_each_stage_from_the_one_before_and_says_what_it_achieved(tmp_path, monkeypatch, capsys):
-    started = []
-
-    def accept(command, check=False):
-        """The command line reads the options of a stage; what it would leave behind is written here."""
-        _, _, module, *words = command
-        assert module == "lit_rlhf"
-        started.append(words)
-        if words[0] == "fit":
-            with pytest.raises(SystemExit, match="0"):
-                main([*words, "--print_config"])
-            (folder,) = [word.partition("=")[2] for word in words if word.startswith("--trainer.default_root_dir=")]
-            stage = Path(folder).name
-            Path(folder).mkdir(parents=True)
-            metrics = {name: 0.25 for name in demo.ACHIEVED[stage]}
-            (Path(folder) / "summary.json").write_text(json.dumps({"metrics": metrics}))
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(demo.subprocess, "run", accept)
-    monkeypatch.chdir(tmp_path)
-    demo.demo(seed=3)
-
-    sft, reward_model, ppo, dpo, comparison = started
-    assert not any(word.startswith("--model.policy") for word in sft)
-    for command in (reward_model, ppo, dpo):
-        assert "--model.policy=runs/demo/sft/model" in command
-        assert {"--seed_everything=3", "--data.seed=3"} < set(command)
-    trained = "runs/demo/reward_model/model"
-    assert {f"--model.critic={trained}", f"--data.reward.init_args.model={trained}", "--model.seed=3"} < set(ppo)
-    assert comparison == ["compare", "--root=runs/demo"]
-    lines = capsys.readouterr().out.splitlines()
-    for stage, names in demo.ACHIEVED.items():
-        (line,) = [line for line in lines if line.startswith(f"{stage}: ") and " in " in line]
-        assert all(f"{name} 0.250" in line for name in names)
-
-
-def test_the_demo_ends_with_a_stage_that_fails(monkeypatch):
-    monkeypatch.setattr(demo.subprocess, "run", lambda command: SimpleNamespace(returncode=2))
-    with pytest.raises(SystemExit, match="2"):
-        demo.demo()

@@ -1,0 +1,71 @@
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import LightningDataModule
+
+from lit_rlhf import SFT
+from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.cli.main import AlignmentCLI, users_mistake
+from tests.cli.command_line import QUICK, run
+
+
+@pytest.mark.filterwarnings("ignore")  # of the arguments that the tests were called with, among others
+def test_the_command_line_can_be_used_from_python_without_a_command(workdir, monkeypatch):
+    config = str(Path("configs/sft.yaml").absolute())
+    monkeypatch.chdir(workdir)
+    cli = AlignmentCLI(
+        AlignmentModule,
+        LightningDataModule,
+        run=False,
+        auto_configure_optimizers=False,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        args=["--config", config],
+    )
+    assert isinstance(cli.model, SFT) and cli.datamodule.tokenizer is cli.model.tokenizer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_more_processes_than_a_cpu_has_cores_are_refused_before_any_starts(monkeypatch, capsys):
+    monkeypatch.setattr(AlignmentCLI, "_run_subcommand", lambda cli, name: None)  # would start them all
+    options = ["--config", "configs/sft.yaml", *QUICK]
+    assert run("fit", *options, "--trainer.devices=999") == 2
+    assert "trainer.devices (999) must be at most " in capsys.readouterr().err
+    assert run("fit", *options, "--trainer.devices=2") == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_interrupted_run_says_how_it_goes_on(workdir, monkeypatch, capsys):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    step = SFT.training_step
+
+    def interrupt(self, batch, batch_idx):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SFT, "training_step", interrupt)
+    options = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint"]
+    options += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.default_root_dir=out/stopped"]
+    assert run("fit", "--config", config, *QUICK, *options) == 130
+    said = capsys.readouterr().err
+    assert "no model was exported. The run goes on from its newest checkpoint with --ckpt_path=out/stopped" in said
+    assert not Path("out/stopped/model").exists()
+
+
+def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback():
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/sft/last.ckpt")
+    wrapped = RuntimeError("while saving")
+    wrapped.__cause__ = full
+    assert users_mistake(wrapped) is full
+    assert users_mistake(RuntimeError("a mistake of ours")) is None
+
+
+def test_the_module_is_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "lit_rlhf", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "fit" in done.stdout

@@ -1,0 +1,197 @@
+"""What a user gets wrong is answered by one message."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lit_rlhf import RewardModel
+from lit_rlhf.callbacks.export import export
+from lit_rlhf.engine.sharding import full_state_dict
+from tests.cli.command_line import QUICK, SMALL_PPO, run
+from tests.tiny import save_tiny
+
+
+def nan_reward(prompts, responses, **columns):
+    return [float("nan")] * len(responses)
+
+
+NO_VALIDATION = "--data.validation=null"
+OWN_REWARD = ["--data.monitors=null", "--data.reward=lit_rlhf.TextReward"]
+MISTAKES = {  # what users get wrong -> config, options, and words that must be in the answer
+    "unknown option": ("dpo", ["--model.betta=3"], "there is no option --model.betta; did you mean beta?"),
+    "unknown option of the Trainer": ("sft", ["--trainer.max_stps=3"], "did you mean max_steps?"),
+    "unknown option of an option": ("ppo", ["--model.kl.kl_coeff=3"], "did you mean kl_coef?"),
+    "option of another algorithm": ("dpo", ["--model.kl=3"], "no option --model.kl\nFor all options: lit-rlhf fit"),
+    "mistake in an option of PPO": ("ppo", ["--model.gamma=x"], "--model.help lit_rlhf.PPO, "),
+    "loss without its module": ("dpo", ["--model.loss=ipo_loss"], "did you mean lit_rlhf.losses.ipo_loss?"),
+    "unknown loss": ("dpo", ["--model.loss=sigmoyd"], "got sigmoyd; lit_rlhf.losses has alpha_dpo_loss, "),
+    "mistyped loss": ("dpo", ["--model.loss=lit_rlhf.losses.ipo_los"], "'ipo_los'; did you mean ipo_loss?"),
+    "unknown class": (
+        "sft",
+        ["--model=lit_rlhf.SFTT"],
+        "has no attribute 'SFTT'; did you mean SFT?\nFor all options: lit-rlhf fit --help, ",
+    ),
+    "pairs as demonstrations": (
+        "sft",
+        ["--data=lit_rlhf.PreferenceDataModule"],
+        "SFT learns from a SFTDataModule, not from a PreferenceDataModule",
+    ),
+    "demonstrations as pairs": ("dpo", ["--data=lit_rlhf.SFTDataModule"], "DPO learns from a PreferenceDataModule"),
+    "prompts as pairs": (
+        "reward_model",
+        ["--data=lit_rlhf.RolloutDataModule", *OWN_REWARD[1:], "--data.reward.function=lit_rlhf.demo.gold_reward"],
+        "RewardModel learns from a PreferenceDataModule",
+    ),
+    "negative seed": ("sft", ["--data.seed=-1"], "seed (-1) must be 0 or more"),
+    "negative seed of all": ("sft", ["--seed_everything=-1"], "seed_everything (-1) must be in [0, 2^32)"),
+    "negative workers": ("sft", ["--data.num_workers=-1"], "num_workers (-1) must be 0 or more"),
+    "no accumulation": ("sft", ["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches (0) must be 1 or"),
+    "clipping below 0": ("sft", ["--trainer.gradient_clip_val=-0.5"], "gradient_clip_val (-0.5) must be 0 or more"),
+    "weight that is no number": (
+        "sft",
+        [NO_VALIDATION, '--data.train=[{"source": "demo", "weight": "x"}]'],
+        "weight ('x') must be a number",
+    ),
+    "split of a file": ("sft", [NO_VALIDATION, '--data.train=[{"source": "demo", "split": "x"}]'], "files have none"),
+    "export over the run": (
+        "sft",
+        ["--export.folder=..", "--trainer.default_root_dir=out/a/b"],
+        "no export of a model",
+    ),
+    "best of another run": ("sft", ["--ckpt_path=best"], "name its file"),
+    "root that cannot be": ("sft", ["--trainer.default_root_dir=/proc/nowhere/x"], "/proc/nowhere/x cannot be made"),
+    "loaders made anew": ("ppo", ["--trainer.reload_dataloaders_every_n_epochs=1"], "would play the same prompts"),
+    "abbreviated option": ("sft", ["--trainer.max_epoch=3"], "--trainer.max_epoch; did you mean max_epochs?"),
+    "value of a wrong type": (
+        "sft",
+        ["--model.learning_rate=abc"],
+        "--model.learning_rate: expected a number, got abc",
+    ),
+    "no checkpoint yet": ("sft", ["--ckpt_path=last", "--trainer.default_root_dir=out/new"], "no checkpoint under"),
+    "function of a module that is not there": (
+        "ppo",
+        [*OWN_REWARD, "--data.reward.function=nowhere.brief"],
+        "modules are found in the current folder",
+    ),
+    "value out of range": ("sft", ["--model.generation.top_p=2"], "top_p (2.0)"),
+    "unknown accelerator": ("sft", ["--trainer.accelerator=cpuu"], "cpuu"),
+    "unknown strategy": ("sft", ["--trainer.strategy=ddpp"], "ddpp"),
+    "missing checkpoint": ("sft", ["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    "no checkpoint": ("sft", ["--ckpt_path=malformed.jsonl"], "malformed.jsonl is no checkpoint"),
+    "model as checkpoint": ("sft", ["--ckpt_path=runs/sft/model"], "runs/sft/model is no checkpoint"),
+    "negative rate": ("sft", ["--model.learning_rate=-1"], "learning_rate (-1.0) must be 0 or more"),
+    "betas out of range": ("sft", ["--model.adam_betas=[2,2]"], "must be two numbers in [0, 1)"),
+    "fewer than no samples": ("sft", ["--samples.num_prompts=-1"], "num_prompts (-1) must be 0 or more"),
+    "no prompt left": ("sft", ["--data.max_prompt_length=0"], "max_prompt_length (0) must be 1 or more"),
+    "prompts as long as the context": (
+        "sft",
+        ["--data.max_prompt_length=4096"],
+        "must be less than the model's context",
+    ),
+    "micro-batch too small": ("sft", ["--data.max_tokens=3"], "raise max_tokens"),
+    "missing data": ("sft", [NO_VALIDATION, "--data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    "malformed row": ("sft", [NO_VALIDATION, "--data.train=malformed.jsonl"], "malformed.jsonl, line 2"),
+    "JSON syntax": ("sft", [NO_VALIDATION, "--data.train=syntax.jsonl"], "syntax.jsonl, line 1"),
+    "empty data": ("dpo", [NO_VALIDATION, "--data.train=empty.jsonl"], "empty.jsonl"),
+    "prompts longer than the context": ("dpo", [NO_VALIDATION, "--data.train=long.jsonl"], "1 too long"),
+    "missing model": ("dpo", ["--model.policy=runs/nowhere/model"], "runs/nowhere/model: no model"),
+    "vocabularies that differ": ("dpo", ["--model.policy=mixed"], "the model embeds 40"),
+    "KL target below 0": (
+        "ppo",
+        ["--model.kl=lit_rlhf.AdaptiveKL", "--model.kl.init_args.target=-6"],
+        "target (-6.0) must be more than 0",
+    ),
+    "no room for a prompt": ("ppo", ["--data.max_new_tokens=256"], "max_new_tokens (256) leaves no room"),
+    "causal LM as reward model": ("ppo", ["--data.reward.init_args.model=runs/sft/model"], "no trained reward head"),
+    "reward model with another tokenizer": (
+        "ppo",
+        [*SMALL_PPO, "--data.reward.init_args.model=other_reward_model"],
+        "another tokenizer",
+    ),
+    "NaN reward": (
+        "ppo",
+        [*SMALL_PPO, *OWN_REWARD, "--data.reward.init_args.function=tests.cli.test_mistakes.nan_reward", NO_VALIDATION],
+        "nan_reward (of data.reward, data.monitors or gold) must return one finite number",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(workdir):
+    """Files and folders that are wrong, in the folder with the models that are right."""
+    (workdir / "malformed.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')
+    (workdir / "syntax.jsonl").write_text('{"prompt": "a", "completion": "b"\n')
+    (workdir / "empty.jsonl").write_text("")
+    (workdir / "long.jsonl").write_text(json.dumps({"prompt": "a " * 999, "chosen": "b", "rejected": "c"}) + "\n")
+    mixed = save_tiny(workdir / "mixed")  # a model of 40 tokens beside the demo's tokenizer
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(workdir / "runs/sft/model" / file, mixed / file)
+    reward_model = RewardModel(str(save_tiny(workdir / "other")))
+    export(reward_model, full_state_dict(reward_model.exportable()), workdir / "other_reward_model")
+    return workdir
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, monkeypatch, capsys):
+    name, options, words = MISTAKES[mistake]
+    config = Path(f"configs/{name}.yaml").absolute()
+    monkeypatch.chdir(mistaken)
+    assert run("fit", "--config", config, *QUICK, "--trainer.default_root_dir=out/broken", *options) == 2
+    said = capsys.readouterr().err
+    answer = said[said.index("error: ") :]
+    assert words in answer
+    assert len(answer.splitlines()) <= 6
+    assert not any(noise in said for noise in ("Traceback", "Namespace", "Does not validate"))
+    assert not Path("out/broken/model").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no command is given"),
+        (["fti"], "there is no command 'fti'; did you mean fit?"),
+        (["fit", "--model.policy=x"], "--model.policy: name a class first, by --config or --model="),
+        (["fit"], "there is neither model nor data; name a config"),
+        (["compare", "--policies=a,b"], "--policies: expected a list, '[a,b]', got a,b"),
+        (["compare", "--max_prompts=0"], "max_prompts (0) must be 1 or more"),
+        (["comprae"], "did you mean compare?\nusage: lit-rlhf [-c CONFIG] {fit,validate,test,predict,compare}"),
+        (["compare", "--polices=[sft]"], "there is no option --polices; did you mean policies?"),
+        (["compare", "--policies=[]"], "policies is empty"),
+        (["compare", "--root=nowhere"], "nowhere/sft/model"),
+        (["compare", "--root=nowhere"], "nowhere holds no finished run; choose by --policies"),
+    ],
+)
+def test_a_mistake_outside_of_a_config_is_answered_by_one_message_too(arguments, words, capsys):
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) <= 2
+
+
+BROKEN_REWARDS = {  # body of the function -> words of the answer
+    "return [float('nan')] + [0.0] * (len(responses) - 1)": "must return one finite number per response; 1 of ",
+    "return None": "must return one finite number per response, (",
+    "return columns['zz']": "raised KeyError: 'zz', in ",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("body", sorted(BROKEN_REWARDS))
+def test_a_broken_reward_function_is_named_with_its_place_and_the_remedy(body, workdir, monkeypatch, capsys):
+    config = Path("configs/ppo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    monkeypatch.syspath_prepend(str(workdir))
+    name = f"reward{sorted(BROKEN_REWARDS).index(body)}"
+    Path(f"{name}.py").write_text(f"def score(prompts, responses, **columns):\n    {body}\n")
+    options = ["--data.reward=lit_rlhf.TextReward", f"--data.reward.function={name}.score", "--data.monitors=null"]
+    options += ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8", "--model.critic=null"]
+    assert run("fit", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/reward") == 2
+    said = capsys.readouterr().err.split("error: ")[-1]
+    assert said.startswith(f"reward function {name}.score (of data.reward")
+    assert BROKEN_REWARDS[body] in said
+    assert "KeyError" not in said or f"{name}.py:2" in said
+    assert len(said) < 700

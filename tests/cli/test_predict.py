@@ -1,0 +1,100 @@
+"""The command `predict`, from a file of prompts to a file of answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.cli.command_line import QUICK, predictions, run
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(workdir, monkeypatch):
+    config = Path("configs/dpo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    prompts = [{"id": i, "prompt": f"Hello number {i}"} for i in range(5)]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    options = ["--data.predict=prompts.jsonl", "--trainer.default_root_dir=out/predict"]
+    assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=4") == 0
+    rows = predictions("out/predict")
+    assert [{"id": row["id"], "prompt": row["prompt"]} for row in rows] == prompts
+    assert all(row["finish_reason"] in ("stop", "length") for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predict_scores_with_the_head_that_a_reward_model_was_trained_with(workdir, monkeypatch):
+    config = Path("configs/reward_model.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    Path("scored.jsonl").write_text('{"prompt": "Say hello.", "completion": " Hello!", "id": 7}\n')
+    options = ["--model.policy=runs/reward_model/model", "--data.predict=scored.jsonl"]
+    assert run("predict", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/scores") == 0
+
+    model = AutoModelForSequenceClassification.from_pretrained("runs/reward_model/model")
+    tokenizer = AutoTokenizer.from_pretrained("runs/reward_model/model")
+    ids = tokenizer("Say hello. Hello!", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)).logits.item()
+    [row] = predictions("out/scores")
+    assert row["score"] == pytest.approx(expected, rel=1e-3) and row["id"] == 7
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_just_drawn_predicts_nothing(workdir, monkeypatch, capsys):
+    config = Path("configs/reward_model.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    Path("scored.jsonl").write_text('{"prompt": "Say hello.", "completion": " Hello!"}\n')
+    options = ["--data.predict=scored.jsonl", "--trainer.default_root_dir=out/drawn"]
+    assert run("predict", "--config", config, *QUICK, *options) == 2
+    assert "holds no trained reward head, so its scores would be random" in capsys.readouterr().err
+    assert not Path("out/drawn/predictions.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_dropped_prompts_were_is_said_and_the_answers_keep_their_ids(workdir, monkeypatch):
+    config = Path("configs/dpo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    said = []
+    monkeypatch.setattr("lit_rlhf.data.prompts.rank_zero_info", said.append)
+    Path("gaps.jsonl").write_text("".join(json.dumps({"id": i, "prompt": "Hello" * (i != 1)}) + "\n" for i in range(3)))
+    options = ["--data.predict=gaps.jsonl", "--trainer.default_root_dir=out/gaps"]
+    assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=2") == 0
+    assert said == ["predict prompts gaps.jsonl: 3 rows, 2 used, 1 dropped (1 no whole token as prompt): rows [2]"]
+    assert [row["id"] for row in predictions("out/gaps")] == [0, 2]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("completion", ["null", "5", '[{"role": "assistant", "content": "x"}]'])
+def test_a_completion_that_cannot_be_scored_is_named_with_its_line(completion, workdir, monkeypatch, capsys):
+    config = Path("configs/reward_model.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    good, bad = '{"prompt": "a", "completion": "b"}', f'{{"prompt": "a", "completion": {completion}}}'
+    Path("unscored.jsonl").write_text(f"{good}\n{bad}\n")
+    options = ["--model.policy=runs/reward_model/model", "--data.predict=unscored.jsonl"]
+    assert run("predict", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/unscored") == 2
+    assert "unscored.jsonl, line 2" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_weights_predict_nothing(workdir, monkeypatch, capsys):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    assert run("predict", "--config", config, *QUICK, "--trainer.default_root_dir=out/random") == 2
+    assert "from_scratch is true, so the weights are random" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_columns_that_predict_would_overwrite_are_refused_and_known_completions_kept(workdir, monkeypatch, capsys):
+    config = Path("configs/dpo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    options = ["--data.predict=columns.jsonl", "--trainer.default_root_dir=out/columns"]
+    options.append("--model.generation.max_new_tokens=2")
+    Path("columns.jsonl").write_text('{"prompt": "Hello", "completion": " you", "id": 3}\n')
+    assert run("predict", "--config", config, *QUICK, *options) == 0
+    [row] = predictions("out/columns")
+    assert set(row) == {"prompt", "completion", "finish_reason", "reference_completion", "id"}
+    assert row["reference_completion"] == " you"
+    Path("columns.jsonl").write_text('{"prompt": "Hello", "finish_reason": "x"}\n')
+    assert run("predict", "--config", config, *QUICK, *options) == 2
+    assert "predict writes ['finish_reason']" in capsys.readouterr().err

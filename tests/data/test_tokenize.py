@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
-from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.tokenize import (
     EMPTY,
@@ -267,18 +266,6 @@ def test_an_end_token_that_the_tokenizer_adds_is_no_part_of_a_prompt():
     assert EOS not in ids
     [(ids, mask, _)] = sft([{"prompt": "a", "completion": " b"}], tokenizer)
     assert ids.tolist().count(EOS) == 1 and mask.tolist() == [False, True, True]
-
-
-def test_stop_ids_are_the_end_token_the_end_of_turn_and_the_generation_config():
-    tokenizer = byte_tokenizer(CHATML)
-    eos, end_of_turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert stop_token_ids(tokenizer) == (eos, end_of_turn)
-    assert stop_token_ids(tokenizer, GenerationConfig(eos_token_id=[7, eos])) == (eos, end_of_turn, 7)
-    assert stop_token_ids(byte_tokenizer(), GenerationConfig(eos_token_id=9)) == (eos, 9)
-    bare = byte_tokenizer()
-    bare.eos_token = None
-    with pytest.raises(UserError, match="no response ends"):
-        stop_token_ids(bare)
 
 
 BYTES = byte_tokenizer()

@@ -1,0 +1,36 @@
+"""Small files of rows, and data modules set up as a Trainer of several ranks would."""
+
+import json
+from types import SimpleNamespace
+
+WORDS = "how so very yes no it is"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sft_file(tmp_path, n=20):
+    return write(tmp_path / "sft.jsonl", [{"prompt": "how", "completion": " very" * (i % 5 + 1)} for i in range(n)])
+
+
+def pair_file(tmp_path, n=20):
+    rows = [{"prompt": "how so", "chosen": " yes" * (i % 5 + 1), "rejected": " no", "margin": i} for i in range(n)]
+    return write(tmp_path / "pairs.jsonl", rows)
+
+
+def attach(module, stage="fit", rank=0, ranks=1, **options):
+    """Set up a data module as a Trainer of this many ranks would."""
+    defaults = {
+        "limit_train_batches": None,
+        "limit_val_batches": None,
+        "limit_test_batches": None,
+        "gradient_clip_val": None,
+    }
+    module.trainer = SimpleNamespace(
+        distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank},
+        **{**defaults, "overfit_batches": 0, "callbacks": [], "accumulate_grad_batches": 1, **options},
+    )
+    module.setup(stage)
+    return module

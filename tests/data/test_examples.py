@@ -1,0 +1,135 @@
+import multiprocessing
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from lit_rlhf.data import examples
+from lit_rlhf.data.batches import PreferenceBatch, SFTBatch
+from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, load_prompts
+from lit_rlhf.errors import UserError
+from tests.data.small_rows import WORDS, attach, pair_file, sft_file, write
+from tests.tiny_tokenizers import CHATML, word_tokenizer
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def test_demonstrations_become_packed_batches_with_masked_targets(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "how so", "completion": " yes"}, {"text": "it is"}])
+    module = SFTDataModule(source, None, batch_size=2, shuffle=False, tokenizer=word_tokenizer(WORDS))
+    [batch] = attach(module).train_dataloader()
+    assert isinstance(batch, SFTBatch)
+    # nodes: how " so" " yes" <eos> | it " is" <eos>; learnt: " yes" <eos> | " is" <eos>
+    tokens = module.tokenizer.convert_ids_to_tokens
+    assert tokens(batch.packed.input_ids.tolist()) == ["how", " so", " yes", "<eos>", "it", " is", "<eos>"]
+    assert tokens(batch.packed.target_ids.tolist()) == [" yes", "<eos>", " is", "<eos>"]
+    assert batch.packed.predictors.tolist() == [1, 2, 4, 5]
+    assert batch.packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.denominator.item() == 4
+
+
+def test_pairs_become_packed_batches_that_store_the_prompt_once(tmp_path):
+    module = PreferenceDataModule(pair_file(tmp_path), None, batch_size=20, tokenizer=word_tokenizer(WORDS))
+    [batch] = attach(module).train_dataloader()
+    assert isinstance(batch, PreferenceBatch)
+    assert batch.packed.num_sequences == 40
+    assert batch.margin.tolist() == batch.row_ids.tolist(), "row i has margin i"
+    assert batch.denominator.item() == 20
+    # prompt 2, chosen 1 to 5 and the end token, rejected 1 and the end token
+    assert len(batch.packed.input_ids) == 20 * (2 + 3 + 1 + 2)
+
+
+def test_tokens_come_from_the_cache_until_file_tokenizer_or_options_change(tmp_path, monkeypatch):
+    calls = []
+    tokenize_sft = examples.tokenize.tokenize_sft
+    monkeypatch.setitem(examples.FUNCTIONS, "sft", lambda *a, **k: calls.append(1) or tokenize_sft(*a, **k))
+    source, tokenizer = sft_file(tmp_path), word_tokenizer(WORDS)
+
+    def tokenized_anew(tokenizer=tokenizer, **options):
+        calls.clear()
+        attach(SFTDataModule(source, None, tokenizer=tokenizer, **options))
+        return bool(calls)
+
+    assert tokenized_anew()
+    tokenizer("a call leaves state behind", truncation=True, max_length=3)
+    assert not tokenized_anew()
+    assert tokenized_anew(max_length=5)
+    assert tokenized_anew(loss_on="all")
+    assert tokenized_anew(tokenizer=word_tokenizer(WORDS + " new"))
+    assert tokenized_anew(chat_template=CHATML)
+    write(tmp_path / "sft.jsonl", [{"prompt": "so", "completion": " yes"}])
+    assert tokenized_anew()
+
+
+def test_several_processes_tokenise_to_the_same_rows(tmp_path, monkeypatch):
+    source = sft_file(tmp_path)
+    one = attach(SFTDataModule(source, None, tokenizer=word_tokenizer(WORDS))).datasets["train"]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    two = attach(SFTDataModule(source, None, num_proc=2, tokenizer=word_tokenizer(WORDS))).datasets["train"]
+    assert one.table.with_format(None)[:] == two.table.with_format(None)[:]
+    assert not multiprocessing.active_children()
+
+
+def test_dropped_and_truncated_rows_are_counted_and_never_dealt(tmp_path):
+    rows = [{"prompt": "how", "chosen": " yes" * n, "rejected": " no"} for n in (1, 9, 2)]
+    source = write(tmp_path / "pairs.jsonl", [*rows, {"prompt": "how", "chosen": " no", "rejected": " no"}])
+    module = attach(PreferenceDataModule(source, None, max_length=6, tokenizer=word_tokenizer(WORDS)))
+    [report] = module.datasets["train"].reports
+    assert (report.rows, report.kept) == (4, 2)
+    assert report.dropped == {"too long": 1, "ties: chosen equals rejected": 1}
+    assert module.num_rows("train") == 2
+    [batch] = module.train_dataloader()
+    assert sorted(batch.row_ids.tolist()) == [0, 1] and len(batch.packed.input_ids) == (1 + 2 + 2) + (1 + 3 + 2)
+    cut = attach(SFTDataModule(sft_file(tmp_path), None, max_length=4, tokenizer=word_tokenizer(WORDS)))
+    assert cut.datasets["train"].reports[0].truncated == 12, "completions of 3, 4 and 5 words"
+
+
+def test_several_sources_are_mixed_by_weight(tmp_path):
+    few = write(tmp_path / "few.jsonl", [{"text": "how so"}] * 4)
+    many = write(tmp_path / "many.jsonl", [{"text": "it is yes"}] * 10)
+    module = attach(SFTDataModule({few: 3.0, many: 0.5}, None, batch_size=1, tokenizer=word_tokenizer(WORDS)))
+    lengths = [len(batch.packed.input_ids) for batch in module.train_dataloader()]
+    assert sorted(lengths) == [3] * 12 + [4] * 5
+    assert len(module.datasets["train"].reports) == 2
+
+
+def test_a_bad_row_reaches_the_user_as_one_message(tmp_path):
+    source = write(tmp_path / "bad.jsonl", [{"text": "how"}, {"txt": "so"}])
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: expected the columns"):
+        attach(SFTDataModule(source, None, tokenizer=word_tokenizer(WORDS)))
+
+
+@pytest.mark.parametrize("make", [SFTDataModule, PreferenceDataModule])
+def test_empty_data_are_an_error_that_says_what_was_expected(tmp_path, make):
+    source = write(tmp_path / "empty.jsonl", [])
+    with pytest.raises(UserError, match=r"empty\.jsonl: there are no rows; expected `"):
+        attach(make(source, None, tokenizer=word_tokenizer(WORDS)))
+    with pytest.raises(UserError, match="there are no rows; expected `prompt`"):
+        load_prompts(source, "train", word_tokenizer(WORDS))
+
+
+def test_no_row_left_is_an_error_with_the_reasons(tmp_path):
+    with pytest.raises(UserError, match=r"no row is left .* 20 dropped \(20 too long\)"):
+        attach(PreferenceDataModule(pair_file(tmp_path), None, max_length=3, tokenizer=word_tokenizer(WORDS)))
+    source = write(tmp_path / "long.jsonl", [{"prompt": "how so very", "completion": " yes"}] * 4)
+    with pytest.raises(UserError, match="4 whose prompt alone reaches max_length: shorten prompts or raise"):
+        attach(SFTDataModule(source, None, max_length=3, tokenizer=word_tokenizer(WORDS)))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data folder with real rows")
+def test_real_conversations_keep_most_rows_and_share_their_prompts():
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
+    template = "{% for m in messages %}{{ '\n\n' + m.role + ': ' + m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '\n\nassistant: ' }}{% endif %}"
+    source = str(SHARED / "preference" / "hh_helpful_test.jsonl.gz")
+    module = attach(PreferenceDataModule(source, None, max_length=512, chat_template=template, tokenizer=tokenizer))
+    [report] = module.datasets["train"].reports
+    assert report.rows == 1000 and report.kept > 850 and set(report.dropped) == {"too long"}
+    batch = next(iter(module.train_dataloader()))
+    lengths = [len(nodes) for nodes in batch.packed.layout.buckets]
+    assert lengths and len(batch.packed.input_ids) <= 4096
+    table = module.datasets["train"].table.with_format(None)
+    rows = [row for row in table.select(range(50)) if row["chosen_ids"]]
+    assert all(row["chosen_ids"][-1] == row["rejected_ids"][-1] == tokenizer.eos_token_id for row in rows)
+    assert all(tokenizer.decode(row["prompt_ids"]).endswith("assistant:") for row in rows), "the space joins the answer"

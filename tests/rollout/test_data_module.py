@@ -1,0 +1,36 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lit_rlhf import RolloutDataModule
+from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.data.modules import load_prompts
+from lit_rlhf.errors import UserError
+from lit_rlhf.rollout import data_module as rollouts
+from tests.stages import make_stage, make_trainer, write_inputs
+
+
+def test_the_prompts_of_rollouts_keep_their_numbers_on_whatever_rank_and_in_whatever_batch(tmp_path):
+    write_inputs(tmp_path)
+    _, data = make_stage("ppo", tmp_path)
+    data.num_slots = 1  # batches of at most four
+    data.prompts["predict"] = PromptBatch([np.array([i]) for i in range(10)], {}, np.arange(10))
+    batches = []
+    for rank in (0, 1):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        batches += data.predict_dataloader()
+    assert len(batches) == 4
+    assert [batch.numbers.tolist() for batch in batches] == [np.concatenate(b.prompt_ids).tolist() for b in batches]
+
+
+def test_the_prompts_of_rollouts_are_tokenised_by_as_many_processes_as_asked(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rollouts, "load_prompts", lambda *a, num_proc: asked.append(num_proc) or load_prompts(*a))
+    write_inputs(tmp_path)
+    module, data = make_stage("ppo", tmp_path)
+    data.num_proc = 2
+    make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
+    assert asked == [2]  # once, by `prepare_data`
+    with pytest.raises(UserError, match=r"num_proc \(0\)"):
+        RolloutDataModule(data.reward, "prompts.jsonl", None, num_proc=0)

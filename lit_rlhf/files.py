@@ -1,30 +1,141 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there, whatever ends the process that writes them.
 
+What is under way lies aside, as `.<name>.lit_rlhf-new` in the same folder, so that no part of it travels through the
+system's temporary folder; it is on the disk before it gets its name. What a killed writer left there goes with the next
+write into that folder.
+"""
+
+import fcntl
 import json
+import os
+import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lit_rlhf.errors import UserError
 
+NEW, OLD = ".lit_rlhf-new", ".lit_rlhf-old"
+SECONDS_TO_DOUBT = 3600.0  # a write without progress for so long is dead, where the file system has no locks to tell by
+
 
 @contextmanager
 def replacing(target: Path, shared: bool = False) -> Iterator[Path]:
-    """Where to write a file that takes the place of `target` once it is whole; an error leaves what was there.
+    """Where to write a file or a folder that takes the place of `target` once it is whole.
 
     Args:
-        target: the file; its folder is made.
-        shared: several processes may write it at the same time. Else what a killed one left is written over.
+        target: the file or folder; its parent is made.
+        shared: several processes may write it at the same time.
+
+    Raises:
+        OSError: the disk is full or may not be written to; names the target, of which nothing new is there.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}{f'.{uuid.uuid4().hex}' if shared else ''}.new")
+    aside = aside_of(target, f".{uuid.uuid4().hex}{NEW}" if shared else NEW)
     try:
-        yield aside
+        with writing_into(target.parent):
+            try:
+                yield aside
+                sync(aside)
+                _move(aside, target)
+                _sync_one(target.parent)
+            finally:
+                remove(aside)
+    except OSError as error:
+        if error.filename is None or NEW in os.fspath(error.filename):
+            error.filename = os.fspath(target)
+        raise
+
+
+def aside_of(target: Path, suffix: str) -> Path:
+    """Where `target` lies while it is written (NEW), or while it makes place for another (OLD)."""
+    return target.with_name(f".{target.name}{suffix}")
+
+
+def heal(target: Path) -> None:
+    """Finish what a kill in the midst of `replacing` a folder left undone: the new one was whole by then."""
+    if not target.name:
+        return
+    new, old = aside_of(target, NEW), aside_of(target, OLD)
+    if old.exists() and not target.exists():
+        with suppress(FileNotFoundError):  # another process was faster
+            (new if new.exists() else old).rename(target)
+
+
+def _move(aside: Path, target: Path) -> None:
+    """Give a new file its name in one step; a folder in two, between which `heal` would be needed."""
+    if not (aside.is_dir() and target.is_dir()):
         aside.replace(target)
+        return
+    old = aside_of(target, OLD)
+    remove(old)
+    target.rename(old)
+    try:
+        aside.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    remove(old)
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Make a folder, clear it of what dead writers left in it, and keep others from taking this one for dead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
+    with _opened(folder) as handle:
+        with suppress(OSError):  # network file systems know no locks on folders
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+
+
+def clear(folder: Path) -> None:
+    """Remove from a folder what dead writers left in it; another folder that lost its name to them gets it back."""
+    with _opened(folder) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before = float("inf")
+        except BlockingIOError:  # somebody is writing into it
+            return
+        except OSError:
+            before = time.time() - SECONDS_TO_DOUBT
+        for old in folder.glob(f".*{OLD}"):
+            heal(old.with_name(old.name.removeprefix(".").removesuffix(OLD)))
+        for path in [*folder.glob(f".*{NEW}"), *folder.glob(f".*{OLD}")]:
+            with suppress(OSError):  # gone meanwhile, or somebody else's
+                if max(file.stat().st_mtime for file in (path, *path.rglob("*"))) < before:
+                    remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder that may be there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or a folder with all that is in it: a name that outlives a crash of the machine."""
+    for inside in path.rglob("*") if path.is_dir() else ():
+        _sync_one(inside)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    with _opened(path) as handle:
+        os.fsync(handle)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
     finally:
-        aside.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def make_folder(folder: Path, option: str) -> None:

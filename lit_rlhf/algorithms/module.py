@@ -184,7 +184,9 @@ class AlignmentModule(LightningModule):
                 f"ckpt_path: the checkpoint is of {theirs}, this run is of {mine}; resume the same config, or start "
                 f"{mine} from the model that {theirs} exported, by model.policy"
             )
-        require_same_shapes(checkpoint.get("state_dict", {}), self.state_dict())
+        weights = checkpoint.get("state_dict", {})  # none where each rank reads its own shard
+        require_same_shapes(weights, self.state_dict())
+        require_finite(weights)
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self.untrained = None
 
@@ -276,4 +278,14 @@ def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any]) -> No
         raise UserError(
             f"ckpt_path: the checkpoint is of another model, {len(differing)} tensors differ, like {differing[0]}; "
             "resume with the model settings of the run"
+        )
+
+
+def require_finite(weights: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint of a run that had broken down, or whose file is damaged."""
+    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise UserError(
+            f"ckpt_path: {len(broken)} of {len(weights)} tensors of the checkpoint hold NaN or infinity, like "
+            f"{broken[0]}; take an older one"
         )

@@ -106,7 +106,9 @@ class RewardModel(AlignmentModule):
         if self.normalize is None:
             return
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # not yet, where a checkpoint left nothing to train
-        batches: Any = self.trainer.val_dataloaders or self.trainer.train_dataloader
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        # All training rows: the Trainer's loader stands where the run does, perhaps at the end of its epoch.
+        batches: Any = self.trainer.val_dataloaders or data.rows_dataloader("train")
         scores = []
         with gathered(self.reward_model), self.trainer.precision_plugin.forward_context():
             for batch in batches:

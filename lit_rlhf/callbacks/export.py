@@ -1,6 +1,5 @@
 """The artefact of a run: a Hugging Face folder, whole or not there."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import heal, replacing
 
 
 class HuggingFaceExport(Callback):
@@ -27,7 +27,9 @@ class HuggingFaceExport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the folder before an hour of training."""
         if stage == "fit" and self.folder is not None and trainer.is_global_zero:
-            require_replaceable(Path(trainer.default_root_dir) / self.folder)
+            target = Path(trainer.default_root_dir) / self.folder
+            heal(target)
+            require_replaceable(target)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on rank 0, also where a checkpoint left nothing to train; all ranks join to collect the weights."""
@@ -67,21 +69,10 @@ def export(module: AlignmentModule, weights: dict[str, torch.Tensor], target: Pa
             behind, an older export stays.
     """
     require_replaceable(target)
-    aside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        module.exportable().save_pretrained(aside, state_dict=weights)
-        module.tokenizer.save_pretrained(aside)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        if isinstance(error, OSError | SafetensorError):  # as a full disk is reported
-            raise UserError(f"the export to {target} failed and left nothing new there: {error}") from error
-        raise
+        with replacing(target) as aside:
+            aside.mkdir()
+            module.exportable().save_pretrained(aside, state_dict=weights)
+            module.tokenizer.save_pretrained(aside)
+    except (OSError, SafetensorError) as error:  # as a full disk is reported
+        raise UserError(f"the export to {target} failed and left nothing new there: {error}") from error

@@ -17,12 +17,13 @@ from lit_rlhf.files import write_json
 class RunSummary(Callback):
     """Write summary.json into the run's folder when `fit` ends: time, peak memory, models held, last metrics.
 
-    Nothing is written where nothing was trained, nor after `fast_dev_run`. The time of a resumed run is that of all its
-    parts, up to the checkpoints.
+    A summary stays where nothing more was trained; `fast_dev_run` writes none. Time and metrics of a resumed run are
+    those of all its parts, up to the checkpoints.
     """
 
     def __init__(self) -> None:
         self.seconds_before = 0.0  # of the parts before a resume
+        self.metrics_before: dict[str, float] = {}
         self.since = time.perf_counter()
         self.trained = False
 
@@ -31,34 +32,45 @@ class RunSummary(Callback):
         self.since = time.perf_counter()
         self.trained = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """There is something to train."""
         self.trained = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """The time so far."""
-        return {"seconds": self.seconds_before + time.perf_counter() - self.since}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Time and metrics so far."""
+        checkpoint["summary"] = {"seconds": self.seconds(), "metrics": self.metrics(trainer)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the time of a checkpoint."""
-        self.seconds_before = state_dict["seconds"]
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on from those of a checkpoint."""
+        state = checkpoint.get("summary", {"seconds": 0.0, "metrics": {}})  # none of a run without this callback
+        self.seconds_before, self.metrics_before = state["seconds"], state["metrics"]
+
+    def seconds(self) -> float:
+        """Time of all parts."""
+        return self.seconds_before + time.perf_counter() - self.since
+
+    def metrics(self, trainer: Trainer) -> dict[str, float]:
+        """Last value of each metric of all parts."""
+        return self.metrics_before | {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary."""
-        if not trainer.is_global_zero or not self.trained or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        file = Path(trainer.default_root_dir) / "summary.json"
+        told = file.exists() and not self.trained
+        if not trainer.is_global_zero or told or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, AlignmentModule)
         data: Any = getattr(trainer, "datamodule", None)
         rewards = [data.reward, *data.monitors.values()] if hasattr(data, "monitors") else []
         reward_networks = [network for reward in rewards for network in reward.networks()]
         summary = {
-            "seconds": self.state_dict()["seconds"],
+            "seconds": self.seconds(),
             "peak_memory_mb": peak_memory_mb(pl_module.device),
             "models_in_memory": len(list(pl_module.networks())) + len(reward_networks),
             "steps": trainer.global_step,
-            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "metrics": self.metrics(trainer),
         }
-        write_json(summary, Path(trainer.default_root_dir) / "summary.json")
+        write_json(summary, file)
 
 
 def peak_memory_mb(device: torch.device) -> float:

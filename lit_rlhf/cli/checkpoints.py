@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import replacing
+from lit_rlhf.files import clear, replacing
+
+KEYS = {"state_dict": dict, "loops": dict, "pytorch-lightning_version": str}  # every checkpoint of the Trainer's
+SHARDED = (".metadata", "meta.pt")  # what a folder of sharded weights gets last, from torch and from Lightning
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's single-file checkpoints, written aside and renamed: a full disk leaves no truncated one."""
+    """Lightning's single-file checkpoints, written straight to the disk aside of their place and then renamed.
+
+    Lightning's own hold all of it in memory a second time, and then in the system's temporary folder.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a file; a remote address is left to Lightning.
@@ -24,8 +31,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        with replacing(Path(path)) as aside:
-            super().save_checkpoint(checkpoint, aside, storage_options)
+        target = Path(path)
+        for earlier in target.parent.parent.parent.glob("version_*/checkpoints"):  # of runs that may have been killed
+            clear(earlier)
+        with replacing(target) as aside, aside.open("wb") as stream:
+            try:
+                torch.save(checkpoint, stream)
+            except RuntimeError as error:  # torch says where its archive ended, not why
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def choose_checkpoint(name: str, root: Path, training: bool) -> str:
@@ -53,20 +66,27 @@ def choose_checkpoint(name: str, root: Path, training: bool) -> str:
 
 
 def newest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint that was written last under a run's folder, if any."""
-    found = [path for path in root.rglob("*.ckpt") if not path.name.startswith(".")]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    """The whole checkpoint that was written last under a run's folder, if any."""
+    found = [path for path in root.rglob("*.ckpt") if not path.name.startswith(".") and path.exists()]
+    whole = [path for path in found if not path.is_dir() or is_sharded(path)]
+    return max(whole, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of sharded weights that was written to its end."""
+    return all((folder / name).is_file() for name in SHARDED)
 
 
 def require_checkpoint(path: Path, training: bool = False) -> None:
-    """Refuse, before models and data are read, what the Trainer could not go on from; tensors are not read.
+    """Refuse, before models and data are read, what the Trainer could not go on from.
 
     Args:
-        path: one of torch's archives, or a folder of sharded weights, which is taken as it is.
+        path: one of torch's archives, or a folder of sharded weights, whose content is not looked at.
         training: whether training is to go on, which takes more than weights.
 
     Raises:
-        UserError: nothing is there, or an exported model, weights alone, or a damaged file.
+        UserError: nothing is there, or an exported model, weights alone, or a damaged file: its parts are held against
+            the sums that the archive has of them.
     """
     not_ours = (
         f"ckpt_path: {path.absolute()} is no checkpoint of the Trainer's, such as a run keeps under its "
@@ -75,18 +95,20 @@ def require_checkpoint(path: Path, training: bool = False) -> None:
     if not path.exists():
         raise UserError(f"ckpt_path: there is no checkpoint {path.absolute()}")
     if path.is_dir():
-        if (path / "config.json").exists():
-            raise UserError(not_ours)
+        if not is_sharded(path):
+            raise UserError(f"{not_ours}. Or it was cut short: then take an older one")
         return
     if not zipfile.is_zipfile(path):
         raise UserError(f"{not_ours}. Or it was cut short: then take an older one")
+    damaged = f"ckpt_path: {path.absolute()} is damaged, or holds more than tensors and plain values; take an older one"
+    checks = getattr(rank_zero_only, "rank", 0) == 0  # the sums take reading all of it; one rank is enough
     try:
+        if checks and zipfile.ZipFile(path).testzip() is not None:
+            raise UserError(damaged)
         checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="meta")
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:  # as torch reports a damaged archive
-        raise UserError(
-            f"ckpt_path: {path.absolute()} is damaged, or holds more than tensors and plain values; take an older one"
-        ) from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "loops"} <= checkpoint.keys():
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:  # as torch and Python report
+        raise UserError(damaged) from error
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(key), kind) for key, kind in KEYS.items()):
         raise UserError(not_ours)
     if training and "optimizer_states" not in checkpoint:
         raise UserError(

@@ -6,6 +6,7 @@ LightningCLI with no class given: the YAML names model and data by `class_path`,
 import errno
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from typing import Any, ClassVar
 from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.algorithms.module import AlignmentModule
@@ -27,7 +28,7 @@ from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint, newest_checkpoint
 from lit_rlhf.cli.parser import Parser, did_you_mean
 from lit_rlhf.errors import UserError, require
-from lit_rlhf.files import make_folder
+from lit_rlhf.files import make_folder, write_lines
 from token_mdp import RewardError
 
 COMPARE = "compare"  # the one command that is no LightningCLI run
@@ -37,6 +38,22 @@ DESCRIPTION = (
     "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side."
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class WholeConfig(SaveConfigCallback):
+    """The run's config.yaml, whole or not there."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it into the folder of the logs.
+
+        Raises:
+            OSError: the disk is full or may not be written to; names the file.
+        """
+        log_dir = trainer.log_dir  # asked on all ranks, which it makes agree
+        if trainer.is_global_zero and not self.already_saved:
+            assert log_dir is not None
+            write_lines([self.parser.dump(self.config, skip_none=False)], Path(log_dir) / self.config_filename)
+        self.already_saved = True
 
 
 class AlignmentCLI(LightningCLI):
@@ -158,9 +175,18 @@ def users_mistake(error: BaseException | None) -> BaseException | None:
         if isinstance(error, UserError | RewardError | MisconfigurationException):
             return error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            return error
+            return UserError(disk_error(error))
         error = error.__cause__
     return None
+
+
+def disk_error(error: OSError) -> str:
+    """What a disk would not do, and to which file; to those of which run, where a library leaves the file out."""
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    root = AlignmentCLI.root or Path.cwd()
+    free = shutil.disk_usage(root).free / 2**20
+    return f"{error.strerror}, while files of {root.absolute()} were written; {free:.0f} MB are free there"
 
 
 def run(argv: list[str] | None) -> Any:
@@ -173,7 +199,7 @@ def run(argv: list[str] | None) -> Any:
         subclass_mode_data=True,
         seed_everything_default=0,
         auto_configure_optimizers=False,  # the modules configure their own
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=WholeConfig,
         parser_kwargs={"prog": "lit-rlhf", "description": DESCRIPTION},
         args=argv,
     )

@@ -24,6 +24,7 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.errors import UserError, looks_like_a_path
+from lit_rlhf.files import heal
 from lit_rlhf.models.policy import Policy, Scorer, backbone, context_length
 from lit_rlhf.models.probe import choose_attention, disable_dropout
 
@@ -272,6 +273,7 @@ def _resolve(name: str | Path) -> str:
     if str(name) == "demo":
         return str(DEMO_MODEL)
     path = Path(name).expanduser()
+    heal(path)  # an export that was killed between two names
     if not path.exists() and looks_like_a_path(str(name)):
         raise UserError(f"{name}: no model could be loaded there: there is no folder {path.absolute()}")
     return str(path) if path.exists() else str(name)

@@ -82,6 +82,16 @@ def test_the_checkpoint_of_another_model_is_refused_with_a_tensor_that_differs(i
         fit("sft", tmp_path / "other", tmp_path / "again", ckpt_path=tmp_path / "sft.ckpt")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_the_checkpoint_of_a_run_that_broke_down_is_refused_with_a_tensor_that_did(inputs, tmp_path, value):
+    module, trainer = fit("sft", inputs, tmp_path / "sft")
+    with torch.no_grad():
+        module.policy.model.model.norm.weight[3] = value
+    trainer.save_checkpoint(tmp_path / "broken.ckpt")
+    with pytest.raises(UserError, match=r"1 of \d+ tensors .* NaN or infinity, like policy.model.model.norm.weight"):
+        fit("sft", inputs, tmp_path / "again", ckpt_path=tmp_path / "broken.ckpt")
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using")
 def test_an_iteration_under_way_is_not_gone_on_with_by_another_plan(inputs, tmp_path):
     fit("ppo", inputs, tmp_path / "whole")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_rlhf import UserError
 from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
-from tests.stages import make_stage, make_trainer
+from tests.stages import STAGES, make_stage, make_trainer
 
 
 def fit(inputs, folder, stage="sft", export="model", ckpt_path=None, **options):
@@ -60,19 +60,33 @@ def test_a_trial_of_one_batch_leaves_export_and_summary_of_the_real_run(inputs, 
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("stage", ["sft", "reward_model"])
-def test_a_finished_run_is_exported_again_from_its_checkpoint(inputs, tmp_path, stage):
-    fit(inputs, tmp_path, stage)
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [*((stage, {"limit_val_batches": 0}) for stage in STAGES), ("reward_model", {"max_epochs": -1, "max_steps": 2})],
+)
+def test_a_finished_run_is_exported_again_from_its_checkpoint(inputs, tmp_path, stage, options):
+    fit(inputs, tmp_path, stage, **options)
     before = weights(tmp_path), json.loads((tmp_path / "model" / "config.json").read_text())
     summary = (tmp_path / "summary.json").read_text()
     (tmp_path / "model").rename(tmp_path / "elsewhere")
-    fit(inputs, tmp_path, stage, ckpt_path=tmp_path / "end.ckpt")
+    fit(inputs, tmp_path, stage, ckpt_path=tmp_path / "end.ckpt", **options)
     after = json.loads((tmp_path / "model" / "config.json").read_text())
     assert weights(tmp_path) == before[0]
-    assert after.get("score_bias") == pytest.approx(before[1].get("score_bias"))
+    assert after.get("score_bias") == before[1].get("score_bias")
     assert (tmp_path / "summary.json").read_text() == summary, "nothing was trained, so nothing is to tell"
     if stage == "sft":
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_killed_before_its_summary_has_it_written_when_it_goes_on(inputs, tmp_path):
+    fit(inputs, tmp_path)
+    before = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").unlink()
+    fit(inputs, tmp_path, ckpt_path=tmp_path / "end.ckpt")
+    after = json.loads((tmp_path / "summary.json").read_text())
+    assert (after["metrics"], after["steps"]) == (before["metrics"], before["steps"])
+    assert "val/loss" in after["metrics"]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")

@@ -2,34 +2,49 @@
 
 import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_rlhf import UserError
-from lit_rlhf.cli.checkpoints import WholeCheckpointIO, require_checkpoint
+from lit_rlhf.cli.checkpoints import WholeCheckpointIO, newest_checkpoint, require_checkpoint
+from lit_rlhf.files import NEW
 from tests.cli.command_line import QUICK, run
 
-CHECKPOINT = {"state_dict": {"weight": torch.ones(1000)}, "loops": {}}
+CHECKPOINT = {"state_dict": {"weight": torch.ones(1000)}, "loops": {}, "pytorch-lightning_version": "2.6.6"}
 
 
-def test_a_disk_that_fills_up_leaves_the_older_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is full for certain")
+def test_a_disk_that_fills_up_is_named_and_leaves_the_older_checkpoint_and_nothing_else(tmp_path, monkeypatch):
     file = tmp_path / "last.ckpt"
     io = WholeCheckpointIO()
     io.save_checkpoint(CHECKPOINT, file)
     before = file.read_bytes()
-
-    def half(self, checkpoint, path, storage_options=None):
-        path.write_bytes(before[: len(before) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", half)
-    with pytest.raises(OSError, match="No space left"):
-        io.save_checkpoint(CHECKPOINT, file)
+    real = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, mode: real(Path("/dev/full"), mode))
+        with pytest.raises(OSError, match="No space left on device") as told:
+            io.save_checkpoint(CHECKPOINT, file)
+    assert (told.value.errno, told.value.filename) == (errno.ENOSPC, str(file))
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert file.read_bytes() == before
+
+
+def test_no_part_of_a_checkpoint_travels_through_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "a.ckpt")
+    require_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_what_a_killed_run_left_beside_its_checkpoints_goes_with_the_next_run_s(tmp_path):
+    folders = [tmp_path / "lightning_logs" / f"version_{i}" / "checkpoints" for i in range(2)]
+    folders[0].mkdir(parents=True)
+    (folders[0] / f".step=1.ckpt{NEW}").write_text("half")
+    WholeCheckpointIO().save_checkpoint(CHECKPOINT, folders[1] / "step=1.ckpt")
+    assert [path.name for path in tmp_path.rglob("*.ckpt*")] == ["step=1.ckpt"]
 
 
 def test_a_whole_checkpoint_and_a_folder_of_shards_are_taken(tmp_path):
@@ -37,8 +52,26 @@ def test_a_whole_checkpoint_and_a_folder_of_shards_are_taken(tmp_path):
     require_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="holds weights alone"):
         require_checkpoint(tmp_path / "a.ckpt", training=True)
-    (tmp_path / "sharded").mkdir()
+    make_sharded(tmp_path / "sharded")
     require_checkpoint(tmp_path / "sharded")
+
+
+def make_sharded(folder):
+    folder.mkdir()
+    for name in (".metadata", "meta.pt", "__0_0.distcp"):
+        (folder / name).write_text("")
+
+
+def test_the_newest_checkpoint_is_one_that_was_written_to_its_end(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    make_sharded(tmp_path / "whole.ckpt")
+    make_sharded(tmp_path / "half.ckpt")
+    (tmp_path / "half.ckpt" / "meta.pt").unlink()
+    (tmp_path / f".aside.ckpt{NEW}").write_text("")
+    (tmp_path / "dangling.ckpt").symlink_to(tmp_path / "gone.ckpt")
+    assert newest_checkpoint(tmp_path) == tmp_path / "whole.ckpt"
+    with pytest.raises(UserError, match=r"half.ckpt is no checkpoint of the Trainer's.*cut short"):
+        require_checkpoint(tmp_path / "half.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -46,9 +79,11 @@ def test_a_whole_checkpoint_and_a_folder_of_shards_are_taken(tmp_path):
     [
         (lambda content: content[: len(content) // 2], "is no checkpoint of the Trainer's.*cut short"),
         (lambda content: content[:100] + bytes(400) + content[500:], "is damaged, or holds more"),
+        (lambda content: content.replace(b"\0\0\x80?" * 9, b"\0\0\x80?" * 8 + b"\0\0\x80\x3e", 1), "is damaged, or"),
+        (lambda content: content.replace(b"weight", b"WEIGHT", 1), "is damaged, or"),
         (lambda content: b"{}", "is no checkpoint of the Trainer's"),
     ],
-    ids=["cut short", "overwritten", "another file"],
+    ids=["cut short", "overwritten", "one bit of a weight", "a name", "another file"],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, words):
     torch.save(CHECKPOINT, tmp_path / "whole.ckpt")
@@ -57,11 +92,27 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, words):
         require_checkpoint(tmp_path / "bad.ckpt")
 
 
-def test_weights_alone_and_an_exported_model_are_no_checkpoint(tmp_path):
-    torch.save(CHECKPOINT["state_dict"], tmp_path / "weights.pt")
-    (tmp_path / "model").mkdir()
+OTHERS = {  # what torch reads, and is no checkpoint
+    "weights": CHECKPOINT["state_dict"],
+    "without a version": {key: CHECKPOINT[key] for key in ("state_dict", "loops")},
+    "loops that are none": CHECKPOINT | {"loops": [1]},
+    "a version that is none": CHECKPOINT | {"pytorch-lightning_version": None},
+    "a list": [CHECKPOINT],
+}
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, name):
+    torch.save(OTHERS[name], tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other.pt is no checkpoint of the Trainer's"):
+        require_checkpoint(tmp_path / "other.pt")
+
+
+def test_an_exported_model_and_an_empty_folder_are_no_checkpoint(tmp_path):
+    for name in ("model", "empty"):
+        (tmp_path / name).mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    for name in ("weights.pt", "model"):
+    for name in ("model", "empty"):
         with pytest.raises(UserError, match=f"{name} is no checkpoint of the Trainer's"):
             require_checkpoint(tmp_path / name)
 

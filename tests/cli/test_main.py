@@ -61,7 +61,7 @@ def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback():
     full = OSError(errno.ENOSPC, "No space left on device", "runs/sft/last.ckpt")
     wrapped = RuntimeError("while saving")
     wrapped.__cause__ = full
-    assert users_mistake(wrapped) is full
+    assert str(users_mistake(wrapped)) == "runs/sft/last.ckpt: No space left on device"
     assert users_mistake(RuntimeError("a mistake of ours")) is None
 
 
@@ -69,3 +69,10 @@ def test_the_module_is_the_command_line():
     done = subprocess.run([sys.executable, "-m", "lit_rlhf", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "fit" in done.stdout
+
+
+def test_a_full_disk_that_a_library_does_not_name_is_told_with_the_folder_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(AlignmentCLI, "root", tmp_path)
+    told = str(users_mistake(OSError(errno.ENOSPC, "No space left on device")))
+    assert told.startswith(f"No space left on device, while files of {tmp_path} were written; ")
+    assert told.endswith(" MB are free there")

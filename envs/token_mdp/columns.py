@@ -33,7 +33,7 @@ def checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> d
     for name, values in columns.items():
         if not isinstance(name, str):
             raise ValueError(f"columns[{name!r}]: the name must be a string; rewards get columns by keyword")
-        if name in ("prompts", "responses"):
+        if name in ("prompts", "responses", "self"):
             raise ValueError(f"columns[{name!r}] would hide the argument {name!r} of the reward function; rename it")
         if not hasattr(values, "__len__") or isinstance(values, str | Set | Mapping):
             raise ValueError(f"columns[{name!r}] ({values!r:.80}) must be a sequence with one value per prompt")
@@ -42,3 +42,12 @@ def checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> d
         if len(rows[name]) != num_prompts:
             raise ValueError(f"columns[{name!r}] has {len(rows[name])} rows, but there are {num_prompts} prompts")
     return rows
+
+
+def fresh(value: Any) -> Any:
+    """A value with its lists and dicts copied, all the way down: a reward function may write into what it gets."""
+    if type(value) is list:
+        return [fresh(element) for element in value]
+    if type(value) is dict:
+        return {key: fresh(element) for key, element in value.items()}
+    return value

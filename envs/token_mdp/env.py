@@ -87,6 +87,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     tokenizer: anything with `decode(ids)`; for `render` and `reward_on="text"` (then also `skip_special_tokens`).
     reward_on: "tokens", or "text" to hand decoded strings, without special tokens, to all reward functions.
     observation: "dict" or "flat".
+    abstain: True lets `reward_fn` return None for a response of which it has nothing to say: nothing is added to the
+        reward, and the component is NaN in info.
     render_mode: "ansi": `render()` returns the episode as text; "human": the text streams to stdout; "rgb_array":
         `render()` draws it, (H, W, 3) uint8, by Pillow.
     prompt_queue: a `PromptQueue` that several envs share; the first that is reset with a seed shuffles for all.
@@ -117,6 +119,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         tokenizer: Any = None,
         reward_on: Literal["tokens", "text"] = "tokens",
         observation: Literal["dict", "flat"] = "dict",
+        abstain: bool = False,
         render_mode: str | None = None,
         prompt_queue: PromptQueue | None = None,
     ) -> None:
@@ -137,6 +140,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             tokenizer=tokenizer,
             reward_on=reward_on,
             observation=observation,
+            abstain=abstain,
         )
         check_flag("shuffle", shuffle)
         check_render_mode(render_mode, self.metadata["render_modes"])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import gymnasium.error
 import numpy as np
 
+from token_mdp.answers import as_numbers, told
 from token_mdp.episodes import FloatArray, IntArray
 
 STEPS_AND_END = "the sum of the last step's reward and reward_fn has"  # what two envs say alike
@@ -18,7 +19,19 @@ RewardSpec = RewardFn | Mapping[str, Any] | Sequence[Any]
 
 
 class RewardError(gymnasium.error.Error, ValueError):
-    """A reward function raised, or returned something that is not one finite number per episode."""
+    """A reward function failed, or returned something that is not one finite number per episode.
+
+    Attributes:
+        role: the function, as `reward_fn['style']`.
+        problem: what it did, without the prompts.
+        prompt_indices: of the prompts at fault; of all that it was asked about where that cannot be told.
+    """
+
+    def __init__(self, message: str, role: str = "", problem: str = "", prompt_indices: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.role = role
+        self.problem = problem
+        self.prompt_indices = list(prompt_indices)
 
 
 class Shared:
@@ -109,36 +122,58 @@ def as_components(reward_fn: RewardSpec) -> list[Component]:
 
 
 def call_batched(
-    role: str, fn: RewardFn, prompt_indices: Sequence[int], arguments: tuple[Any, ...], columns: Mapping[str, Any]
+    role: str,
+    fn: RewardFn,
+    prompt_indices: Sequence[int],
+    arguments: tuple[Any, ...],
+    columns: Mapping[str, Any],
+    abstain: bool = False,
 ) -> FloatArray:
     """fn(prompts, responses, **columns) as (n,) float64.
 
+    Args:
+        role: what errors call the function.
+        fn: the function.
+        prompt_indices: (n,) prompts, for errors.
+        arguments: prompts and responses.
+        columns: per name n values.
+        abstain: whether it may return None, which becomes NaN, for some of them.
+
     Raises:
-        RewardError: `fn` raised, or returned None, another shape, or a number that is not finite; the message names
-            `role` and the prompt indices.
+        RewardError: `fn` raised or left the program, or returned None, another shape, or what is no finite real number.
     """
     indices = [int(index) for index in prompt_indices]
     try:
         returned = fn(*arguments, **columns)
-    except Exception as error:
-        raise RewardError(f"{role} raised {type(error).__name__}: {error} ({name_prompts(indices)})") from error
-    values = _as_array(returned)
-    if values is None or values.shape != (len(indices),):
-        got = "None" if returned is None else _describe(returned, values)
-        raise RewardError(
-            f"{role} must return one number per response, shape ({len(indices)},), got {got} ({name_prompts(indices)})"
-        )
-    check_finite(f"{role} returned", values, indices)
+    except (Exception, SystemExit) as error:
+        raise failed(role, f"raised {told(error)}", indices) from error
+    try:
+        values, answered = as_numbers(returned, len(indices), abstain)
+    except ValueError as error:
+        problem = f"must return one number per response, shape ({len(indices)},), got {error}"
+        raise failed(role, problem, indices) from error
+    check_finite(f"{role} returned", values[answered], np.array(indices, dtype=np.int64)[answered])
     return values
 
 
-def check_finite(role: str, values: FloatArray, prompt_indices: Sequence[int] | IntArray) -> None:
-    """Refuse infinite and missing rewards, (n,), of these n prompts; `role` says in words where they come from."""
+def failed(role: str, problem: str, prompt_indices: list[int]) -> RewardError:
+    """The error of a function that failed at these prompts."""
+    return RewardError(f"{role} {problem} ({name_prompts(prompt_indices)})", role, problem, prompt_indices)
+
+
+def check_finite(said: str, values: FloatArray, prompt_indices: Sequence[int] | IntArray) -> None:
+    """Refuse infinite and missing rewards, (n,), of these n prompts; `said` is where they come from, and a verb."""
     finite = np.isfinite(values)
     if not finite.all():
-        wrong = zip(np.asarray(prompt_indices)[~finite].tolist(), values[~finite].tolist(), strict=True)
+        indices, wrong = np.asarray(prompt_indices)[~finite].tolist(), values[~finite].tolist()
+        role, _, verb = said.rpartition(" ")
+        examples = ", ".join(f"{value}" for value in dict.fromkeys(map(str, wrong[:5])))
         raise RewardError(
-            f"{role} {(~finite).sum()} values that are not finite, by prompt index: {dict(islice(wrong, 5))}"
+            f"{said} {len(wrong)} values that are not finite, by prompt index: "
+            f"{dict(islice(zip(indices, wrong, strict=True), 5))}",
+            role,
+            f"{verb} values that are not finite: {examples}",
+            indices,
         )
 
 
@@ -164,30 +199,3 @@ def _with_weight(entry: Any) -> tuple[Any, Any]:
     if isinstance(entry, tuple | list) and len(entry) == 2:
         return entry[0], entry[1]
     return entry, 1.0
-
-
-def without_torch(returned: Any) -> Any:
-    """A torch tensor, perhaps bfloat16, on a GPU or with a gradient, as an array; anything else as it is."""
-    if not hasattr(returned, "detach"):  # torch itself is not imported
-        return returned
-    tensor = returned.detach().cpu()
-    try:
-        return tensor.numpy()
-    except TypeError:  # NumPy knows no bfloat16
-        return tensor.float().numpy()
-
-
-def _as_array(returned: Any) -> FloatArray | None:
-    returned = without_torch(returned)
-    try:
-        # A list of one-element tensors also ends up here, and one with None in it, which float64 would call NaN.
-        given = np.asarray(returned)
-        if given.dtype.kind not in "biufO" or (given.dtype.kind == "O" and any(value is None for value in given.flat)):
-            return None
-        return np.array(returned, dtype=np.float64)  # a copy keeps the caller's buffer apart from ours
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _describe(returned: Any, values: FloatArray | None) -> str:
-    return f"{returned!r:.80}" if values is None else f"shape {values.shape}"

@@ -9,20 +9,20 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from token_mdp.checks import as_array, check_choice, check_count, check_function, check_room, check_share
-from token_mdp.columns import checked_columns, columns_for
+from token_mdp.answers import told, without_torch
+from token_mdp.checks import as_array, check_choice, check_count, check_flag, check_function, check_room, check_share
+from token_mdp.columns import checked_columns, columns_for, fresh
 from token_mdp.episodes import FinishReason, FloatArray, IntArray
 from token_mdp.prompts import PromptStore
 from token_mdp.rewards import (
-    RewardError,
     RewardFn,
     RewardSpec,
     as_components,
     call_batched,
     check_finite,
+    failed,
     finite_sum,
     name_prompts,
-    without_torch,
 )
 from token_mdp.spaces import observation_space
 
@@ -60,12 +60,14 @@ class TokenTask:
         tokenizer: Any = None,
         reward_on: Literal["tokens", "text"] = "tokens",
         observation: Literal["dict", "flat"] = "dict",
+        abstain: bool = False,
     ) -> None:
         vocab_size = check_count("vocab_size", vocab_size)
         max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         check_choice("limit", limit, ("terminate", "truncate"))
         check_choice("reward_on", reward_on, ("tokens", "text"))
         check_choice("observation", observation, ("dict", "flat"))
+        check_flag("abstain", abstain)
         check_function("process_reward_fn", process_reward_fn)
         check_function("potential_fn", potential_fn)
         if reward_fn is None:
@@ -102,6 +104,7 @@ class TokenTask:
         self.pays_steps = process_reward_fn is not None or potential_fn is not None
         self.shapes = potential_fn is not None
 
+        self._abstain = bool(abstain)
         self._components = as_components(reward_fn)
         functions: dict[str, Any] = {component.role: component.fn for component in self._components}
         functions |= {"process_reward_fn": process_reward_fn, "potential_fn": potential_fn, "action_mask": action_mask}
@@ -149,15 +152,19 @@ class TokenTask:
     def outcome_rewards(
         self, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]
     ) -> tuple[FloatArray, dict[str, FloatArray]]:
-        """r(x, y) of whole responses, (n,), and the unweighted components by name (none for a single function)."""
-        if not self._components[0].name:  # a single function, which nothing is added to
-            return self._call("reward_fn", self._components[0].fn, prompt_indices, responses), {}
+        """r(x, y) of whole responses, (n,), and the unweighted components by name (none for a single function).
+
+        A component is NaN where its function abstained, and adds nothing there.
+        """
         total = np.zeros(len(responses))
         values: dict[str, FloatArray] = {}
         for component in self._components:
-            scores = values[component.name] = self._call(component.role, component.fn, prompt_indices, responses)
+            scores = self._call(component.role, component.fn, prompt_indices, responses, self._abstain)
+            values[component.name] = scores
             with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the prompts
-                total += component.weight * scores
+                total += component.weight * np.where(np.isnan(scores), 0.0, scores)
+        if "" in values:  # a single function, which nothing is added to
+            return total, {}
         check_finite("the weighted sum of reward_fn has", total, prompt_indices)
         return total, values
 
@@ -229,8 +236,8 @@ class TokenTask:
         arguments = self._arguments(indices, responses)
         try:
             allowed = as_array(without_torch(self.action_mask(*arguments, **self._rows("action_mask", indices))))
-        except Exception as error:
-            raise ValueError(f"action_mask raised {type(error).__name__}: {error} ({name_prompts(indices)})") from error
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"action_mask raised {told(error)} ({name_prompts(indices)})") from error
         if allowed.dtype != np.bool_:  # logits to add, 0 for yes and -inf for no, would mean the contrary
             strange = allowed[~((allowed == 0) | (allowed == 1))] if allowed.dtype.kind in "iuf" else allowed.ravel()
             if strange.size:
@@ -248,10 +255,15 @@ class TokenTask:
         return allowed.astype(np.bool_, copy=False)
 
     def _call(
-        self, role: str, fn: RewardFn, prompt_indices: Sequence[int] | IntArray, responses: list[IntArray]
+        self,
+        role: str,
+        fn: RewardFn,
+        prompt_indices: Sequence[int] | IntArray,
+        responses: list[IntArray],
+        abstain: bool = False,
     ) -> FloatArray:
         indices = [int(index) for index in prompt_indices]
-        return call_batched(role, fn, indices, self._arguments(indices, responses), self._rows(role, indices))
+        return call_batched(role, fn, indices, self._arguments(indices, responses), self._rows(role, indices), abstain)
 
     def _arguments(self, indices: list[int], responses: list[IntArray]) -> tuple[list[Any], list[Any]]:
         # Copies: a reward function may write into what it gets, and must not reach the env's own tokens.
@@ -261,7 +273,7 @@ class TokenTask:
         try:
             return [self._text(prompt) for prompt in prompts], [self._text(response) for response in responses]
         except Exception as error:
-            raise RewardError(f"tokenizer.decode raised {error!r} ({name_prompts(indices)})") from error
+            raise failed("tokenizer.decode", f"raised {told(error)}", indices) from error
 
     def _check_decoding(self) -> None:
         wanted = f"tokenizer ({self.tokenizer!r:.80}) must have a method decode(ids, skip_special_tokens=True) -> str"
@@ -276,7 +288,7 @@ class TokenTask:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
     def _rows(self, role: str, indices: list[int]) -> dict[str, list[Any]]:
-        return {name: [values[index] for index in indices] for name, values in self._columns[role].items()}
+        return {name: [fresh(values[index]) for index in indices] for name, values in self._columns[role].items()}
 
 
 def _token_table(name: str, token_ids: Iterable[int] | int, vocab_size: int) -> BoolArray:

@@ -94,6 +94,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         tokenizer: Any = None,
         reward_on: Literal["tokens", "text"] = "tokens",
         observation: Literal["dict", "flat"] = "dict",
+        abstain: bool = False,
         render_mode: str | None = None,
         reward_mode: Literal["immediate", "deferred"] = "immediate",
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
@@ -131,6 +132,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             tokenizer=tokenizer,
             reward_on=reward_on,
             observation=observation,
+            abstain=abstain,
         )
         width = self.task.prompts.max_length + self.task.max_new_tokens
         masks = bool(self.task.action_mask)

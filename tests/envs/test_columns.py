@@ -57,3 +57,28 @@ def test_each_function_gets_the_columns_that_it_names():
     assert seen["every"].keys() == {"answer", "level"}
     with pytest.raises(RewardError, match=r"reward_fn raised TypeError.*'answer'"):  # named, but not there
         ends_of_all_slots(reward_fn=one)
+
+
+def test_what_a_function_writes_into_its_columns_reaches_no_later_call():
+    seen = []
+
+    def greedy(prompts, responses, turns, answer):
+        seen.append((turns, answer))
+        for values in (turns, answer):
+            values[0].clear()
+            values.pop()
+        return [0.0] * len(responses)
+
+    columns = {"turns": [[{"role": "user", "content": ["a"]}]] * 3, "answer": [{"x": [1]}, {"x": [2]}, {"x": [3]}]}
+    env = TokenVectorEnv(num_envs=3, **task(shuffle=False, reward_fn={"a": greedy, "b": greedy}, columns=columns))
+    for _ in range(2):
+        env.reset(seed=0)
+        env.step(np.full(3, 7))
+    assert all(len(turns) == 2 for turns, _ in seen)
+    assert columns["turns"][0] == [{"role": "user", "content": ["a"]}] and columns["answer"][0] == {"x": [1]}
+
+
+@pytest.mark.parametrize("name", ["prompts", "responses", "self"])
+def test_a_column_that_would_hide_an_argument_is_refused(name):
+    with pytest.raises(ValueError, match=rf"columns\['{name}'\] would hide the argument '{name}'"):
+        TokenVectorEnv(num_envs=1, **task(columns={name: [1, 2, 3]}))

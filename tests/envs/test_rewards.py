@@ -30,6 +30,11 @@ def raising(prompts, responses):
         (lambda p, r: ["good", "bad", "ugly"], r"got \['good', 'bad', 'ugly'\]"),
         (lambda p, r: ["1.5", "2", "3"], r"got \['1.5', '2', '3'\]"),
         (lambda p, r: [1.0, float("nan"), 2.0], r"1 values that are not finite, by prompt index: \{1: nan\}"),
+        (lambda p, r: 1 / 0, "reward_fn raised ZeroDivisionError: division by zero"),
+        (
+            lambda p, r: int("first\nsecond"),
+            r"raised ValueError: invalid literal for int\(\) with base 10: 'first\\nsecond'",
+        ),
         (lambda p, r: [1.0, None, 2.0], r"one number per response, shape \(3,\), got \[1.0, None, 2.0\]"),
         (lambda p, r: [10**400, 1, 2], r"one number per response, shape \(3,\), got \[1000"),
         (lambda p, r: [float("-inf"), 1.0, 2.0], r"not finite, by prompt index: \{0: -inf\}"),
@@ -42,6 +47,64 @@ def raising(prompts, responses):
 def test_a_bad_reward_names_the_function_the_fault_and_the_prompts(reward_fn, message):
     with pytest.raises(RewardError, match=message):
         ends_of_all_slots(reward_fn=reward_fn)
+
+
+def leaving(prompts, responses):
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize("reward_fn", [leaving, {"style": leaving}])
+def test_a_reward_that_leaves_the_program_is_an_error_and_the_program_goes_on(reward_fn):
+    with pytest.raises(RewardError, match=r"reward_fn.* raised SystemExit: 0 \(prompt indices \[0, 1, 2\]\)"):
+        ends_of_all_slots(reward_fn=reward_fn)
+    with pytest.raises(ValueError, match=r"action_mask raised SystemExit: 0"):
+        ends_of_all_slots(action_mask=leaving)
+
+
+def test_ctrl_c_in_a_reward_is_no_error_of_the_reward():
+    def interrupted(prompts, responses):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ends_of_all_slots(reward_fn=interrupted)
+
+
+@pytest.mark.parametrize("abstain", [False, True])
+def test_an_error_knows_the_function_what_it_did_and_the_prompts_at_fault(abstain):
+    nan = float("nan")
+    for function, problem, indices in (
+        (raising, "raised KeyError: 'answer'", [0, 1, 2]),
+        (lambda p, r: ["x"] * 3, "must return one number per response, shape (3,), got ['x', 'x', 'x']", [0, 1, 2]),
+        (lambda p, r: [nan, 1.0, float("inf")], "returned values that are not finite: nan, inf", [0, 2]),
+    ):
+        with pytest.raises(RewardError) as error:
+            ends_of_all_slots(reward_fn={"style": function}, abstain=abstain)
+        for told in (error.value, pickle.loads(pickle.dumps(error.value))):  # as a worker process hands it over
+            assert (told.role, told.problem, told.prompt_indices) == ("reward_fn['style']", problem, indices)
+
+
+def test_a_function_that_abstains_adds_nothing_and_is_nan_in_info():
+    reward_fn = {"some": (lambda p, r: [None, 2.0, None], 3.0), "none": lambda p, r: [None] * 3, "all": lengths}
+    *_, infos = transition = ends_of_all_slots(reward_fn=reward_fn, abstain=True)
+    np.testing.assert_array_equal(transition[1], [1.0, 7.0, 1.0])  # 3·2 + 1 in the middle
+    np.testing.assert_array_equal(infos["final_info"]["reward/some"], [np.nan, 2.0, np.nan])
+    assert np.isnan(infos["final_info"]["reward/none"]).all()
+    np.testing.assert_array_equal(ends_of_all_slots(reward_fn=lambda p, r: [None, 5, None], abstain=True)[1], [0, 5, 0])
+    with pytest.raises(RewardError, match=r"\[None, 2.0, None\]; None.* is taken with abstain=True"):
+        ends_of_all_slots(reward_fn=reward_fn)
+
+
+def test_step_rewards_and_potentials_do_not_abstain():
+    for name in ("process_reward_fn", "potential_fn"):
+        with pytest.raises(RewardError, match=rf"{name} must return one number per response"):
+            ends_of_all_slots(**{name: lambda p, r: [None] * len(r)}, abstain=True)
+
+
+def test_the_single_env_lets_functions_abstain_too():
+    env = TokenEnv(**task(reward_fn={"none": lambda p, r: [None], "all": lengths}, abstain=True))
+    env.reset()
+    _, reward, _, _, info = env.step(END)
+    assert reward == 1.0 and np.isnan(info["reward/none"])
 
 
 @pytest.mark.parametrize(

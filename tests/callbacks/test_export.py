@@ -3,21 +3,12 @@
 import json
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf import UserError
-from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
-from tests.stages import STAGES, make_stage, make_trainer
-
-
-def fit(inputs, folder, stage="sft", export="model", ckpt_path=None, **options):
-    module, data = make_stage(stage, inputs)
-    saver = ModelCheckpoint(dirpath=folder, filename="end")
-    callbacks = [HuggingFaceExport(export), RunSummary(), saver]
-    options = {"max_epochs": 1, "limit_val_batches": None, "enable_checkpointing": True} | options
-    make_trainer(folder, callbacks=callbacks, **options).fit(module, data, ckpt_path=ckpt_path)
+from tests.callbacks.finished_runs import fit
+from tests.stages import STAGES
 
 
 def weights(folder):
@@ -76,23 +67,3 @@ def test_a_finished_run_is_exported_again_from_its_checkpoint(inputs, tmp_path, 
     assert (tmp_path / "summary.json").read_text() == summary, "nothing was trained, so nothing is to tell"
     if stage == "sft":
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_run_killed_before_its_summary_has_it_written_when_it_goes_on(inputs, tmp_path):
-    fit(inputs, tmp_path)
-    before = json.loads((tmp_path / "summary.json").read_text())
-    (tmp_path / "summary.json").unlink()
-    fit(inputs, tmp_path, ckpt_path=tmp_path / "end.ckpt")
-    after = json.loads((tmp_path / "summary.json").read_text())
-    assert (after["metrics"], after["steps"]) == (before["metrics"], before["steps"])
-    assert "val/loss" in after["metrics"]
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_rlhf.callbacks.summary.time.perf_counter", iter(range(0, 10**6, 100)).__next__)
-    fit(inputs, tmp_path)
-    first = json.loads((tmp_path / "summary.json").read_text())["seconds"]
-    fit(inputs, tmp_path, ckpt_path=tmp_path / "end.ckpt", max_epochs=2)
-    assert json.loads((tmp_path / "summary.json").read_text())["seconds"] > first

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.formats import Kind
+from lit_rlhf.data.tokenize import stop_token_ids
 from lit_rlhf.engine.sharding import shard, total_norm
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.losses.advantages import Moments, masked_moments
 from lit_rlhf.models.loading import keep_to_tokens
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.saving import Artefact, artefact
 from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
 
 PROGRESS = ("loss", "accuracy", "score")  # what the progress bar shows; TensorBoard has everything
@@ -39,6 +41,7 @@ class AlignmentModule(LightningModule):
 
     learns_from: ClassVar[Kind]  # what the rows of its data are
     predicts_from: ClassVar[Kind] = "prompts"
+    exported: ClassVar[str] = "policy"  # the network that this stage is about
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
     generation: GenerationSettings  # how `predict` and the sample tables write completions
@@ -109,10 +112,21 @@ class AlignmentModule(LightningModule):
 
     def exportable(self) -> PreTrainedModel:
         """The Hugging Face model that this stage is about: its weights become the artefact."""
-        return self.policy.model
+        model: PreTrainedModel = getattr(self, self.exported).model
+        return model
 
     def before_export(self) -> None:
-        """What the artefact needs besides training; called on all ranks before its weights are read for an export."""
+        """Learn what the artefact needs besides training; called on all ranks where weights in memory are exported."""
+
+    def artefact(self, dtype: torch.dtype | None = None, facts: Mapping[str, Any] | None = None) -> Artefact:
+        """What stands beside the exported weights.
+
+        Args:
+            dtype: of the weights on disk; None = that of the folder they came from.
+            facts: of the checkpoint that they are taken from; None = weights as they are.
+        """
+        model = self.exportable()
+        return artefact(model, self.tokenizer, stop_token_ids(self.tokenizer, model.generation_config), dtype)
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Rows of text that show a person what the model does on these prompts.
@@ -173,8 +187,9 @@ class AlignmentModule(LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whose checkpoint it is."""
+        """Say whose checkpoint it is, and what its export needs beside weights."""
         checkpoint["algorithm"] = type(self).__name__
+        checkpoint["chat_template"] = self.tokenizer.chat_template  # may be the data's
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another algorithm; keep where the data stood, see `on_train_start`."""

@@ -1,5 +1,6 @@
 """Reward model: learn a scalar score from pairwise preferences."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -7,17 +8,20 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.calibration import Calibration, calibration
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
-from lit_rlhf.data.tokenize import Options, tokenize_sft
+from lit_rlhf.data.batching import ResumableLoader
+from lit_rlhf.data.tokenize import Options, stop_token_ids, tokenize_sft
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import bradley_terry_loss
-from lit_rlhf.models.loading import load_scorer, load_tokenizer, pad_token_id_for
+from lit_rlhf.losses.advantages import Moments
+from lit_rlhf.models.loading import load_scorer, load_tokenizer
+from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
 from lit_rlhf.rollout.play import predicted_rows
 from lit_rlhf.rollout.rewards import scores
 
@@ -44,6 +48,7 @@ class RewardModel(AlignmentModule):
 
     learns_from = "preference"
     predicts_from = "scored"
+    exported = "reward_model"
 
     def __init__(
         self,
@@ -59,13 +64,14 @@ class RewardModel(AlignmentModule):
         self.normalize = normalize
         self.reward_model = load_scorer(policy, fresh_head=fresh_head, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(policy, self.reward_model.model.config, trust_remote_code)
-        self.reward_model.model.config.pad_token_id = pad_token_id_for(self.tokenizer)
         if self.reward_model.fresh_head:
             self.untrained = (
                 "the model's folder holds no trained reward head, so its scores would be random; name a trained reward "
                 "model as model.policy, or a checkpoint as ckpt_path"
             )
         self.bins: Tensor | None = None  # of the evaluation under way, see `calibration`
+        self.seen_scores: list[Tensor] = []  # in the evaluation under way
+        self.score_moments: Moments | None = None  # of held-out scores; None once the weights have moved
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the Bradley-Terry loss of its pairs."""
@@ -76,7 +82,9 @@ class RewardModel(AlignmentModule):
         return losses.sum() / batch.denominator
 
     def on_validation_epoch_end(self) -> None:
-        """Log how far confidence is from accuracy."""
+        """Log how far confidence is from accuracy, and keep what an export needs to know of the scores."""
+        if self.seen_scores and not self.trainer.sanity_checking:
+            self.score_moments = self.moments_over_ranks(torch.cat(self.seen_scores))
         self.report("val")
 
     def on_test_epoch_end(self) -> None:
@@ -90,6 +98,7 @@ class RewardModel(AlignmentModule):
         confidence = (chosen - rejected).abs().sigmoid().mean()
         metrics = {"loss": loss, "confidence": confidence, **agreement(chosen, rejected)}
         self.log_mean(stage, metrics, weight=len(chosen))
+        self.seen_scores += [chosen, rejected]
         bins = torch.stack(calibration(chosen - rejected))
         self.bins = bins if self.bins is None else self.bins + bins
 
@@ -98,27 +107,51 @@ class RewardModel(AlignmentModule):
         if self.bins is not None:
             error = Calibration(*self.sum_over_ranks(self.bins)).error
             self.log(f"{stage}/calibration_error", error, sync_dist=True)  # the same on all ranks
-        self.bins = None
+        self.bins, self.seen_scores = None, []
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The scores that validation saw are soon those of other weights."""
+        super().on_before_optimizer_step(optimizer)
+        self.score_moments = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what an export of these weights needs to know about their scores."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["scores"] = self.score_facts()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take what was known about the scores."""
+        super().on_load_checkpoint(checkpoint)
+        moments = checkpoint.get("scores", {}).get("moments")
+        self.score_moments = None if moments is None else Moments(*torch.tensor(moments, dtype=torch.float64))
 
     @torch.no_grad()
     def before_export(self) -> None:
-        """Normalise the scores over held-out responses: the gain into the head, the shift into the config."""
-        if self.normalize is None:
+        """Score the held-out responses, unless validation has scored them with these very weights."""
+        if self.normalize is None or self.score_moments is not None:
             return
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # not yet, where a checkpoint left nothing to train
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        # All training rows: the Trainer's loader stands where the run does, perhaps at the end of its epoch.
-        batches: Any = self.trainer.val_dataloaders or data.rows_dataloader("train")
+        batches: Any = self.trainer.val_dataloaders or self.trainer.train_dataloader
+        if isinstance(batches, ResumableLoader):
+            batches.rewind()
         scores = []
         with gathered(self.reward_model), self.trainer.precision_plugin.forward_context():
             for batch in batches:
                 packed = move_data_to_device(batch, self.device).packed
                 scores.append(self.reward_model(packed, packed.last_nodes))
-        moments = self.moments_over_ranks(torch.cat(scores))
-        std = moments.variance.sqrt().item() if self.normalize == "mean_and_std" else 1.0
-        if not std > 0:
-            raise UserError("normalize: mean_and_std cannot scale scores that are all equal; has the model learnt?")
-        self.reward_model.rescale(1 / std, -moments.mean.item() / std)
+        self.score_moments = self.moments_over_ranks(torch.cat(scores))
+
+    def score_facts(self) -> dict[str, Any]:
+        """How the scores are to be normalised, and what is known about them, as plain values."""
+        moments = None if self.score_moments is None else [float(value) for value in self.score_moments]
+        return {"normalize": self.normalize, "bias": self.reward_model.bias, "moments": moments}
+
+    def artefact(self, dtype: torch.dtype | None = None, facts: Mapping[str, Any] | None = None) -> Artefact:
+        """What stands beside the exported weights, the normalisation of their scores included."""
+        model = self.exportable()
+        stops = stop_token_ids(self.tokenizer, model.generation_config)
+        head = score_head(self.score_facts()) if facts is None else stored_score_head(facts)
+        return artefact(model, self.tokenizer, stops, dtype, head)
 
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -154,9 +187,35 @@ class RewardModel(AlignmentModule):
         rows = self.predict_step(prompts, 0) if "completion" in prompts.columns else []
         return [{"prompt": row["prompt"], "completion": row["completion"], "score": row["score"]} for row in rows]
 
-    def exportable(self) -> PreTrainedModel:
-        """The sequence classifier with its scalar head."""
-        return self.reward_model.model
+
+def stored_score_head(facts: Mapping[str, Any]) -> ScoreHead:
+    """That of the weights of a checkpoint, by its facts; says so where these do not know the scores."""
+    scores = {"normalize": None, "bias": 0.0, "moments": None} | facts.get("scores", {})
+    if scores["normalize"] is not None and scores["moments"] is None:
+        rank_zero_warn(
+            f"the scores are exported as learnt, not normalised ({scores['normalize']}): no validation has seen the "
+            "weights of this checkpoint. Of a run's last, fit with the run's config and this ckpt_path normalises them"
+        )
+    return score_head(scores)
+
+
+def score_head(facts: Mapping[str, Any]) -> ScoreHead:
+    """What the normalisation of scores comes to: the gain into the head, the shift into the config.
+
+    Args:
+        facts: see `RewardModel.score_facts`; scores of unknown moments stay as learnt.
+
+    Raises:
+        UserError: they are to be scaled and are all equal.
+    """
+    normalize, bias, known = facts["normalize"], facts["bias"], facts["moments"]
+    if normalize is None or known is None:
+        return ScoreHead(1.0, bias)
+    moments = Moments(*torch.tensor(known, dtype=torch.float64))
+    std = moments.variance.sqrt().item() if normalize == "mean_and_std" else 1.0
+    if not std > 0:
+        raise UserError("normalize: mean_and_std cannot scale scores that are all equal; has the model learnt?")
+    return ScoreHead(1 / std, (bias - moments.mean.item()) / std)
 
 
 def pair_lengths(packed: PackedBatch) -> dict[str, Tensor]:

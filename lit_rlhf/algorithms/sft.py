@@ -37,7 +37,6 @@ class SFT(AlignmentModule):
         super().__init__(**kwargs)
         self.policy, self.tokenizer = load_policy_with_tokenizer(policy, from_scratch, trust_remote_code)
         self.generation = generation
-        self.from_scratch = from_scratch
         if from_scratch:
             self.untrained = (
                 "from_scratch is true, so the weights are random; to predict, set model.from_scratch: false and "
@@ -56,9 +55,3 @@ class SFT(AlignmentModule):
         """Log the loss, a mean over all response tokens."""
         logprobs, _ = self.policy(batch.packed)
         self.log_mean(stage, {"loss": nll(logprobs).mean()}, weight=len(logprobs))
-
-    def before_export(self) -> None:
-        """Let transformers, too, never generate ids without a token: from random weights, none has become unlikely."""
-        unused = self.policy.unused_ids
-        if self.from_scratch and unused is not None:
-            self.policy.model.generation_config.suppress_tokens = unused.tolist()

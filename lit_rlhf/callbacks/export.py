@@ -1,17 +1,22 @@
 """The artefact of a run: a Hugging Face folder, whole or not there."""
 
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 
+from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.engine.sharding import full_state_dict
-from lit_rlhf.errors import UserError
-from lit_rlhf.files import heal, replacing
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, writing_into
+from lit_rlhf.models.saving import Artefact, write, write_settings
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class HuggingFaceExport(Callback):
@@ -19,29 +24,78 @@ class HuggingFaceExport(Callback):
 
     Args:
         folder: where, relative to the Trainer's `default_root_dir`, in place of an older export; null = no export.
+        which: "best" = the weights of the checkpoint that is best by the monitor of a ModelCheckpoint, "last" = those
+            at the end; null = the best where there is a monitor.
+        dtype: of the weights on disk; null = that of the folder which the model came from.
     """
 
-    def __init__(self, folder: str | None = "model") -> None:
+    def __init__(
+        self,
+        folder: str | None = "model",
+        which: Literal["best", "last"] | None = None,
+        dtype: Dtype | None = None,
+    ) -> None:
+        require(which in (None, "best", "last"), "export.which", which, "best, last or null")
         self.folder = folder
+        self.which = which
+        self.dtype = as_dtype(dtype, "export.dtype")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at the folder before an hour of training."""
-        if stage == "fit" and self.folder is not None and trainer.is_global_zero:
-            target = Path(trainer.default_root_dir) / self.folder
-            heal(target)
-            require_replaceable(target)
+        """Look at the folder, and try all but the weights, before an hour of training."""
+        if stage != "fit" or self.folder is None or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, AlignmentModule)
+        target = Path(trainer.default_root_dir) / self.folder
+        heal(target)
+        require_replaceable(target)
+        if self.which == "best" and not monitors(trainer):
+            raise UserError(
+                "export.which is best, but no ModelCheckpoint has a monitor, such as val/loss, to tell by: give "
+                "trainer.callbacks one that has, or set export.which: last"
+            )
+        rehearse(pl_module.artefact(self.dtype), target)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on rank 0, also where a checkpoint left nothing to train; all ranks join to collect the weights."""
         if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, AlignmentModule)
-        pl_module.before_export()
-        weights = full_state_dict(pl_module.exportable())
-        if trainer.is_global_zero:
-            target = Path(trainer.default_root_dir) / self.folder
-            export(pl_module, weights, target)
-            rank_zero_info(f"exported {type(pl_module).__name__} to {target}")
+        best: str | None = trainer.strategy.broadcast(best_checkpoint(trainer) if self.which != "last" else None)
+        if best is None:
+            pl_module.before_export()
+            weights = full_state_dict(pl_module.exportable())
+        if not trainer.is_global_zero:
+            return
+        target, which = Path(trainer.default_root_dir) / self.folder, ""
+        if best is None:
+            made = pl_module.artefact(self.dtype)
+        else:
+            made, weights = pl_module.artefact(self.dtype, read_facts(best)), read_weights(best, pl_module.exported)
+            which = f" as it was best: {best}"
+        replace_export(made, weights, target)
+        rank_zero_info(f"exported {type(pl_module).__name__} to {target}{which}")
+
+
+def as_dtype(name: str | None, option: str) -> torch.dtype | None:
+    """A dtype by its name."""
+    require(name in (None, *get_args(Dtype)), option, name, f"one of {', '.join(get_args(Dtype))}, or null")
+    return None if name is None else getattr(torch, name)
+
+
+def monitors(trainer: Trainer) -> list[Any]:
+    """The callbacks that know which checkpoint is best."""
+    return [saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None) is not None]
+
+
+def best_checkpoint(trainer: Trainer) -> str | None:
+    """The checkpoint that is best by the first monitor; None where there is none, which is said if there should be."""
+    for saver in monitors(trainer)[:1]:
+        assert isinstance(saver, ModelCheckpoint)
+        if saver.best_model_path and Path(saver.best_model_path).exists():
+            return saver.best_model_path
+        what = f"{saver.best_model_path} is gone" if saver.best_model_path else "none was saved"
+        rank_zero_warn(f"of the checkpoints that {saver.monitor} tells apart, {what}: the last weights are exported")
+    return None
 
 
 def require_replaceable(target: Path) -> None:
@@ -56,23 +110,44 @@ def require_replaceable(target: Path) -> None:
         raise UserError(f"export.folder: {target} is there and no export of a model; name a folder of its own")
 
 
+def rehearse(made: Artefact, target: Path) -> None:
+    """Write all but the weights aside and throw it away: what transformers would refuse at the end, it refuses now.
+
+    Raises:
+        UserError: transformers does not write this config or tokenizer.
+    """
+    aside = aside_of(target, NEW)
+    with writing_into(target.parent):
+        try:
+            aside.mkdir(exist_ok=True)
+            write_settings(made, aside)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"this config and tokenizer could not be exported at the end: {error}") from error
+        finally:
+            remove(aside)
+
+
 def export(module: AlignmentModule, weights: dict[str, torch.Tensor], target: Path) -> None:
+    """Write a module's artefact with these weights of `module.exportable()`; see `replace_export`."""
+    replace_export(module.artefact(), weights, target)
+
+
+def replace_export(made: Artefact, weights: dict[str, torch.Tensor], target: Path) -> None:
     """Write a Hugging Face folder aside and rename it into place: a reader never meets half of one.
 
     Args:
-        module: knows the model and the tokenizer.
-        weights: whole state dict of `module.exportable()`.
+        made: what stands beside the weights.
+        weights: the whole state dict of its model.
         target: the folder; one that is there is replaced.
 
     Raises:
-        UserError: the disk is full or may not be written to, or something else than an export is there; nothing is left
-            behind, an older export stays.
+        UserError: the weights are ruined, the disk is full or may not be written to, or something else than an export
+            is there; nothing is left behind, an older export stays.
     """
     require_replaceable(target)
     try:
         with replacing(target) as aside:
             aside.mkdir()
-            module.exportable().save_pretrained(aside, state_dict=weights)
-            module.tokenizer.save_pretrained(aside)
+            write(made, weights, aside)
     except (OSError, SafetensorError) as error:  # as a full disk is reported
         raise UserError(f"the export to {target} failed and left nothing new there: {error}") from error

@@ -225,6 +225,10 @@ class ResumableLoader(DataLoader):
             self._taken = (epoch, self._taken[1] + 1)
             yield batch
 
+    def rewind(self) -> None:
+        """Begin the epoch anew, wherever a state was to be gone on from."""
+        self._resume = None
+
     def state_dict(self) -> dict[str, int]:
         """The epoch, the micro-batches of it that were handed out, and what they were planned from."""
         assert isinstance(self.sampler, TokenBudgetSampler)

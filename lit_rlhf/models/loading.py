@@ -1,21 +1,24 @@
 """Models and tokenizers from folders or hub names, checked before they are used.
 
-Weights are loaded in float32; the Trainer's `precision` decides what is computed in.
+Weights are loaded in float32; the Trainer's `precision` decides what is computed in, and an export goes back to the
+dtype that they came in.
 """
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from safetensors import SafetensorError
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -131,7 +134,7 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
             f"{name}: no tokenizer could be loaded there ({_first_line(error)}){_hint(source, error)}; "
             "save the model's own beside it (tokenizer.save_pretrained)"
         ) from error
-    check_vocabulary(tokenizer, model_config.vocab_size, str(name))
+    check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, str(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
     context = context_length(model_config)
@@ -179,6 +182,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, n
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:
     """Refuse a network that would read other words in the policy's ids than the policy wrote.
 
+    A pad token of the network's own, as an exported reward model may have, is no word.
+
     Args:
         tokenizer: the policy's.
         other: that of the network which reads the policy's ids.
@@ -188,25 +193,14 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToken
         UserError: the two differ in an id or a word.
     """
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if other.pad_token not in ours:
+        theirs.pop(other.pad_token, None)
     if ours != theirs:
         differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
         raise UserError(
             f"{name} was trained with another tokenizer than the policy ({len(theirs)} against {len(ours)} tokens; for "
             f"example {differing}): it would read other words than the policy wrote. Start both from the same SFT model"
         )
-
-
-def pad_token_id_for(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """A pad token that cannot be mistaken for the end of a response.
-
-    Our own batches have no padding; transformers finds a padded row's score at the last token that is not pad, and
-    would read it one token early where pad is eos. Then the unknown or beginning token serves instead, if there is one.
-    """
-    eos = tokenizer.eos_token_id
-    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
-        if candidate is not None and candidate != eos:
-            return int(candidate)
-    return None
 
 
 def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_code: bool, **kwargs: Any) -> Any:
@@ -220,8 +214,11 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         for key, value in kwargs.items():
             setattr(config, key, value)
+        dtype = _dtype_of(config, source)
         if from_scratch:
-            model = auto_class.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
+            model = auto_class.from_config(
+                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
         else:
             verbosity = transformers_logging.get_verbosity()
             transformers_logging.set_verbosity_error()  # its report of missing weights is our error, below
@@ -255,8 +252,31 @@ def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_co
             f"{name}: no model could be loaded there ({_first_line(error)}). Expected a folder with config.json and "
             f"model.safetensors, or a name on the Hugging Face hub{_hint(source, error)}"
         ) from error
+    if type(model.config) is not type(config):
+        rank_zero_warn(
+            f"{name} is a model of text and more; what is loaded, trained and exported is its {type(model).__name__} "
+            "alone: images or sound are nothing to it"
+        )
+    if from_scratch or not model.can_generate():  # else it is there; a reward model asks it for stop tokens
+        with suppress(OSError):  # there need not be one
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    model.__dict__["stored_dtype"] = dtype
     disable_dropout(model)
     return model.train()  # from_pretrained leaves it in eval mode
+
+
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of a model's weights where they came from; in memory they are float32."""
+    return cast(torch.dtype, model.__dict__.get("stored_dtype", torch.float32))
+
+
+def _dtype_of(config: PretrainedConfig, source: str) -> torch.dtype:
+    named = config.dtype or config.get_text_config().dtype
+    files = sorted(Path(source).glob("*.safetensors")) if named is None else []
+    if files:  # written without transformers
+        with safe_open(files[0], "pt") as weights:
+            named = weights.get_tensor(next(iter(weights.keys()))).dtype
+    return named if named in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:

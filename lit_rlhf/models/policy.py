@@ -135,13 +135,6 @@ class Scorer(nn.Module):
         """Added to the head's scores; in the config, since the head of transformers' classifiers has no bias."""
         return float(getattr(self.model.config, "score_bias", 0.0))
 
-    @torch.no_grad()
-    def rescale(self, gain: float, shift: float) -> None:
-        """Turn each score r into gain r + shift."""
-        for parameter in self.model.score.parameters():  # type: ignore[union-attr]
-            parameter.mul_(gain)
-        self.model.config.score_bias = gain * self.bias + shift
-
 
 def packed_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
     """(N, d) last hidden states of a packed row."""

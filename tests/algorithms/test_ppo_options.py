@@ -174,7 +174,7 @@ class TestCritic:
 
     def test_it_starts_as_the_reward_model_shift_included(self, folder, tmp_path):
         reward_model = RewardModel(str(folder))
-        reward_model.reward_model.rescale(2.0, 0.7)
+        reward_model.reward_model.model.config.score_bias = 0.7
         export(reward_model, full_state_dict(reward_model.exportable()), tmp_path / "rm")
         module = PPO(str(folder), critic=str(tmp_path / "rm"))
         packed = pack(random_examples(3))

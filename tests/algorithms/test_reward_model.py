@@ -1,14 +1,17 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf import RewardModel, RewardModelReward, UserError
 from lit_rlhf.callbacks import HuggingFaceExport
+from lit_rlhf.models.policy import Scorer
 from tests.stages import make_stage, make_trainer
 from tests.tiny import tiny_tokenizer
 
@@ -21,9 +24,9 @@ def fit(inputs, folder, **options):
     return module, data, trainer
 
 
-def held_out_scores(scorer, data):
+def held_out_scores(scorer, data, split="val"):
     with torch.no_grad():
-        packed = [batch.packed for batch in data.rows_dataloader("val")]
+        packed = [batch.packed for batch in data.rows_dataloader(split)]
         return torch.cat([scorer(batch, batch.last_nodes) for batch in packed])
 
 
@@ -62,11 +65,16 @@ def test_without_held_out_pairs_the_training_pairs_serve(inputs, tmp_path):
     torch.manual_seed(0)
     module, data = make_stage("reward_model", inputs)
     data.sources["validation"] = None
-    make_trainer(tmp_path, max_epochs=1, callbacks=[HuggingFaceExport()]).fit(module, data)
-    with torch.no_grad():
-        packed = [batch.packed for batch in data.rows_dataloader("train")]
-        scores = torch.cat([module.reward_model(batch, batch.last_nodes) for batch in packed])
-    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="end", every_n_train_steps=1)
+    options = {"max_epochs": 1, "callbacks": [HuggingFaceExport(), saver], "enable_checkpointing": True}
+    make_trainer(tmp_path, **options).fit(module, data)
+    before = json.loads((tmp_path / "model" / "config.json").read_text())["score_bias"]
+    exported = RewardModel(str(tmp_path / "model"), fresh_head=False).reward_model
+    assert held_out_scores(exported, data, "train").mean().item() == pytest.approx(0, abs=1e-4)
+
+    shutil.rmtree(tmp_path / "model")  # a finished run that is resumed has all of them before it again
+    make_trainer(tmp_path, **options).fit(module, data, ckpt_path=tmp_path / "end.ckpt")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["score_bias"] == pytest.approx(before)
 
 
 def test_one_epoch_anneals_the_learning_rate_to_0(inputs, tmp_path):
@@ -79,11 +87,28 @@ def test_one_epoch_anneals_the_learning_rate_to_0(inputs, tmp_path):
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
-def test_exporting_twice_changes_nothing(inputs, tmp_path):
+def test_an_export_leaves_the_module_as_it_has_learnt(inputs, tmp_path):
     module, data, _ = fit(inputs, tmp_path, normalize="mean_and_std")
-    before = held_out_scores(module.reward_model, data)
+    plain, _, _ = fit(inputs, tmp_path / "plain", normalize=None)
+    torch.testing.assert_close(held_out_scores(module.reward_model, data), held_out_scores(plain.reward_model, data))
+
+
+def test_scores_that_validation_saw_are_not_computed_again(inputs, tmp_path, monkeypatch):
+    forwards, real = [], Scorer.forward
+    monkeypatch.setattr(Scorer, "forward", lambda *args: forwards.append(1) or real(*args))
+    module, _, _ = fit(inputs, tmp_path)
+    done = len(forwards)
     module.before_export()
-    torch.testing.assert_close(held_out_scores(module.reward_model, data), before, rtol=1e-4, atol=1e-5)
+    assert len(forwards) == done
+
+
+def test_weights_that_moved_after_the_last_validation_are_normalised_by_their_own_scores(inputs, tmp_path):
+    torch.manual_seed(0)
+    module, data = make_stage("reward_model", inputs)
+    options = {"max_epochs": 3, "check_val_every_n_epoch": 2, "limit_val_batches": None}
+    make_trainer(tmp_path, callbacks=[HuggingFaceExport()], **options).fit(module, data)
+    exported = RewardModel(str(tmp_path / "model"), fresh_head=False).reward_model
+    assert held_out_scores(exported, data).mean().item() == pytest.approx(0, abs=1e-4)
 
 
 def test_a_fresh_head_forgets_the_shift_of_the_old_one(inputs, tmp_path):
@@ -105,7 +130,8 @@ def test_loaders_without_a_data_module_will_do(inputs, tmp_path):
     data.setup("fit")
     trainer = make_trainer(tmp_path, max_epochs=1, limit_val_batches=None, callbacks=[HuggingFaceExport()])
     trainer.fit(module, data.rows_dataloader("train"), data.rows_dataloader("val"))
-    assert held_out_scores(module.reward_model, data).mean().item() == pytest.approx(0, abs=1e-4)
+    exported = RewardModel(str(tmp_path / "model"), fresh_head=False).reward_model
+    assert held_out_scores(exported, data).mean().item() == pytest.approx(0, abs=1e-4)
 
 
 def test_another_word_for_normalize_is_refused(inputs):

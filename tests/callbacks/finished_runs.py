@@ -6,9 +6,10 @@ from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
 from tests.stages import make_stage, make_trainer
 
 
-def fit(inputs, folder, stage="sft", export="model", ckpt_path=None, **options):
+def fit(inputs, folder, stage="sft", export="model", which=None, ckpt_path=None, saver=None, **options):
     module, data = make_stage(stage, inputs)
-    saver = ModelCheckpoint(dirpath=folder, filename="end")
-    callbacks = [HuggingFaceExport(export), RunSummary(), saver]
+    saver = saver or ModelCheckpoint(dirpath=folder, filename="end")
+    callbacks = [HuggingFaceExport(export, which), RunSummary(), saver]
     options = {"max_epochs": 1, "limit_val_batches": None, "enable_checkpointing": True} | options
     make_trainer(folder, callbacks=callbacks, **options).fit(module, data, ckpt_path=ckpt_path)
+    return module

@@ -1,14 +1,19 @@
 """What `fit` leaves behind: one whole export, in place of an older one and of nothing else."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import UserError
+from lit_rlhf.callbacks import HuggingFaceExport
+from lit_rlhf.models.loading import load_scorer
 from tests.callbacks.finished_runs import fit
-from tests.stages import STAGES
+from tests.stages import STAGES, make_stage, make_trainer
 
 
 def weights(folder):
@@ -67,3 +72,85 @@ def test_a_finished_run_is_exported_again_from_its_checkpoint(inputs, tmp_path, 
     assert (tmp_path / "summary.json").read_text() == summary, "nothing was trained, so nothing is to tell"
     if stage == "sft":
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def best_is_first(folder):
+    """Keeps all checkpoints and takes the first one for the best: the one of the lowest epoch."""
+    return ModelCheckpoint(dirpath=folder, filename="{epoch}", monitor="epoch", mode="min", save_top_k=-1)
+
+
+def same_weights(folder, checkpoint, network="policy"):
+    auto = AutoModelForSequenceClassification if network == "reward_model" else AutoModelForCausalLM
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return all(
+        torch.equal(w, state[f"{network}.model.{name}"])
+        for name, w in auto.from_pretrained(folder).state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_best_checkpoint_by_a_monitor_is_exported_and_the_run_stays_at_its_last_weights(inputs, tmp_path, stage):
+    options = {"max_epochs": 2, "saver": best_is_first(tmp_path)}
+    if stage == "reward_model":
+        options["limit_val_batches"] = 0  # so that the scores stay as learnt, see `test_reward_model.py`
+        with pytest.warns(UserWarning, match="the scores are exported as learnt"):
+            module = fit(inputs, tmp_path, stage, **options)
+    else:
+        module = fit(inputs, tmp_path, stage, **options)
+    network = module.exported
+    assert same_weights(tmp_path / "model", tmp_path / "epoch=0.ckpt", network)
+    assert not same_weights(tmp_path / "model", tmp_path / "epoch=1.ckpt", network)
+    last = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, last[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize(("which", "exported"), [("best", 0), ("last", 1)])
+def test_which_weights_are_exported_is_an_option(inputs, tmp_path, which, exported):
+    fit(inputs, tmp_path, which=which, max_epochs=2, saver=best_is_first(tmp_path))
+    assert same_weights(tmp_path / "model", tmp_path / f"epoch={exported}.ckpt")
+
+
+def test_the_best_checkpoint_of_a_reward_model_is_normalised_by_the_scores_that_its_validation_saw(inputs, tmp_path):
+    torch.manual_seed(0)
+    fit(inputs, tmp_path, "reward_model", max_epochs=2, saver=best_is_first(tmp_path))
+    _, data = make_stage("reward_model", inputs)
+    data.setup("fit")
+    scorer = load_scorer(tmp_path / "model")
+    with torch.no_grad():
+        scores = torch.cat([scorer(b.packed, b.packed.last_nodes) for b in data.rows_dataloader("val")])
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scorer.bias != 0
+
+
+def test_best_without_a_monitor_is_refused_before_training(inputs, tmp_path):
+    with pytest.raises(UserError, match="is best, but no ModelCheckpoint has a monitor"):
+        fit(inputs, tmp_path, which="best")
+    assert not (tmp_path / "end.ckpt").exists()
+
+
+def test_the_last_weights_are_exported_with_a_word_where_the_best_are_gone(inputs, tmp_path):
+    class Lost(ModelCheckpoint):
+        def on_train_end(self, trainer, pl_module):
+            Path(self.best_model_path).unlink()
+
+    saver = Lost(dirpath=tmp_path, filename="{epoch}", monitor="epoch", mode="min", save_top_k=-1)
+    with pytest.warns(UserWarning, match=r"epoch=0.ckpt is gone: the last weights are exported"):
+        fit(inputs, tmp_path, max_epochs=2, saver=saver)
+    assert same_weights(tmp_path / "model", tmp_path / "epoch=1.ckpt")
+
+
+def test_what_transformers_would_not_write_at_the_end_is_refused_before_training(inputs, tmp_path, monkeypatch):
+    def refuses(self, folder, **kwargs):
+        raise ValueError("this tokenizer cannot be saved")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", refuses)
+    with pytest.raises(UserError, match="could not be exported at the end: this tokenizer cannot be saved"):
+        fit(inputs, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_into_ruin_is_not_exported(inputs, tmp_path):
+    module, data = make_stage("sft", inputs, learning_rate=1e38, lr_scheduler="constant", warmup_steps=0)
+    with pytest.raises(UserError, match="weights are ruined"):
+        make_trainer(tmp_path, callbacks=[HuggingFaceExport()], max_steps=1).fit(module, data)
+    assert not (tmp_path / "model").exists()

@@ -21,13 +21,11 @@ from lit_rlhf.models.loading import (
     load_policy_with_tokenizer,
     load_scorer,
     load_tokenizer,
-    pad_token_id_for,
     scorer_from_policy,
 )
 from lit_rlhf.models.policy import Policy, frozen_copy
 from tests.tiny import (
     ARCHITECTURES,
-    EOS,
     VOCABULARY,
     random_examples,
     save_padded,
@@ -190,11 +188,6 @@ def test_a_folder_without_a_tokenizer_says_what_lies_there_and_what_to_do(folder
 
 def test_the_tokenizer_knows_the_context_of_the_model(folder):
     assert load_tokenizer(folder, load_policy(folder).model.config).model_max_length == 64
-
-
-def test_no_pad_token_that_ends_responses_is_stored_with_a_reward_model():
-    assert pad_token_id_for(tiny_tokenizer()) == 0
-    assert pad_token_id_for(tiny_tokenizer(pad_is_eos=True)) not in (None, EOS)
 
 
 REMOTE_CODE = """

@@ -1,0 +1,196 @@
+"""Models as Hugging Face folders that work elsewhere: what is trained here stops, pads and scores alike over there."""
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.loading import stored_dtype
+
+LARGEST = 65504.0  # of float16, in which models are run as a matter of course: no sound weight lies beyond it
+PAD_TOKEN = "<|pad|>"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+class ScoreHead(NamedTuple):
+    """What an export makes of a reward model's head: scores r become `gain` r, and `bias` is added to them."""
+
+    gain: float
+    bias: float
+
+
+class Artefact(NamedTuple):
+    """What a folder holds beside the weights; none of it is shared with the run, which stays as it is."""
+
+    model: PreTrainedModel  # gives names and shapes of the weights, not their values
+    config: PretrainedConfig
+    generation: GenerationConfig | None  # None for a reward model
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype | None  # on disk; None = that of the source
+    gain: float
+
+
+def artefact(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    dtype: torch.dtype | None = None,
+    head: ScoreHead | None = None,
+) -> Artefact:
+    """What stands beside a model's weights, so that transformers generates and scores as this library does.
+
+    Args:
+        model: a causal LM, or a sequence classifier with one label.
+        tokenizer: its own, with the chat template of the run.
+        stops: the ids that end a response in the run; `generate` will stop at each.
+        dtype: of the weights on disk; None = that of the folder the model came from.
+        head: of a reward model, which pads with a token that ends no response.
+    """
+    tokenizer, config = copy.deepcopy(tokenizer), copy.deepcopy(model.config)
+    if head is None:
+        return Artefact(model, config, _generation_config(model, tokenizer, stops), tokenizer, dtype, 1.0)
+    config.score_bias = head.bias
+    set_scorer_padding(config, tokenizer, stops)
+    return Artefact(model, config, None, tokenizer, dtype, head.gain)
+
+
+def write(made: Artefact, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a folder that `from_pretrained` takes.
+
+    Args:
+        made: what stands beside the weights.
+        weights: the model's whole state dict, on the CPU.
+        folder: is there, and empty.
+
+    Raises:
+        UserError: the weights are ruined.
+    """
+    model, sound = made.model, refuse_ruined(weights, made.model)
+    tied: Mapping[str, str] = model.all_tied_weights_keys  # on a GPU, or sharded, they no longer share memory by now
+    kept = {name: tensor for name, tensor in sound.items() if tied.get(name) not in sound}
+    dtype = dtype_on_disk(made, kept)
+    plan = model._get_dtype_plan(dtype)
+    if made.generation is None:
+        kept |= {name: tensor * made.gain for name, tensor in kept.items() if name.startswith("score.")}
+        kept = with_embeddings(kept, model, made.config.get_text_config().vocab_size)
+    cast = {name: _cast(tensor, plan_dtype(name, plan, dtype)) for name, tensor in kept.items()}
+    held = model.config, getattr(model, "generation_config", None)
+    model.config, model.generation_config = made.config, GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=cast)
+    finally:
+        model.config, model.generation_config = held  # type: ignore[assignment]
+    made.config.dtype = dtype  # transformers wrote that of the weights in memory
+    write_settings(made, folder)
+    # safetensors leaves its files to their owner alone; config.json is as the umask, or the folder, has it.
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def write_settings(made: Artefact, folder: Path) -> None:
+    """All but the weights: what can be tried before an hour of training."""
+    made.config.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    if made.generation is not None:  # unchecked: transformers refuses to save sampling defaults that it has published
+        made.generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    source = made.model.name_or_path
+    if made.config.sub_configs and source:  # images and sound need more than a tokenizer
+        for name in PROCESSOR_FILES:
+            file = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+            if file is not None:
+                shutil.copyfile(file, folder / name)
+
+
+def refuse_ruined(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights, as they are.
+
+    Raises:
+        UserError: some are no numbers, or larger than any network's.
+    """
+    learnt = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # masks among buffers hold infinity
+    largest = {name: float(tensor.abs().max()) for name, tensor in weights.items() if name in learnt and tensor.numel()}
+    ruined = {name: value for name, value in largest.items() if not value <= LARGEST}  # NaN is not
+    if ruined:
+        examples = ", ".join(f"{name} ({value:.3g})" for name, value in list(ruined.items())[:3])
+        raise UserError(
+            f"nothing is exported, since {len(ruined)} of {len(largest)} weights are ruined, like {examples}: a sound "
+            f"one holds finite numbers up to {LARGEST:.0f}. Lower learning_rate or set trainer.gradient_clip_val; an "
+            "older checkpoint is exported by lit-rlhf export --ckpt_path"
+        )
+    return dict(weights)
+
+
+def dtype_on_disk(made: Artefact, weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype asked for; else the source's, unless the run holds less than that."""
+    if made.dtype is not None:
+        return made.dtype
+    held = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+    source = stored_dtype(made.model)
+    return held if held.itemsize <= source.itemsize else source
+
+
+def plan_dtype(name: str, plan: Mapping[str, torch.dtype], dtype: torch.dtype) -> torch.dtype:
+    """The dtype of one weight: some models keep modules in float32, by a part of their names."""
+    return next((kept for part, kept in plan.items() if part in name), dtype)
+
+
+def with_embeddings(weights: dict[str, Tensor], model: PreTrainedModel, count: int) -> dict[str, Tensor]:
+    """Weights with an embedding for each of `count` ids; those that are new are means, which nothing attends to."""
+    embeddings = model.get_input_embeddings()
+    name = next(f"{name}.weight" for name, module in model.named_modules() if module is embeddings)
+    table = weights[name]
+    if count <= len(table):
+        return weights
+    return weights | {name: torch.cat([table, table.mean(0, keepdim=True).expand(count - len(table), -1)])}
+
+
+def set_scorer_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> None:
+    """Let config and tokenizer of a reward model name one pad token, and pad on the right.
+
+    transformers reads the score of a padded row at its last token that is not the pad token, and would read a response
+    one token early whose end pads, too. The tokenizer's own pad token serves, else its unknown or beginning token;
+    where each of them ends responses, as GPT-2's one special token does, a new one. Models with absolute positions
+    count the padding on the left.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    chosen = next((token for token in candidates if token is not None and token not in stops), None)
+    if chosen is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    else:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
+    tokenizer.padding_side = "right"
+    pad = int(tokenizer.pad_token_id)
+    text = config.get_text_config()
+    for holder in (config, text):
+        holder.pad_token_id = pad
+    text.vocab_size = max(text.vocab_size, pad + 1)
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]
+) -> GenerationConfig:
+    generation = copy.deepcopy(model.generation_config)
+    assert generation is not None
+    generation.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
+    if tokenizer.pad_token_id is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    elif generation.pad_token_id is None or generation.pad_token_id < 0:  # LLaMA's -1
+        generation.pad_token_id = stops[0]  # as transformers would have it, and say at each call
+    # No gradient has held back what the run never samples.
+    tokens, embedded = set(tokenizer.get_vocab().values()), range(model.get_output_embeddings().weight.shape[0])
+    suppressed = {*(generation.suppress_tokens or ()), *(token for token in embedded if token not in tokens)}
+    generation.suppress_tokens = sorted(suppressed) or None
+    return generation
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Any:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -24,8 +24,8 @@ import torch
 from lit_rlhf.cli.parser import command
 from lit_rlhf.errors import require
 from lit_rlhf.files import make_folder, write_lines
-from lit_rlhf.losses import ppo_policy_loss, value_loss
-from lit_rlhf.losses.advantages import gae, whiten
+from lit_rlhf.losses import PolicyTokens, ppo_policy_loss, value_loss
+from lit_rlhf.losses.advantages import ScoredRollout, gae, whiten
 from token_mdp import TokenVectorEnv
 
 VOCABULARY = 4
@@ -109,7 +109,7 @@ def learn(
         if with_critic:
             share = so_far / length
             values = (critic[:, 0] + critic[:, 1] * share).detach()
-            advantages, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=gae_lambda)
+            advantages, returns = gae(ScoredRollout(rewards, values, mask), gamma=1.0, gae_lambda=gae_lambda)
             for _ in range(critic_epochs):
                 critic_optimizer.zero_grad()
                 value_loss(critic[:, 0] + critic[:, 1] * share, values, returns, None).mean().backward()
@@ -119,7 +119,7 @@ def learn(
             returns = rewards.flip(1).cumsum(1).flip(1)
             advantages = returns - (returns.sum(0) - returns) / (batch_size - 1)
         logprobs = torch.log_softmax(logits, -1)[steps].expand(batch_size, -1, -1).gather(-1, tokens[..., None])[..., 0]
-        loss = ppo_policy_loss(logprobs, logprobs.detach(), whiten(advantages, mask), 0.2).mean()
+        loss = ppo_policy_loss(PolicyTokens(logprobs, logprobs.detach(), whiten(advantages, mask)), 0.2).losses.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

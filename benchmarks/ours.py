@@ -20,7 +20,7 @@ import lit_rlhf.rollout.data_module
 import lit_rlhf.rollout.play
 from benchmarks import workload
 from benchmarks.rounds import clock, serve
-from lit_rlhf.algorithms.dpo import sequence_logprobs
+from lit_rlhf.algorithms.preference import sequence_logprobs
 from lit_rlhf.cli.main import run
 from lit_rlhf.losses import bradley_terry_loss, dpo_loss
 from token_mdp import TokenVectorEnv

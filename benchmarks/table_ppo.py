@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_rlhf.losses import ppo_policy_loss, value_loss
-from lit_rlhf.losses.advantages import gae, token_rewards, whiten
+from lit_rlhf.losses import PolicyTokens, ppo_policy_loss, value_loss
+from lit_rlhf.losses.advantages import ScoredRollout, gae, token_rewards, whiten
 from lit_rlhf.losses.kl import k1
 from lit_rlhf.oracle import Problem, TablePolicy
 from token_mdp import TokenVectorEnv
@@ -85,7 +85,7 @@ def learn_ppo(
             kl = k1(old_logprobs, ref_logprobs[states].gather(-1, actions)[..., 0])
             values = critic[states]
             rewards = token_rewards(rollout.scores, kl, beta, mask)
-            advantages, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=gae_lambda)
+            advantages, returns = gae(ScoredRollout(rewards, values, mask), gamma=1.0, gae_lambda=gae_lambda)
             advantages = whiten(advantages, mask)
         tokens = [x[mask] for x in (states, rollout.responses, old_logprobs, advantages, values, returns)]
         for _ in range(ppo_epochs):
@@ -94,7 +94,7 @@ def learn_ppo(
                 logprobs = policy(state).gather(-1, action[:, None])[:, 0]
                 loss = value_loss(critic[state], old_value, target, None).mean()
                 if iteration >= critic_warmup:
-                    loss = loss + ppo_policy_loss(logprobs, old, advantage, clip_range).mean()
+                    loss = loss + ppo_policy_loss(PolicyTokens(logprobs, old, advantage), clip_range).losses.mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -4,6 +4,7 @@ SFT, reward model, PPO and DPO as LightningModules; `token_mdp` is their environ
 """
 
 from lit_rlhf.algorithms.dpo import DPO
+from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.preference_loss import LossTerm
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
@@ -11,7 +12,6 @@ from lit_rlhf.algorithms.reward_model import RewardModel
 from lit_rlhf.algorithms.sft import SFT
 from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
 from lit_rlhf.errors import UserError
-from lit_rlhf.losses.kl import AdaptiveKL, FixedKL, KLPenalty
 from lit_rlhf.rollout.data_module import RolloutDataModule
 from lit_rlhf.rollout.play import GenerationSettings
 from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward

@@ -82,7 +82,7 @@ class Recorder(PPO):
 
     def training_step(self, batch, batch_idx):
         with torch.no_grad():
-            logprobs, _ = self.policy(batch.packed, self.temperature)
+            logprobs, _ = self.policy(batch.packed, self.sampling.temperature)
         self.seen.append((batch, logprobs))
         return super().training_step(batch, batch_idx)
 

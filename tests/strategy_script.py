@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class BetweenRanks(Callback):
         kls = gather(torch.stack(pl_module.step_kl).mean().item())
         mean, steps = sum(kls) / 2, len(self.stopped)
         side = max(kls) if steps == 5 else min(kls)
-        pl_module.target_kl = (mean + side) / 2 if steps > 4 else 1.0
+        target_kl = (mean + side) / 2 if steps > 4 else 1.0
+        pl_module.updates = replace(pl_module.updates, target_kl=target_kl)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """What the module made of it."""
@@ -161,7 +163,7 @@ def main(folder: Path, name: str) -> None:
             own_weights = sum(float(w.double().sum()) for w in module.state_dict().values())
             results[run]["own_weights"] = gather(own_weights) if name == "ddp" else None
         if run == "dpo_moving":
-            results[run]["shift"] = gather([module.reward_shift.item(), module.pairs_seen.item()])
+            results[run]["shift"] = gather([module.loss.shift.mean.item(), module.loss.shift.pairs_seen.item()])
             networks = (full_state_dict(network) for network in (module.policy, module.reference))
             results[run]["apart"] = [
                 float((a.double() - b.double()).abs().sum())

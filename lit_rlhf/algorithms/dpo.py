@@ -8,21 +8,20 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.algorithms.preference import PreferenceModule, agreement, sequence_logprobs
 from lit_rlhf.algorithms.preference_loss import LossTerm, PreferenceLoss
 from lit_rlhf.algorithms.reference_cache import ReferenceCache
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
-from lit_rlhf.algorithms.reward_model import agreement, pair_lengths
+from lit_rlhf.algorithms.settings import ReferenceSettings
 from lit_rlhf.data.batches import PreferenceBatch
-from lit_rlhf.engine.packing import PackedBatch
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import require
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.models.loading import check_same_tokens, load_policy_with_tokenizer
-from lit_rlhf.models.policy import Policy, freeze, frozen_copy
+from lit_rlhf.models.policy import freeze, frozen_copy
 from lit_rlhf.rollout.play import GenerationSettings
 
 
-class DPO(AlignmentModule):
+class DPO(PreferenceModule):
     """Direct preference optimisation: minimise -log σ(β[log π/π_ref(y_w) - log π/π_ref(y_l)]).
 
     Rafailov et al. 2023, Eq. 7, https://arxiv.org/abs/2305.18290
@@ -42,10 +41,6 @@ class DPO(AlignmentModule):
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
 
-    learns_from = "preference"
-    reward_shift: Tensor  # () where the loss asks for it: mean implicit reward of the pairs of all steps so far
-    pairs_seen: Tensor  # () how many these are
-
     def __init__(
         self,
         policy: str = "demo",
@@ -61,19 +56,7 @@ class DPO(AlignmentModule):
     ) -> None:
         super().__init__(**kwargs)
         require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
-        if cache_reference and reference is not None:
-            raise UserError(
-                f"cache_reference computes log-probs with the policy before its first step; drop reference "
-                f"({reference}), or set cache_reference: false"
-            )
-        if reference_free and (reference is not None or cache_reference):
-            raise UserError(
-                f"reference_free leaves reference ({reference}) and cache_reference ({cache_reference}) nothing to do; "
-                "drop them, or set reference_free: false"
-            )
-        if reference_update is not None and (reference_free or cache_reference):
-            other = "reference_free" if reference_free else "cache_reference"
-            raise UserError(f"reference_update moves a reference in memory, {other} holds none; set {other}: false")
+        ReferenceSettings(reference, cache_reference, reference_free, moves=reference_update is not None)
         self.policy, self.tokenizer = load_policy_with_tokenizer(policy, trust_remote_code=trust_remote_code)
         self.loss = PreferenceLoss(loss, reference_free)
         if reference is not None:
@@ -84,10 +67,6 @@ class DPO(AlignmentModule):
             self.frozen["reference"] = frozen_copy(self.policy)
         if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint
             self.reference = self.frozen.pop("reference").train()  # Lightning warns of eval mode; dropout is 0 anyway
-        if "reward_shift" in self.loss.inputs:
-            self.register_buffer("reward_shift", torch.zeros(()))
-            self.register_buffer("pairs_seen", torch.zeros(()))
-        self.step_rewards: list[Tensor] = []  # mean implicit rewards of the optimiser step's pairs so far
         self.beta = beta
         self.reference_free = reference_free
         self.reference_update = reference_update
@@ -98,21 +77,24 @@ class DPO(AlignmentModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the preference loss of its pairs."""
-        chosen, rejected = sequence_logprobs(self.policy, batch.packed)
-        ref_chosen, ref_rejected = self.reference_logprobs(batch, "train")
-        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **self.loss_inputs(batch))
-        self.log_dpo("train", losses, chosen, rejected, ref_chosen, ref_rejected)
-        self.log_mean("train", pair_lengths(batch.packed), weight=len(losses))
-        if "reward_shift" in self.loss.inputs:
-            self.step_rewards.append(self.beta * (chosen - ref_chosen + rejected - ref_rejected).detach() / 2)
-        return losses.sum() / batch.denominator
+        return self.pair_losses(batch, "train").sum() / batch.denominator
 
     def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
         """Log loss, implicit rewards and their accuracy, as means over all pairs."""
+        self.pair_losses(batch, stage)
+
+    def pair_losses(self, batch: PreferenceBatch, stage: str) -> Tensor:
+        """(B,) losses of the pairs, logged."""
         chosen, rejected = sequence_logprobs(self.policy, batch.packed)
         ref_chosen, ref_rejected = self.reference_logprobs(batch, stage)
-        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **self.loss_inputs(batch))
-        self.log_dpo(stage, losses, chosen, rejected, ref_chosen, ref_rejected)
+        inputs = self.loss.inputs_from(batch.packed)
+        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **inputs)
+
+        chosen_rewards, rejected_rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
+        if stage == "train":
+            self.loss.observe((chosen_rewards + rejected_rewards) / 2)
+        self.log_rewards(stage, batch, losses, chosen, rejected, chosen_rewards, rejected_rewards)
+        return losses
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, Tensor]:
@@ -127,65 +109,47 @@ class DPO(AlignmentModule):
             return cached[:, 0], cached[:, 1]
         return sequence_logprobs(self.frozen_network("reference"), batch.packed)
 
-    def loss_inputs(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """What the loss asks for beyond log-probs: lengths, (B,), and BCO's shift, ()."""
-        packed, wanted = batch.packed, {}
-        if self.loss.inputs & {"chosen_lengths", "rejected_lengths"}:
-            wanted["chosen_lengths"], wanted["rejected_lengths"] = packed.response_lengths.chunk(2)
-        if "reward_shift" in self.loss.inputs:
-            wanted["reward_shift"] = self.reward_shift
-        return wanted
-
-    def update_reward_shift(self, rewards: Tensor) -> None:
-        """Take the implicit rewards of a step's pairs, (B,), of all ranks, into the running mean."""
-        ours = torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))])
-        total, count = self.trainer.strategy.reduce(ours, reduce_op="sum")
-        self.pairs_seen += count
-        self.reward_shift += (total - count * self.reward_shift) / self.pairs_seen
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's step; then, where they are to, BCO's shift and the reference follow the policy."""
+        """Lightning's step; then, where they are to, the state of the loss and the reference follow the policy."""
         super().optimizer_step(*args, **kwargs)
-        if self.step_rewards:  # not before: all micro-batches of a step have the same shift
-            self.update_reward_shift(torch.cat(self.step_rewards))
-            self.step_rewards = []
+        self.loss.after_step(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
         update = self.reference_update
         if update is not None and (self.trainer.global_step + 1) % update.every == 0:  # this step counts afterwards
             update.apply(self.reference, self.policy)
 
     @torch.no_grad()
-    def log_dpo(
+    def log_rewards(
         self,
         stage: str,
+        batch: PreferenceBatch,
         losses: Tensor,
         chosen: Tensor,
         rejected: Tensor,
-        ref_chosen: Tensor,
-        ref_rejected: Tensor,
+        chosen_rewards: Tensor,
+        rejected_rewards: Tensor,
     ) -> None:
         """Log the loss, the implicit rewards r̂ = β log π/π_ref (whatever the loss compares) and why they moved.
 
         Args:
             stage: train, val or test.
+            batch: the pairs.
             losses: (B,).
             chosen: (B,) log π of the chosen responses; they may fall while the margin grows.
             rejected: (B,) log π of the rejected responses.
-            ref_chosen: (B,) log π_ref of the chosen responses.
-            ref_rejected: (B,) log π_ref of the rejected responses.
+            chosen_rewards: (B,) r̂ of the chosen responses.
+            rejected_rewards: (B,) r̂ of the rejected responses.
         """
-        chosen_reward, rejected_reward = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
-        agrees = agreement(chosen_reward, rejected_reward)
-        prefix = "dpo" if stage == "train" else stage
-        metrics = {
-            "loss": losses.mean(),
-            f"{prefix}/reward_accuracy": agrees["accuracy"],
-            f"{prefix}/reward_margin": agrees["margin"],
-            f"{prefix}/chosen_reward": chosen_reward.mean(),
-            f"{prefix}/rejected_reward": rejected_reward.mean(),
-            f"{prefix}/chosen_logprobs": chosen.mean(),
-            f"{prefix}/rejected_logprobs": rejected.mean(),
+        agrees = agreement(chosen_rewards, rejected_rewards)
+        means = {
+            "reward_accuracy": agrees["accuracy"],
+            "reward_margin": agrees["margin"],
+            "chosen_reward": chosen_rewards.mean(),
+            "rejected_reward": rejected_rewards.mean(),
+            "chosen_logprobs": chosen.mean(),
+            "rejected_logprobs": rejected.mean(),
         }
-        self.log_mean(stage, metrics, weight=len(losses))
+        prefix = "dpo" if stage == "train" else stage
+        self.log_pairs(stage, batch, losses, {f"{prefix}/{name}": mean for name, mean in means.items()})
 
     def on_fit_start(self) -> None:
         """Fill the cache of reference log-probs, unless a checkpoint brought it along."""
@@ -217,19 +181,14 @@ class DPO(AlignmentModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the cache: after a resume, the policy is no longer the reference."""
+        """Keep the state of the loss, and the cache: after a resume, the policy is no longer the reference."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["reference_cache"] = self.reference_cache.by_rows
+        checkpoint["loss"] = self.loss.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the cache of the run that goes on."""
+        """Take loss and cache of the run that goes on."""
         super().on_load_checkpoint(checkpoint)
+        self.loss.load_state_dict(checkpoint["loss"])
         self.reference_cache = ReferenceCache(checkpoint["reference_cache"])
         self.has_learnt = True
-
-
-def sequence_logprobs(policy: Policy | torch.nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """(B,) log π(y|x) of chosen and of rejected responses, summed over their tokens."""
-    token_logprobs, _ = policy(batch)
-    chosen, rejected = batch.sum_by_sequence(token_logprobs).chunk(2)
-    return chosen, rejected

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.data.tokenize import stop_token_ids
 from lit_rlhf.engine.sharding import shard, total_norm
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError
 from lit_rlhf.losses.advantages import Moments, masked_moments
 from lit_rlhf.models.loading import keep_to_tokens
 from lit_rlhf.models.policy import Policy
@@ -56,17 +57,10 @@ class AlignmentModule(LightningModule):
         warmup_steps: float = 0.0,
     ) -> None:
         super().__init__()
-        require(warmup_steps >= 0, "warmup_steps", warmup_steps, "a number of steps, or a share of them below 1")
-        require(learning_rate >= 0, "learning_rate", learning_rate, "0 or more")
-        require(weight_decay >= 0, "weight_decay", weight_decay, "0 or more")
-        require(all(0 <= beta < 1 for beta in adam_betas), "adam_betas", adam_betas, "two numbers in [0, 1)")
-        require(adam_eps >= 0, "adam_eps", adam_eps, "0 or more")
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.adam_betas = adam_betas
-        self.adam_eps = adam_eps
-        self.lr_scheduler = lr_scheduler
-        self.warmup_steps = warmup_steps
+        self.optimizer_settings = OptimizerSettings(
+            learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps
+        )
+        self.learning_rate = learning_rate  # apart, since Lightning's LearningRateFinder sets an attribute of this name
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
         self.frozen: dict[str, nn.Module] = {}
         self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
@@ -148,17 +142,18 @@ class AlignmentModule(LightningModule):
         """AdamW with decay on matrices only, and the schedule stepped after each optimiser step."""
         # One kernel for the whole step. Lightning clips fp16 gradients before a fused step would unscale them.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        optimizer = AdamW(self.parameter_groups(), betas=self.adam_betas, eps=self.adam_eps, fused=fused)
+        settings = self.optimizer_settings
+        optimizer = AdamW(self.parameter_groups(), betas=settings.adam_betas, eps=settings.adam_eps, fused=fused)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
-            if self.lr_scheduler != "constant" or 0 < self.warmup_steps < 1:
+            if settings.lr_scheduler != "constant" or 0 < settings.warmup_steps < 1:
                 raise UserError(
-                    f"lr_scheduler {self.lr_scheduler!r} and a warm-up share need an end: set trainer.max_epochs or "
-                    "trainer.max_steps, or use lr_scheduler: constant with warmup_steps in steps"
+                    f"lr_scheduler {settings.lr_scheduler!r} and a warm-up share need an end: set trainer.max_epochs "
+                    "or trainer.max_steps, or use lr_scheduler: constant with warmup_steps in steps"
                 )
             total = 0
-        warmup = math.ceil(self.warmup_steps * total) if self.warmup_steps < 1 else int(self.warmup_steps)
-        name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
+        warmup = math.ceil(settings.warmup_steps * total) if settings.warmup_steps < 1 else int(settings.warmup_steps)
+        name = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
         schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -182,7 +177,7 @@ class AlignmentModule(LightningModule):
         trained = [p for p in parameters if p.requires_grad]
         matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
         return [
-            {"params": matrices, "lr": learning_rate, "weight_decay": self.weight_decay},
+            {"params": matrices, "lr": learning_rate, "weight_decay": self.optimizer_settings.weight_decay},
             {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
         ]
 

@@ -1,43 +1,242 @@
-"""What on-policy algorithms share: they play episodes, score them, and are judged by held-out ones."""
+"""The on-policy road: play, score, charge the KL, estimate advantages, learn. A method is an estimator and a loss."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
+from torch.optim import Optimizer
 
+from lit_rlhf.algorithms.chosen import ChosenFunction, chosen_estimator, chosen_loss
+from lit_rlhf.algorithms.kl_control import FixedKL, KLController, KLPenalty
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.data.batches import PromptBatch
-from lit_rlhf.engine.packing import Example, pack
-from lit_rlhf.losses.kl import KLController, k1
-from lit_rlhf.rollout.experience import episode_means
-from lit_rlhf.rollout.play import GenerationSettings, complete, episode_rows
+from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, UpdateSettings
+from lit_rlhf.data.batches import PromptBatch, RolloutBatch
+from lit_rlhf.engine.packing import Example, PackedBatch, pack
+from lit_rlhf.losses import PolicyTokens, ScoredRollout, value_loss
+from lit_rlhf.losses.advantages import explained_variance, token_rewards, whiten
+from lit_rlhf.losses.kl import k1, k3
+from lit_rlhf.models.loading import load_policy_with_tokenizer
+from lit_rlhf.models.policy import Scorer, frozen_copy
+from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means, plan_minibatches
+from lit_rlhf.rollout.play import GenerationSettings, Play, complete, episode_rows
 from lit_rlhf.rollout.shaping import RewardShaping
 from token_mdp import Episode, FinishReason
 
 
-class OnPolicyModule(AlignmentModule):
-    """Base of the algorithms that learn from a `RolloutDataModule`; their reference is a frozen network."""
+class Term(NamedTuple):
+    """A part of the loss."""
 
-    kl: KLController
-    shaping: RewardShaping
-    temperature: float
-    seed: int
-    rollout_metrics: dict[str, float]  # of the rollout that is being learnt from
-    stopped: bool  # whether the rest of this iteration's minibatches go unused
+    name: str
+    weight: float
+    losses: Tensor  # (M,)
+
+
+class OnPolicyModule(AlignmentModule):
+    """Base of the algorithms that learn from a `RolloutDataModule`: maximise E[r(x, y)] - β KL(π‖π_ref).
+
+    One Lightning epoch is one iteration: the policy plays `rollout_size` episodes of the data module, they are scored
+    once, and `ppo_epochs` passes over them follow. `trainer.max_epochs` counts iterations.
+
+    Args:
+        policy: folder or hub name of the causal LM to start from, normally the SFT model; also the reference.
+        advantages: estimator of advantages: a function of a `ScoredRollout` that gives `Advantages`.
+        loss: policy loss: a function of `PolicyTokens` that gives a `PolicyLoss`.
+        kl: β, the coefficient of the KL penalty, fixed or adaptive; None = FixedKL(0.05).
+        kl_penalty: whether the KL is charged in the reward or in the loss, and its estimator.
+        shaping: normalisation, clipping, length and missing-end penalties of rewards; None = rewards as they come.
+        entropy_coef: weight of the entropy bonus.
+        ppo_epochs: passes over a rollout.
+        num_minibatches: optimiser steps per pass; with accumulate_grad_batches, each takes several micro-batches.
+        target_kl: end an iteration's learning before the step whose minibatch shows a mean KL per token from the
+            rollout's policy, k3 over all ranks, beyond this; null = never.
+        temperature: divides the logits in sampling and in training alike.
+        seed: of sampling and of minibatches.
+        trust_remote_code: run model code that comes with the weights.
+        generation: how `predict` writes completions; the sample tables show the policy as it is trained.
+        kwargs: the optimiser's settings, see `AlignmentModule`.
+    """
+
+    learns_from = "prompts"
+    prefix: ClassVar[str]  # of its metrics
+
+    def __init__(
+        self,
+        policy: str,
+        advantages: ChosenFunction,
+        loss: ChosenFunction,
+        kl: KLController | None = None,
+        kl_penalty: KLPenalty = KLPenalty(),
+        shaping: RewardShaping | None = None,
+        entropy_coef: float = 0.0,
+        ppo_epochs: int = 4,
+        num_minibatches: int = 4,
+        target_kl: float | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+        generation: GenerationSettings = GenerationSettings(),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.updates = UpdateSettings(ppo_epochs, num_minibatches, target_kl, entropy_coef)
+        self.sampling = SamplingSettings(temperature, seed)
+        self.advantages = chosen_estimator(advantages)
+        self.loss = chosen_loss(loss)
+        self.kl = FixedKL() if kl is None else kl
+        self.kl_penalty = kl_penalty
+        self.shaping = RewardShaping() if shaping is None else shaping
+        self.generation = generation
+        self.policy, self.tokenizer = load_policy_with_tokenizer(policy, trust_remote_code=trust_remote_code)
+        self.frozen["reference"] = frozen_copy(self.policy)
+        self.critic: Scorer | None = None
+        self.critic_settings = CriticSettings(0.0, None, 0, None)
+        self.rollout_metrics: dict[str, float] = {}  # of the rollout that is being learnt from
+        self.step_kl: list[Tensor] = []  # approximate KL of the optimiser step's micro-batches so far
+        self.stopped = False  # by target_kl, for the rest of this iteration
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+        """One micro-batch of the current rollout: Σ weight · term, a mean over the tokens of the global minibatch."""
+        tokens, updates = batch.packed, self.updates
+        logprobs, entropy = self.policy(tokens, self.sampling.temperature, with_entropy=updates.entropy_coef != 0)
+        policy = self.loss(PolicyTokens(logprobs, batch.old_logprobs, batch.advantages, tokens.sequence_ids))
+
+        terms = [Term("policy_loss", 1.0, policy.losses)]
+        if self.critic is not None:
+            terms.append(self.value_term(self.critic(tokens, tokens.predictors), batch))
+        if self.kl_penalty.place == "loss":
+            kl_losses = self.kl_penalty.loss(logprobs, batch.old_logprobs, batch.ref_logprobs)
+            terms.append(Term("kl_loss", self.rollout_metrics["rollout/kl_coef"], kl_losses))  # β has adapted since
+        if entropy is not None:
+            terms.append(Term("entropy", -updates.entropy_coef, entropy))
+
+        losses = sum((term.weight * term.losses for term in terms), start=torch.zeros_like(logprobs))
+        self.log_terms(batch, losses, terms, policy.metrics, k3(batch.old_logprobs, logprobs.detach()))
+        return losses.sum() / batch.denominator
+
+    def value_term(self, values: Tensor, batch: RolloutBatch) -> Term:
+        """The critic's part of the loss."""
+        assert batch.old_values is not None and batch.returns is not None
+        settings = self.critic_settings
+        losses = value_loss(values, batch.old_values, batch.returns, settings.value_clip_range)
+        return Term("value_loss", settings.value_coef, losses)
+
+    def log_terms(
+        self, batch: RolloutBatch, losses: Tensor, terms: list[Term], metrics: dict[str, Tensor], approx_kl: Tensor
+    ) -> None:
+        """Log a micro-batch, unless its step is not taken; its KL from the rollout's policy may stop the next ones."""
+        self.step_kl.append(approx_kl.sum() / batch.denominator)
+        if not self.stopped:
+            named = {term.name: term.losses for term in terms} | {"approx_kl": approx_kl} | metrics
+            means = {f"{self.prefix}/{name}": values.detach().mean() for name, values in named.items()}
+            self.log_mean("train", {**means, "loss": losses.detach().mean()}, weight=len(losses))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Drop the gradients that this step shall not use: AdamW leaves parameters without one as they are.
+
+        All after a stop by target_kl; the policy's while the critic warms up. The steps themselves are taken as
+        planned, so that schedule, validation, `max_steps` and the ranks' exchange of gradients stay in step.
+        """
+        if self.updates.target_kl is not None:
+            mean_kl = self.trainer.strategy.reduce(torch.stack(self.step_kl).mean(), reduce_op="mean")
+            self.stopped = self.stopped or mean_kl.item() > self.updates.target_kl
+            self.log(f"{self.prefix}/stopped", float(self.stopped))
+        self.step_kl = []
+        if self.stopped:
+            optimizer.zero_grad()
+        elif self.warming_up:
+            self.policy.zero_grad()
+        if self.critic_settings.critic_learning_rate is not None:
+            self.log("train/critic_learning_rate", optimizer.param_groups[-1]["lr"])
+        super().on_before_optimizer_step(optimizer)
 
     @property
-    def rollout_settings(self) -> GenerationSettings:
-        """The policy as it is trained: the whole distribution at this temperature."""
-        return GenerationSettings(temperature=self.temperature, seed=self.seed)
+    def warming_up(self) -> bool:
+        """Whether the critic learns alone in this iteration."""
+        return self.trainer.current_epoch < self.critic_settings.critic_warmup
 
-    def scores(self, episodes: list[Episode], lengths: Tensor) -> Tensor:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The critic's learning rate may be its own."""
+        groups = self.decay_groups(self.policy.parameters(), self.learning_rate)
+        if self.critic is not None:
+            own = self.critic_settings.critic_learning_rate
+            groups += self.decay_groups(self.critic.parameters(), self.learning_rate if own is None else own)
+        return groups
+
+    def experience(self, played: Play) -> Experience:
+        """Score a rollout once: charge the KL to the tokens, and credit them with advantages.
+
+        The forward passes run on the micro-batches of the first pass, as they will be trained on: the first ratio of
+        new to old policy is exactly 1.
+        """
+        rollout = self.planned(played)
+        old_logprobs, ref_logprobs, old_values = self.forward_rollout(rollout)
+
+        scores = self.scores(rollout)
+        kl_coef = self.kl.kl_coef if self.kl_penalty.place == "reward" else 0.0
+        penalty = rollout.rows(self.kl_penalty.estimate(old_logprobs, ref_logprobs))
+        rewards = token_rewards(scores, penalty, kl_coef, rollout.mask)
+        if self.shaping.whiten:
+            moments = self.moments_over_ranks(rollout.flat(rewards))
+            rewards = whiten(rewards, rollout.mask, moments, keep_mean=True)
+
+        values = None if old_values is None else rollout.rows(old_values)
+        estimated = self.advantages(ScoredRollout(rewards, values, rollout.mask, scores, rollout.prompt_index))
+        advantages, returns = rollout.flat(estimated.advantages), rollout.flat(estimated.returns)
+        columns = {
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "advantages": whiten(advantages, moments=self.moments_over_ranks(advantages)),
+        }
+        if old_values is not None:
+            columns |= {"old_values": old_values, "returns": returns}
+        self.finish_rollout(rollout.means(scores, old_logprobs, ref_logprobs), old_values, returns, len(scores))
+        return rollout.experience(columns, self.sum_over_ranks(rollout.step_tokens()).tolist())
+
+    def planned(self, played: Play) -> PlannedRollout:
+        """The rollout, cut into the micro-batches of this iteration."""
+        rng = np.random.default_rng([self.sampling.seed, self.trainer.current_epoch, self.global_rank])
+        passes, minibatches = self.updates.ppo_epochs, self.updates.num_minibatches
+        accumulation = self.trainer.accumulate_grad_batches
+        plan = plan_minibatches(len(played.episodes), passes, minibatches, accumulation, rng)
+        return PlannedRollout(played, plan, minibatches)
+
+    @torch.no_grad()
+    def forward_rollout(self, rollout: PlannedRollout) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Old log-probs, reference log-probs and, with a critic, values: (M,) each, on the CPU."""
+        parts = [self.forward_packed(packed) for packed in rollout.micro_batches()]
+        old_logprobs, ref_logprobs, *values = (torch.cat(column) for column in zip(*parts, strict=True))
+        return old_logprobs, ref_logprobs, values[0] if values else None
+
+    def forward_packed(self, packed: PackedBatch) -> list[Tensor]:
+        """The same of one micro-batch."""
+        batch, temperature = move_data_to_device(packed, self.device), self.sampling.temperature
+        with self.trainer.precision_plugin.forward_context():
+            columns = [network(batch, temperature)[0] for network in (self.policy, self.frozen_network("reference"))]
+            if self.critic is not None:
+                columns.append(self.critic(batch, batch.predictors))
+        return [column.cpu() for column in columns]
+
+    def scores(self, rollout: PlannedRollout) -> Tensor:
         """(B,) rewards of a rollout, shaped."""
-        rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
-        cut = torch.tensor([e.finish_reason is FinishReason.LENGTH for e in episodes])
+        rewards = torch.tensor([episode.reward for episode in rollout.episodes], dtype=torch.float64)
+        cut = torch.tensor([episode.finish_reason is FinishReason.LENGTH for episode in rollout.episodes])
         self.shaping.observe(self.moments_over_ranks(rewards))
-        return self.shaping.scores(rewards, lengths, cut)
+        return self.shaping.scores(rewards, rollout.lengths, cut)
+
+    def finish_rollout(
+        self, means: dict[str, Tensor], old_values: Tensor | None, returns: Tensor, num_episodes: int
+    ) -> None:
+        """Note what to log of the rollout, and let β follow its KL; β is that of the rollout until then."""
+        self.rollout_metrics = {**self.mean_over_ranks(means), "rollout/kl_coef": self.kl.kl_coef}
+        if old_values is not None:
+            errors, targets = self.moments_over_ranks(returns - old_values), self.moments_over_ranks(returns)
+            self.rollout_metrics[f"{self.prefix}/explained_variance"] = explained_variance(errors, targets).item()
+        if not self.warming_up:
+            self.kl.update(self.rollout_metrics["rollout/kl"], num_episodes * self.trainer.world_size)
+        self.stopped, self.step_kl = False, []
 
     def on_train_epoch_end(self) -> None:
         """Log the rollout that this iteration learnt from."""
@@ -48,15 +247,15 @@ class OnPolicyModule(AlignmentModule):
         """Log score, KL to the reference and length of one episode per held-out prompt."""
         episodes = self.play_prompts(prompts)
         batch = move_data_to_device(pack([Example(e.prompt_ids, (e.response_ids,)) for e in episodes]), self.device)
-        logprobs, _ = self.policy(batch, self.temperature)
-        ref_logprobs, _ = self.frozen_network("reference")(batch, self.temperature)
+        logprobs, _ = self.policy(batch, self.sampling.temperature)
+        ref_logprobs, _ = self.frozen_network("reference")(batch, self.sampling.temperature)
         kl = batch.sum_by_sequence(k1(logprobs, ref_logprobs)).mean()
         self.log_mean(stage, {"kl": kl, **episode_means(episodes)}, weight=len(episodes))
 
     def play_prompts(self, prompts: PromptBatch) -> list[Episode]:
         """One scored episode per prompt, within the limits of training."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        settings = replace(self.rollout_settings, max_new_tokens=data.max_new_tokens, num_slots=data.num_slots)
+        settings = replace(self.sampling.generation, max_new_tokens=data.max_new_tokens, num_slots=data.num_slots)
         return complete(self.policy, self.tokenizer, prompts, settings, data.reward_fn)
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:

@@ -9,18 +9,19 @@ What a loss asks for by the name of an argument beyond the log-probs and β come
 its options. Whatever makes no sense is refused by name when it is chosen, before any data is read.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rlhf import losses
-from lit_rlhf.errors import UserError, place_of, require
+from lit_rlhf.algorithms.chosen import arguments_of, check_options, name_of, tried, unbound
+from lit_rlhf.algorithms.reward_shift import RewardShift
+from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.errors import UserError, require
 
 PAIR = 5  # chosen, rejected and reference log-probs, and β: what every loss of the family takes
 FROM_BATCH = ("chosen_lengths", "rejected_lengths", "reward_shift")
@@ -60,16 +61,6 @@ class LossTerm:
     weight: float = 1.0
     options: dict[str, Any] | None = None
 
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        return getattr(self.function, "__name__", None) or type(self.function).__name__
-
-    @property
-    def arguments(self) -> dict[str, inspect.Parameter]:
-        """What the function takes beyond the log-probs and β, by name."""
-        return dict(list(inspect.signature(self.function).parameters.items())[PAIR:])
-
 
 class PreferenceLoss:
     """Losses of B pairs, as `dpo_loss`: Σ weight · term.
@@ -80,17 +71,18 @@ class PreferenceLoss:
 
     Attributes:
         inputs: those of `FROM_BATCH` that a term asks for and its options do not give.
+        shift: the state of a loss that has one, else None.
     """
 
     def __init__(self, loss: Callable[..., Any] | Sequence[LossTerm], reference_free: bool = False) -> None:
-        self.terms = [spread(term) for term in ([LossTerm(loss)] if callable(loss) else loss)]
+        self.terms = [with_bound(term) for term in ([LossTerm(loss)] if callable(loss) else loss)]
         if not self.terms:
             raise UserError("loss is an empty list; give a function or at least one term")
-        self.inputs = {
-            name for term in self.terms for name in FROM_BATCH if name in set(term.arguments) - set(term.options or {})
-        }
-        tried = [try_term(term, reference_free) for term in self.terms]
-        likelihoods = [term.name for term in self.terms if term.function in WITH_LIKELIHOOD]
+        asked = [set(arguments_of(term, PAIR)) - set(term.options or {}) for term in self.terms]
+        self.inputs = set(FROM_BATCH) & set().union(*asked)
+        self.shift = RewardShift() if "reward_shift" in self.inputs else None
+        samples = [try_term(term, reference_free) for term in self.terms]
+        likelihoods = [name_of(term) for term in self.terms if term.function in WITH_LIKELIHOOD]
         if len(likelihoods) > 1:
             raise UserError(f"loss has the likelihood of the chosen response {len(likelihoods)} times: {likelihoods}")
         if [term.function for term in self.terms] == [losses.chosen_nll_loss]:
@@ -99,12 +91,40 @@ class PreferenceLoss:
                 "or train SFT on the chosen responses"
             )
         for i, term in enumerate(self.terms):
-            for other, values in zip(self.terms[:i], tried, strict=False):
-                if torch.allclose(values, tried[i]):
+            for other, values in zip(self.terms[:i], samples, strict=False):
+                if torch.allclose(values, samples[i]):
                     raise UserError(
-                        f"loss has {other.name} and {term.name}, which are the same loss twice; put their weights "
-                        "together in one term"
+                        f"loss has {name_of(other)} and {name_of(term)}, which are the same loss twice; put their "
+                        "weights together in one term"
                     )
+
+    def inputs_from(self, packed: PackedBatch) -> dict[str, Tensor]:
+        """What the terms ask for beyond log-probs: lengths of B pairs, (B,), and the running shift, ()."""
+        wanted = {}
+        if self.inputs & {"chosen_lengths", "rejected_lengths"}:
+            wanted["chosen_lengths"], wanted["rejected_lengths"] = packed.response_lengths.chunk(2)
+        if self.shift is not None:
+            wanted["reward_shift"] = self.shift.mean.to(packed.input_ids.device)
+        return wanted
+
+    def observe(self, rewards: Tensor) -> None:
+        """Take down the implicit rewards of a micro-batch's pairs, (B,), where the loss has state."""
+        if self.shift is not None:
+            self.shift.observe(rewards)
+
+    def after_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Let the state follow, not before: all micro-batches of a step have the same."""
+        if self.shift is not None:
+            self.shift.update(sum_over_ranks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, for the checkpoint; nothing where there is none."""
+        return {} if self.shift is None else self.shift.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state of a checkpoint."""
+        if self.shift is not None:
+            self.shift.load_state_dict(state)
 
     def __call__(
         self,
@@ -119,16 +139,15 @@ class PreferenceLoss:
         pair = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
         total = torch.zeros_like(chosen_logprobs)
         for term in self.terms:
-            wanted = {name: value for name, value in inputs.items() if name in term.arguments}
+            wanted = {name: value for name, value in inputs.items() if name in arguments_of(term, PAIR)}
             total = total + term.weight * term.function(*pair, beta, **(wanted | (term.options or {})))
         return total
 
 
-def spread(term: LossTerm) -> LossTerm:
-    """The same term with what `functools.partial` has bound by name among its options."""
-    if not isinstance(term.function, partial) or term.function.args:
-        return term
-    return replace(term, function=term.function.func, options=term.function.keywords | (term.options or {}))
+def with_bound(term: LossTerm) -> LossTerm:
+    """The same term with what `functools.partial` has bound among its options."""
+    function, options = unbound(term.function, term.options)
+    return replace(term, function=function, options=options)
 
 
 def try_term(term: LossTerm, reference_free: bool = False) -> Tensor:
@@ -140,41 +159,26 @@ def try_term(term: LossTerm, reference_free: bool = False) -> Tensor:
     Raises:
         UserError: names the loss and the option.
     """
-    options = term.options or {}
-    for name in options:
-        if name not in term.arguments:
-            takers = [other for other in losses.__all__ if other.endswith("_loss") and _takes(other, name)]
-            those = f"; {', '.join(takers)} take it" if takers else ""
-            own = f"takes {sorted(term.arguments)}" if term.arguments else "takes no options"
-            raise UserError(f"{term.name} would ignore {name} ({options[name]}): it {own}{those}")
-    missing = [
-        name
-        for name, parameter in term.arguments.items()
-        if parameter.default is parameter.empty and name not in options and name not in FROM_BATCH
-    ]
-    if missing:
-        raise UserError(f"{term.name} needs {', '.join(missing)}: give it in the term's options")
-    require(0 < term.weight < math.inf, f"the weight of {term.name}", term.weight, "more than 0, and finite")
+    check_options(term, PAIR, filled=FROM_BATCH, takers=_takers)
+    require(0 < term.weight < math.inf, f"the weight of {name_of(term)}", term.weight, "more than 0, and finite")
     if reference_free and term.function in NEED_REFERENCE:
-        raise UserError(f"{term.name} rates each response against the reference: set reference_free: false")
-    inputs = {name: value for name, value in TRIED_INPUTS.items() if name in term.arguments}
-    try:
-        values = term.function(*TRIED_PAIRS.clone().requires_grad_(), 1.0, **(inputs | options))
-    except Exception as error:  # whatever a function of the user's raises
-        if isinstance(error, ValueError) and term.function.__module__.startswith(losses.__name__):
-            raise UserError(f"{term.name}: {error}") from error
-        raise UserError(f"{term.name} raised {type(error).__name__}: {error}{place_of(error)}") from error
+        raise UserError(f"{name_of(term)} rates each response against the reference: set reference_free: false")
+    inputs = {name: value for name, value in TRIED_INPUTS.items() if name in arguments_of(term, PAIR)}
+    values = tried(term, *TRIED_PAIRS.clone().requires_grad_(), 1.0, **inputs)
     if not isinstance(values, Tensor) or values.shape != (3,):
         given = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise UserError(f"{term.name} must give one loss per pair, (B,); for three pairs it gave {given}")
+        raise UserError(f"{name_of(term)} must give one loss per pair, (B,); for three pairs it gave {given}")
     if not values.requires_grad:
-        raise UserError(f"{term.name} gives losses without a gradient: nothing would be learnt")
+        raise UserError(f"{name_of(term)} gives losses without a gradient: nothing would be learnt")
     values = values.detach()
     if not values.isfinite().all():
-        raise UserError(f"{term.name} with the options {options} gives losses that are not finite: {values.tolist()}")
+        given = f"{name_of(term)} with the options {term.options or {}}"
+        raise UserError(f"{given} gives losses that are not finite: {values.tolist()}")
     return values
 
 
-def _takes(function: str, argument: str) -> bool:
-    parameters = inspect.signature(getattr(losses, function)).parameters
-    return argument in list(parameters)[PAIR:]
+def _takers(argument: str) -> str:
+    """The losses that take this option, in words; nothing where there are none."""
+    names = [name for name in losses.__all__ if name.endswith("_loss")]
+    those = [name for name in names if argument in arguments_of(LossTerm(getattr(losses, name)), PAIR)]
+    return f"; {', '.join(those)} take it" if those else ""

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.calibration import Calibration, calibration
-from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.algorithms.preference import PreferenceModule, agreement
 from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.data.batching import ResumableLoader
 from lit_rlhf.data.tokenize import Options, stop_token_ids, tokenize_sft
-from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import bradley_terry_loss
@@ -26,7 +25,7 @@ from lit_rlhf.rollout.play import predicted_rows
 from lit_rlhf.rollout.rewards import scores
 
 
-class RewardModel(AlignmentModule):
+class RewardModel(PreferenceModule):
     """Bradley-Terry reward model: minimise -log σ(r(x, y_w) - r(x, y_l)).
 
     Christiano et al. 2017, https://arxiv.org/abs/1706.03741; Ouyang et al. 2022, Eq. 1, https://arxiv.org/abs/2203.02155
@@ -46,7 +45,6 @@ class RewardModel(AlignmentModule):
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
 
-    learns_from = "preference"
     predicts_from = "scored"
     exported = "reward_model"
 
@@ -77,8 +75,7 @@ class RewardModel(AlignmentModule):
         """One micro-batch: the Bradley-Terry loss of its pairs."""
         chosen, rejected = self.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
         losses = bradley_terry_loss(chosen, rejected, batch.margin)
-        metrics = {"loss": losses.detach().mean(), **agreement(chosen, rejected), **pair_lengths(batch.packed)}
-        self.log_mean("train", metrics, weight=len(losses))
+        self.log_pairs("train", batch, losses, agreement(chosen, rejected))
         return losses.sum() / batch.denominator
 
     def on_validation_epoch_end(self) -> None:
@@ -94,10 +91,9 @@ class RewardModel(AlignmentModule):
     def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
         """Log loss, accuracy, margin and confidence, as means over all pairs."""
         chosen, rejected = self.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
-        loss = bradley_terry_loss(chosen, rejected, batch.margin).mean()
+        losses = bradley_terry_loss(chosen, rejected, batch.margin)
         confidence = (chosen - rejected).abs().sigmoid().mean()
-        metrics = {"loss": loss, "confidence": confidence, **agreement(chosen, rejected)}
-        self.log_mean(stage, metrics, weight=len(chosen))
+        self.log_pairs(stage, batch, losses, {"confidence": confidence, **agreement(chosen, rejected)})
         self.seen_scores += [chosen, rejected]
         bins = torch.stack(calibration(chosen - rejected))
         self.bins = bins if self.bins is None else self.bins + bins
@@ -216,16 +212,3 @@ def score_head(facts: Mapping[str, Any]) -> ScoreHead:
     if not std > 0:
         raise UserError("normalize: mean_and_std cannot scale scores that are all equal; has the model learnt?")
     return ScoreHead(1 / std, (bias - moments.mean.item()) / std)
-
-
-def pair_lengths(packed: PackedBatch) -> dict[str, Tensor]:
-    """Mean response tokens of B pairs, chosen and rejected apart: what a bias towards length would feed on."""
-    chosen, rejected = packed.response_lengths.chunk(2)
-    return {"chosen_length": chosen.mean(), "rejected_length": rejected.mean()}
-
-
-def agreement(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """How well the scores of B pairs agree with the labels; a tie is half right."""
-    margin = (chosen - rejected).detach()
-    accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
-    return {"accuracy": accuracy.mean(), "margin": margin.mean()}

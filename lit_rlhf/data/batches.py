@@ -43,7 +43,7 @@ class RolloutBatch(NamedTuple):
     packed: PackedBatch
     old_logprobs: Tensor  # (M,) log π_old of the response tokens
     ref_logprobs: Tensor  # (M,) log π_ref
-    old_values: Tensor  # (M,) critic at rollout
     advantages: Tensor  # (M,) whitened over the whole rollout and all ranks
-    returns: Tensor  # (M,) advantages before whitening + old_values
     denominator: Tensor  # () float32: response tokens of the minibatch over all ranks / (accumulation steps x ranks)
+    old_values: Tensor | None = None  # (M,) critic at rollout; None without a critic
+    returns: Tensor | None = None  # (M,) what the critic is to predict; likewise

@@ -8,6 +8,7 @@ caller's, who keeps it the same over a step.
 Axes: B pairs, M response tokens of all sequences of a packed batch. Log-probabilities are in nats.
 """
 
+from lit_rlhf.losses.advantages import Advantages, ScoredRollout, gae
 from lit_rlhf.losses.divergences import (
     alpha_dpo_loss,
     alpha_link,
@@ -18,7 +19,7 @@ from lit_rlhf.losses.divergences import (
     jensen_shannon_link,
     reverse_kl_link,
 )
-from lit_rlhf.losses.policy_gradients import clip_fraction, ppo_policy_loss, value_loss
+from lit_rlhf.losses.policy_gradients import PolicyLoss, PolicyTokens, ppo_policy_loss, value_loss
 from lit_rlhf.losses.preference import (
     chosen_nll_loss,
     conservative_dpo_loss,
@@ -37,6 +38,10 @@ from lit_rlhf.losses.supervised import bradley_terry_loss, nll
 from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
 
 __all__ = [
+    "Advantages",
+    "PolicyLoss",
+    "PolicyTokens",
+    "ScoredRollout",
     "alpha_dpo_loss",
     "alpha_link",
     "aot_loss",
@@ -46,7 +51,6 @@ __all__ = [
     "bco_pair_loss",
     "bradley_terry_loss",
     "chosen_nll_loss",
-    "clip_fraction",
     "conservative_dpo_loss",
     "discopop_loss",
     "dpo_loss",
@@ -54,6 +58,7 @@ __all__ = [
     "f_dpo_loss",
     "forward_kl_dpo_loss",
     "forward_kl_link",
+    "gae",
     "hinge_loss",
     "ipo_loss",
     "jensen_shannon_dpo_loss",

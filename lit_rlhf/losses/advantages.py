@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_rlhf.errors import require
+
 
 def pad_rows(flat: Tensor, row_mask: Tensor) -> Tensor:
     """Packed tokens to rows: (M,) -> (B, T), 0 in the padding.
@@ -94,9 +96,27 @@ def token_rewards(scores: Tensor, kl: Tensor, kl_coef: float, response_mask: Ten
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
-def gae(
-    token_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
+class ScoredRollout(NamedTuple):
+    """What an advantage estimator is computed from: B episodes of one rank, in rows of T response cells.
+
+    In training, all fields are there, but for values without a critic.
+    """
+
+    token_rewards: Tensor  # (B, T) r: the KL penalty where it is charged in the reward, and the score at the end
+    values: Tensor | None  # (B, T) V of the state in which each token was taken; None without a critic
+    response_mask: Tensor  # (B, T) bool
+    scores: Tensor | None = None  # (B,) verdict on each whole response, without the KL penalty
+    prompt_index: Tensor | None = None  # (B,) int64: which prompt it is to; completions of one prompt have the same
+
+
+class Advantages(NamedTuple):
+    """What an advantage estimator gives; both 0 outside of the mask."""
+
+    advantages: Tensor  # (B, T) A, not yet whitened
+    returns: Tensor  # (B, T) what the critic is to predict
+
+
+def gae(rollout: ScoredRollout, gamma: float = 1.0, gae_lambda: float = 0.95) -> Advantages:
     """Generalised advantage estimation: A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} - V_t.
 
     Schulman et al. 2016, Eq. 16, https://arxiv.org/abs/1506.02438. Time runs over the True cells of the mask alone:
@@ -104,27 +124,33 @@ def gae(
     stands in False cells, a reward included, changes nothing.
 
     Args:
-        token_rewards: (B, T) r.
-        values: (B, T) V of the state in which each token was taken.
-        response_mask: (B, T) bool.
+        rollout: with values.
         gamma: discount, 1 in RLHF.
         gae_lambda: 1 is Monte Carlo (no bias from V), 0 is one-step TD (least variance).
 
     Returns:
-        advantages (B, T) and returns (B, T) = advantages + values; both 0 outside of the mask.
+        Advantages, and returns = advantages + values.
+
+    Raises:
+        ValueError: there are no values, or a mask that would broadcast.
     """
+    require(0 <= gamma <= 1, "gamma", gamma, "in [0, 1]")
+    require(0 <= gae_lambda <= 1, "gae_lambda", gae_lambda, "in [0, 1]")
+    if rollout.values is None:
+        raise ValueError("gae needs the values of a critic")
+    values, response_mask = rollout.values, rollout.response_mask
     _check_mask(response_mask, values, "values", "response_mask")
-    _check_mask(response_mask, token_rewards, "token_rewards", "response_mask")
+    _check_mask(response_mask, rollout.token_rewards, "token_rewards", "response_mask")
     advantages = torch.zeros_like(values)
     next_value = values.new_zeros(values.shape[0])
     next_advantage = torch.zeros_like(next_value)
     for t in reversed(range(values.shape[1])):
         here = response_mask[:, t]
-        delta = token_rewards[:, t] + gamma * next_value - values[:, t]
+        delta = rollout.token_rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = torch.where(here, delta + gamma * gae_lambda * next_advantage, next_advantage)
         next_value = torch.where(here, values[:, t], next_value)
         advantages[:, t] = torch.where(here, next_advantage, 0.0)
-    return advantages, torch.where(response_mask, advantages + values, 0.0)
+    return Advantages(advantages, torch.where(response_mask, advantages + values, 0.0))
 
 
 class Moments(NamedTuple):

@@ -1,4 +1,4 @@
-"""KL(π‖π_ref) from samples, and the coefficient that weighs it.
+"""KL(π‖π_ref) from samples.
 
 The estimators are elementwise in the log-probabilities (nats) of tokens that were sampled from π; their mean over
 samples estimates the divergence. Any shape, the same for all tensors: (M,) in packed batches.
@@ -6,19 +6,14 @@ samples estimates the divergence. Any shape, the same for all tensors: (M,) in p
 Which to use where:
 - In the reward (`-kl_coef * kl`): k1. The policy gradient of the sum of k1 is the exact gradient of the sequence KL.
 - In the loss: the *gradient* of the estimate matters, not its mean. E_π[∇k1] = 0, E_π[∇k2] = ∇KL(π‖π_ref) and
-  E_π[∇k3] = ∇KL(π_ref‖π): k2 is the right one; `with_k2_gradient` keeps the value of another. `KLPenalty` knows both.
+  E_π[∇k3] = ∇KL(π_ref‖π): k2 is the right one; `with_k2_gradient` keeps the value of another.
 - To report: k3, unbiased like k1, never negative, and of far lower variance while π is near π_ref (far off, of more).
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-from lit_rlhf.errors import UserError, require
 
 # exp(20) = 4.9e8: far from overflow in float32 and far from any ratio that a sane update makes.
 MAX_LOGRATIO = 20.0
@@ -103,121 +98,3 @@ def with_k2_gradient(estimate: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-
-
-@dataclass(frozen=True)
-class KLPenalty:
-    """Where KL(π‖π_ref) is charged, and by which estimator.
-
-    In the reward, what a token does to the KL of later ones counts too: PPO then climbs E[r] - β KL of whole responses.
-    In the loss, each token's distribution is pulled to the reference's given its prefix alone, with less variance.
-
-    Args:
-        place: "reward" subtracts kl_coef * estimate from each token's reward (Ziegler et al. 2019); "loss" adds it to
-            each token's loss.
-        estimator: k1, k2 or k3. In the reward, k1 alone has the gradient of the KL: the others, as in peers that offer
-            them, have another optimum. In the loss, the gradient is that of the KL whichever gives the value.
-    """
-
-    place: Literal["reward", "loss"] = "reward"
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-
-    def __post_init__(self) -> None:
-        """Refuse other words."""
-        if self.place not in ("reward", "loss") or self.estimator not in ESTIMATORS:
-            raise UserError(
-                f"KLPenalty's place ({self.place!r}) must be 'reward' or 'loss', and its estimator "
-                f"({self.estimator!r}) one of {sorted(ESTIMATORS)}"
-            )
-
-    def estimate(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        """Estimates of the chosen kind, of the same shape."""
-        return ESTIMATORS[self.estimator](logprobs, ref_logprobs)
-
-    def loss(self, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        """Estimates for the loss: ρ k with ρ = π/π_old, and the gradient ρ ∇k2 = ρ log(π/π_ref) ∇log π.
-
-        Unbiased in value (k1, k3) and in gradient also once π has left the π_old that the tokens were sampled from:
-        E_old[ρ f] = E_π[f].
-
-        Args:
-            logprobs: log π of the tokens, now.
-            old_logprobs: log π_old of them, at rollout; carries no gradient.
-            ref_logprobs: log π_ref of them; carries no gradient.
-
-        Returns:
-            Estimates of the same shape.
-        """
-        ratio = torch.exp(clamped_logratio(logprobs, old_logprobs)).detach()
-        return ratio * with_k2_gradient(self.estimate(logprobs, ref_logprobs), logprobs, ref_logprobs)
-
-
-class KLController:
-    """The KL coefficient β: after each rollout it may adapt, and it goes on from a checkpoint."""
-
-    kl_coef: float
-
-    def update(self, kl: float, num_episodes: int) -> None:
-        """Adapt β after a rollout; this one does not.
-
-        Args:
-            kl: mean KL per episode of the last rollout, in nats.
-            num_episodes: n, episodes in that rollout, over all ranks.
-        """
-
-    def state_dict(self) -> dict[str, Any]:
-        """The coefficient as adapted so far, for the checkpoint."""
-        return {"kl_coef": self.kl_coef}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the coefficient of a checkpoint."""
-        self.kl_coef = state["kl_coef"]
-
-
-class FixedKL(KLController):
-    """A KL coefficient that stays: β.
-
-    Args:
-        kl_coef: weight of the KL penalty in the reward; 0 switches it off.
-    """
-
-    def __init__(self, kl_coef: float = 0.05) -> None:
-        require(0 <= kl_coef < math.inf, "kl_coef", kl_coef, "0 or more and finite")
-        self.kl_coef = kl_coef
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: a fixed coefficient is the config's, also when a run is resumed with another value."""
-
-
-class AdaptiveKL(KLController):
-    """A KL coefficient that steers KL to a target: err = clip(kl/target - 1, ±0.2), β ← β (1 + err n/horizon).
-
-    Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593. Other than there, a rollout of several horizons
-    halves or doubles β at most.
-
-    Args:
-        init_kl_coef: β of the first rollout; more than 0, or it could never grow.
-        target: mean KL per episode to hold, in nats; more than 0.
-        horizon: episodes over which β changes by at most a factor of about exp(0.2).
-    """
-
-    def __init__(self, init_kl_coef: float = 0.05, target: float = 6.0, horizon: int = 10_000) -> None:
-        grows = "more than 0 and finite; for no KL penalty use FixedKL(0)"
-        require(0 < init_kl_coef < math.inf, "init_kl_coef", init_kl_coef, grows)
-        require(0 < target < math.inf, "target", target, "more than 0 and finite: the error is kl / target - 1")
-        require(0 < horizon < math.inf, "horizon", horizon, "more than 0 episodes, and finite")
-        self.kl_coef = init_kl_coef
-        self.target = target
-        self.horizon = horizon
-
-    def update(self, kl: float, num_episodes: int) -> None:
-        """Adapt β after a rollout; args as above.
-
-        Raises:
-            ValueError: `kl` is NaN, which would stay in β for ever.
-        """
-        if kl != kl:
-            raise ValueError("kl is NaN: log-probabilities of policy or reference are not finite")
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        # A rollout of more than 5 horizons could turn β negative for good: none may more than halve or double it.
-        self.kl_coef *= min(max(1 + error * num_episodes / self.horizon, 0.5), 2.0)

@@ -1,44 +1,56 @@
-"""PPO's losses of each response token. Any shape, the same for all tensors: (M,) in packed batches."""
+"""Policy gradient losses, and the critic's, of each response token.
+
+Any shape, the same for all tensors: (M,) in packed batches.
+
+A policy loss is a function of `PolicyTokens`, and of options of its own, that gives a `PolicyLoss`.
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lit_rlhf.errors import require
 from lit_rlhf.losses.kl import clamped_logratio
 
 
-def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+class PolicyTokens(NamedTuple):
+    """What a policy loss is computed from: the sampled tokens of a minibatch, and what they turned out to be worth."""
+
+    logprobs: Tensor  # log π of the tokens, now
+    old_logprobs: Tensor  # log π_old, at rollout, from the same forward path; carries no gradient
+    advantages: Tensor  # whitened over the rollout; carries no gradient
+    sequence_ids: Tensor | None = None  # int64, the response that a token belongs to; for losses of whole responses
+
+
+class PolicyLoss(NamedTuple):
+    """What a policy loss gives: a loss per token, and by name what to log of it, a value per token each."""
+
+    losses: Tensor
+    metrics: dict[str, Tensor]
+
+
+def ppo_policy_loss(tokens: PolicyTokens, clip_range: float = 0.2) -> PolicyLoss:
     """Pessimistic clipped surrogate of each token: -min(ρ A, clip(ρ, 1 ± clip_range) A) with ρ = π/π_old.
 
     Schulman et al. 2017, Eq. 7, https://arxiv.org/abs/1707.06347. The log-ratio is clamped before `exp`, so one token
     whose probability collapsed can neither overflow nor turn the gradient into NaN; past the clamp it has no gradient.
 
     Args:
-        logprobs: log π of the taken tokens, now.
-        old_logprobs: log π_old of them, at rollout, from the same forward path; carries no gradient.
-        advantages: of the tokens, whitened over the rollout; carries no gradient.
+        tokens: of a minibatch.
         clip_range: how far the ratio may move from 1 before it stops paying; the paper uses 0.2.
 
     Returns:
-        Losses of the same shape; -advantages where policy and old policy agree.
+        Losses of the same shape, -advantages where policy and old policy agree; the metrics `ratio`, and
+        `clip_fraction`, 1 where the ratio left 1 ± clip_range and 0 elsewhere.
     """
-    ratio = torch.exp(clamped_logratio(logprobs, old_logprobs))
+    require(0 < clip_range < math.inf, "clip_range", clip_range, "more than 0 and finite")
+    ratio = torch.exp(clamped_logratio(tokens.logprobs, tokens.old_logprobs))
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
-
-
-def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, clip_range: float) -> Tensor:
-    """1 for each token whose ratio left 1 ± clip_range, else 0: a diagnostic, without gradient.
-
-    Args:
-        logprobs: log π of the taken tokens, now.
-        old_logprobs: log π_old of them, at rollout.
-        clip_range: as in `ppo_policy_loss`.
-
-    Returns:
-        0 or 1 per token, in the dtype of `logprobs`; the mean over tokens is the fraction.
-    """
-    ratio = torch.exp(clamped_logratio(logprobs, old_logprobs))
-    return ((ratio - 1).abs() > clip_range).to(logprobs.dtype)
+    losses = -torch.minimum(ratio * tokens.advantages, clipped_ratio * tokens.advantages)
+    clipped = ((ratio - 1).abs() > clip_range).to(ratio.dtype)
+    return PolicyLoss(losses, {"ratio": ratio.detach(), "clip_fraction": clipped})
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:

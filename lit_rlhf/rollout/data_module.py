@@ -1,6 +1,7 @@
 """The environment side of on-policy training: prompts, reward, slots, lengths."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -227,13 +228,13 @@ class RolloutLoader:
     def plan(self) -> dict[str, int]:
         """What an iteration's micro-batches are cut by."""
         return {
-            "ppo_epochs": self.agent.ppo_epochs,
-            "num_minibatches": self.agent.num_minibatches,
+            "ppo_epochs": self.agent.updates.ppo_epochs,
+            "num_minibatches": self.agent.updates.num_minibatches,
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
         }
 
     def __len__(self) -> int:
-        return int(self.agent.ppo_epochs * self.agent.num_minibatches * self.trainer.accumulate_grad_batches)
+        return math.prod(self.plan.values())
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         if self.experience is None or self.done == len(self):
@@ -242,7 +243,7 @@ class RolloutLoader:
                 played = self.data.backend.play(
                     self.agent.policy,
                     self.env,
-                    self.agent.rollout_settings,
+                    self.agent.sampling.generation,
                     episodes,
                     stream=self.trainer.global_rank,
                     env_seed=self.env_seed,
@@ -251,7 +252,7 @@ class RolloutLoader:
             self.experience, self.done = self.agent.experience(played), 0
         for number in range(self.done, len(self)):
             self.done += 1
-            # After a stop, steps are taken for form's sake alone (see `PPO.on_before_optimizer_step`): one episode.
+            # After a stop, steps are taken for form's sake (`OnPolicyModule.on_before_optimizer_step`): one episode.
             yield self.experience.micro_batch(number, self.trainer.world_size, limit=1 if self.agent.stopped else None)
 
     def state_dict(self) -> dict[str, Any]:

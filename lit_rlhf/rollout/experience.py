@@ -1,6 +1,6 @@
 """A scored rollout and its cut into minibatches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_rlhf.data.batches import RolloutBatch
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
 from lit_rlhf.errors import UserError
+from lit_rlhf.losses.advantages import make_row_mask, pad_rows, unpad_rows
 from lit_rlhf.losses.kl import k1
 from lit_rlhf.rollout.play import Play
 from token_mdp import Episode, FinishReason
@@ -56,43 +57,87 @@ class Experience(NamedTuple):
         )
 
 
+class PlannedRollout:
+    """Played episodes of this rank and the micro-batches that they are learnt from.
+
+    Its tensors are in the order of the first pass: B episodes, M response tokens of all, T of the longest.
+
+    Args:
+        played: the episodes.
+        plan: per optimiser step, the episodes of each of its micro-batches.
+        num_minibatches: optimiser steps of a pass.
+    """
+
+    def __init__(self, played: Play, plan: list[list[np.ndarray]], num_minibatches: int) -> None:
+        self.plan = plan
+        self.played = played
+        self.first_pass = [rows for step in plan[:num_minibatches] for rows in step]
+        self.order = np.concatenate(self.first_pass)
+        self.episodes = [played.episodes[i] for i in self.order]
+        self.lengths = torch.tensor([len(episode.response_ids) for episode in self.episodes])  # (B,)
+        owners = torch.arange(len(self.episodes)).repeat_interleave(self.lengths)
+        self.mask = make_row_mask(owners, len(self.episodes))  # (B, T)
+        self.prompt_index = torch.tensor([episode.prompt_index for episode in self.episodes])  # (B,)
+
+    def micro_batches(self) -> Iterator[PackedBatch]:
+        """Those of the first pass."""
+        prompt_ids, response_ids = self.tokens()
+        for rows in self.first_pass:
+            yield pack_episodes(prompt_ids, response_ids, rows)
+
+    def tokens(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Prompts and responses in the order they were played in."""
+        episodes = self.played.episodes
+        return [episode.prompt_ids for episode in episodes], [episode.response_ids for episode in episodes]
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """(M,) -> (B, T)."""
+        return pad_rows(flat, self.mask)
+
+    def flat(self, rows: Tensor) -> Tensor:
+        """(B, T) -> (M,)."""
+        return unpad_rows(rows, self.mask)
+
+    def step_tokens(self) -> Tensor:
+        """Response tokens of each optimiser step, on this rank."""
+        lengths = np.array([len(episode.response_ids) for episode in self.played.episodes])
+        return torch.tensor([float(lengths[np.concatenate(step)].sum()) for step in self.plan])
+
+    def means(self, scores: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, Tensor]:
+        """What to log of a rollout, as means over its episodes or tokens.
+
+        Args:
+            scores: (B,) shaped rewards.
+            old_logprobs: (M,) log π_old of the response tokens.
+            ref_logprobs: (M,) log π_ref of them.
+        """
+        sampled = torch.from_numpy(np.concatenate([self.played.sampled_logprobs[i] for i in self.order]))
+        means = {
+            "shaped_score": scores.mean(),
+            "kl": k1(old_logprobs, ref_logprobs).sum() / len(self.episodes),
+            "sampler_gap": (sampled - old_logprobs).abs().mean(),
+            **episode_means(self.played.episodes),
+        }
+        return {f"rollout/{name}": mean for name, mean in means.items()}
+
+    def experience(self, columns: Mapping[str, Tensor], step_tokens: list[float]) -> Experience:
+        """What is learnt from.
+
+        Args:
+            columns: (M,) each: the token columns of RolloutBatch, by their names there.
+            step_tokens: per optimiser step, its response tokens over all ranks.
+        """
+        row_of = np.argsort(self.order)
+        parts = {name: column.split(self.lengths.tolist()) for name, column in columns.items()}
+        tokens = {name: [rows[row] for row in row_of] for name, rows in parts.items()}
+        return Experience(*self.tokens(), tokens, self.plan, step_tokens)
+
+
 def pack_episodes(
     prompt_ids: Sequence[np.ndarray], response_ids: Sequence[np.ndarray], rows: Sequence[int] | np.ndarray
 ) -> PackedBatch:
     """Some episodes as a packed batch, in the order of `rows`."""
     return pack([Example(prompt_ids[i], (response_ids[i],)) for i in rows])
-
-
-def split_by_episode(
-    columns: Mapping[str, Tensor], order: np.ndarray, response_ids: Sequence[np.ndarray]
-) -> dict[str, list[Tensor]]:
-    """(M,) columns over the tokens of episodes in `order` -> for each, (T,) per episode, by episode number."""
-    lengths = [len(response_ids[i]) for i in order]
-    row_of = np.argsort(order)
-    rows = {name: column.split(lengths) for name, column in columns.items()}
-    return {name: [parts[row] for row in row_of] for name, parts in rows.items()}
-
-
-def rollout_means(
-    played: Play, order: np.ndarray, scores: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor
-) -> dict[str, Tensor]:
-    """What to log of a rollout, as means over its episodes or tokens.
-
-    Args:
-        played: the episodes of this rank.
-        order: (B,) the order of the episodes in the tensors.
-        scores: (B,) shaped rewards.
-        old_logprobs: (M,) log π_old of the response tokens.
-        ref_logprobs: (M,) log π_ref of them.
-    """
-    sampled = torch.from_numpy(np.concatenate([played.sampled_logprobs[i] for i in order]))
-    means = {
-        "shaped_score": scores.mean(),
-        "kl": k1(old_logprobs, ref_logprobs).sum() / len(order),
-        "sampler_gap": (sampled - old_logprobs).abs().mean(),
-        **episode_means(played.episodes),
-    }
-    return {f"rollout/{name}": mean for name, mean in means.items()}
 
 
 def episode_means(episodes: Sequence[Episode]) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from lit_rlhf import DPO, UserError, losses
-from lit_rlhf.algorithms.dpo import sequence_logprobs
+from lit_rlhf.algorithms.preference import sequence_logprobs
 from lit_rlhf.algorithms.preference_loss import LossTerm
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
+from lit_rlhf.algorithms.reward_shift import RewardShift
 from lit_rlhf.cli.main import main
 from lit_rlhf.losses import bco_pair_loss, dpo_loss, ipo_loss, length_normalized_dpo_loss
 from lit_rlhf.models.loading import load_policy
@@ -131,17 +132,19 @@ def test_lengths_are_those_of_the_responses(inputs, tmp_path):
 
 def test_bco_shifts_by_the_mean_implicit_reward_of_the_pairs_before(inputs, tmp_path):
     module, _ = fit(inputs, tmp_path, max_steps=1, loss=bco_pair_loss)
-    assert module.reward_shift.item() == 0 and module.pairs_seen.item() > 0  # the first rewards are those of π_ref
+    shift = module.loss.shift
+    assert shift.mean.item() == 0 and shift.pairs_seen.item() > 0  # the first rewards are those of π_ref
     shifts, rewards = [], []
 
-    class Recorder(DPO):
-        def update_reward_shift(self, rewards_of_pairs):
-            shifts.append(self.reward_shift.item())
-            rewards.append(rewards_of_pairs.tolist())
-            super().update_reward_shift(rewards_of_pairs)
+    class Recorder(RewardShift):
+        def update(self, sum_over_ranks):
+            shifts.append(self.mean.item())
+            rewards.append(torch.cat(self.step_rewards).tolist())
+            super().update(sum_over_ranks)
 
     _, data = make_stage("dpo", inputs)
-    recorder = Recorder(str(inputs / "model"), loss=bco_pair_loss, learning_rate=1e-2)
+    recorder = DPO(str(inputs / "model"), loss=bco_pair_loss, learning_rate=1e-2)
+    recorder.loss.shift = Recorder()
     make_trainer(tmp_path, max_epochs=1).fit(recorder, data)
     seen = [reward for batch in rewards[:-1] for reward in batch]
     assert shifts[-1] == pytest.approx(sum(seen) / len(seen), rel=1e-4)
@@ -165,7 +168,8 @@ def test_the_gradient_of_a_step_does_not_depend_on_its_split_into_micro_batches(
         )
         gradients.append(watch.taken)
         if loss is bco_pair_loss:
-            assert module.pairs_seen == 24 and abs(module.reward_shift) > 0.01
+            shift = module.loss.shift
+            assert shift.pairs_seen == 24 and abs(shift.mean) > 0.01
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 

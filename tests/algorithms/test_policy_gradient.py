@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lit_rlhf import PPO, FixedKL, KLPenalty, RolloutDataModule, TextReward
-from lit_rlhf.losses import ppo_policy_loss
-from lit_rlhf.losses.advantages import gae, token_rewards, whiten
+from lit_rlhf.losses import PolicyTokens, ppo_policy_loss
+from lit_rlhf.losses.advantages import ScoredRollout, gae, token_rewards, whiten
 from lit_rlhf.losses.kl import k1
 from lit_rlhf.oracle import TokenTree, causal_lm, objective, policy_values
 from tests.tiny import EOS, VOCABULARY, save_tiny
@@ -91,8 +91,8 @@ def ppo_losses(gae_lambda, kind, task=TASK):
     old_logprobs = task.tree.along(task.table(task.logits))
     kl = k1(old_logprobs, task.tree.along(task.ref_table))
     rewards = token_rewards(task.rewards, kl, BETA, task.mask)
-    advantages, _ = gae(rewards, critic(kind), task.mask, 1.0, gae_lambda)
-    return lambda logprobs: ppo_policy_loss(logprobs, old_logprobs, advantages, 0.2) * task.mask
+    advantages, _ = gae(ScoredRollout(rewards, critic(kind), task.mask), 1.0, gae_lambda)
+    return lambda logprobs: ppo_policy_loss(PolicyTokens(logprobs, old_logprobs, advantages), 0.2).losses * task.mask
 
 
 def reinforce_losses(baseline=0.0):
@@ -156,10 +156,12 @@ def test_whitened_advantages_and_the_mean_over_tokens_keep_the_direction():
     mask = TASK.mask[sampled]
     kl = k1(old_logprobs, TASK.tree.along(TASK.ref_table)[sampled])
     rewards = token_rewards(TASK.rewards[sampled], kl, BETA, mask)
-    advantages, _ = gae(rewards, critic("right")[sampled], mask, 1.0, 0.95)
+    advantages, _ = gae(ScoredRollout(rewards, critic("right")[sampled], mask), 1.0, 0.95)
     logits = TASK.logits.clone().requires_grad_()
     logprobs = TASK.tree.along(TASK.table(logits))[sampled]
-    losses = ppo_policy_loss(logprobs[mask], old_logprobs[mask], whiten(advantages, mask)[mask], 0.2)
+    losses = ppo_policy_loss(
+        PolicyTokens(logprobs[mask], old_logprobs[mask], whiten(advantages, mask)[mask]), 0.2
+    ).losses
     losses.mean().backward()
     assert cosine(-logits.grad.flatten(), TASK.exact_gradient()) >= 0.99
 
@@ -170,7 +172,7 @@ def test_kl_in_the_loss_has_the_gradient_of_the_objective_where_a_response_is_on
     penalty = KLPenalty("loss", "k3")
 
     def losses(logprobs):
-        policy = ppo_policy_loss(logprobs, old_logprobs, task.rewards[:, None], 0.2)
+        policy = ppo_policy_loss(PolicyTokens(logprobs, old_logprobs, task.rewards[:, None]), 0.2).losses
         return policy + BETA * penalty.loss(logprobs, old_logprobs, ref_logprobs)
 
     torch.testing.assert_close(task.probabilities @ task.gradients(losses), task.exact_gradient())

@@ -9,7 +9,7 @@ import torch
 
 from lit_rlhf import UserError
 from lit_rlhf.algorithms import reference_cache
-from lit_rlhf.algorithms.dpo import sequence_logprobs
+from lit_rlhf.algorithms.preference import sequence_logprobs
 from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tiny import save_tiny
 

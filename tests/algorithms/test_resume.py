@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_the_checkpoint_of_a_run_that_broke_down_is_refused_with_a_tensor_that_d
 def test_an_iteration_under_way_is_not_gone_on_with_by_another_plan(inputs, tmp_path):
     fit("ppo", inputs, tmp_path / "whole")
     module, data = make_stage("ppo", inputs)
-    module.num_minibatches = 4
+    module.updates = replace(module.updates, num_minibatches=4)
     with pytest.raises(
         UserError, match=r"in the middle of an iteration of .*'num_minibatches': 2.* 'num_minibatches': 4"
     ):

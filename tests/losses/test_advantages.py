@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from lit_rlhf.losses.advantages import (
     Moments,
+    ScoredRollout,
     explained_variance,
     gae,
     make_row_mask,
@@ -101,7 +102,7 @@ class TestGAE:
     @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.7, 0.0)])
     def test_it_agrees_with_the_definition_on_each_rows_own_tokens(self, gamma, gae_lambda):
         rewards, values = randoms(4, 6), randoms(4, 6, seed=1)
-        advantages, returns = gae(rewards, values, MASK, gamma, gae_lambda)
+        advantages, returns = gae(ScoredRollout(rewards, values, MASK), gamma, gae_lambda)
         for row in range(4):
             here = MASK[row]
             own_values = values[row, here].tolist()
@@ -115,13 +116,13 @@ class TestGAE:
         # δ_2 = 1 + 0 - 0.25 = 0.75; δ_1 = 0 + 0.25 - 0.5 = -0.25; A_1 = -0.25 + ½ 0.75 = 0.125
         rewards, values = torch.tensor([[0.0, 1.0, 7.0]]), torch.tensor([[0.5, 0.25, 7.0]])
         mask = torch.tensor([[True, True, False]])
-        advantages, returns = gae(rewards, values, mask, 1.0, 0.5)
+        advantages, returns = gae(ScoredRollout(rewards, values, mask), 1.0, 0.5)
         assert advantages.tolist() == [[0.125, 0.75, 0.0]]
         assert returns.tolist() == [[0.625, 1.0, 0.0]]
 
     def test_lambda_1_is_monte_carlo(self):
         rewards, values = randoms(4, 6), randoms(4, 6, seed=1)
-        _, returns = gae(rewards, values, MASK, 1.0, 1.0)
+        _, returns = gae(ScoredRollout(rewards, values, MASK), 1.0, 1.0)
         for row in range(4):
             own = rewards[row, MASK[row]]
             assert returns[row, MASK[row]].tolist() == pytest.approx([own[t:].sum().item() for t in range(len(own))])
@@ -132,15 +133,15 @@ class TestGAE:
         rewards, gamma = torch.tensor([[0.0, 0, 0, 1]]), 0.5
         values = torch.tensor([[0.125, 0.25, 0.5, 1.0]])
         mask = torch.ones(1, 4, dtype=torch.bool)
-        advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
+        advantages, returns = gae(ScoredRollout(rewards, values, mask), gamma, gae_lambda)
         assert returns.tolist() == [[0.125, 0.25, 0.5, 1.0]]
         assert not advantages.any()
-        _, monte_carlo = gae(rewards, torch.zeros(1, 4), mask, gamma, 1.0)
+        _, monte_carlo = gae(ScoredRollout(rewards, torch.zeros(1, 4), mask), gamma, 1.0)
         assert monte_carlo.tolist() == [[0.125, 0.25, 0.5, 1.0]]
 
     def test_gamma_0_sees_the_next_reward_alone(self):
         rewards, values = randoms(4, 6), randoms(4, 6, seed=1)
-        _, returns = gae(rewards, values, MASK, 0.0, 0.95)
+        _, returns = gae(ScoredRollout(rewards, values, MASK), 0.0, 0.95)
         assert torch.allclose(returns, rewards * MASK)
 
     def test_lambda_decides_how_far_the_score_reaches_in_one_iteration(self):
@@ -148,11 +149,11 @@ class TestGAE:
         rewards, zeros = torch.tensor([[0.0, 0, 0, 1]]), torch.zeros(1, 4)
         mask = torch.ones(1, 4, dtype=torch.bool)
         for gae_lambda, expected in ((0.0, [0, 0, 0, 1]), (0.5, [0.125, 0.25, 0.5, 1]), (1.0, [1, 1, 1, 1])):
-            assert gae(rewards, zeros, mask, 1.0, gae_lambda)[0].tolist() == [expected]
+            assert gae(ScoredRollout(rewards, zeros, mask), 1.0, gae_lambda)[0].tolist() == [expected]
 
     def test_lambda_0_is_one_step_td(self):
         rewards, values = randoms(1, 4), randoms(1, 4, seed=1)
-        advantages, _ = gae(rewards, values, torch.ones(1, 4, dtype=torch.bool), 0.9, 0.0)
+        advantages, _ = gae(ScoredRollout(rewards, values, torch.ones(1, 4, dtype=torch.bool)), 0.9, 0.0)
         next_values = torch.cat([values[:, 1:], torch.zeros(1, 1)], dim=1)
         assert torch.allclose(advantages, rewards + 0.9 * next_values - values)
 
@@ -160,16 +161,16 @@ class TestGAE:
         rewards = randoms(4, 6) * MASK
         values = rewards.flip(1).cumsum(1).flip(1)  # the rewards to come, which a sure future allows to know
         for gae_lambda in (0.0, 0.5, 1.0):
-            advantages, returns = gae(rewards, values, MASK, 1.0, gae_lambda)
+            advantages, returns = gae(ScoredRollout(rewards, values, MASK), 1.0, gae_lambda)
             assert torch.allclose(advantages, torch.zeros(4, 6, dtype=torch.float64), atol=1e-12)
             assert torch.allclose(returns, values * MASK)
 
     def test_a_gap_between_two_turns_is_no_step(self):
         # tokens at 0, 1 and 4: the same episode without its gap must give the same advantages
         rewards, values = randoms(1, 6), randoms(1, 6, seed=1)
-        with_gap, _ = gae(rewards, values, MASK[2:3], 0.9, 0.7)
+        with_gap, _ = gae(ScoredRollout(rewards, values, MASK[2:3]), 0.9, 0.7)
         own = [0, 1, 4]
-        dense, _ = gae(rewards[:, own], values[:, own], torch.ones(1, 3, dtype=torch.bool), 0.9, 0.7)
+        dense, _ = gae(ScoredRollout(rewards[:, own], values[:, own], torch.ones(1, 3, dtype=torch.bool)), 0.9, 0.7)
         assert torch.allclose(with_gap[:, own], dense)
         assert with_gap[0, [2, 3, 5]].tolist() == [0, 0, 0]
 
@@ -178,15 +179,21 @@ class TestGAE:
     def test_masked_cells_change_nothing(self, pattern, seed):
         mask = torch.tensor([pattern])
         rewards, values = randoms(*mask.shape, seed=seed), randoms(*mask.shape, seed=seed + 100)
-        clean = gae(rewards, values, mask, 0.9, 0.7)
-        garbage = gae(rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.inf), mask, 0.9, 0.7)
+        clean = gae(ScoredRollout(rewards, values, mask), 0.9, 0.7)
+        garbage = gae(
+            ScoredRollout(rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.inf), mask), 0.9, 0.7
+        )
         assert torch.equal(clean[0], garbage[0]) and torch.equal(clean[1], garbage[1])
 
     def test_padding_on_the_right_changes_nothing(self):
         rewards, values = randoms(4, 6), randoms(4, 6, seed=1)
         mask = torch.cat([MASK, torch.zeros(4, 3, dtype=torch.bool)], dim=1)
-        padded, _ = gae(torch.cat([rewards, randoms(4, 3)], 1), torch.cat([values, randoms(4, 3)], 1), mask, 1.0, 0.95)
-        assert torch.equal(padded[:, :6], gae(rewards, values, MASK, 1.0, 0.95)[0])
+        padded, _ = gae(
+            ScoredRollout(torch.cat([rewards, randoms(4, 3)], 1), torch.cat([values, randoms(4, 3)], 1), mask),
+            1.0,
+            0.95,
+        )
+        assert torch.equal(padded[:, :6], gae(ScoredRollout(rewards, values, MASK), 1.0, 0.95)[0])
 
 
 class TestWhiten:
@@ -286,7 +293,7 @@ BROADCASTING = {
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, mask: gae(x, x, mask, 1.0, 0.95),
+        lambda x, mask: gae(ScoredRollout(x, x, mask), 1.0, 0.95),
         lambda x, mask: token_rewards(x[:, 0], x, 0.1, mask),
         lambda x, mask: whiten(x, mask),
         lambda x, mask: whiten(x, mask, moments=masked_moments(x)),
@@ -302,4 +309,4 @@ def test_a_mask_that_would_broadcast_is_refused(function, mask):
 
 def test_gae_refuses_rewards_that_would_broadcast():
     with pytest.raises(ValueError, match="shape of token_rewards"):
-        gae(torch.zeros(4, 1), torch.zeros(4, 6), MASK, 1.0, 0.95)
+        gae(ScoredRollout(torch.zeros(4, 1), torch.zeros(4, 6), MASK), 1.0, 0.95)

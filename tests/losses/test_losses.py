@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lit_rlhf.losses import bradley_terry_loss, clip_fraction, nll, ppo_policy_loss, value_loss
+from lit_rlhf.losses import PolicyTokens, bradley_terry_loss, nll, ppo_policy_loss, value_loss
 
 
 def randoms(*shape, seed=0):
@@ -41,11 +41,11 @@ class TestSupervised:
 class TestPPOPolicyLoss:
     def test_it_is_minus_the_advantage_where_policy_and_old_policy_agree(self):
         logprobs, advantages = randoms(9), randoms(9, seed=1)
-        assert torch.equal(ppo_policy_loss(logprobs, logprobs, advantages, 0.2), -advantages)
+        assert torch.equal(ppo_policy_loss(PolicyTokens(logprobs, logprobs, advantages), 0.2).losses, -advantages)
 
     def test_its_first_gradient_is_the_policy_gradient(self):
         logprobs, advantages = randoms(9).requires_grad_(), randoms(9, seed=1)
-        ppo_policy_loss(logprobs, logprobs.detach(), advantages, 0.2).sum().backward()
+        ppo_policy_loss(PolicyTokens(logprobs, logprobs.detach(), advantages), 0.2).losses.sum().backward()
         assert torch.allclose(logprobs.grad, -advantages)
 
     def test_hand_worked_numbers(self):
@@ -54,14 +54,14 @@ class TestPPOPolicyLoss:
         # ratio 1.5, A = +2: min(3, 1.2 * 2) = 2.4; A = -2: min(-3, -2.4) = -3
         # ratio 0.5, A = +2: min(1, 0.8 * 2) = 1.0; A = -2: min(-1, -1.6) = -1.6
         # ratio 1.1, A = +3: inside, 3.3
-        losses = ppo_policy_loss(ratios.log(), torch.zeros(5), advantages, 0.2)
+        losses = ppo_policy_loss(PolicyTokens(ratios.log(), torch.zeros(5), advantages), 0.2).losses
         assert torch.allclose(losses, -torch.tensor([2.4, -3.0, 1.0, -1.6, 3.3]))
 
     def test_it_has_no_gradient_past_the_clip_and_the_full_one_on_the_way_back(self):
         # ratios 1.5, 0.5, 1.5, 0.5 with advantages of a sign that pays (first two) and that costs (last two)
         logprobs = torch.tensor([1.5, 0.5, 1.5, 0.5]).log().requires_grad_()
         advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])
-        ppo_policy_loss(logprobs, torch.zeros(4), advantages, 0.2).sum().backward()
+        ppo_policy_loss(PolicyTokens(logprobs, torch.zeros(4), advantages), 0.2).losses.sum().backward()
         assert torch.allclose(logprobs.grad, torch.tensor([0.0, 0.0, 1.5, -0.5]))
 
     def test_it_agrees_with_a_loop_over_tokens(self):
@@ -73,20 +73,22 @@ class TestPPOPolicyLoss:
                 expected.append(-a * (ratio if ratio < 1.3 else 1.3))
             else:  # a bad one stops costing at 0.7
                 expected.append(-a * (ratio if ratio > 0.7 else 0.7))
-        actual = ppo_policy_loss(logprobs, old, advantages, 0.3)
+        actual = ppo_policy_loss(PolicyTokens(logprobs, old, advantages), 0.3).losses
         assert actual.tolist() == pytest.approx(expected)
 
     @pytest.mark.parametrize("logratio", [-100.0, 100.0])
     @pytest.mark.parametrize("advantage", [-1.0, 1.0])
     def test_value_and_gradient_are_finite_at_log_ratios_of_100(self, logratio, advantage):
         logprobs = torch.tensor([logratio], requires_grad=True)
-        loss = ppo_policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), 0.2)
+        loss = ppo_policy_loss(PolicyTokens(logprobs, torch.zeros(1), torch.tensor([advantage])), 0.2).losses
         loss.sum().backward()
         assert loss.isfinite().all() and logprobs.grad.isfinite().all()
 
     def test_clip_fraction_counts_ratios_outside_of_the_range(self):
         ratios = torch.tensor([1.25, 1.15, 0.75, 0.85])  # both sides, in and out of 1 ± 0.2
-        flags = clip_fraction(ratios.log().requires_grad_(), torch.zeros(4), 0.2)
+        flags = ppo_policy_loss(
+            PolicyTokens(ratios.log().requires_grad_(), torch.zeros(4), torch.ones(4)), 0.2
+        ).metrics["clip_fraction"]
         assert flags.tolist() == [1, 0, 1, 0] and not flags.requires_grad
 
 
@@ -118,6 +120,8 @@ class TestValueLoss:
 
 def test_a_sum_over_any_split_is_the_sum_over_the_whole():
     logprobs, old, advantages = randoms(12), randoms(12, seed=1), randoms(12, seed=2)
-    whole = ppo_policy_loss(logprobs, old, advantages, 0.2).sum()
+    whole = ppo_policy_loss(PolicyTokens(logprobs, old, advantages), 0.2).losses.sum()
     parts = [slice(0, 1), slice(1, 8), slice(8, 12)]
-    assert torch.allclose(sum(ppo_policy_loss(logprobs[p], old[p], advantages[p], 0.2).sum() for p in parts), whole)
+    assert torch.allclose(
+        sum(ppo_policy_loss(PolicyTokens(logprobs[p], old[p], advantages[p]), 0.2).losses.sum() for p in parts), whole
+    )

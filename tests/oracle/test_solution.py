@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_rlhf.losses import alpha_link, forward_kl_link, jensen_shannon_link, reverse_kl_link
-from lit_rlhf.losses.advantages import gae, token_rewards
+from lit_rlhf.losses.advantages import ScoredRollout, gae, token_rewards
 from lit_rlhf.losses.kl import k1
 from lit_rlhf.oracle import (
     Oracle,
@@ -164,9 +164,8 @@ class TestValues:
     def gae_on_all(tree, table, ref_table, rewards, values, gae_lambda):
         mask = torch.arange(tree.max_new_tokens) < tree.lengths[:, None]
         kl = k1(tree.along(table), tree.along(ref_table))
-        advantages, returns = gae(
-            token_rewards(rewards, kl, 0.3, mask), tree.along(values), mask, gamma=1.0, gae_lambda=gae_lambda
-        )
+        rollout = ScoredRollout(token_rewards(rewards, kl, 0.3, mask), tree.along(values), mask)
+        advantages, returns = gae(rollout, gamma=1.0, gae_lambda=gae_lambda)
         return advantages, returns, mask
 
 

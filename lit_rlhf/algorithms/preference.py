@@ -1,0 +1,43 @@
+"""What algorithms that learn from pairs share."""
+
+from torch import Tensor, nn
+
+from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.data.batches import PreferenceBatch
+from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.models.policy import Policy
+
+
+class PreferenceModule(AlignmentModule):
+    """Base of the algorithms that learn from a `PreferenceDataModule`."""
+
+    learns_from = "preference"
+
+    def log_pairs(self, stage: str, batch: PreferenceBatch, losses: Tensor, metrics: dict[str, Tensor]) -> None:
+        """Log a micro-batch of B pairs; in training also how long their responses are, which a bias would feed on.
+
+        Args:
+            stage: train, val or test.
+            batch: the pairs.
+            losses: (B,).
+            metrics: further means over the pairs.
+        """
+        means = {"loss": losses.detach().mean(), **metrics}
+        if stage == "train":
+            chosen, rejected = batch.packed.response_lengths.chunk(2)
+            means |= {"chosen_length": chosen.mean(), "rejected_length": rejected.mean()}
+        self.log_mean(stage, means, weight=len(losses))
+
+
+def sequence_logprobs(policy: Policy | nn.Module, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+    """(B,) log π(y|x) of chosen and of rejected responses, summed over their tokens."""
+    token_logprobs, _ = policy(packed)
+    chosen, rejected = packed.sum_by_sequence(token_logprobs).chunk(2)
+    return chosen, rejected
+
+
+def agreement(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """How well the scores of B pairs, (B,) each, agree with the labels; a tie is half right."""
+    margin = (chosen - rejected).detach()
+    accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
+    return {"accuracy": accuracy.mean(), "margin": margin.mean()}

@@ -1,0 +1,112 @@
+"""Settings that belong together, each a frozen dataclass that checks itself: constructors only wire."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.rollout.play import GenerationSettings
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its schedule; the arguments of `AlignmentModule` say what each means."""
+
+    learning_rate: float
+    weight_decay: float
+    adam_betas: tuple[float, float]
+    adam_eps: float
+    lr_scheduler: Literal["constant", "cosine", "linear"]
+    warmup_steps: float
+
+    def __post_init__(self) -> None:
+        """Refuse what AdamW could not compute with."""
+        steps = "a number of steps, or a share of them below 1"
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, steps)
+        require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "0 or more")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        decay = all(0 <= beta < 1 for beta in self.adam_betas)
+        require(decay, "adam_betas", self.adam_betas, "two numbers in [0, 1)")
+        require(self.adam_eps >= 0, "adam_eps", self.adam_eps, "0 or more")
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How often a rollout is learnt from; the arguments of `OnPolicyModule` say what each means."""
+
+    ppo_epochs: int
+    num_minibatches: int
+    target_kl: float | None
+    entropy_coef: float
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1 and coefficients that are none."""
+        require(self.ppo_epochs >= 1, "ppo_epochs", self.ppo_epochs, "1 or more")
+        require(self.num_minibatches >= 1, "num_minibatches", self.num_minibatches, "1 or more")
+        stops = self.target_kl is None or self.target_kl > 0
+        require(stops, "target_kl", self.target_kl, "more than 0, or null to take every step")
+        require(0 <= self.entropy_coef < math.inf, "entropy_coef", self.entropy_coef, "0 or more and finite")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What the policy samples responses from: its whole distribution at one temperature, which is what is trained."""
+
+    temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse greedy rollouts, which hold nothing to learn from."""
+        sampled = 0 < self.temperature < math.inf
+        require(sampled, "temperature", self.temperature, "more than 0 (sampled responses are learnt from) and finite")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    @property
+    def generation(self) -> GenerationSettings:
+        """The same as settings of generation; limits and slots are the environment's."""
+        return GenerationSettings(temperature=self.temperature, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    """How the critic learns; the arguments of `PPO` say what each means."""
+
+    value_coef: float
+    value_clip_range: float | None
+    critic_warmup: int
+    critic_learning_rate: float | None
+
+    def __post_init__(self) -> None:
+        """Refuse coefficients that are none."""
+        clips = self.value_clip_range is None or 0 < self.value_clip_range < math.inf
+        require(clips, "value_clip_range", self.value_clip_range, "more than 0 and finite, or null for no clipping")
+        require(0 <= self.value_coef < math.inf, "value_coef", self.value_coef, "0 or more and finite")
+        require(self.critic_warmup >= 0, "critic_warmup", self.critic_warmup, "0 or more")
+        rate = self.critic_learning_rate
+        require((rate or 0) >= 0, "critic_learning_rate", rate, "0 or more, or null")
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Which reference a preference loss compares with; the arguments of `DPO` say what each means."""
+
+    reference: str | None
+    cache_reference: bool
+    reference_free: bool
+    moves: bool
+
+    def __post_init__(self) -> None:
+        """Refuse options that leave each other nothing to do."""
+        if self.cache_reference and self.reference is not None:
+            raise UserError(
+                f"cache_reference computes log-probs with the policy before its first step; drop reference "
+                f"({self.reference}), or set cache_reference: false"
+            )
+        if self.reference_free and (self.reference is not None or self.cache_reference):
+            raise UserError(
+                f"reference_free leaves reference ({self.reference}) and cache_reference ({self.cache_reference}) "
+                "nothing to do; drop them, or set reference_free: false"
+            )
+        if self.moves and (self.reference_free or self.cache_reference):
+            other = "reference_free" if self.reference_free else "cache_reference"
+            raise UserError(f"reference_update moves a reference in memory, {other} holds none; set {other}: false")

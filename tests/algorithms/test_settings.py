@@ -1,0 +1,52 @@
+"""Settings hold their defaults and refuse what is out of range, by name and value."""
+
+import re
+
+import pytest
+
+from lit_rlhf import PPO, KLPenalty, UserError
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("policy"), "llama")
+
+
+def test_defaults_are_those_of_the_checklist(folder):
+    module = PPO(str(folder))
+    assert module.advantages.keywords == {"gamma": 1.0, "gae_lambda": 0.95}
+    assert module.loss.keywords == {"clip_range": 0.2}
+    assert (module.critic_settings.value_clip_range, module.updates.target_kl) == (0.2, None)
+    assert module.optimizer_settings.adam_eps == 1e-5
+    assert module.kl_penalty == KLPenalty("reward", "k1")
+    assert not module.shaping.whiten
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("clip_range", -1.0),
+        ("clip_range", float("inf")),
+        ("value_clip_range", 0.0),
+        ("value_clip_range", float("nan")),
+        ("value_coef", -0.1),
+        ("value_coef", float("inf")),
+        ("entropy_coef", -5.0),
+        ("entropy_coef", float("nan")),
+        ("gamma", 1.1),
+        ("gae_lambda", 7.0),
+        ("critic_learning_rate", -1e-3),
+        ("learning_rate", float("nan")),
+        ("weight_decay", -0.1),
+        ("adam_betas", (0.9, 1.0)),
+        ("adam_eps", -1e-8),
+        ("temperature", 0.0),
+        ("ppo_epochs", 0),
+        ("num_minibatches", 0),
+        ("critic_warmup", -1),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_by_name_and_value(folder, option, value):
+    with pytest.raises(UserError, match=re.escape(f"{option} ({value}) must be ")):
+        PPO(str(folder), **{option: value})

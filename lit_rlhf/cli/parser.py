@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -32,6 +33,7 @@ UNKNOWN = re.compile(
 )
 NO_PATH = re.compile(r'Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]+)', re.S)
 NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+OURS = re.compile(r"lit_rlhf(?:\.\w+)+\.(\w+)")
 WRONG_VALUE = re.compile(r'Parser key "([^"]+)":\s*Expected a <class \'(\w+)\'>\. Got value: (.*)')
 TYPES = {
     "int": "a whole number",
@@ -62,6 +64,8 @@ class Parser(LightningArgumentParser):
             said = (
                 f"{self.as_typed(wrong[1])}: expected {TYPES.get(wrong[2], wrong[2]).format(wrong[3])}, got {wrong[3]}"
             )
+        elif moved := moved_path(message):
+            said = moved
         elif absent := NOT_IN_MODULE.search(message):
             said = f"{absent[0]}{did_you_mean(absent[2], dir(sys.modules.get(absent[1])))}"
         elif no_path := NO_PATH.search(message):
@@ -130,13 +134,41 @@ def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def moved_path(message: str) -> str | None:
+    """What to say of an import path of ours that leads nowhere, but whose last name is known; None of any other."""
+    if "has no attribute" not in message and "No module named" not in message:
+        return None
+    known = public_paths()
+    for given in OURS.finditer(message):
+        now = known.get(given[1])
+        if now is not None and not leads_somewhere(given[0]):
+            return f"{given[0]} is not there; write {now}"
+    return None
+
+
+def leads_somewhere(path: str) -> bool:
+    """Whether an import path can be imported."""
+    try:
+        pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def public_paths() -> dict[str, str]:
+    """Import path of each of our public names."""
+    import lit_rlhf
+    from lit_rlhf import callbacks, losses, oracle
+
+    packages = (oracle, callbacks, losses, lit_rlhf)
+    return {name: f"{package.__name__}.{name}" for package in packages for name in package.__all__}
+
+
 def nearest_path(option: str, given: str) -> str:
     """The import path of ours that a name may stand for; where none is near, the losses if it was to be one."""
-    import lit_rlhf
     from lit_rlhf import losses
 
-    paths = {name: f"lit_rlhf.{name}" for name in lit_rlhf.__all__}
-    paths |= {name: f"lit_rlhf.losses.{name}" for name in losses.__all__}
+    paths = public_paths()
     if near := difflib.get_close_matches(given, paths, n=1):
         return f"; did you mean {paths[near[0]]}?"
     of_pairs = [n for n in losses.__all__ if "chosen_logprobs" in inspect.signature(getattr(losses, n)).parameters]

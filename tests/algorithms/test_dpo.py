@@ -15,7 +15,7 @@ from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.algorithms.reward_shift import RewardShift
 from lit_rlhf.cli.main import main
 from lit_rlhf.losses import bco_pair_loss, dpo_loss, ipo_loss, length_normalized_dpo_loss
-from lit_rlhf.models.loading import load_policy
+from lit_rlhf.models.loading import load_policy_with_tokenizer
 from tests.stages import make_stage, make_trainer
 
 OPTIONS = {  # of losses that need some
@@ -253,12 +253,12 @@ def test_the_default_reference_is_the_policy_in_memory_not_what_the_config_names
 
     def load_and_move(name, **kwargs):
         loaded.append(name)
-        policy = load_policy(name, **kwargs)
+        policy, tokenizer = load_policy_with_tokenizer(name, **kwargs)
         with torch.no_grad():
             next(policy.parameters()).add_(1.0)  # so that memory and disk differ
-        return policy
+        return policy, tokenizer
 
-    monkeypatch.setattr("lit_rlhf.algorithms.dpo.load_policy", load_and_move)
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.load_policy_with_tokenizer", load_and_move)
     module = DPO(str(inputs / "model"), loss=ipo_loss)
     held, trained = module.frozen["reference"], module.policy
     assert len(loaded) == 1

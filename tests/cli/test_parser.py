@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import credit_assignment, curves, frontier, optimality
+from lit_rlhf.cli.main import main
 from lit_rlhf.cli.parser import command
 
 ARGUMENTS = {  # program and arguments -> words of the answer
@@ -63,3 +64,38 @@ def test_the_curves_of_a_run_without_rollouts_are_refused_by_name(tmp_path, monk
     with pytest.raises(SystemExit):
         command(curves.curves)
     assert "holds no rollout/gold, rollout/kl; name the folder of a PPO run" in capsys.readouterr().err
+
+
+OLD_PATHS = {  # arguments -> what is said
+    ("--model=lit_rlhf.ppo.PPO",): "lit_rlhf.ppo.PPO is not there; write lit_rlhf.PPO",
+    (
+        "--model=lit_rlhf.PPO",
+        "--model.kl=lit_rlhf.kl.FixedKL",
+    ): "lit_rlhf.kl.FixedKL is not there; write lit_rlhf.FixedKL",
+    (
+        "--model=lit_rlhf.DPO",
+        "--model.loss=lit_rlhf.losses.pairs.ipo_loss",
+    ): "lit_rlhf.losses.pairs.ipo_loss is not there; write lit_rlhf.losses.ipo_loss",
+    (
+        "--model=lit_rlhf.SFT",
+        "--trainer.callbacks=lit_rlhf.compilation.CompileModel",
+    ): "lit_rlhf.compilation.CompileModel is not there; write lit_rlhf.callbacks.CompileModel",
+}
+
+
+@pytest.mark.parametrize("arguments", OLD_PATHS, ids=lambda arguments: arguments[-1].split("=")[-1])
+def test_an_import_path_of_ours_that_has_moved_is_answered_with_the_new_one(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit-rlhf", "fit", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[0] == f"error: {OLD_PATHS[arguments]}"
+
+
+def test_a_path_of_ours_beside_a_wrong_one_of_the_users_is_not_blamed(capsys, monkeypatch):
+    reward = ["--model=lit_rlhf.PPO", "--data=lit_rlhf.RolloutDataModule", "--data.reward=json.Nothing"]
+    monkeypatch.setattr(sys, "argv", ["lit-rlhf", "fit", *reward])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert "Nothing" in said and "lit_rlhf.Reward" not in said

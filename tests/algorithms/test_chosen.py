@@ -35,7 +35,7 @@ def above_the_prompt_mean(rollout):
     return Advantages(rows, rows)
 
 
-@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+@pytest.mark.filterwarnings("ignore")  # of LightningCLI run from within Python
 def test_a_yaml_names_them_by_import_path_and_gives_options(folder, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(PROMPTS + "\n")
     config = {

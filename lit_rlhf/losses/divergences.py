@@ -38,7 +38,7 @@ def forward_kl_link(logratio: Tensor) -> Tensor:
     Returns:
         The same shape, negative.
     """
-    return -torch.exp((-logratio).clamp(max=MAX_LOGRATIO)) - _line_past_the_clamp(-logratio)
+    return -torch.exp(_clamped(-logratio)) - _line_past_the_clamp(-logratio)
 
 
 def jensen_shannon_link(logratio: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def alpha_link(alpha: float) -> Callable[[Tensor], Tensor]:
 
     def link(logratio: Tensor) -> Tensor:
         exponent = -alpha * logratio
-        return -(torch.expm1(exponent.clamp(max=MAX_LOGRATIO)) + _line_past_the_clamp(exponent)) / alpha
+        return -(torch.expm1(_clamped(exponent)) + _line_past_the_clamp(exponent)) / alpha
 
     return link
 
@@ -176,6 +176,11 @@ def alpha_dpo_loss(
     """
     pair = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return f_dpo_loss(*pair, beta, alpha_link(alpha))
+
+
+def _clamped(exponent: Tensor) -> Tensor:
+    """min(exponent, 20), with slope 1 at 20 itself, where torch's own clamp has slope 0 from release 2.14 on."""
+    return exponent.masked_fill(exponent > MAX_LOGRATIO, MAX_LOGRATIO)
 
 
 def _line_past_the_clamp(exponent: Tensor) -> Tensor:

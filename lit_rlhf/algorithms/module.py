@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.formats import Kind
-from lit_rlhf.data.tokenize import stop_token_ids
 from lit_rlhf.engine.sharding import shard, total_norm
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses.advantages import Moments, masked_moments

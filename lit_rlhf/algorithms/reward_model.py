@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,7 +13,7 @@ from lit_rlhf.algorithms.calibration import Calibration, calibration
 from lit_rlhf.algorithms.preference import PreferenceModule, agreement
 from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.data.batching import ResumableLoader
-from lit_rlhf.data.tokenize import Options, stop_token_ids, tokenize_sft
+from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import bradley_terry_loss
@@ -153,34 +152,20 @@ class RewardModel(PreferenceModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Score the `completion` that stands beside each prompt, read as in training.
 
-        What does not fit into the context is cut: the prompt on its left, as it came, and the completion on its right.
-
         Raises:
             UserError: the rows have no completion.
         """
-        completions = batch.columns.get("completion")
-        if completions is None:
+        if batch.response_ids is None:
             raise UserError(
                 "a reward model scores completions, so its predict data need the columns prompt and completion; "
                 f"found {sorted(batch.columns)}"
             )
-        pairs = zip(batch.columns["prompt"], completions, strict=True)
-        whole: dict[str, Any] = tokenize_sft(
-            [{"prompt": p, "completion": c} for p, c in pairs], self.tokenizer, Options(None)
-        )
-        prompts, responses, limit = [], [], self.tokenizer.model_max_length
-        for ids, mask, cut in zip(whole["input_ids"], whole["loss_mask"], batch.prompt_ids, strict=True):
-            prompt, response = np.split(ids, [mask.argmax()])
-            prompts.append(min(prompt, cut, key=len))
-            responses.append(response[: limit - len(prompts[-1])])
-        if any(len(ids) > limit for ids in whole["input_ids"]):
-            rank_zero_warn(f"some completions do not fit into the context of {limit} tokens and are scored as cut")
-        values = scores(self.reward_model, prompts, responses)
+        values = scores(self.reward_model, batch.prompt_ids, batch.response_ids)
         return predicted_rows(batch, [{"score": value} for value in values.tolist()])
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Scores of held-out completions, where the data has them."""
-        rows = self.predict_step(prompts, 0) if "completion" in prompts.columns else []
+        rows = self.predict_step(prompts, 0) if prompts.response_ids is not None else []
         return [{"prompt": row["prompt"], "completion": row["completion"], "score": row["score"]} for row in rows]
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.prompts import load_prompts
+from lit_rlhf.data.reader import Options
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import make_folder, write_json
@@ -76,9 +76,9 @@ def compare(
     costs = {name: read_json(folder / "summary.json") for name, folder in folders.items()}
     room = tokenizer.model_max_length - generation.max_new_tokens
     require(room >= 1, "generation.max_new_tokens", generation.max_new_tokens, "less than the models' context")
-    prompt_ids, columns = load_prompts(prompts, "validation", tokenizer, room)
+    loaded = load_prompts(prompts, "validation", tokenizer, Options(None, max_prompt_length=room))
     make_folder(results_file.parent, "output")
-    held_out = PromptBatch(prompt_ids[:max_prompts], {name: values[:max_prompts] for name, values in columns.items()})
+    held_out = loaded.take(np.arange(min(max_prompts, len(loaded))))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if gold is None and prompts == "demo":
         from lit_rlhf.demo import gold_reward as gold

@@ -35,6 +35,7 @@ class PromptBatch(NamedTuple):
     prompt_ids: list[np.ndarray]  # B of (P,) int64
     columns: dict[str, list[Any]]  # the other columns of the data, B values each, handed to the reward function
     numbers: np.ndarray | None = None  # (B,) int64: which of the data's prompts they are; None = the first B
+    response_ids: list[np.ndarray] | None = None  # B of (T,) int64: completions to be scored, where the data are such
 
 
 class RolloutBatch(NamedTuple):

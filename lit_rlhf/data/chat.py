@@ -1,21 +1,143 @@
 """Conversations as text, by the tokenizer's chat template, and the tokens that end a turn."""
 
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_rlhf.data.formats import Row
+from lit_rlhf.data.messages import Row
 from lit_rlhf.errors import UserError
+
+Span = tuple[int, int]  # first character, and one past the last
 
 
 class Text(NamedTuple):
     """A text before tokenisation."""
 
     text: str
-    spans: list[tuple[int, int]]  # characters that are responses
+    prompt_end: int  # characters of the prompt
+    spans: list[Span]  # characters that are learnt
     rendered: bool  # by a chat template, which writes its special tokens itself
+    plain: Sequence[Span] = ()  # characters that are text whatever tokens they spell
+
+
+class Renderer:
+    """A tokenizer's chat template, with what a row and the run's options hand to it beside messages.
+
+    Args:
+        tokenizer: has the template.
+        row: its `tools` and `chat_template_kwargs` are used.
+        template_kwargs: variables of the template for all rows; the row's own come before them.
+
+    Raises:
+        UserError: there is no template, or it does not read what the row hands to it.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, row: Row | None = None, template_kwargs: Mapping[str, Any] = {}
+    ) -> None:
+        row = row or {}
+        self.tools = row.get("tools")
+        self.template = template_of(tokenizer, self.tools)
+        self.is_marked = re.search(r"\{%-?\+?\s*generation\b", self.template) is not None
+        own = row.get("chat_template_kwargs", {})
+        self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, **template_kwargs, **own}
+        if self.tools and not reads(self.template, "tools"):
+            raise UserError(
+                "column 'tools': the chat template has no place for tools, so the model would not see them; set "
+                "chat_template to one that reads them, or leave the column out"
+            )
+        if ignored := [name for name in own if not reads(self.template, name)]:
+            raise UserError(
+                f"column 'chat_template_kwargs': the chat template does not read {', '.join(ignored)}; set "
+                "chat_template to one that does, or leave it out"
+            )
+
+    def __call__(self, messages: list[Row], **options: Any) -> str:
+        """Messages as text.
+
+        Raises:
+            UserError: the template refuses these messages.
+        """
+        return self.with_marks(messages, **options)[0]
+
+    def prompt(self, messages: list[Row]) -> str:
+        """What the model has read when it begins to write: its turn's header, or its turn as far as it is given."""
+        if messages[-1]["role"] == "assistant":
+            return self(messages, continue_final_message=True)
+        return self(messages, add_generation_prompt=True)
+
+    def with_marks(self, messages: list[Row], **options: Any) -> tuple[str, list[Span]]:
+        """Messages as text, and with `return_assistant_tokens_mask` what the template's `{% generation %}` marks."""
+        shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+        try:
+            rendered: Any = render_jinja_template(
+                [shown], tools=self.tools, chat_template=self.template, **options, **self.variables
+            )
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not valid Jinja: {error.message} (its line {error.lineno})"
+            ) from error
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            roles = [message["role"] for message in messages]
+            raise UserError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+        texts, spans = rendered
+        return texts[0], [(start, end) for start, end in spans[0]] if spans else []
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
+    """The template that a tokenizer renders with.
+
+    Raises:
+        UserError: it has none, or several of which none is the default.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        name = "tool_use" if tools and "tool_use" in template else "default"
+        if name not in template:
+            raise UserError(
+                f"the tokenizer has the chat templates {sorted(template)} and none is the default: set chat_template "
+                "to one of these names"
+            )
+        return str(template[name])
+    if template is None:
+        raise UserError(
+            "the data are message lists, but the tokenizer has no chat template: set chat_template to one, or give "
+            "text columns. The embedded demo's rows, which stand where none are named (data.train, data.validation, "
+            "data.predict), are message lists"
+        )
+    return str(template)
+
+
+def set_template(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, template_kwargs: Mapping[str, Any]
+) -> None:
+    """Make a template the tokenizer's own, so that it is exported with it.
+
+    Args:
+        tokenizer: the model's.
+        chat_template: Jinja, a file that holds it, or the name of one that the tokenizer has; None = its own.
+        template_kwargs: variables of the template for all rows.
+
+    Raises:
+        UserError: there is no such template, it is not valid, or it does not read the variables.
+    """
+    if chat_template is not None:
+        named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        tokenizer.chat_template = named.get(chat_template) or _read_template(chat_template)
+    if template_kwargs:
+        template = template_of(tokenizer)
+        if ignored := [name for name in template_kwargs if not reads(template, name)]:
+            raise UserError(f"chat_template_kwargs: the chat template does not read {', '.join(ignored)}; leave it out")
+
+
+def reads(template: str, variable: str) -> bool:
+    """Whether a template names a variable."""
+    return re.search(rf"\b{re.escape(variable)}\b", template) is not None
 
 
 def stop_token_ids(
@@ -27,7 +149,7 @@ def stop_token_ids(
     the generation config.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the template is not valid.
     """
     listed = generation_config.eos_token_id if generation_config is not None else None
     candidates = [tokenizer.eos_token_id, _end_of_turn_id(tokenizer)]
@@ -39,68 +161,29 @@ def stop_token_ids(
 
 
 def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    if tokenizer.chat_template is None:
+    template = tokenizer.chat_template
+    if template is None or (isinstance(template, dict) and "default" not in template):
         return None
     content = "end-of-turn probe"
-    text = render(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}])
+    try:
+        text = Renderer(tokenizer)([{"role": "user", "content": "?"}, {"role": "assistant", "content": content}])
+    except UserError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            raise
+        return None  # a template that asks for more than a question and an answer
     after = text.rfind(content) + len(content)
     tail = tokenizer.encode(text[after:], add_special_tokens=False) if after >= len(content) else []
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return tail[0] if tail and tail[0] in special else None
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Row], add_generation_prompt: bool = False) -> str:
-    """Messages as text, by the tokenizer's chat template.
-
-    Raises:
-        UserError: the tokenizer has no template, or its template refuses these messages.
-    """
-    return _render(tokenizer, messages, add_generation_prompt=add_generation_prompt)[0]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Row], **options: Any
-) -> tuple[str, list[tuple[int, int]]]:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the data are message lists, but the tokenizer has no chat template: set chat_template to one, or give "
-            "text columns. The embedded demo's rows, which stand where none are named (data.train, data.validation, "
-            "data.predict), are message lists"
-        )
+def _read_template(template: str) -> str:
+    if "{" in template:
+        return template
+    path = Path(template).expanduser().absolute()
+    if not path.is_file():
+        raise UserError(f"chat_template: neither a Jinja template nor a file ({path} does not exist)")
     try:
-        variables: dict[str, Any] = {**tokenizer.special_tokens_map, **options}
-        rendered: Any = render_jinja_template([messages], chat_template=tokenizer.get_chat_template(), **variables)
-    except TemplateError as error:
-        roles = [message["role"] for message in messages]
-        raise UserError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
-    texts, spans = rendered
-    return texts[0], [(start, end) for start, end in spans[0]] if spans else []
-
-
-def conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Row], first: int = 0) -> Text:
-    """Render messages and find the assistant turns from message `first` on.
-
-    By the template's own `{% generation %}` marks; without them, a turn is what rendering one message more adds.
-
-    Raises:
-        UserError: without marks, the template renders a turn in another way once others follow.
-    """
-    template = tokenizer.get_chat_template() if tokenizer.chat_template is not None else ""
-    if "generation" in template.replace("add_generation_prompt", ""):
-        text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True)
-        if spans:
-            begin = len(render(tokenizer, messages[:first], add_generation_prompt=True)) if first else 0
-            return Text(text, [span for span in spans if span[0] >= begin], rendered=True)
-    text, spans = render(tokenizer, messages), []
-    for turn, message in enumerate(messages[first:], first):
-        if message["role"] == "assistant":
-            before = render(tokenizer, messages[:turn], add_generation_prompt=True) if turn else ""
-            through = render(tokenizer, messages[: turn + 1])
-            if not (through.startswith(before) and text.startswith(through)):
-                raise UserError(
-                    f"the chat template renders message {turn} differently when other messages follow (templates "
-                    "that strip reasoning do), so its tokens cannot be told from the rest. Add {% generation %} marks "
-                    "to the template, train on one assistant turn per row, or set loss_on: all"
-                )
-            spans.append((len(before), len(through)))
-    return Text(text, spans, rendered=True)
+        return path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin a file with
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: {path} cannot be read as UTF-8 text ({error})") from error

@@ -13,39 +13,38 @@ import pyarrow.compute as pc
 import torch
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data import tokenize
 from lit_rlhf.data.batches import PreferenceBatch, SFTBatch
 from lit_rlhf.data.batching import MicroBatch
-from lit_rlhf.data.formats import EXPECTED, Kind, Sources
+from lit_rlhf.data.encoding import require_offsets
+from lit_rlhf.data.formats import EXPECTED, Kind, Sources, to_tokenize
+from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.sources import DEMO, Role, Source, fingerprint, iterate_rows, parse_sources, weighted
-from lit_rlhf.data.tokenize import Options
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError
 
-CACHE_VERSION = 3  # raise it when checks or masks change, so that no older cache is used
+CACHE_VERSION = 4  # raise it when checks or masks change, so that no older cache is used
 _IDS = datasets.List(datasets.Value("int32"))
-_PROMPTS = datasets.Features({"prompt_ids": _IDS, "status": datasets.Value("uint8")})
+_MASK = datasets.List(datasets.Value("bool"))
+_OF_EACH_ROW = {"status": datasets.Value("uint8"), "control_tokens": _IDS}
 FEATURES = {
-    "prompts": _PROMPTS,
-    "scored": _PROMPTS,
-    "sft": datasets.Features(
-        {"input_ids": _IDS, "loss_mask": datasets.List(datasets.Value("bool")), "status": datasets.Value("uint8")}
-    ),
+    "prompts": datasets.Features({"prompt_ids": _IDS, **_OF_EACH_ROW}),
+    "scored": datasets.Features({"prompt_ids": _IDS, "response_ids": _IDS, **_OF_EACH_ROW}),
+    "sft": datasets.Features({"input_ids": _IDS, "loss_mask": _MASK, **_OF_EACH_ROW}),
     "preference": datasets.Features(
-        {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS}
-        | {"margin": datasets.Value("float32"), "status": datasets.Value("uint8")}
+        {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS, "chosen_mask": _MASK, "rejected_mask": _MASK}
+        | {"margin": datasets.Value("float32"), **_OF_EACH_ROW}
     ),
 }
 
 
 FUNCTIONS: dict[Kind, Any] = {
     "prompts": tokenize.tokenize_prompts,
-    "scored": tokenize.tokenize_prompts,
+    "scored": tokenize.tokenize_scored,
     "sft": tokenize.tokenize_sft,
     "preference": tokenize.tokenize_preference,
 }
@@ -135,8 +134,13 @@ class PreferenceDataset(PackedDataset):
 
     def __getitem__(self, batch: MicroBatch) -> PreferenceBatch:
         table = self._take(batch)
-        columns = [ragged(table[column]) for column in ("prompt_ids", "chosen_ids", "rejected_ids")]
-        examples = [Example(prompt, (chosen, rejected)) for prompt, chosen, rejected in zip(*columns, strict=True)]
+        names = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
+        examples = [
+            Example(prompt, (chosen, rejected), (chosen_mask, rejected_mask))
+            for prompt, chosen, rejected, chosen_mask, rejected_mask in zip(
+                *(ragged(table[name]) for name in names), strict=True
+            )
+        ]
         return PreferenceBatch(
             packed=pack(examples),
             row_ids=torch.from_numpy(batch.indices),
@@ -181,8 +185,9 @@ def load_examples(
     for source in parse_sources(sources):
         table = tokenized(source, kind, role, tokenizer, options, num_proc)
         statuses = table.data.column("status").to_numpy()
-        report = Report.of(f"{role} data {source.name}", statuses)
-        rank_zero_info(str(report))
+        control_tokens = table.data.column("control_tokens")
+        report = Report.of(f"{role} data {source.name}", statuses, control_tokens, tokenizer)
+        report.say(options)
         if report.kept == 0:
             raise UserError(f"no row is left to use. {report}. The length limit is {options.max_length} tokens")
         rows.append(weighted(np.flatnonzero(statuses <= tokenize.EMPTY), source.weight, seed) + offset)
@@ -203,7 +208,8 @@ def tokenized(
 ) -> datasets.Dataset:
     """All rows of a source as token ids and status, whether they can be used or not; args as of `load_examples`."""
     raw = _raw_rows(source, kind, role)
-    key = [CACHE_VERSION, raw._fingerprint, kind, list(options), *_tokenizer_key(tokenizer)]
+    how = json.dumps(options._asdict(), sort_keys=True, default=str)
+    key = [CACHE_VERSION, raw._fingerprint, kind, how, *_tokenizer_key(tokenizer)]
     return raw.map(
         functools.partial(_tokenize_json, function=FUNCTIONS[kind], tokenizer=tokenizer, options=options),
         input_columns="row",
@@ -222,7 +228,7 @@ def _tokenize_json(rows: Sequence[str], function: Any, **arguments: Any) -> dict
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    tokenize.require_offsets(tokenizer)
+    require_offsets(tokenizer)
     # What a call leaves behind in the backend changes nothing here.
     state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
     return [json.dumps(state, sort_keys=True), tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]
@@ -257,5 +263,5 @@ def _json_rows(source: Source, kind: Kind, role: Role, key: Any = None) -> Itera
     # `key` is there for the cache: `datasets` hashes the arguments.
     for row in iterate_rows(source, kind, role):
         if kind in ("prompts", "scored"):  # the other columns may be anything
-            row = {"prompt": row["prompt"]}
+            row = to_tokenize(row, kind)
         yield {"row": json.dumps(row, ensure_ascii=False)}

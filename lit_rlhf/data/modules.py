@@ -1,6 +1,5 @@
 """The LightningDataModules of SFT, and of reward models and DPO."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,12 +9,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
+from lit_rlhf.data.chat import set_template
 from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows, require_kind, require_prompt_length
+from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.examples import PackedDataset, load_examples
 from lit_rlhf.data.formats import Kind, Sources, as_prompt
-from lit_rlhf.data.prompts import PromptDataset, encode_prompts, load_prompts, to_columns
+from lit_rlhf.data.messages import check_template_kwargs
+from lit_rlhf.data.prompts import PromptDataset, held_out_prompts, load_prompts
+from lit_rlhf.data.reader import LossOn, Options, Truncation
 from lit_rlhf.data.sources import DEMO, STAGES, Role, iterate_rows, parse_sources
-from lit_rlhf.data.tokenize import LossOn, Options, Truncation
 from lit_rlhf.errors import UserError, require
 
 __all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
@@ -34,7 +36,8 @@ class ExamplesDataModule(LightningDataModule):
         test: rows of `test`; null = the validation rows.
         predict: prompts of `predict` and of the sample tables; null = the prompts of the validation rows.
         max_length: tokens of a prompt with a response; null = the model's context.
-        truncation: what to do with longer rows: drop them, or truncate responses on the right.
+        truncation: what to do with longer rows: truncate responses on the right, without an end token, or drop them;
+            a warning says so where it is more than a tenth of them.
         max_prompt_length: longer prompts of `predict` lose tokens on the left; null = half of max_length.
         max_tokens: of a micro-batch, counting a shared prompt once; null = no limit.
         batch_size: examples of a micro-batch at most; null = as many as max_tokens takes.
@@ -42,7 +45,12 @@ class ExamplesDataModule(LightningDataModule):
         num_workers: processes that pack batches beside the training.
         num_proc: processes that tokenise, once; null = one.
         seed: of the order of examples, and of the share that a weight below 1 takes.
-        chat_template: a Jinja template or a file that holds one; null = the tokenizer's own. Exported with the model.
+        chat_template: a Jinja template, a file that holds one, or the name of one of several that the tokenizer has;
+            null = the tokenizer's own. Exported with the model.
+        chat_template_kwargs: variables of the template for all rows, as {enable_thinking: false}; a row's own column of
+            that name comes before them.
+        control_tokens: what special tokens that a row spells out in its own texts are read as: keep = these tokens,
+            escape = plain text, refuse = an error that names the row. They are counted in any case.
         tokenizer: the model's; linked by the CLI.
     """
 
@@ -55,7 +63,7 @@ class ExamplesDataModule(LightningDataModule):
         test: Sources | None = None,
         predict: Sources | None = None,
         max_length: int | None = None,
-        truncation: Truncation = "drop",
+        truncation: Truncation = "truncate",
         max_prompt_length: int | None = None,
         max_tokens: int | None = 4096,
         batch_size: int | None = None,
@@ -64,6 +72,8 @@ class ExamplesDataModule(LightningDataModule):
         num_proc: int | None = None,
         seed: int = 0,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        control_tokens: ControlTokens = "keep",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
@@ -90,6 +100,9 @@ class ExamplesDataModule(LightningDataModule):
         self.num_proc = num_proc
         self.seed = seed
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        check_template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
+        self.control_tokens: ControlTokens = control_tokens
         self.tokenizer = tokenizer
         self.datasets: dict[str, PackedDataset] = {}
         self.prompts: PromptDataset | None = None
@@ -112,16 +125,22 @@ class ExamplesDataModule(LightningDataModule):
         context = self.tokenizer.model_max_length
         fits = self.max_prompt_length is None or self.max_prompt_length < context
         require(fits, "max_prompt_length", self.max_prompt_length, f"less than the model's context of {context} tokens")
-        if self.chat_template is not None:
-            self.tokenizer.chat_template = _read_template(self.chat_template)
+        set_template(self.tokenizer, self.chat_template, self.chat_template_kwargs)
         for name in STAGES[stage]:
             if name == "predict":
                 self.prompts = self.prompts or self._load_prompts()
             elif (sources := self.sources[name]) is not None and name not in self.datasets:
-                options = Options(self.length_limit, self.truncation, self.loss_on)
                 self.datasets[name] = load_examples(
-                    sources, self.kind, ROLES[name], self.tokenizer, options, self.num_proc, self.seed
+                    sources, self.kind, ROLES[name], self.tokenizer, self.options, self.num_proc, self.seed
                 )
+
+    @property
+    def options(self) -> Options:
+        """How rows become tokens."""
+        limit = self.length_limit
+        prompt_limit = self.max_prompt_length or (limit // 2 if limit is not None else None)
+        how = (self.truncation, self.loss_on, prompt_limit, self.control_tokens, self.chat_template_kwargs)
+        return Options(limit, *how)
 
     @property
     def length_limit(self) -> int | None:
@@ -183,8 +202,7 @@ class ExamplesDataModule(LightningDataModule):
             self.prompts = self._load_prompts(optional=True)
         if self.prompts is None:
             return None
-        columns = {name: values[:count] for name, values in self.prompts.columns.items()}
-        return PromptBatch(self.prompts.prompt_ids[:count], columns)
+        return self.prompts.take(np.arange(min(count, len(self.prompts))))
 
     def _ranks(self) -> dict[str, int]:
         # Not world_size: ranks of one tensor-parallel group see the same data.
@@ -209,11 +227,9 @@ class ExamplesDataModule(LightningDataModule):
 
     def _load_prompts(self, optional: bool = False) -> PromptDataset | None:
         assert self.tokenizer is not None
-        limit = self.max_prompt_length or (self.length_limit // 2 if self.length_limit is not None else None)
+        kind: Kind = getattr(getattr(self.trainer, "lightning_module", None), "predicts_from", "prompts")
         if self.predict is not None:
-            kind: Kind = getattr(getattr(self.trainer, "lightning_module", None), "predicts_from", "prompts")
-            ids, columns = load_prompts(self.predict, "predict", self.tokenizer, limit, self.seed, kind, self.num_proc)
-            return PromptDataset(ids, columns)
+            return load_prompts(self.predict, "predict", self.tokenizer, self.options, self.seed, kind, self.num_proc)
         held_out = self.sources["validation"]
         if held_out is None:
             raise UserError("predict needs prompts: set predict, or validation")
@@ -225,8 +241,7 @@ class ExamplesDataModule(LightningDataModule):
         prompts = [row for row in rows if row is not None]
         if not prompts and optional:
             return None
-        prompt_ids, kept = encode_prompts(prompts, self.tokenizer, limit, "prompts of the validation data")
-        return PromptDataset([prompt_ids[row] for row in kept], to_columns([prompts[row] for row in kept]))
+        return held_out_prompts(prompts, self.tokenizer, self.options, kind, "prompts of the validation data")
 
 
 class SFTDataModule(ExamplesDataModule):
@@ -236,8 +251,6 @@ class SFTDataModule(ExamplesDataModule):
         train: rows to learn from: a JSON Lines (.gz, .zst, .bz2) or Parquet file, a folder, the name of a dataset,
             "demo" for the embedded text, or a list of {source, weight, split}.
         validation: held-out rows; null = no validation.
-        truncation: what to do with rows longer than max_length: truncate them on the right, without an end token, or
-            drop them.
         loss_on: learn the assistant's turns or the completion only ("response"), or every token ("all").
         kwargs: as in `ExamplesDataModule`.
     """
@@ -248,11 +261,10 @@ class SFTDataModule(ExamplesDataModule):
         self,
         train: Sources = DEMO,
         validation: Sources | None = DEMO,
-        truncation: Truncation = "truncate",
         loss_on: LossOn = "response",
         **kwargs: Any,
     ) -> None:
-        super().__init__(train, validation, truncation=truncation, **kwargs)
+        super().__init__(train, validation, **kwargs)
         self.loss_on = loss_on
 
 
@@ -260,12 +272,3 @@ class PreferenceDataModule(ExamplesDataModule):
     """Pairs: rows with `chosen` and `rejected`, a `prompt` unless both repeat it, and perhaps a `margin`."""
 
     kind = "preference"
-
-
-def _read_template(template: str) -> str:
-    if "{" in template:
-        return template
-    path = Path(template).expanduser().absolute()
-    if not path.is_file():
-        raise UserError(f"chat_template: neither a Jinja template nor a file ({path} does not exist)")
-    return path.read_text(encoding="utf-8")

@@ -1,11 +1,19 @@
-"""What became of the rows of some data: counted once, said once."""
+"""What became of the rows of some data: counted once, said once, and warned of where much of it is lost."""
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data import tokenize
+from lit_rlhf.data.reader import Options
+
+MUCH = 0.1  # share of the rows that may be cut or dropped without a warning
 
 
 @dataclass(frozen=True)
@@ -18,13 +26,26 @@ class Report:
     truncated: int = 0  # kept, cut to the length limit
     empty: int = 0  # kept, with a response that says nothing
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    learnt: bool = True  # not prompts that are completed or scored
+    control_rows: int = 0  # whose texts spell out control tokens
+    control_tokens: dict[str, int] = field(default_factory=dict)  # control token -> rows
 
     @classmethod
-    def of(cls, name: str, statuses: np.ndarray) -> "Report":
-        """Count statuses; see `tokenize.STATUS`."""
+    def of(
+        cls,
+        name: str,
+        statuses: Any,
+        control_tokens: Any = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        learnt: bool = True,
+    ) -> "Report":
+        """Count statuses, see `tokenize.STATUS`, and the control tokens of each row, named by the tokenizer."""
         counts = Counter(np.asarray(statuses).tolist())
         truncated, empty = counts[tokenize.TRUNCATED], counts[tokenize.EMPTY]
         dropped = {word: counts[status] for status, word in enumerate(tokenize.STATUS) if status > tokenize.EMPTY}
+        if not isinstance(control_tokens, pa.ChunkedArray):
+            control_tokens = pa.chunked_array([pa.array(list(control_tokens), pa.list_(pa.int32()))])
+        found = Counter(pc.list_flatten(control_tokens).to_pylist())
         return cls(
             name,
             rows=len(statuses),
@@ -32,7 +53,30 @@ class Report:
             truncated=truncated,
             empty=empty,
             dropped={reason: count for reason, count in dropped.items() if count},
+            learnt=learnt,
+            control_rows=int(pc.sum(pc.greater(pc.list_value_length(control_tokens), 0)).as_py() or 0),
+            control_tokens={
+                str(token if tokenizer is None else tokenizer.convert_ids_to_tokens(token)): count
+                for token, count in found.most_common()
+            },
         )
+
+    def say(self, options: Options, note: str = "") -> None:
+        """Log it, with a note; warn where more than a tenth of the rows is not used whole, with what to do.
+
+        Args:
+            options: by which the rows were read.
+            note: what to log besides.
+        """
+        rank_zero_info(f"{self}{self._read_as(options)}{note}")
+        lost = self.rows - self.kept + self.truncated
+        if lost > MUCH * self.rows and self.kept:  # that none is left is an error of its own
+            causes = [f"{self.truncated} truncated"] if self.truncated else []
+            causes += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]
+            rank_zero_warn(
+                f"{self.name}: {lost} of {self.rows} rows are not used whole ({', '.join(causes)}). "
+                f"{self._remedy(options)}"
+            )
 
     def __str__(self) -> str:
         parts = [f"{self.rows} rows, {self.kept} used"]
@@ -43,4 +87,29 @@ class Report:
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             parts.append(f"{self.rows - self.kept} dropped ({reasons})")
+        if self.control_rows:
+            tokens = ", ".join(f"{token} in {count}" for token, count in list(self.control_tokens.items())[:5])
+            parts.append(f"{self.control_rows} spell out control tokens ({tokens})")
         return f"{self.name}: {', '.join(parts)}"
+
+    def _read_as(self, options: Options) -> str:
+        if not self.control_rows:
+            return ""
+        if options.control_tokens == "escape":
+            return ", read as plain text"
+        return ", read as these tokens (control_tokens: escape reads them as plain text, refuse names the row)"
+
+    def _remedy(self, options: Options) -> str:
+        too_long = {tokenize.STATUS[status] for status in (tokenize.TOO_LONG, tokenize.LONG_PROMPT)}
+        if not (self.truncated or too_long & self.dropped.keys()):
+            return "Are these the data that were meant?"
+        if not self.learnt:
+            return (
+                f"A prompt may have {options.max_prompt_length} tokens, which is max_prompt_length or what the context "
+                "leaves beside a response: raise the one, ask for shorter responses, or shorten the prompts"
+            )
+        other = "drop leaves long rows out" if self.truncated else "truncate learns the beginnings of long rows"
+        return (
+            f"Raise max_length ({options.max_length}), at most to the model's context, or shorten the rows; "
+            f"truncation: {other}"
+        )

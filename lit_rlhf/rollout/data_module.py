@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch, RolloutBatch
 from lit_rlhf.data.batching import as_it_is
+from lit_rlhf.data.chat import set_template, stop_token_ids
 from lit_rlhf.data.checks import (
     check_trainer_options,
     require_held_out_rows,
@@ -20,10 +21,12 @@ from lit_rlhf.data.checks import (
     require_prompt_length,
     require_whole_epochs,
 )
+from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.formats import Sources
+from lit_rlhf.data.messages import check_template_kwargs
 from lit_rlhf.data.prompts import load_prompts
+from lit_rlhf.data.reader import Options
 from lit_rlhf.data.sources import STAGES, Role
-from lit_rlhf.data.tokenize import stop_token_ids
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import Experience
@@ -50,6 +53,9 @@ class RolloutDataModule(LightningDataModule):
         num_proc: processes that tokenise, once; null = one.
         seed: of the order of prompts.
         backend: what plays the training episodes; null = the slot cache in this process.
+        chat_template: as in `SFTDataModule`.
+        chat_template_kwargs: as in `SFTDataModule`.
+        control_tokens: as in `SFTDataModule`.
         tokenizer: the policy's; linked by the CLI.
     """
 
@@ -69,6 +75,9 @@ class RolloutDataModule(LightningDataModule):
         num_proc: int | None = None,
         seed: int = 0,
         backend: RolloutBackend | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        control_tokens: ControlTokens = "keep",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
@@ -96,6 +105,10 @@ class RolloutDataModule(LightningDataModule):
         self.num_proc = num_proc
         self.seed = seed
         self.backend = RolloutBackend() if backend is None else backend
+        self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        check_template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
+        self.control_tokens: ControlTokens = control_tokens
         self.tokenizer = tokenizer
         self.prompts: dict[str, PromptBatch] = {}
 
@@ -125,13 +138,20 @@ class RolloutDataModule(LightningDataModule):
                 f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in the context of "
                 f"{self.tokenizer.model_max_length}"
             )
+        set_template(self.tokenizer, self.chat_template, self.chat_template_kwargs)
+        options = Options(
+            None,
+            max_prompt_length=limit,
+            control_tokens=self.control_tokens,
+            template_kwargs=self.chat_template_kwargs,
+        )
         splits: tuple[Role, ...] = STAGES[stage]
         for split in splits:
             source = self.sources[split]
             if source is not None and split not in self.prompts:
-                prompt_ids, columns = load_prompts(source, split, self.tokenizer, limit, num_proc=self.num_proc)
-                self.prompts[split] = PromptBatch(prompt_ids, columns, np.arange(len(prompt_ids)))
-                check_context(agent.policy, prompt_ids, self.max_new_tokens)
+                loaded = load_prompts(source, split, self.tokenizer, options, num_proc=self.num_proc)
+                self.prompts[split] = loaded.take(np.arange(len(loaded)))
+                check_context(agent.policy, loaded.prompt_ids, self.max_new_tokens)
         for reward in (self.reward, *self.monitors.values()):
             reward.bind(self.tokenizer, trainer.strategy.root_device)
 

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
-from lit_rlhf.data.tokenize import as_text, response_text, stop_token_ids
+from lit_rlhf.data.chat import stop_token_ids
+from lit_rlhf.data.tokenize import as_text, response_text
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.models.decoding import SlotDecoder, sample

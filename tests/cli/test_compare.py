@@ -87,7 +87,7 @@ def test_a_better_policy_wins_every_prompt_at_the_kl_of_what_it_writes(root, res
     assert better["response_length"] == 8
     # It is certain of its response, so that the log-ratio is minus the baseline's log-prob alone.
     baseline = AutoModelForCausalLM.from_pretrained(root / "sft" / "model", attn_implementation=IMPLEMENTATION).eval()
-    prompts, _ = load_prompts(str(root / "prompts.jsonl"), "validation", tiny_tokenizer())
+    prompts = load_prompts(str(root / "prompts.jsonl"), "validation", tiny_tokenizer()).prompt_ids
     with torch.no_grad():
         surprise = [-plain_response_logprobs(baseline, ids, np.full(8, 9)).sum().item() for ids in prompts]
     assert better["kl"] == pytest.approx(np.mean(surprise), rel=1e-4)
@@ -95,14 +95,15 @@ def test_a_better_policy_wins_every_prompt_at_the_kl_of_what_it_writes(root, res
 
 def test_a_long_prompt_is_cut_to_what_the_response_leaves_and_a_cut_distribution_has_no_kl(root, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "w3 " * 200}) + "\n")
-    found = compare(
-        root=str(root),
-        policies=("sft",),
-        prompts=str(tmp_path / "long.jsonl"),
-        gold=share_of_w9,
-        generation=GenerationSettings(max_new_tokens=8, temperature=0),
-        output=str(tmp_path / "new" / "results.json"),
-    )
+    with pytest.warns(UserWarning, match="A prompt may have 56 tokens"):
+        found = compare(
+            root=str(root),
+            policies=("sft",),
+            prompts=str(tmp_path / "long.jsonl"),
+            gold=share_of_w9,
+            generation=GenerationSettings(max_new_tokens=8, temperature=0),
+            output=str(tmp_path / "new" / "results.json"),
+        )
     assert found["sft"]["kl"] is None and found["sft"]["response_length"] <= 8
     assert json.loads((tmp_path / "new" / "results.json").read_text())["sft"]["kl"] is None
     [kl] = [line for line in capsys.readouterr().out.splitlines() if "KL to" in line]

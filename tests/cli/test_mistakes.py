@@ -95,7 +95,11 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "malformed row": ("sft", [NO_VALIDATION, "--data.train=malformed.jsonl"], "malformed.jsonl, line 2"),
     "JSON syntax": ("sft", [NO_VALIDATION, "--data.train=syntax.jsonl"], "syntax.jsonl, line 1"),
     "empty data": ("dpo", [NO_VALIDATION, "--data.train=empty.jsonl"], "empty.jsonl"),
-    "prompts longer than the context": ("dpo", [NO_VALIDATION, "--data.train=long.jsonl"], "1 too long"),
+    "prompts longer than the context": (
+        "dpo",
+        [NO_VALIDATION, "--data.train=long.jsonl"],
+        "prompt alone reaches max_length",
+    ),
     "missing model": ("dpo", ["--model.policy=runs/nowhere/model"], "runs/nowhere/model: no model"),
     "vocabularies that differ": ("dpo", ["--model.policy=mixed"], "the model embeds 40"),
     "KL target below 0": (

@@ -56,7 +56,7 @@ def test_what_dropped_prompts_were_is_said_and_the_answers_keep_their_ids(workdi
     config = Path("configs/dpo.yaml").absolute()
     monkeypatch.chdir(workdir)
     said = []
-    monkeypatch.setattr("lit_rlhf.data.prompts.rank_zero_info", said.append)
+    monkeypatch.setattr("lit_rlhf.data.report.rank_zero_info", said.append)
     Path("gaps.jsonl").write_text("".join(json.dumps({"id": i, "prompt": "Hello" * (i != 1)}) + "\n" for i in range(3)))
     options = ["--data.predict=gaps.jsonl", "--trainer.default_root_dir=out/gaps"]
     assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=2") == 0
@@ -98,3 +98,32 @@ def test_columns_that_predict_would_overwrite_are_refused_and_known_completions_
     Path("columns.jsonl").write_text('{"prompt": "Hello", "finish_reason": "x"}\n')
     assert run("predict", "--config", config, *QUICK, *options) == 2
     assert "predict writes ['finish_reason']" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_reward_model_scores_the_rows_that_predict_writes(workdir, monkeypatch):
+    dpo, reward_model = (Path(f"configs/{name}.yaml").absolute() for name in ("dpo", "reward_model"))
+    monkeypatch.chdir(workdir)
+    ask = [{"role": "user", "content": "Say hello."}]
+    rows = [{"prompt": ask}, {"prompt": [*ask, {"role": "assistant", "content": "Hello"}]}, {"prompt": "Say hello."}]
+    Path("chat.jsonl").write_text("".join(json.dumps({**row, "id": i}) + "\n" for i, row in enumerate(rows)))
+    options = ["--data.predict=chat.jsonl", "--trainer.default_root_dir=out/chat"]
+    assert run("predict", "--config", dpo, *QUICK, *options, "--model.generation.max_new_tokens=4") == 0
+    written = predictions("out/chat")
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+
+    options = ["--data.predict=out/chat/predictions.jsonl", "--model.policy=runs/reward_model/model"]
+    assert run("predict", "--config", reward_model, *QUICK, *options, "--trainer.default_root_dir=out/judged") == 0
+    judged = predictions("out/judged")
+    assert [{**row, "score": None} for row in judged] == [{**row, "score": None} for row in written]
+
+    model = AutoModelForSequenceClassification.from_pretrained("runs/reward_model/model")
+    tokenizer = AutoTokenizer.from_pretrained("runs/reward_model/model")
+    answers = [written[0]["completion"], "Hello" + written[1]["completion"]]
+    for row, answer in zip(judged, answers, strict=False):
+        whole = [*ask, {"role": "assistant", "content": answer}]
+        ids = tokenizer.apply_chat_template(whole, return_tensors="pt", return_dict=False)
+        last = int((ids[0] == tokenizer.eos_token_id).nonzero()[-1])
+        with torch.no_grad():
+            expected = model(ids[:, : last + 1]).logits.item()
+        assert row["score"] == pytest.approx(expected, rel=1e-3, abs=1e-5)

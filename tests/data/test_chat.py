@@ -1,8 +1,9 @@
 import pytest
 from transformers import GenerationConfig
 
-from lit_rlhf.data.chat import stop_token_ids
+from lit_rlhf.data.chat import Renderer, set_template, stop_token_ids
 from lit_rlhf.errors import UserError
+from tests.chat_templates import QWEN3
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 
@@ -16,3 +17,74 @@ def test_stop_ids_are_the_end_token_the_end_of_turn_and_the_generation_config():
     bare.eos_token = None
     with pytest.raises(UserError, match="no response ends"):
         stop_token_ids(bare)
+
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+NAMED = {"rag": CHATML, "tools": "{{ messages[0].content }}"}
+
+
+def test_a_tokenizer_of_several_templates_without_a_default_serves_text_and_names_them_for_messages():
+    tokenizer = byte_tokenizer(NAMED)
+    assert stop_token_ids(tokenizer) == (tokenizer.eos_token_id,)
+    with pytest.raises(
+        UserError, match=r"chat templates \['rag', 'tools'\] and none is the default: set chat_template"
+    ):
+        Renderer(tokenizer)
+    set_template(tokenizer, "tools", {})
+    assert Renderer(tokenizer)([USER]) == "q"
+
+
+def test_a_template_that_asks_for_more_than_a_question_and_an_answer_has_no_end_of_turn_to_find():
+    asks = "{% if not documents %}{{ raise_exception('documents are needed') }}{% endif %}"
+    tokenizer = byte_tokenizer(asks)
+    assert stop_token_ids(tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_a_template_is_read_from_a_file_without_the_mark_that_editors_begin_it_with(tmp_path):
+    tokenizer = byte_tokenizer()
+    (tmp_path / "chat.jinja").write_bytes(b"\xef\xbb\xbf" + CHATML.encode())
+    set_template(tokenizer, str(tmp_path / "chat.jinja"), {})
+    assert tokenizer.chat_template == CHATML
+    (tmp_path / "latin.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"chat_template: .*latin\.jinja cannot be read as UTF-8"):
+        set_template(tokenizer, str(tmp_path / "latin.jinja"), {})
+    with pytest.raises(UserError, match="neither a Jinja template nor a file"):
+        set_template(tokenizer, str(tmp_path / "gone.jinja"), {})
+
+
+def test_a_template_that_is_no_jinja_is_refused_by_its_line():
+    with pytest.raises(UserError, match=r"chat template is not valid Jinja: .* \(its line 2\)"):
+        stop_token_ids(byte_tokenizer("{{ messages[0].content }}\n{% if x %"))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 'a' + 1 }}", "{{ 1 / 0 }}", "{{ messages[0].nope.nope }}", "{{ raise_exception('no') }}"]
+)
+def test_whatever_a_template_stumbles_over_is_one_error_with_the_roles(template):
+    with pytest.raises(UserError, match=r"refuses a conversation of the roles \['user', 'assistant'\]: "):
+        Renderer(byte_tokenizer(template))([USER, ASSISTANT])
+
+
+def test_what_the_template_would_ignore_is_refused_by_column_or_option():
+    tokenizer = byte_tokenizer(CHATML)
+    with pytest.raises(UserError, match="column 'tools': the chat template has no place for tools"):
+        Renderer(tokenizer, {"tools": [{"name": "f"}]})
+    with pytest.raises(UserError, match="'chat_template_kwargs': the chat template does not read enable_thinking"):
+        Renderer(tokenizer, {"chat_template_kwargs": {"enable_thinking": False}})
+    with pytest.raises(UserError, match=r"^chat_template_kwargs: the chat template does not read thinking"):
+        set_template(byte_tokenizer(QWEN3), None, {"enable_thinking": False, "thinking": True})
+    with pytest.raises(UserError, match="no chat template"):
+        set_template(byte_tokenizer(), None, {"enable_thinking": False})
+
+
+def test_a_rows_arguments_come_before_those_of_all_rows():
+    off, on = {"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": True}}
+    tokenizer = byte_tokenizer(QWEN3)
+    assert Renderer(tokenizer, None, off).prompt([USER]).endswith("</think>\n\n")
+    assert Renderer(tokenizer, on, off).prompt([USER]).endswith("assistant\n")
+    assert Renderer(tokenizer).prompt([USER]).endswith("assistant\n")
+
+
+def test_the_weight_of_a_message_is_no_business_of_the_template():
+    shows = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    assert "weight" not in Renderer(byte_tokenizer(shows))([USER, {**ASSISTANT, "weight": 0}])

@@ -54,7 +54,8 @@ def test_tokens_come_from_the_cache_until_file_tokenizer_or_options_change(tmp_p
     assert tokenized_anew()
     tokenizer("a call leaves state behind", truncation=True, max_length=3)
     assert not tokenized_anew()
-    assert tokenized_anew(max_length=5)
+    assert tokenized_anew(max_length=7)
+    assert tokenized_anew(control_tokens="escape")
     assert tokenized_anew(loss_on="all")
     assert tokenized_anew(tokenizer=word_tokenizer(WORDS + " new"))
     assert tokenized_anew(chat_template=CHATML)
@@ -74,14 +75,17 @@ def test_several_processes_tokenise_to_the_same_rows(tmp_path, monkeypatch):
 def test_dropped_and_truncated_rows_are_counted_and_never_dealt(tmp_path):
     rows = [{"prompt": "how", "chosen": " yes" * n, "rejected": " no"} for n in (1, 9, 2)]
     source = write(tmp_path / "pairs.jsonl", [*rows, {"prompt": "how", "chosen": " no", "rejected": " no"}])
-    module = attach(PreferenceDataModule(source, None, max_length=6, tokenizer=word_tokenizer(WORDS)))
+    options = {"max_length": 6, "truncation": "drop", "tokenizer": word_tokenizer(WORDS)}
+    with pytest.warns(UserWarning, match=r"2 of 4 rows are not used whole .*truncation: truncate"):
+        module = attach(PreferenceDataModule(source, None, **options))
     [report] = module.datasets["train"].reports
     assert (report.rows, report.kept) == (4, 2)
     assert report.dropped == {"too long": 1, "ties: chosen equals rejected": 1}
     assert module.num_rows("train") == 2
     [batch] = module.train_dataloader()
     assert sorted(batch.row_ids.tolist()) == [0, 1] and len(batch.packed.input_ids) == (1 + 2 + 2) + (1 + 3 + 2)
-    cut = attach(SFTDataModule(sft_file(tmp_path), None, max_length=4, tokenizer=word_tokenizer(WORDS)))
+    with pytest.warns(UserWarning, match=r"12 of 20 rows .* Raise max_length \(4\).*truncation: drop"):
+        cut = attach(SFTDataModule(sft_file(tmp_path), None, max_length=4, tokenizer=word_tokenizer(WORDS)))
     assert cut.datasets["train"].reports[0].truncated == 12, "completions of 3, 4 and 5 words"
 
 
@@ -111,7 +115,8 @@ def test_empty_data_are_an_error_that_says_what_was_expected(tmp_path, make):
 
 def test_no_row_left_is_an_error_with_the_reasons(tmp_path):
     with pytest.raises(UserError, match=r"no row is left .* 20 dropped \(20 too long\)"):
-        attach(PreferenceDataModule(pair_file(tmp_path), None, max_length=3, tokenizer=word_tokenizer(WORDS)))
+        options = {"max_length": 3, "truncation": "drop", "tokenizer": word_tokenizer(WORDS)}
+        attach(PreferenceDataModule(pair_file(tmp_path), None, **options))
     source = write(tmp_path / "long.jsonl", [{"prompt": "how so very", "completion": " yes"}] * 4)
     with pytest.raises(UserError, match="4 whose prompt alone reaches max_length: shorten prompts or raise"):
         attach(SFTDataModule(source, None, max_length=3, tokenizer=word_tokenizer(WORDS)))
@@ -123,7 +128,9 @@ def test_real_conversations_keep_most_rows_and_share_their_prompts():
     template = "{% for m in messages %}{{ '\n\n' + m.role + ': ' + m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ '\n\nassistant: ' }}{% endif %}"
     source = str(SHARED / "preference" / "hh_helpful_test.jsonl.gz")
-    module = attach(PreferenceDataModule(source, None, max_length=512, chat_template=template, tokenizer=tokenizer))
+    options = {"max_length": 512, "truncation": "drop", "chat_template": template, "tokenizer": tokenizer}
+    with pytest.warns(UserWarning, match="111 dropped: too long"):
+        module = attach(PreferenceDataModule(source, None, **options))
     [report] = module.datasets["train"].reports
     assert report.rows == 1000 and report.kept > 850 and set(report.dropped) == {"too long"}
     batch = next(iter(module.train_dataloader()))

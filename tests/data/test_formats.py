@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from lit_rlhf.data.formats import as_prompt, check_row
+from lit_rlhf.data.formats import as_prompt, check_row, to_tokenize
 from lit_rlhf.errors import UserError
 
 ASK = {"role": "user", "content": "q"}
@@ -54,10 +56,18 @@ def test_a_row_keeps_the_columns_of_its_format(kind, row, kept):
         ("sft", {"messages": []}, "column 'messages': the message list is empty"),
         ("sft", {"messages": [{"content": "x"}]}, "column 'messages', message 0: expected {\"role\""),
         ("sft", {"messages": [ASK, {"role": "assistant"}]}, "message 1: expected text as `content`, found nothing"),
-        ("sft", {"prompt": "q", "completion": [YES]}, "all text or all message lists; 'prompt' is text"),
+        (
+            "sft",
+            {"prompt": "q", "completion": [YES]},
+            "prompt that is text, a response must be text too; 'prompt' is text",
+        ),
         ("preference", {"prompt": "q", "chosen": "y"}, "expected the columns `chosen` and `rejected`"),
         ("preference", {"chosen": None, "rejected": "n"}, "found \\['rejected'\\], and null in \\['chosen'\\]$"),
-        ("preference", {"prompt": [ASK], "chosen": [ASK, YES], "rejected": [NO]}, "one assistant message .* \\['user'"),
+        (
+            "preference",
+            {"prompt": [ASK], "chosen": [ASK, YES], "rejected": [NO]},
+            "begin and end with the assistant, found \\['user'",
+        ),
         ("preference", {"chosen": [ASK, YES], "rejected": [YES]}, "must begin with the same messages"),
         (
             "preference",
@@ -78,3 +88,98 @@ def test_a_held_out_row_gives_its_prompt_and_the_completion_it_is_known_to_have(
     assert as_prompt({"prompt": "q", "completion": "a"}) == {"prompt": "q", "completion": "a"}
     assert as_prompt({"prompt": "q", "chosen": "y", "rejected": "n"}) == {"prompt": "q", "completion": "y"}
     assert as_prompt({"text": "t"}) is None
+
+
+TOOLS = [{"name": "weather"}]
+CALL = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {}}]}
+RAIN, SUN = {"role": "tool", "content": "rain"}, {"role": "tool", "content": "sun"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "kept"),
+    [
+        # text beside a prompt of messages is what the assistant says
+        ("sft", {"prompt": [ASK], "completion": "yes"}, {"prompt": [ASK], "completion": [YES]}),
+        (
+            "preference",
+            {"prompt": [ASK], "chosen": "yes", "rejected": [NO]},
+            {"prompt": [ASK], "chosen": [YES], "rejected": [NO], "margin": 0.0},
+        ),
+        # what the template is to be given stays beside messages, and goes from beside text
+        (
+            "sft",
+            {"messages": [ASK, YES], "tools": '[{"name": "weather"}]', "chat_template_kwargs": {"a": 1}, "id": 3},
+            {"messages": [ASK, YES], "tools": TOOLS, "chat_template_kwargs": {"a": 1}},
+        ),
+        ("sft", {"text": "t", "tools": TOOLS}, {"text": "t"}),
+        # the prompt in both conversations, as messages or as text, whatever fields are null
+        (
+            "preference",
+            {"prompt": [ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]},
+            {"prompt": [ASK], "chosen": [YES], "rejected": [NO], "margin": 0.0},
+        ),
+        (
+            "preference",
+            {
+                "prompt": "q ",
+                "chosen": [{"role": "system", "content": "s"}, {**ASK, "name": None}, {**YES, "name": None}],
+                "rejected": [{"role": "system", "content": "s"}, {**ASK, "tool_calls": None}, NO],
+                "margin": None,
+            },
+            {
+                "prompt": [{"role": "system", "content": "s"}, ASK],
+                "chosen": [YES],
+                "rejected": [NO],
+                "margin": 0.0,
+            },
+        ),
+        # tool turns inside a response; where the answers of tools differ, the call before them is the response's
+        (
+            "preference",
+            {"prompt": [ASK], "chosen": [CALL, RAIN, YES], "rejected": [NO], "tools": TOOLS},
+            {"prompt": [ASK], "chosen": [CALL, RAIN, YES], "rejected": [NO], "tools": TOOLS, "margin": 0.0},
+        ),
+        (
+            "preference",
+            {"chosen": [ASK, CALL, RAIN, SUN, YES], "rejected": [ASK, CALL, RAIN, RAIN, YES]},
+            {"prompt": [ASK], "chosen": [CALL, RAIN, SUN, YES], "rejected": [CALL, RAIN, RAIN, YES], "margin": 0.0},
+        ),
+    ],
+)
+def test_what_rows_of_messages_say_beside_them_is_kept(kind, row, kept):
+    assert check_row(row, kind, "here") == kept
+
+
+@pytest.mark.parametrize("kind", ["prompts", "scored"])
+def test_prompts_keep_every_column_as_it_is_and_are_read_as_messages(kind):
+    row = {"prompt": [{**ASK, "name": None}], "completion": "yes", "tools": json.dumps(TOOLS), "answer": 3}
+    assert check_row(row, kind, "here") is row
+    read = {"prompt": [ASK], "completion": [YES], "tools": TOOLS}
+    assert to_tokenize(row, kind) == {name: read[name] for name in read if kind == "scored" or name != "completion"}
+    text = {"prompt": "q", "completion": "yes", "tools": "any", "chat_template_kwargs": 3}
+    assert check_row(text, kind, "here") is text, "beside text, columns of these names are the user's"
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("preference", {"prompt": "w", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "do not begin with it"),
+        ("preference", {"prompt": [ASK], "chosen": [CALL, RAIN], "rejected": [NO]}, "begin and end with the assistant"),
+        ("preference", {"prompt": [ASK], "chosen": [ASK], "rejected": [ASK]}, "'chosen': .* found \\[\\]"),
+        ("preference", {"prompt": "q", "chosen": [YES], "rejected": "n"}, "a response must be text too"),
+        ("preference", {"chosen": [ASK, YES], "rejected": "n"}, "a response must be text too"),
+        ("sft", {"messages": [ASK, YES], "tools": "x"}, "here, column 'tools': not valid JSON"),
+        ("prompts", {"prompt": [ASK], "tools": 3}, "here, column 'tools': expected a list of objects"),
+        ("scored", {"prompt": [ASK], "completion": [{"role": "assistant"}]}, "column 'completion', message 0"),
+    ],
+)
+def test_rows_of_messages_that_do_not_fit_are_named_too(kind, row, message):
+    with pytest.raises(UserError, match=message):
+        check_row(row, kind, "here")
+
+
+def test_the_prompt_of_a_held_out_row_keeps_what_the_template_is_given():
+    given = {"tools": TOOLS, "chat_template_kwargs": {"a": 1}}
+    assert as_prompt({"messages": [ASK, YES], **given}) == {"prompt": [ASK], "completion": [YES], **given}
+    pair = {"prompt": [ASK], "chosen": [CALL, RAIN, YES], "rejected": [NO], "margin": 0.0, **given}
+    assert as_prompt(pair) == {"prompt": [ASK], "completion": [CALL, RAIN, YES], **given}

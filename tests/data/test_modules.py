@@ -44,7 +44,8 @@ def test_predict_plays_prompts_in_their_order_with_their_columns(tmp_path):
     source = write(tmp_path / "prompts.jsonl", [{"prompt": "how" + " so" * i, "id": i} for i in range(5)])
     module = SFTDataModule(sft_file(tmp_path), None, predict=source, max_prompt_length=3)
     module.tokenizer = word_tokenizer(WORDS)
-    [batch] = attach(module, "predict").predict_dataloader()
+    with pytest.warns(UserWarning, match=r"2 of 5 rows .* A prompt may have 3 tokens"):
+        [batch] = attach(module, "predict").predict_dataloader()
     assert isinstance(batch, PromptBatch)
     assert batch.columns["id"] == [0, 1, 2, 3, 4] and batch.columns["prompt"][1] == "how so"
     assert [len(ids) for ids in batch.prompt_ids] == [1, 2, 3, 3, 3]
@@ -87,7 +88,8 @@ def test_the_context_of_the_model_is_the_default_length_limit(tmp_path):
     tokenizer = word_tokenizer(WORDS)
     assert attach(SFTDataModule(sft_file(tmp_path), None, tokenizer=tokenizer)).length_limit is None
     tokenizer.model_max_length = 4
-    module = attach(SFTDataModule(sft_file(tmp_path), None, tokenizer=tokenizer))
+    with pytest.warns(UserWarning, match="12 truncated"):
+        module = attach(SFTDataModule(sft_file(tmp_path), None, tokenizer=tokenizer))
     assert module.datasets["train"].lengths().max() == 4
 
 

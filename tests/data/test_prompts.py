@@ -1,31 +1,73 @@
 import datasets
 import numpy as np
+import pytest
 
 from lit_rlhf.data import examples
 from lit_rlhf.data.modules import load_prompts
+from lit_rlhf.data.reader import Options
+from lit_rlhf.data.tokenize import KEPT, LONG_PROMPT, TRUNCATED
 from tests.data.small_rows import WORDS, write
-from tests.tiny_tokenizers import word_tokenizer
+from tests.tiny_tokenizers import CHATML, byte_tokenizer, word_tokenizer
 
 
 def test_load_prompts_keeps_columns_that_only_some_rows_have(tmp_path):
     source = write(tmp_path / "p.jsonl", [{"prompt": "how", "answer": 3}, {"prompt": "so", "note": [1, "x"]}])
-    prompt_ids, columns = load_prompts(source, "train", word_tokenizer(WORDS))
-    assert [ids.dtype for ids in prompt_ids] == [np.int64] * 2
-    assert columns == {"prompt": ["how", "so"], "answer": [3, None], "note": [None, [1, "x"]]}
+    prompts = load_prompts(source, "train", word_tokenizer(WORDS))
+    assert [ids.dtype for ids in prompts.prompt_ids] == [np.int64] * 2
+    assert prompts.columns == {"prompt": ["how", "so"], "answer": [3, None], "note": [None, [1, "x"]]}
 
 
 def test_prompts_are_tokenised_once_by_several_processes_and_then_found(tmp_path, monkeypatch):
     source = write(tmp_path / "p.jsonl", [{"prompt": "how so", "answer": i} for i in range(8)])
     tokenizer, calls = word_tokenizer(WORDS), []
-    in_order, _ = load_prompts(source, "train", tokenizer)
+    in_order = load_prompts(source, "train", tokenizer).prompt_ids
     real = examples.FUNCTIONS["prompts"]
     monkeypatch.setitem(examples.FUNCTIONS, "prompts", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
-    found, columns = load_prompts(source, "train", tokenizer)
-    assert not calls and columns["answer"] == list(range(8))
-    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in in_order]
-    shorter, _ = load_prompts(source, "train", tokenizer, max_prompt_length=1)
-    assert calls and [len(ids) for ids in shorter] == [1] * 8
+    found = load_prompts(source, "train", tokenizer)
+    assert not calls and found.columns["answer"] == list(range(8))
+    assert [ids.tolist() for ids in found.prompt_ids] == [ids.tolist() for ids in in_order]
+    with pytest.warns(UserWarning, match="8 of 8 rows are not used whole"):
+        shorter = load_prompts(source, "train", tokenizer, Options(None, max_prompt_length=1))
+    assert calls and [len(ids) for ids in shorter.prompt_ids] == [1] * 8
     monkeypatch.setitem(examples.FUNCTIONS, "prompts", real)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
-    parallel, _ = load_prompts(source, "train", tokenizer, num_proc=2)
-    assert [ids.tolist() for ids in parallel] == [ids.tolist() for ids in in_order]
+    parallel = load_prompts(source, "train", tokenizer, num_proc=2)
+    assert [ids.tolist() for ids in parallel.prompt_ids] == [ids.tolist() for ids in in_order]
+
+
+def test_prompts_to_be_scored_bring_their_responses_along_in_whatever_form(tmp_path):
+    ask, answer = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "yes"}]
+    rows = [
+        {"prompt": ask, "completion": answer},
+        {"prompt": ask, "completion": "yes"},
+        {"prompt": [*ask, {"role": "assistant", "content": "y"}], "completion": "es"},
+        {"prompt": "q", "completion": "yes"},
+    ]
+    tokenizer = byte_tokenizer(CHATML)
+    prompts = load_prompts(write(tmp_path / "p.jsonl", rows), "predict", tokenizer, kind="scored")
+    assert prompts.columns["completion"] == [answer, "yes", "es", "yes"], "as they stand in the data"
+    texts = [tokenizer.decode(ids) for ids in prompts.response_ids]
+    assert texts == ["yes<|im_end|>", "yes<|im_end|>", "es<|im_end|>", "yes<eos>"]
+    header = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(ids) for ids in prompts.prompt_ids] == [header, header, header + "y", "q"]
+    batch = prompts.take(np.array([2, 0]))
+    assert [tokenizer.decode(ids) for ids in batch.response_ids] == [texts[2], texts[0]]
+    assert (
+        load_prompts(write(tmp_path / "q.jsonl", rows), "predict", tokenizer).take(np.array([0])).response_ids is None
+    )
+
+
+def test_what_is_too_long_to_be_scored_is_cut_at_the_far_ends_and_counted(tmp_path):
+    tokenizer = word_tokenizer("a b c d", bos=True)
+    rows = [
+        {"prompt": "a b c", "completion": " a b c d"},
+        {"prompt": "a b c", "completion": ""},
+        {"prompt": "a", "completion": " b"},
+    ]
+    options = Options(6, max_prompt_length=3)
+    columns = examples.FUNCTIONS["scored"](rows, tokenizer, options)
+    tokens = [[tokenizer.convert_ids_to_tokens(i.tolist()) for i in columns[n]] for n in ("prompt_ids", "response_ids")]
+    assert tokens[0] == [["<bos>", " b", " c"], ["<bos>", " b", " c"], ["<bos>", "a"]]
+    assert tokens[1] == [[" a", " b", " c"], ["<eos>"], [" b", "<eos>"]]
+    assert columns["status"] == [TRUNCATED, TRUNCATED, KEPT]
+    assert examples.FUNCTIONS["scored"](rows[:1], tokenizer, Options(3))["status"] == [LONG_PROMPT]

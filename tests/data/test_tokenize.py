@@ -6,6 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.tokenize import (
     EMPTY,
@@ -15,7 +16,6 @@ from lit_rlhf.data.tokenize import (
     TIE,
     TOO_LONG,
     TRUNCATED,
-    Options,
     tokenize_preference,
     tokenize_prompts,
     tokenize_sft,
@@ -38,7 +38,7 @@ def assistant(content):
 
 def sft(rows, tokenizer, options=FREE):
     columns = tokenize_sft(rows, tokenizer, options)
-    return list(zip(*columns.values(), strict=True))
+    return list(zip(columns["input_ids"], columns["loss_mask"], columns["status"], strict=True))
 
 
 def preference(row, tokenizer, options=FREE):
@@ -223,7 +223,7 @@ def test_pairs_are_dropped_or_cut_for_a_reason_that_is_counted():
     row = {"prompt": "a", "chosen": " b b b", "rejected": " c"}  # 5 tokens with the end
     same = {"prompt": "a", "chosen": " b", "rejected": " b"}
     assert preference(row, tokenizer, Options(5))[3] == KEPT
-    assert preference(row, tokenizer, Options(4))[3] == TOO_LONG
+    assert preference(row, tokenizer, Options(4, "drop"))[3] == TOO_LONG
     _, chosen, rejected, status = preference(row, tokenizer, Options(3, "truncate"))
     assert status == TRUNCATED and len(chosen) == 2 and EOS not in chosen and rejected[-1] == EOS
     assert preference(row, tokenizer, Options(1, "truncate"))[3] == LONG_PROMPT
@@ -248,12 +248,13 @@ def test_an_empty_response_is_used_and_counted():
 
 def test_long_prompts_keep_their_end_and_the_beginning_token():
     tokenizer = word_tokenizer("a b c d", bos=True)
-    [ids], [status] = tokenize_prompts([{"prompt": "a b c d"}], tokenizer, Options(3)).values()
+    cut = Options(None, max_prompt_length=3)
+    [ids], [status], _ = tokenize_prompts([{"prompt": "a b c d"}], tokenizer, cut).values()
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<bos>", " c", " d"] and status == TRUNCATED
-    [ids], [status] = tokenize_prompts([{"prompt": "a b"}], tokenizer, Options(3)).values()
+    [ids], [status], _ = tokenize_prompts([{"prompt": "a b"}], tokenizer, cut).values()
     assert len(ids) == 3 and status == KEPT and EOS not in ids
     chat = byte_tokenizer(CHATML)
-    [ids], _ = tokenize_prompts([{"prompt": [user("q")]}], chat, Options(None)).values()
+    [ids], _, _ = tokenize_prompts([{"prompt": [user("q")]}], chat, FREE).values()
     assert chat.decode(ids).endswith("<|im_start|>assistant\n")
 
 
@@ -262,7 +263,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_no_part_of_a_prompt():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", EOS)])
-    [ids], _ = tokenize_prompts([{"prompt": "a"}], tokenizer, Options(None)).values()
+    [ids], _, _ = tokenize_prompts([{"prompt": "a"}], tokenizer, FREE).values()
     assert EOS not in ids
     [(ids, mask, _)] = sft([{"prompt": "a", "completion": " b"}], tokenizer)
     assert ids.tolist().count(EOS) == 1 and mask.tolist() == [False, True, True]

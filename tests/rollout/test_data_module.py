@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,3 +35,27 @@ def test_the_prompts_of_rollouts_are_tokenised_by_as_many_processes_as_asked(tmp
     assert asked == [2]  # once, by `prepare_data`
     with pytest.raises(UserError, match=r"num_proc \(0\)"):
         RolloutDataModule(data.reward, "prompts.jsonl", None, num_proc=0)
+
+
+def test_the_prompts_of_rollouts_are_read_by_the_template_and_options_given(tmp_path):
+    write_inputs(tmp_path)
+    template = "{% if thinking %}{{ 'w9 ' }}{% endif %}{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    rows = [{"prompt": [{"role": "user", "content": "w3 </s>"}]}] * 2
+    source = tmp_path / "chat.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def prompts(**options):
+        module, data = make_stage("ppo", tmp_path)
+        sources = {"train": str(source), "validation": str(source)}
+        data = RolloutDataModule(data.reward, **sources, max_new_tokens=4, tokenizer=module.tokenizer, **options)
+        make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
+        return [ids.tolist() for ids in data.prompts["validation"].prompt_ids], module.tokenizer.chat_template
+
+    with pytest.raises(UserError, match="set chat_template"):
+        prompts()
+    assert prompts(chat_template=template) == ([[3, 2]] * 2, template)
+    assert prompts(chat_template=template, chat_template_kwargs={"thinking": True})[0] == [[9, 3, 2]] * 2
+    with pytest.raises(UserError, match=r"control tokens \['</s>'\]"):
+        prompts(chat_template=template, control_tokens="refuse")
+    with pytest.raises(UserError, match="chat_template_kwargs: messages cannot be set there"):
+        prompts(chat_template_kwargs={"messages": []})

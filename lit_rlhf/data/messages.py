@@ -1,0 +1,133 @@
+"""What a row of messages may say: messages, the tools that the model may call, variables of its template.
+
+A null field is one that is not there: Parquet and Arrow give every message all fields that any message has.
+"""
+
+import json
+from typing import Any
+
+from lit_rlhf.errors import UserError
+
+Row = dict[str, Any]
+REASONING = ("reasoning_content", "thinking", "reasoning")  # where templates look for what was thought before an answer
+# What rendering is asked for by us, or said by another column.
+OURS = (
+    "messages",
+    "conversations",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+)
+
+
+def checked_messages(value: Any, place: str) -> list[Row]:
+    """A message list as templates read it: without null fields, content as text.
+
+    Args:
+        value: as read.
+        place: file, line and column, for the message.
+
+    Raises:
+        UserError: it is no message list, or holds what is not text.
+    """
+    if not isinstance(value, list):
+        raise UserError(f"{place}: expected text or a message list, found {describe(value)}")
+    if not value:
+        raise UserError(f"{place}: the message list is empty")
+    return [_checked_message(message, f"{place}, message {number}") for number, message in enumerate(value)]
+
+
+def answer(response: str | list[Row]) -> list[Row]:
+    """A response beside a prompt of messages: text is what the assistant says."""
+    return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+
+
+def template_columns(row: Row, place: str) -> Row:
+    """The columns `tools` and `chat_template_kwargs` of a row of messages, where it has them, read from JSON if text.
+
+    Raises:
+        UserError: they hold something else than a list of objects and an object.
+    """
+    found: Row = {}
+    if tools := _from_json(row.get("tools"), f"{place}, column 'tools'"):
+        tools = [_from_json(tool, f"{place}, column 'tools'") for tool in tools] if isinstance(tools, list) else tools
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise UserError(f"{place}, column 'tools': expected a list of objects, found {describe(tools)}")
+        found["tools"] = tools
+    where = f"{place}, column 'chat_template_kwargs'"
+    if given := _from_json(row.get("chat_template_kwargs"), where):
+        if not isinstance(given, dict):
+            raise UserError(f"{where}: expected an object, found {describe(given)}")
+        check_template_kwargs(given, where)
+        found["chat_template_kwargs"] = {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in found.items() if value}
+
+
+def check_template_kwargs(given: Row, where: str) -> None:
+    """Refuse arguments of the template that something else decides."""
+    if clash := sorted(set(given) & set(OURS)):
+        raise UserError(f"{where}: {', '.join(clash)} cannot be set there; it holds variables of the template alone")
+
+
+def learns(message: Row, by_default: bool = True) -> bool:
+    """Whether a turn is to be learnt, by its `weight` where it has one."""
+    return bool(message.get("weight", by_default))
+
+
+def describe(value: Any) -> str:
+    """What was found, in a word or two."""
+    if value is None:
+        return "nothing"
+    shown = repr(value)
+    name = {"str": "text", "dict": "an object", "list": "a list"}.get(type(value).__name__, type(value).__name__)
+    return name if isinstance(value, str) else f"{name} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
+
+
+def _checked_message(message: Any, place: str) -> Row:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f'{place}: expected {{"role": "user", "content": "..."}}, found {describe(message)}')
+    checked = {name: value for name, value in message.items() if value is not None}
+    calls = checked.get("tool_calls")
+    if isinstance(calls, str):
+        calls = checked["tool_calls"] = _from_json(calls, f"{place}, tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise UserError(f"{place}: expected a list of objects as `tool_calls`, found {describe(calls)}")
+    content = checked.get("content")
+    if isinstance(content, list):
+        checked["content"] = _text_of_parts(content, place)
+    elif not isinstance(content, str) and not (
+        content is None and (calls or any(name in checked for name in REASONING))
+    ):
+        raise UserError(f"{place}: expected text as `content`, found {describe(content)}")
+    if "weight" in checked:
+        weight = checked["weight"]
+        if not isinstance(weight, int | float) or weight not in (0, 1):
+            raise UserError(f"{place}: expected 0 or 1 as `weight`, learnt or not, found {describe(weight)}")
+        checked["weight"] = int(weight)
+    return checked
+
+
+def _text_of_parts(parts: list[Any], place: str) -> str:
+    """Content in the parts of OpenAI's format: texts, a line each; we read no images or sounds."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            kind = f"a part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else describe(part)
+            raise UserError(
+                f'{place}: expected text or parts {{"type": "text", "text": "..."}} as `content`, found {kind}'
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _from_json(value: Any, place: str) -> Any:
+    """A value that may be written as JSON text, since the columns of a Parquet file have one type."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not valid JSON ({error})") from error

@@ -32,7 +32,9 @@ class Tokens(ModuleWithVectorOutput):
 
 
 def envs(number):
-    return DummyVectorEnv([lambda: gymnasium.make("LitRLHF/Token-v0")] * number)
+    made = DummyVectorEnv([lambda: gymnasium.make("LitRLHF/Token-v0")] * number)
+    made.seed(0)
+    return made
 
 
 def actor_policy():

@@ -4,7 +4,7 @@ import pytest
 from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, load_prompts
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
-from lit_rlhf.data.tokenize import KEPT, LONG_PROMPT, TIE, TOO_LONG, TRUNCATED
+from lit_rlhf.data.tokenize import EMPTY, KEPT, LONG_PROMPT, STATUS, TIE, TOO_LONG, TRUNCATED
 from tests.data.small_rows import WORDS, attach, pair_file, sft_file, write
 from tests.tiny_tokenizers import CHATML, byte_tokenizer, word_tokenizer
 
@@ -71,3 +71,16 @@ def test_both_kinds_of_learnt_rows_are_cut_unless_asked_otherwise(tmp_path):
                 make(source(tmp_path), None, max_length=5, truncation="drop", tokenizer=word_tokenizer(WORDS))
             )
         assert cut.num_rows("train") == 20 > dropped.num_rows("train")
+
+
+def test_every_row_is_kept_or_dropped_for_one_reason():
+    drawn = np.random.default_rng(0).integers(len(STATUS), size=1000)
+    report = Report.of("rows", drawn)
+    assert report.rows == 1000 == report.kept + sum(report.dropped.values())
+    assert report.kept == np.isin(drawn, (KEPT, TRUNCATED, EMPTY)).sum()
+    assert report.truncated == (drawn == TRUNCATED).sum() and report.empty == (drawn == EMPTY).sum()
+
+
+def test_a_report_says_nothing_of_what_did_not_happen():
+    assert str(Report.of("train data a.jsonl", statuses(kept=3))) == "train data a.jsonl: 3 rows, 3 used"
+    assert Report.of("none", np.array([], dtype=int)) == Report("none", rows=0, kept=0)

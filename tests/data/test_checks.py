@@ -1,0 +1,94 @@
+"""What both kinds of data module refuse, check by check; test_modules.py has what a user meets of it."""
+
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lit_rlhf.data.checks import (
+    check_trainer_options,
+    require_held_out_rows,
+    require_kind,
+    require_prompt_length,
+    require_whole_epochs,
+)
+from lit_rlhf.errors import UserError
+
+
+def trainer(**options):
+    """What the checks read of a Trainer, with its defaults."""
+    defaults = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "overfit_batches": 0.0, "callbacks": []}
+    defaults |= {"reload_dataloaders_every_n_epochs": 0, "limit_train_batches": None, "fast_dev_run": False}
+    return SimpleNamespace(**defaults | options)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        ("demo", "demo"),
+        ("mine.jsonl", None),
+        ("mine.jsonl", "held_out.jsonl"),
+        (["demo", "mine.jsonl"], "demo"),
+        ({"demo": 0.5}, "demo"),
+    ],
+)
+def test_the_demos_held_out_rows_judge_what_was_learnt_from_its_rows_among_others(train, validation):
+    require_held_out_rows(train, validation)
+
+
+@pytest.mark.parametrize("train", ["mine.jsonl", ["a.jsonl", "b.jsonl"], {"demo.jsonl": 1.0}])
+def test_the_demos_held_out_rows_judge_nothing_else(train):
+    with pytest.raises(UserError, match=r"data\.validation is still 'demo' while data\.train is"):
+        require_held_out_rows(train, "demo")
+
+
+def test_a_prompt_keeps_a_token_at_least():
+    for limit in (None, 1, 512):
+        require_prompt_length(limit)
+    for limit in (0, -3):
+        with pytest.raises(UserError, match=rf"max_prompt_length \({limit}\) must be 1 or more, or null"):
+            require_prompt_length(limit)
+
+
+def test_a_module_is_given_the_kind_of_rows_that_it_learns_from():
+    class Learner:
+        learns_from = "preference"
+
+    require_kind(trainer(lightning_module=Learner()), "preference")
+    require_kind(trainer(lightning_module=object()), "sft")  # a user's own module knows what it does
+    require_kind(None, "sft")
+    with pytest.raises(UserError, match=r"Learner learns from a PreferenceDataModule, not from a SFTDataModule; set"):
+        require_kind(trainer(lightning_module=Learner()), "sft")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"accumulate_grad_batches": 0}, r"accumulate_grad_batches \(0\)"),
+        ({"gradient_clip_val": -0.1}, r"gradient_clip_val \(-0.1\)"),
+        ({"overfit_batches": 2}, r"overfit_batches \(2\) would replace the plan"),
+        ({"overfit_batches": 0.5}, r"overfit_batches \(0.5\) would replace the plan"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1})]}, "GradientAccumulationScheduler changes"),
+    ],
+)
+def test_what_would_change_the_planned_batches_is_refused_by_name(options, words):
+    check_trainer_options(trainer(accumulate_grad_batches=4, gradient_clip_val=0.0))
+    with pytest.raises(UserError, match=words):
+        check_trainer_options(trainer(**options))
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_an_iteration_on_policy_ends_with_its_rollout(limit):
+    require_whole_epochs(trainer(limit_train_batches=limit))
+    require_whole_epochs(trainer(limit_train_batches=1, fast_dev_run=1))
+
+
+@pytest.mark.parametrize("limit", [1, 3, 0, 0.5, 0.0])
+def test_an_iteration_on_policy_is_not_cut_short(limit):
+    with pytest.raises(UserError, match=rf"limit_train_batches \({limit}\) would end an iteration"):
+        require_whole_epochs(trainer(limit_train_batches=limit))
+
+
+def test_prompts_are_not_started_anew_on_policy():
+    with pytest.raises(UserError, match=r"reload_dataloaders_every_n_epochs \(1\) would play the same prompts"):
+        require_whole_epochs(trainer(reload_dataloaders_every_n_epochs=1))

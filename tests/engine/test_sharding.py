@@ -1,0 +1,93 @@
+"""FSDP2 on a mesh of one process; tests/algorithms/test_strategies.py trains on two."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lit_rlhf.engine.packing import pack
+from lit_rlhf.engine.sharding import full_state_dict, gathered, is_sharded, shard, total_norm
+from tests.tiny import random_examples, tiny_policy
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    """One process by itself."""
+    file = tmp_path_factory.mktemp("process_group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def plain():
+    return tiny_policy()
+
+
+@pytest.fixture
+def sharded(plain, mesh):
+    policy = copy.deepcopy(plain)
+    shard(policy, mesh)
+    return policy
+
+
+def in_pieces(network):
+    return [isinstance(parameter, DTensor) for parameter in network.parameters()]
+
+
+def test_each_block_is_sharded_by_itself_and_the_rest_with_the_root(sharded, plain):
+    blocks = sharded.model.model.layers
+    assert is_sharded(sharded) and not is_sharded(plain)
+    assert [module for module in sharded.modules() if isinstance(module, FSDPModule)] == [sharded, *blocks]
+    assert all(in_pieces(sharded))
+
+
+def test_a_network_is_sharded_once(sharded, mesh):
+    before = list(sharded.parameters())
+    shard(sharded, mesh)
+    assert all(a is b for a, b in zip(before, sharded.parameters(), strict=True))
+
+
+def test_shards_change_neither_logprobs_nor_gradients(sharded, plain):
+    batch = pack(random_examples(4))
+    logprobs = [policy(batch)[0] for policy in (sharded, plain)]
+    torch.testing.assert_close(*logprobs)
+    for each in logprobs:
+        each.sum().backward()
+    for (name, ours), theirs in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, msg=name)
+
+
+def test_weights_are_whole_while_gathered_and_in_pieces_again_afterwards(sharded):
+    with pytest.raises(KeyError, match="in the middle"), gathered(sharded):
+        assert not any(in_pieces(sharded))
+        raise KeyError("in the middle")
+    assert all(in_pieces(sharded))
+
+
+def test_a_network_that_is_not_sharded_is_gathered_as_it_is(plain):
+    before = list(plain.parameters())
+    with gathered(plain):
+        assert all(a is b for a, b in zip(before, plain.parameters(), strict=True))
+
+
+def test_whole_weights_have_the_names_and_values_of_a_network_never_sharded(sharded, plain):
+    ours, theirs = full_state_dict(sharded), full_state_dict(plain)
+    assert ours.keys() == theirs.keys() == plain.state_dict().keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not any(isinstance(tensor, DTensor) or tensor.requires_grad for tensor in ours.values())
+
+
+def test_the_norm_is_that_of_all_gradients_as_one_vector(sharded, plain):
+    assert total_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]).item() == 5.0
+    batch = pack(random_examples(4))
+    norms = []
+    for policy in (sharded, plain):
+        policy.nll(batch).backward()
+        norms.append(total_norm([parameter.grad for parameter in policy.parameters()]))
+    assert not isinstance(norms[0], DTensor)
+    torch.testing.assert_close(*norms)

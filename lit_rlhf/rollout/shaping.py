@@ -1,6 +1,7 @@
 """From the rewards of whole responses to the scores that are learnt from."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,38 @@ from torch import Tensor
 
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.losses.advantages import Moments
+
+
+@dataclass(frozen=True)
+class ShapingSettings:
+    """What is done to rewards; the arguments of `RewardShaping` say what each means."""
+
+    normalize: Literal["scale", "standardize"] | None
+    clip: float | None
+    length_penalty: float
+    length_budget: int
+    missing_end_penalty: float
+    missing_end_score: float | None
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing, and options that leave each other nothing to do."""
+        if self.normalize not in (None, "scale", "standardize"):
+            raise UserError(f"normalize ({self.normalize!r}) must be 'scale', 'standardize' or null")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip ({self.clip}) must be more than 0, or null for no clipping")
+        for name in ("length_penalty", "missing_end_penalty"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "0 or more, as it is subtracted, and finite")
+        require(self.length_budget >= 0, "length_budget", self.length_budget, "0 or more tokens")
+        finite = self.missing_end_score is None or math.isfinite(self.missing_end_score)
+        require(finite, "missing_end_score", self.missing_end_score, "a finite number, or null")
+        if self.length_budget and not self.length_penalty:
+            raise UserError(f"length_budget ({self.length_budget}) says what length_penalty (0) spares: set that too")
+        if self.missing_end_penalty and self.missing_end_score is not None:
+            raise UserError(
+                f"missing_end_penalty ({self.missing_end_penalty}) subtracts from the score of a cut response and "
+                f"missing_end_score ({self.missing_end_score}) replaces it: give one of them"
+            )
 
 
 class RewardShaping:
@@ -38,28 +71,9 @@ class RewardShaping:
         missing_end_score: float | None = None,
         whiten: bool = False,
     ) -> None:
-        if normalize not in (None, "scale", "standardize"):
-            raise UserError(f"normalize ({normalize!r}) must be 'scale', 'standardize' or null")
-        if clip is not None and not clip > 0:
-            raise UserError(f"clip ({clip}) must be more than 0, or null for no clipping")
-        for name, value in (("length_penalty", length_penalty), ("missing_end_penalty", missing_end_penalty)):
-            require(0 <= value < math.inf, name, value, "0 or more, as it is subtracted, and finite")
-        require(length_budget >= 0, "length_budget", length_budget, "0 or more tokens")
-        finite = missing_end_score is None or math.isfinite(missing_end_score)
-        require(finite, "missing_end_score", missing_end_score, "a finite number, or null")
-        if length_budget and not length_penalty:
-            raise UserError(f"length_budget ({length_budget}) says what length_penalty (0) spares: set that too")
-        if missing_end_penalty and missing_end_score is not None:
-            raise UserError(
-                f"missing_end_penalty ({missing_end_penalty}) subtracts from the score of a cut response and "
-                f"missing_end_score ({missing_end_score}) replaces it: give one of them"
-            )
-        self.normalize = normalize
-        self.clip = clip
-        self.length_penalty = length_penalty
-        self.length_budget = length_budget
-        self.missing_end_penalty = missing_end_penalty
-        self.missing_end_score = missing_end_score
+        self.settings = ShapingSettings(
+            normalize, clip, length_penalty, length_budget, missing_end_penalty, missing_end_score
+        )
         self.whiten = whiten
         self.seen = Moments(*torch.zeros(3, dtype=torch.float64))  # all rewards of the run so far, of all ranks
 
@@ -82,17 +96,19 @@ class RewardShaping:
         Returns:
             (B,) float32.
         """
-        scores = rewards.double()
-        if self.normalize == "standardize":
+        settings, scores = self.settings, rewards.double()
+        if settings.normalize == "standardize":
             scores = scores - self.seen.mean
-        if self.normalize is not None and self.seen.variance > 1e-12 * self.seen.mean.square():  # else all are equal
+        if (
+            settings.normalize is not None and self.seen.variance > 1e-12 * self.seen.mean.square()
+        ):  # else all are equal
             scores = scores / self.seen.variance.sqrt()
-        if self.clip is not None:
-            scores = scores.clamp(-self.clip, self.clip)
-        scores = scores - self.length_penalty * (lengths - self.length_budget).clamp(min=0)
-        ended_badly = scores - self.missing_end_penalty
-        if self.missing_end_score is not None:
-            ended_badly = torch.full_like(scores, self.missing_end_score)
+        if settings.clip is not None:
+            scores = scores.clamp(-settings.clip, settings.clip)
+        scores = scores - settings.length_penalty * (lengths - settings.length_budget).clamp(min=0)
+        ended_badly = scores - settings.missing_end_penalty
+        if settings.missing_end_score is not None:
+            ended_badly = torch.full_like(scores, settings.missing_end_score)
         return torch.where(cut, ended_badly, scores).float()
 
     def state_dict(self) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class DPO(PreferenceModule):
         """(B,) losses of the pairs, logged."""
         chosen, rejected = sequence_logprobs(self.policy, batch.packed)
         ref_chosen, ref_rejected = self.reference_logprobs(batch, stage)
-        inputs = self.loss.inputs_from(batch.packed)
+        inputs = self.loss.inputs_from(batch)
         losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **inputs)
 
         chosen_rewards, rejected_rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
@@ -95,6 +95,11 @@ class DPO(PreferenceModule):
             self.loss.observe((chosen_rewards + rejected_rewards) / 2)
         self.log_rewards(stage, batch, losses, chosen, rejected, chosen_rewards, rejected_rewards)
         return losses
+
+    @property
+    def reads_margins(self) -> bool:
+        """Whether the loss takes in the margins of the data."""
+        return "margin" in self.loss.inputs
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, Tensor]:

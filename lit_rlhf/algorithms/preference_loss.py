@@ -20,16 +20,17 @@ from torch import Tensor
 from lit_rlhf import losses
 from lit_rlhf.algorithms.chosen import arguments_of, check_options, name_of, tried, unbound
 from lit_rlhf.algorithms.reward_shift import RewardShift
-from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.data.batches import PreferenceBatch
 from lit_rlhf.errors import UserError, require
 
 PAIR = 5  # chosen, rejected and reference log-probs, and β: what every loss of the family takes
-FROM_BATCH = ("chosen_lengths", "rejected_lengths", "reward_shift")
+FROM_BATCH = ("chosen_lengths", "rejected_lengths", "margin", "reward_shift")
 # Three pairs that every loss is tried on when it is chosen: log-probs, and what the batch would fill in.
 TRIED_PAIRS = torch.tensor([[-1.0, -2.0, -4.0], [-2.0, -1.0, -6.5], [-1.5, -1.0, -4.5], [-2.5, -2.0, -3.0]])
 TRIED_INPUTS = {
     "chosen_lengths": torch.tensor([2.0, 3.0, 5.0]),
     "rejected_lengths": torch.tensor([3.0, 2.0, 4.0]),
+    "margin": torch.tensor([0.5, 1.0, 2.0]),
     "reward_shift": torch.tensor(0.5),
 }
 WITH_LIKELIHOOD = (losses.rpo_loss, losses.chosen_nll_loss)
@@ -98,13 +99,15 @@ class PreferenceLoss:
                         "weights together in one term"
                     )
 
-    def inputs_from(self, packed: PackedBatch) -> dict[str, Tensor]:
-        """What the terms ask for beyond log-probs: lengths of B pairs, (B,), and the running shift, ()."""
+    def inputs_from(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """What the terms ask for beyond log-probs: lengths and margins of B pairs, (B,), and the running shift, ()."""
         wanted = {}
         if self.inputs & {"chosen_lengths", "rejected_lengths"}:
-            wanted["chosen_lengths"], wanted["rejected_lengths"] = packed.response_lengths.chunk(2)
+            wanted["chosen_lengths"], wanted["rejected_lengths"] = batch.packed.response_lengths.chunk(2)
+        if "margin" in self.inputs:
+            wanted["margin"] = batch.margin
         if self.shift is not None:
-            wanted["reward_shift"] = self.shift.mean.to(packed.input_ids.device)
+            wanted["reward_shift"] = self.shift.mean.to(batch.packed.input_ids.device)
         return wanted
 
     def observe(self, rewards: Tensor) -> None:

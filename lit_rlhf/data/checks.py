@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.sources import DEMO, parse_sources
@@ -33,6 +34,16 @@ def require_kind(trainer: Any, kind: Kind) -> None:
         raise UserError(
             f"{type(module).__name__} learns from a {DATA_MODULES[wanted]}, not from a {DATA_MODULES[kind]}; "
             f"set data.class_path: lit_rlhf.{DATA_MODULES[wanted]}"
+        )
+
+
+def warn_of_unread_margins(trainer: Any, dataset: Any) -> None:
+    """Say so where pairs have margins and the loss does not read them."""
+    module = getattr(trainer, "lightning_module", None)
+    if dataset.has_margins() and not getattr(module, "reads_margins", True):
+        rank_zero_warn(
+            f"the pairs have margins, and the loss of {type(module).__name__} does not use them: "
+            "model.loss: lit_rlhf.losses.offset_dpo_loss does, or leave the column `margin` out"
         )
 
 

@@ -124,6 +124,10 @@ class SFTDataset(PackedDataset):
 class PreferenceDataset(PackedDataset):
     """Pairs."""
 
+    def has_margins(self) -> bool:
+        """Whether a pair that an epoch takes has a margin."""
+        return bool(self.table.data.column("margin").to_numpy()[self.rows].any())
+
     def lengths(self) -> np.ndarray:
         """(n,) tokens of the prompt and both responses."""
         return sum(self._list_lengths(column) for column in ("prompt_ids", "chosen_ids", "rejected_ids"))  # type: ignore[return-value]

@@ -10,7 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
 from lit_rlhf.data.chat import set_template
-from lit_rlhf.data.checks import check_trainer_options, require_held_out_rows, require_kind, require_prompt_length
+from lit_rlhf.data.checks import (
+    check_trainer_options,
+    require_held_out_rows,
+    require_kind,
+    require_prompt_length,
+    warn_of_unread_margins,
+)
 from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.examples import PackedDataset, load_examples
 from lit_rlhf.data.formats import Kind, Sources, as_prompt
@@ -272,3 +278,10 @@ class PreferenceDataModule(ExamplesDataModule):
     """Pairs: rows with `chosen` and `rejected`, a `prompt` unless both repeat it, and perhaps a `margin`."""
 
     kind = "preference"
+
+    def setup(self, stage: str) -> None:
+        """As of `ExamplesDataModule`; says so where the pairs have margins that the loss does not use."""
+        warned = bool(self.datasets)
+        super().setup(stage)
+        for dataset in list(self.datasets.values())[: int(not warned)]:  # once, not for each part of the data
+            warn_of_unread_margins(self.trainer, dataset)

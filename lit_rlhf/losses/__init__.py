@@ -30,6 +30,7 @@ from lit_rlhf.losses.preference import (
     ipo_loss,
     length_normalized_dpo_loss,
     length_normalized_ipo_loss,
+    offset_dpo_loss,
     robust_dpo_loss,
     rpo_loss,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "length_normalized_ipo_loss",
     "nca_pair_loss",
     "nll",
+    "offset_dpo_loss",
     "ppo_policy_loss",
     "reverse_kl_link",
     "robust_dpo_loss",

@@ -101,6 +101,34 @@ def robust_dpo_loss(
     return (-(1 - label_smoothing) * kept + label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
+def offset_dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    beta: float,
+    margin: Tensor | float,
+) -> Tensor:
+    """ODPO, for pairs of which it is known by how much one is better: -log σ(z - margin).
+
+    Amini et al. 2024, section 3, https://arxiv.org/abs/2402.10571, where the margin is a multiple of the difference of
+    scores, or of their logarithms; it is that of `bradley_terry_loss`, on implicit rewards.
+
+    Args:
+        chosen_logprobs: (B,) as in `dpo_loss`.
+        rejected_logprobs: (B,) likewise.
+        ref_chosen_logprobs: (B,) likewise.
+        ref_rejected_logprobs: (B,) likewise.
+        beta: as in `dpo_loss`.
+        margin: (B,) or a number: by how much the implicit reward of y_w should be ahead; 0 is `dpo_loss`.
+
+    Returns:
+        (B,) losses; log 2 where z is exactly the margin.
+    """
+    z = _margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta)
+    return -F.logsigmoid(z - margin)
+
+
 def ipo_loss(
     chosen_logprobs: Tensor,
     rejected_logprobs: Tensor,

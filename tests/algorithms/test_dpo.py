@@ -8,7 +8,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from lit_rlhf import DPO, UserError, losses
+from lit_rlhf import DPO, PreferenceDataModule, UserError, losses
 from lit_rlhf.algorithms.preference import sequence_logprobs
 from lit_rlhf.algorithms.preference_loss import LossTerm
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
@@ -128,6 +128,48 @@ def test_lengths_are_those_of_the_responses(inputs, tmp_path):
     expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
     assert expected.item() != pytest.approx(math.log(2), abs=1e-4)
     assert watch.losses[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_margins_of_the_data_reach_the_loss_that_asks_for_them_and_others_are_warned_of(inputs, tmp_path):
+    rows = [json.loads(line) for line in (inputs / "preference.jsonl").read_text().splitlines()]
+    for name, margins in {"none": [0.0] * 24, "some": [i / 8 for i in range(24)]}.items():
+        lines = [json.dumps({**row, "margin": margin}) for row, margin in zip(rows, margins, strict=True)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+
+    def first_loss(name, loss):
+        module = DPO(str(inputs / "model"), loss=loss)
+        source, watch = str(tmp_path / f"{name}.jsonl"), Watch()
+        data = PreferenceDataModule(source, source, batch_size=24, tokenizer=module.tokenizer)
+        make_trainer(tmp_path, max_steps=1, callbacks=[watch]).fit(module, data)
+        return watch.losses[0]
+
+    with pytest.warns(UserWarning, match=r"margins.*loss of DPO does not use them.*offset_dpo_loss does") as heard:
+        assert first_loss("some", dpo_loss) == pytest.approx(math.log(2))
+    assert sum("margins" in str(warning.message) for warning in heard) == 1
+    assert first_loss("none", dpo_loss) == pytest.approx(math.log(2))
+    # Policy and reference agree at first, so that z = 0 and the loss is log(1 + exp(margin)).
+    expected = sum(math.log1p(math.exp(i / 8)) for i in range(24)) / 24
+    assert first_loss("some", losses.offset_dpo_loss) == pytest.approx(expected, rel=1e-5)
+    constant = [LossTerm(losses.offset_dpo_loss, options={"margin": 1.0})]
+    with pytest.warns(UserWarning, match="does not use them"):
+        assert first_loss("some", constant) == pytest.approx(math.log1p(math.e), rel=1e-5)
+
+
+def test_what_a_tool_said_inside_a_response_is_in_no_log_prob(inputs, tmp_path):
+    marked = "{% for m in messages %}{{ ('w3 ' if m.role == 'assistant' else 'w4 ') + m.content + ' ' }}{% endfor %}"
+    template = marked + "{% if add_generation_prompt %}{{ 'w3 ' }}{% endif %}"
+    ask, tool = {"role": "user", "content": "w5"}, {"role": "tool", "content": "w20 w21"}
+    calls, says = {"role": "assistant", "content": "w6"}, {"role": "assistant", "content": "w7"}
+    row = {"prompt": [ask], "chosen": [calls, tool, says], "rejected": [says]}
+    (tmp_path / "tools.jsonl").write_text(json.dumps(row) + "\n")
+    module = DPO(str(inputs / "model"))
+    watch = Watch()
+    data = PreferenceDataModule(str(tmp_path / "tools.jsonl"), None, chat_template=template, tokenizer=module.tokenizer)
+    make_trainer(tmp_path, max_steps=1, callbacks=[watch]).fit(module, data)
+    packed = watch.batches[0].packed
+    assert packed.input_ids.tolist() == [4, 5, 3, 6, 4, 20, 21, 3, 7, 2, 7, 2]
+    assert packed.target_ids.tolist() == [6, 7, 2, 7, 2], "neither the tool's words nor the header behind them"
+    assert packed.response_lengths.tolist() == [3, 2]
 
 
 def test_bco_shifts_by_the_mean_implicit_reward_of_the_pairs_before(inputs, tmp_path):

@@ -31,6 +31,7 @@ from lit_rlhf.losses import (
     length_normalized_dpo_loss,
     length_normalized_ipo_loss,
     nca_pair_loss,
+    offset_dpo_loss,
     reverse_kl_link,
     robust_dpo_loss,
     rpo_loss,
@@ -45,6 +46,7 @@ FAMILY = {
     "dpo": (dpo_loss, LOG2),
     "conservative": (partial(conservative_dpo_loss, label_smoothing=0.1), LOG2),
     "robust": (partial(robust_dpo_loss, label_smoothing=0.1), LOG2),
+    "offset": (partial(offset_dpo_loss, margin=math.log(3)), math.log(4)),  # log(1 + 3)
     "ipo": (ipo_loss, 1.0),  # (0 - 1/(2 * 0.5))²
     "hinge": (hinge_loss, 1.0),
     "exo": (partial(exo_pair_loss, label_smoothing=0.1), -LOG2 - 0.5 * math.log(0.9 * 0.1)),  # KL((½, ½)‖(0.9, 0.1))

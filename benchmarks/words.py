@@ -142,7 +142,10 @@ class IdPairs(PreferenceDataModule):
     def setup(self, stage: str) -> None:
         """Make the table that tokenisation would make."""
         columns: dict[str, Any] = {f"{key}_ids": [pair[key] for pair in self.pairs] for key in self.pairs[0]}
+        for side in ("chosen", "rejected"):
+            columns[f"{side}_mask"] = [[True] * len(pair[side]) for pair in self.pairs]
         columns |= {"margin": [0.0] * len(self.pairs), "status": [0] * len(self.pairs)}
+        columns["control_tokens"] = [[]] * len(self.pairs)
         table = datasets.Dataset.from_dict(columns, FEATURES["preference"])
         self.datasets["train"] = PreferenceDataset(table, np.arange(len(table)), [])
 

@@ -14,12 +14,6 @@ from lit_rlhf.algorithms.chosen import ChosenFunction, chosen_estimator, chosen_
 from lit_rlhf.cli.main import main
 from lit_rlhf.losses import Advantages, PolicyLoss, PolicyTokens, gae, ppo_policy_loss
 from tests.ppo_runs import PROMPTS, make, record
-from tests.tiny import save_tiny
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("policy"), "llama")
 
 
 def reinforce_loss(tokens: PolicyTokens, scale: float = 1.0) -> PolicyLoss:

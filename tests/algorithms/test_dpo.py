@@ -12,10 +12,11 @@ from lit_rlhf import DPO, PreferenceDataModule, UserError, losses
 from lit_rlhf.algorithms.preference import sequence_logprobs
 from lit_rlhf.algorithms.preference_loss import LossTerm
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
-from lit_rlhf.algorithms.reward_shift import RewardShift
 from lit_rlhf.cli.main import main
 from lit_rlhf.losses import bco_pair_loss, dpo_loss, ipo_loss, length_normalized_dpo_loss
 from lit_rlhf.models.loading import load_policy_with_tokenizer
+from tests.algorithms.dpo_runs import Watch, fit
+from tests.algorithms.watched import watch
 from tests.stages import make_stage, make_trainer
 
 OPTIONS = {  # of losses that need some
@@ -25,24 +26,6 @@ OPTIONS = {  # of losses that need some
 }
 NOT_PREFERENCES = ("bradley_terry_loss", "ppo_policy_loss", "value_loss")
 FAMILY = [name for name in losses.__all__ if name.endswith("_loss") and name not in NOT_PREFERENCES]
-
-
-class Watch(Callback):
-    """Keeps each batch and its loss."""
-
-    def __init__(self):
-        self.losses, self.batches = [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(trainer.callback_metrics["train/loss"].item())
-        self.batches.append(batch)
-
-
-def fit(inputs, folder, max_steps=3, **options):
-    module, data = make_stage("dpo", inputs, warmup_steps=0, **options)
-    watch = Watch()
-    make_trainer(folder, max_epochs=1, max_steps=max_steps, callbacks=[watch]).fit(module, data)
-    return module, watch
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -172,27 +155,6 @@ def test_what_a_tool_said_inside_a_response_is_in_no_log_prob(inputs, tmp_path):
     assert packed.response_lengths.tolist() == [3, 2]
 
 
-def test_bco_shifts_by_the_mean_implicit_reward_of_the_pairs_before(inputs, tmp_path):
-    module, _ = fit(inputs, tmp_path, max_steps=1, loss=bco_pair_loss)
-    shift = module.loss.shift
-    assert shift.mean.item() == 0 and shift.pairs_seen.item() > 0  # the first rewards are those of π_ref
-    shifts, rewards = [], []
-
-    class Recorder(RewardShift):
-        def update(self, sum_over_ranks):
-            shifts.append(self.mean.item())
-            rewards.append(torch.cat(self.step_rewards).tolist())
-            super().update(sum_over_ranks)
-
-    _, data = make_stage("dpo", inputs)
-    recorder = DPO(str(inputs / "model"), loss=bco_pair_loss, learning_rate=1e-2)
-    recorder.loss.shift = Recorder()
-    make_trainer(tmp_path, max_epochs=1).fit(recorder, data)
-    seen = [reward for batch in rewards[:-1] for reward in batch]
-    assert shifts[-1] == pytest.approx(sum(seen) / len(seen), rel=1e-4)
-    assert abs(shifts[-1]) > 1e-4
-
-
 @pytest.mark.parametrize("loss", [dpo_loss, bco_pair_loss])
 def test_the_gradient_of_a_step_does_not_depend_on_its_split_into_micro_batches(loss, inputs, tmp_path):
     class Gradient(Callback):
@@ -221,51 +183,6 @@ def test_reference_free_dpo_is_dpo_against_a_uniform_reference(inputs, tmp_path)
     chosen, rejected = sequence_logprobs(DPO(str(inputs / "model")).policy, watch.batches[0].packed)
     zeros = torch.zeros_like(chosen)
     assert watch.losses[0] == pytest.approx(dpo_loss(chosen, rejected, zeros, zeros, 0.1).mean().item(), rel=1e-5)
-
-
-class TestReferenceUpdate:
-    """TR-DPO."""
-
-    def snapshots(self, inputs, folder, **options):
-        """Policy and reference after each step."""
-        taken = []
-
-        class Snapshot(Callback):
-            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-                networks = pl_module.policy, pl_module.reference
-                taken.append([torch.cat([p.detach().flatten() for p in n.parameters()]) for n in networks])
-
-        module, data = make_stage("dpo", inputs, warmup_steps=0, **options)
-        start = torch.cat([p.detach().flatten() for p in module.reference.parameters()])
-        make_trainer(folder, max_steps=6, max_epochs=2, callbacks=[Snapshot()]).fit(module, data)
-        return start, taken
-
-    def test_a_soft_update_moves_the_reference_by_alpha_each_time(self, inputs, tmp_path):
-        reference, taken = self.snapshots(inputs, tmp_path, reference_update=ReferenceUpdate(0.25, every=1))
-        for policy, now in taken:
-            reference = 0.25 * policy + 0.75 * reference
-            torch.testing.assert_close(now, reference)
-
-    def test_a_hard_update_copies_the_policy_at_each_third_step_and_leaves_it_between(self, inputs, tmp_path):
-        reference, taken = self.snapshots(inputs, tmp_path, reference_update=ReferenceUpdate(1.0, every=3))
-        assert len(taken) == 6
-        for step, (policy, now) in enumerate(taken, start=1):
-            assert not torch.equal(policy, reference)
-            if step % 3 == 0:
-                reference = policy
-            assert torch.equal(now, reference)
-
-    def test_the_reference_gets_no_gradient_and_is_counted_as_a_model(self, inputs, tmp_path):
-        module, _ = fit(inputs, tmp_path, reference_update=ReferenceUpdate(1.0, every=1))
-        assert not any(p.requires_grad for p in module.reference.parameters())
-        assert len(list(module.networks())) == 2
-
-    @pytest.mark.parametrize(
-        ("settings", "words"), [({"alpha": 0.0}, r"alpha \(0.0\)"), ({"every": 0}, r"every \(0\)")]
-    )
-    def test_settings_that_move_nothing_are_refused_by_name(self, settings, words):
-        with pytest.raises(UserError, match=words):
-            ReferenceUpdate(**settings)
 
 
 CONTRADICTIONS = {
@@ -310,12 +227,20 @@ def test_the_default_reference_is_the_policy_in_memory_not_what_the_config_names
     assert not torch.equal(next(held.parameters()), next(trained.parameters()))  # a copy, not the same memory
 
 
-def test_validation_metrics_are_means_over_pairs_not_over_batches(inputs, tmp_path):
-    means = []
-    for budget in (100, 10_000):
-        module, data = make_stage("dpo", inputs)
-        data.max_tokens = budget
-        trainer = make_trainer(tmp_path, limit_val_batches=1.0)
-        trainer.validate(module, data, verbose=False)
-        means.append(trainer.callback_metrics["val/chosen_logprobs"].item())
-    assert means[0] == pytest.approx(means[1], rel=1e-5)
+@pytest.mark.parametrize("cache_reference", [False, True])
+def test_dpo_starts_at_log_2(inputs, tmp_path, cache_reference):
+    watcher = watch("dpo", inputs, tmp_path, cache_reference=cache_reference)
+    assert watcher.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_cached_and_live_reference_give_the_same_losses(inputs, tmp_path):
+    live, cached = (watch("dpo", inputs, tmp_path, cache_reference=cache).losses for cache in (False, True))
+    assert cached == pytest.approx(live, abs=1e-5)
+
+
+def test_dpo_refuses_a_beta_of_zero_and_a_cache_of_another_reference(inputs):
+    model = str(inputs / "model")
+    with pytest.raises(UserError, match=r"beta \(0.0\) must be more than 0"):
+        DPO(model, beta=0.0)
+    with pytest.raises(UserError, match="drop reference"):
+        DPO(model, reference=model, cache_reference=True)

@@ -1,11 +1,14 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
 from lit_rlhf.errors import UserError
+from lit_rlhf.losses.kl import k1, k2, k3
 from tests.losses.test_kl import LOGITS, LOGPROBS, OTHER_LOGITS, REF_LOGPROBS, exact_gradient, exact_kl, mean_gradient
+from tests.ppo_runs import Logged, Recorder, Rollouts, away_from_reference, constant, make
 
 
 class TestPenalty:
@@ -119,3 +122,74 @@ class TestControllers:
         with pytest.raises(ValueError, match="kl is NaN"):
             controller.update(kl=math.nan, num_episodes=64)
         assert controller.kl_coef == 0.1
+
+
+class TestKLPenalty:
+    @pytest.mark.parametrize(("estimator", "function"), [("k1", k1), ("k2", k2), ("k3", k3)])
+    def test_in_the_reward_the_first_return_is_minus_the_sum_of_the_estimates(
+        self, folder, tmp_path, estimator, function
+    ):
+        module, data, trainer = make(
+            folder,
+            tmp_path,
+            reward=constant,
+            kl=FixedKL(0.5),
+            kl_penalty=KLPenalty("reward", estimator),
+            gae_lambda=1.0,
+            ppo_epochs=1,
+        )
+        module.__class__, module.seen = Recorder, []
+        away_from_reference(module)
+        trainer.fit(module, data)
+        for batch, _ in module.seen:
+            sums = batch.packed.sum_by_sequence(function(batch.old_logprobs, batch.ref_logprobs))
+            first = torch.searchsorted(batch.packed.sequence_ids, torch.arange(batch.packed.num_sequences))
+            torch.testing.assert_close(batch.returns[first], -0.5 * sums)
+
+    def test_in_the_loss_it_leaves_the_rewards_alone(self, folder, tmp_path):
+        options = {"kl": FixedKL(0.5), "kl_penalty": KLPenalty("loss"), "gae_lambda": 1.0, "ppo_epochs": 1}
+        module, data, trainer = make(folder, tmp_path, reward=constant, **options)
+        module.__class__, module.seen = Recorder, []
+        away_from_reference(module)
+        trainer.fit(module, data)
+        assert module.rollout_metrics["rollout/kl"] > 1
+        assert max(batch.returns.abs().max().item() for batch, _ in module.seen) < 1e-5
+
+    def test_in_the_loss_it_weighs_what_the_rollout_logs_while_the_controller_adapts(self, folder, tmp_path):
+        names = ("train/loss", "ppo/policy_loss", "ppo/kl_loss")
+        watches, rollouts = [Logged(name) for name in names], Rollouts()
+        module, data, trainer = make(
+            folder,
+            tmp_path,
+            kl=AdaptiveKL(0.1, target=0.01, horizon=16),
+            kl_penalty=KLPenalty("loss", "k3"),
+            value_coef=0.0,
+            ppo_epochs=1,
+            num_minibatches=1,
+            trainer={"max_epochs": 3, "callbacks": [*watches, rollouts]},
+        )
+        away_from_reference(module)
+        trainer.fit(module, data)
+        losses, policy_losses, kl_losses = (watch.values for watch in watches)
+        used = [(a - b) / c for a, b, c in zip(losses, policy_losses, kl_losses, strict=True)]
+        assert used == pytest.approx([0.1, 0.12, 0.144], rel=1e-4)
+        assert used == pytest.approx([metrics["rollout/kl_coef"] for metrics in rollouts.metrics], rel=1e-4)
+
+    @pytest.mark.parametrize("place", ["reward", "loss"])
+    def test_it_draws_the_policy_to_the_reference(self, folder, tmp_path, place):
+        module, data, trainer = make(
+            folder,
+            tmp_path,
+            reward=constant,
+            kl=FixedKL(1.0),
+            kl_penalty=KLPenalty(place, "k1" if place == "reward" else "k3"),
+            gae_lambda=1.0,
+            learning_rate=3e-3,
+            num_minibatches=2,
+            trainer={"max_epochs": 8, "callbacks": [watch := Rollouts()]},
+            data={"rollout_size": 32, "num_slots": 32},
+        )
+        away_from_reference(module)
+        trainer.fit(module, data)
+        kl = [metrics["rollout/kl"] for metrics in watch.metrics]
+        assert np.mean(kl[-3:]) < 0.75 * kl[0]  # without the penalty, as much as at first

@@ -1,17 +1,20 @@
-"""What holds for all LightningModules: they keep to the tokens that the tokenizer has."""
+"""What holds for all LightningModules: splits of a batch, precision, and the tokens that the tokenizer has."""
 
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from lightning.pytorch.callbacks import Callback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import SFT, UserError
 from lit_rlhf.callbacks.export import HuggingFaceExport
 from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.engine.sharding import total_norm
 from lit_rlhf.rollout.play import GenerationSettings
-from tests.ppo_runs import record
+from tests.algorithms.watched import watch
+from tests.ppo_runs import make, record
 from tests.stages import make_stage, make_trainer
 from tests.tiny import VOCABULARY, save_padded
 
@@ -87,3 +90,58 @@ def test_transformers_generates_no_id_without_a_token_from_what_was_trained(from
     torch.manual_seed(0)
     written = exported.generate(torch.tensor([[5, 6, 7]] * 64), do_sample=True, top_k=0, max_new_tokens=16)
     assert not np.isin(written[:, 3:].numpy(), UNUSED).any()
+
+
+class ClippedNorms(Callback):
+    def __init__(self):
+        self.norms = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.norms.append(total_norm([p.grad for p in pl_module.parameters() if p.grad is not None]).item())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_every_precision(precision, inputs, tmp_path):
+    module, data = make_stage("sft", inputs)
+    clipped = ClippedNorms()
+    make_trainer(tmp_path, max_steps=2, precision=precision, gradient_clip_val=0.01, callbacks=[clipped]).fit(
+        module, data
+    )
+    assert clipped.norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_a_stage_learns_and_is_exported_in_half_precision(stage, inputs, tmp_path):
+    module, data = make_stage(stage, inputs)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    callbacks, trainer = [HuggingFaceExport()], {"precision": "bf16-true", "max_epochs": 1, "limit_val_batches": 1.0}
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **trainer)
+    trainer.fit(module, data)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert any(not torch.equal(p.float(), before[name]) for name, p in module.named_parameters())
+    assert {"train/loss", "val/loss"} < set(trainer.callback_metrics)
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+    kind = AutoModelForSequenceClassification if stage == "reward_model" else AutoModelForCausalLM
+    exported = kind.from_pretrained(tmp_path / "model", dtype="auto")
+    assert exported.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_gradients_and_logged_loss_do_not_depend_on_the_split_into_micro_batches(inputs, tmp_path, stage):
+    torch.manual_seed(0)  # the reward model's head is drawn at random
+    whole = watch(stage, inputs, tmp_path, {"max_tokens": None, "batch_size": 24})
+    torch.manual_seed(0)
+    split = watch(stage, inputs, tmp_path, {"max_tokens": None, "batch_size": 5}, {"accumulate_grad_batches": 5})
+    assert whole.micro_batches == 1 and split.micro_batches == 5
+    assert split.losses == pytest.approx(whole.losses)
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(split.gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(folder, tmp_path):
+    module, data, trainer = make(folder, tmp_path)
+    before = module.policy.head.weight.clone()
+    module.policy.head.weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(UserError, match="no step was taken"):
+        trainer.fit(module, data)
+    assert torch.equal(module.policy.head.weight, before)

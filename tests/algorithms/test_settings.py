@@ -5,12 +5,6 @@ import re
 import pytest
 
 from lit_rlhf import PPO, KLPenalty, UserError
-from tests.tiny import save_tiny
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("policy"), "llama")
 
 
 def test_defaults_are_those_of_the_checklist(folder):

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import UserError
-from lit_rlhf.callbacks import HuggingFaceExport
+from lit_rlhf.callbacks.export import HuggingFaceExport, export
+from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.models.loading import load_scorer
 from tests.callbacks.finished_runs import fit
 from tests.stages import STAGES, make_stage, make_trainer
@@ -154,3 +155,20 @@ def test_a_step_into_ruin_is_not_exported(inputs, tmp_path):
     with pytest.raises(UserError, match="weights are ruined"):
         make_trainer(tmp_path, callbacks=[HuggingFaceExport()], max_steps=1).fit(module, data)
     assert not (tmp_path / "model").exists()
+
+
+def test_an_export_loads_in_transformers_and_a_failing_one_leaves_the_old_one(inputs, tmp_path, monkeypatch):
+    module, _ = make_stage("sft", inputs)
+    weights, target = full_state_dict(module.exportable()), tmp_path / "model"
+    export(module, weights, target)
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert torch.equal(loaded.get_output_embeddings().weight, module.policy.head.weight)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.tokenizer, "save_pretrained", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        export(module, weights, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    AutoModelForCausalLM.from_pretrained(target)

@@ -1,5 +1,6 @@
 """What a checkpoint holds, read without the run that wrote it: facts, and the weights of one network."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def read_weights(path: str | Path, network: str) -> dict[str, Tensor]:
             for name, about in stored.items()
             if name.startswith(key)
         }
-        sharded.load({f"{key}{name}": tensor for name, tensor in weights.items()}, checkpoint_id=path, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # this process reads by itself
+            sharded.load({f"{key}{name}": tensor for name, tensor in weights.items()}, checkpoint_id=path, no_dist=True)
         return weights
     state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,54 @@
+"""What is read of a checkpoint without its run: of one file, and of the shards that FSDP2 writes."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as sharded
+
+from lit_rlhf.algorithms.checkpoint import META, read_facts, read_weights
+
+FACTS = {"global_step": 7, "epoch": 2, "reward_model": {"shift": 0.25}}
+WEIGHTS = {
+    "policy.model.layers.0.weight": torch.arange(6.0).view(2, 3),
+    "policy.model.norm.weight": torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+    "critic.model.layers.0.weight": torch.zeros(2),
+}
+
+
+def in_one_file(folder):
+    torch.save({**FACTS, "state_dict": WEIGHTS}, folder / "step=7.ckpt")
+    return folder / "step=7.ckpt"
+
+
+def in_shards(folder):
+    """As Lightning's ModelParallelStrategy lays it out: shards, and all but tensors in a file beside them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process writes them
+        sharded.save({"state_dict": dict(WEIGHTS)}, checkpoint_id=folder / "step=7.ckpt", no_dist=True)
+    torch.save(FACTS, folder / "step=7.ckpt" / META)
+    return folder / "step=7.ckpt"
+
+
+KINDS = pytest.mark.parametrize("write", [in_one_file, in_shards])
+
+
+@KINDS
+def test_the_facts_are_those_that_were_written(write, tmp_path):
+    facts = read_facts(write(tmp_path))
+    assert {name: facts[name] for name in FACTS} == FACTS
+    assert all(tensor.is_meta for tensor in facts.get("state_dict", {}).values())  # names and shapes alone
+
+
+@KINDS
+def test_the_weights_of_one_network_have_the_names_values_and_precision_of_its_model(write, tmp_path):
+    weights = read_weights(str(write(tmp_path)), "policy")
+    assert weights.keys() == {"layers.0.weight", "norm.weight"}
+    for name, tensor in weights.items():
+        expected = WEIGHTS[f"policy.model.{name}"]
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+
+
+@KINDS
+def test_a_network_that_is_not_there_has_no_weights(write, tmp_path):
+    assert read_weights(write(tmp_path), "reference") == {}

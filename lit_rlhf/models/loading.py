@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.errors import UserError, looks_like_a_path
 from lit_rlhf.files import heal
+from lit_rlhf.models.hub import hub_or_cache
 from lit_rlhf.models.policy import Policy, Scorer, backbone, context_length
 from lit_rlhf.models.probe import choose_attention, disable_dropout
 
@@ -128,7 +129,8 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     """
     source = _resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with hub_or_cache(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: no tokenizer could be loaded there ({_first_line(error)}){_hint(source, error)}; "
@@ -205,6 +207,13 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToken
 
 def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_code: bool, **kwargs: Any) -> Any:
     source = _resolve(name)
+    with hub_or_cache(source):
+        return _load_from(source, auto_class, name, from_scratch, trust_remote_code, **kwargs)
+
+
+def _load_from(
+    source: str, auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_code: bool, **kwargs: Any
+) -> Any:
     try:
         if not from_scratch and find_adapter_config_file(source) is not None:  # transformers would apply it, unasked
             raise UserError(
@@ -281,7 +290,9 @@ def _dtype_of(config: PretrainedConfig, source: str) -> torch.dtype:
 
 def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
     """The classes that a folder's weights were saved from, by its config."""
-    return list(AutoConfig.from_pretrained(_resolve(name), trust_remote_code=trust_remote_code).architectures or [])
+    source = _resolve(name)
+    with hub_or_cache(source):
+        return list(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).architectures or [])
 
 
 def has_score_head(architectures: list[str]) -> bool:

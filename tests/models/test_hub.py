@@ -1,0 +1,91 @@
+import http.server
+import socket
+import threading
+
+import datasets
+import pytest
+from huggingface_hub import close_session, constants, is_offline_mode
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import hub
+from lit_rlhf.models.loading import load_policy
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(autouse=True)
+def online(monkeypatch):
+    """As on a machine whose user wants the hub, whether or not there is one."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "SECONDS", 0.2)
+    hub._answers.cache_clear()
+    yield
+    hub._answers.cache_clear()
+    close_session()  # pools keep sockets
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    status = 200
+
+    def do_HEAD(self):
+        self.send_response(self.status)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(("status", "reached"), [(200, True), (404, True), (503, False)])
+def test_a_hub_is_reached_if_it_answers_with_anything_but_an_error_of_its_own(server, monkeypatch, status, reached):
+    monkeypatch.setattr(Answer, "status", status)
+    assert hub.answers(server) is reached
+
+
+def test_neither_a_closed_port_nor_silence_is_an_answer():
+    assert hub.answers("http://127.0.0.1:9") is False
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert hub.answers(f"http://127.0.0.1:{silent.getsockname()[1]}") is False
+
+
+def test_out_of_reach_the_libraries_look_into_the_cache_alone_and_only_meanwhile(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with hub.hub_or_cache("nobody/nothing") as why:
+        assert is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+    assert why == "the hub (http://127.0.0.1:9) cannot be reached"
+    assert not is_offline_mode() and not datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(KeyError), hub.hub_or_cache("nobody/nothing"):
+        raise KeyError
+    assert not is_offline_mode()
+
+
+def test_nothing_is_asked_for_what_is_there_or_where_the_user_forbids_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "answers", lambda endpoint: pytest.fail("asked"))
+    with hub.hub_or_cache(str(tmp_path)) as why:
+        assert why == "" and not is_offline_mode()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with hub.hub_or_cache("nobody/nothing") as why:
+        assert why == "HF_HUB_OFFLINE is set"
+    assert is_offline_mode()
+
+
+@pytest.mark.parametrize("name", ["gone", "nobody/gone"])
+def test_a_misspelt_model_is_answered_without_retries(monkeypatch, name):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    with pytest.raises(UserError, match=f"{name}: no model could be loaded there .* there is no folder /"):
+        load_policy(name)
+
+
+def test_a_model_of_a_folder_is_loaded_without_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "get_session", lambda: pytest.fail("asked"))
+    load_policy(save_tiny(tmp_path))

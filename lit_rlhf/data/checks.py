@@ -1,17 +1,41 @@
 """What both kinds of data module refuse: they plan an epoch's batches themselves, and choose no validation data."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.data.formats import Kind, Sources
-from lit_rlhf.data.sources import DEMO, parse_sources
+from lit_rlhf.data.mapping import Format
+from lit_rlhf.data.naming import DEMO, Source, parse_sources
 from lit_rlhf.errors import UserError, require
 
 
-def require_held_out_rows(train: Sources, validation: Sources | None) -> None:
+def named_sources(
+    given: Mapping[str, Sources | None], format: Format | None, columns: Mapping[str, str] | None
+) -> dict[str, list[Source] | None]:
+    """The sources of each role as they are used, None where none are given; `format` and `columns` are the default.
+
+    Raises:
+        UserError: a form that is none of `parse_sources`, by the option that names it.
+    """
+    return {
+        role: None if sources is None else parse_sources(sources, format, columns, f"data.{role}")
+        for role, sources in given.items()
+    }
+
+
+def require_rows(stage: str, sources: Mapping[str, Any]) -> None:
+    """Refuse to train on nothing."""
+    if stage == "fit" and sources["train"] is None:
+        raise UserError("data.train is null, and fit learns from rows: name a file, a folder, a dataset, or 'demo'")
+
+
+def require_held_out_rows(train: Sources | None, validation: Sources | None) -> None:
     """Refuse to judge what was learnt from the user's rows by the demo's, which nobody asked for."""
+    if train is None:
+        return
     if validation == DEMO and not any(source.name == DEMO for source in parse_sources(train)):
         raise UserError(
             f"data.validation is still {DEMO!r} while data.train is {train!r}; name held-out rows of your own, or null"

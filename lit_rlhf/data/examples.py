@@ -1,9 +1,6 @@
-"""Tokenised examples: made once, cached on disk by `datasets`, packed into typed batches when asked for."""
+"""Tokenised examples, packed into typed batches when asked for."""
 
-import functools
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -11,43 +8,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data import tokenize
 from lit_rlhf.data.batches import PreferenceBatch, SFTBatch
 from lit_rlhf.data.batching import MicroBatch
-from lit_rlhf.data.encoding import require_offsets
-from lit_rlhf.data.formats import EXPECTED, Kind, Sources, to_tokenize
+from lit_rlhf.data.formats import Kind, Sources
+from lit_rlhf.data.naming import Role, Source, parse_sources
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
-from lit_rlhf.data.sources import DEMO, Role, Source, fingerprint, iterate_rows, parse_sources, weighted
+from lit_rlhf.data.sources import weighted
+from lit_rlhf.data.token_cache import tokenized
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError
-
-CACHE_VERSION = 4  # raise it when checks or masks change, so that no older cache is used
-_IDS = datasets.List(datasets.Value("int32"))
-_MASK = datasets.List(datasets.Value("bool"))
-_OF_EACH_ROW = {"status": datasets.Value("uint8"), "control_tokens": _IDS}
-FEATURES = {
-    "prompts": datasets.Features({"prompt_ids": _IDS, **_OF_EACH_ROW}),
-    "scored": datasets.Features({"prompt_ids": _IDS, "response_ids": _IDS, **_OF_EACH_ROW}),
-    "sft": datasets.Features({"input_ids": _IDS, "loss_mask": _MASK, **_OF_EACH_ROW}),
-    "preference": datasets.Features(
-        {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS, "chosen_mask": _MASK, "rejected_mask": _MASK}
-        | {"margin": datasets.Value("float32"), **_OF_EACH_ROW}
-    ),
-}
-
-
-FUNCTIONS: dict[Kind, Any] = {
-    "prompts": tokenize.tokenize_prompts,
-    "scored": tokenize.tokenize_scored,
-    "sft": tokenize.tokenize_sft,
-    "preference": tokenize.tokenize_preference,
-}
 
 
 class PackedDataset(Dataset):
@@ -163,7 +137,7 @@ def ragged(column: pa.ChunkedArray) -> list[np.ndarray]:
 
 
 def load_examples(
-    sources: Sources,
+    sources: Sources | list[Source],
     kind: Kind,
     role: Role,
     tokenizer: PreTrainedTokenizerBase,
@@ -174,7 +148,7 @@ def load_examples(
     """Read, check, tokenise and count; from the cache on disk where nothing has changed.
 
     Args:
-        sources: see `sources.parse_sources`.
+        sources: see `naming.parse_sources`.
         kind: `sft` or `preference`.
         role: what the rows are for; chooses splits and files.
         tokenizer: makes ids, by its chat template where rows are messages.
@@ -200,72 +174,3 @@ def load_examples(
         offset += len(table)
     dataset = SFTDataset if kind == "sft" else PreferenceDataset
     return dataset(datasets.concatenate_datasets(tables), np.concatenate(rows), reports)
-
-
-def tokenized(
-    source: Source,
-    kind: Kind,
-    role: Role,
-    tokenizer: PreTrainedTokenizerBase,
-    options: Options,
-    num_proc: int | None,
-) -> datasets.Dataset:
-    """All rows of a source as token ids and status, whether they can be used or not; args as of `load_examples`."""
-    raw = _raw_rows(source, kind, role)
-    how = json.dumps(options._asdict(), sort_keys=True, default=str)
-    key = [CACHE_VERSION, raw._fingerprint, kind, how, *_tokenizer_key(tokenizer)]
-    return raw.map(
-        functools.partial(_tokenize_json, function=FUNCTIONS[kind], tokenizer=tokenizer, options=options),
-        input_columns="row",
-        batched=True,
-        num_proc=None if num_proc is None else min(num_proc, len(raw)),
-        remove_columns=["row"],
-        features=FEATURES[kind],
-        new_fingerprint=Hasher.hash(key),
-        desc=f"Tokenizing {source.name}",
-    )
-
-
-def _tokenize_json(rows: Sequence[str], function: Any, **arguments: Any) -> dict[str, Any]:
-    columns: dict[str, Any] = function([json.loads(row) for row in rows], **arguments)
-    return columns
-
-
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    require_offsets(tokenizer)
-    # What a call leaves behind in the backend changes nothing here.
-    state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
-    return [json.dumps(state, sort_keys=True), tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]
-
-
-def _raw_rows(source: Source, kind: Kind, role: Role) -> datasets.Dataset:
-    """Checked rows as JSON in one column: messages of any shape fit, and Arrow infers nothing."""
-    features = datasets.Features({"row": datasets.Value("large_string")})
-    if next(iterate_rows(source, kind, role), None) is None:
-        raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
-    if source.name == DEMO:
-        rows = list(_json_rows(source, kind, role))
-        return datasets.Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features)
-    try:
-        return datasets.Dataset.from_generator(
-            _json_rows,
-            features=features,
-            gen_kwargs={
-                "source": source,
-                "kind": kind,
-                "role": role,
-                "key": (CACHE_VERSION, fingerprint(source, role)),
-            },
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-
-
-def _json_rows(source: Source, kind: Kind, role: Role, key: Any = None) -> Iterator[dict[str, str]]:
-    # `key` is there for the cache: `datasets` hashes the arguments.
-    for row in iterate_rows(source, kind, role):
-        if kind in ("prompts", "scored"):  # the other columns may be anything
-            row = to_tokenize(row, kind)
-        yield {"row": json.dumps(row, ensure_ascii=False)}

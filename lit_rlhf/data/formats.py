@@ -6,14 +6,18 @@ beside one, `tools` and `chat_template_kwargs` go to the chat template, and a re
 A row that does not fit is an error that names file, line and column.
 """
 
+import math
+from decimal import Decimal
 from typing import Any, Literal
 
 from lit_rlhf.data.messages import Row, answer, checked_messages, describe, template_columns
 from lit_rlhf.errors import UserError
 
 Kind = Literal["sft", "preference", "prompts", "scored"]  # scored: completions to be scored
-# How a user names where rows come from: see `sources.parse_sources`.
-Sources = str | list[str] | list[dict[str, Any]] | dict[str, float]
+# How a user names where rows come from: see `naming.parse_sources`.
+Sources = str | list[Any] | dict[str, Any]
+
+LARGEST = 3.4e38  # of a margin: batches hold float32
 
 EXPECTED = {
     "sft": "`messages`, or `prompt` and `completion`, or `text`",
@@ -111,10 +115,21 @@ def _checked_pair(columns: Row, row: Row, place: str) -> Row:
                 )
     else:
         _with_answers({"prompt": "", **columns}, row, place)
-    margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise UserError(f"{place}, column 'margin': expected a number, found {describe(margin)}")
-    return {**columns, "margin": 0.0 if margin is None else float(margin)}
+    return {**columns, "margin": _margin(row.get("margin"), f"{place}, column 'margin'")}
+
+
+def _margin(value: Any, place: str) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise UserError(f"{place}: expected a number, found {describe(value)}")
+    try:
+        margin = float(value)
+    except (OverflowError, ValueError):  # an integer beyond all floats; a decimal that is no number
+        margin = math.inf
+    if not abs(margin) <= LARGEST:
+        raise UserError(f"{place}: expected a finite number, found {describe(value)}; null where there is none")
+    return margin
 
 
 def _split_conversations(chosen: list[Row], rejected: list[Row], prompt: str | None, place: str) -> Row:

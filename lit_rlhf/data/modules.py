@@ -12,18 +12,21 @@ from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
 from lit_rlhf.data.chat import set_template
 from lit_rlhf.data.checks import (
     check_trainer_options,
+    named_sources,
     require_held_out_rows,
     require_kind,
     require_prompt_length,
+    require_rows,
     warn_of_unread_margins,
 )
 from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.examples import PackedDataset, load_examples
-from lit_rlhf.data.formats import Kind, Sources, as_prompt
+from lit_rlhf.data.formats import Kind, Sources
+from lit_rlhf.data.mapping import Format
 from lit_rlhf.data.messages import check_template_kwargs
-from lit_rlhf.data.prompts import PromptDataset, held_out_prompts, load_prompts
+from lit_rlhf.data.naming import DEMO, STAGES, Role
+from lit_rlhf.data.prompts import PromptDataset, load_prompts
 from lit_rlhf.data.reader import LossOn, Options, Truncation
-from lit_rlhf.data.sources import DEMO, STAGES, Role, iterate_rows, parse_sources
 from lit_rlhf.errors import UserError, require
 
 __all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
@@ -36,11 +39,13 @@ class ExamplesDataModule(LightningDataModule):
     """Base of the data modules that learn from rows.
 
     Args:
-        train: rows to learn from: a JSON Lines (.gz, .zst, .bz2) or Parquet file, a folder, the name of a dataset,
-            "demo" for the embedded text, or a list of {source, weight, split}.
+        train: rows to learn from: a file (JSON Lines, JSON, CSV, Parquet), a folder of them, the name of a dataset,
+            "demo" for the embedded text, or a list of {source, weight, split, config, format, columns}.
         validation: held-out rows; null = no validation.
         test: rows of `test`; null = the validation rows.
         predict: prompts of `predict` and of the sample tables; null = the prompts of the validation rows.
+        format: shape of the rows: alpaca, sharegpt, or null for ours; of the sources that name none.
+        columns: names of their columns, {ours: theirs}, such as {prompt: question}; likewise.
         max_length: tokens of a prompt with a response; null = the model's context.
         truncation: what to do with longer rows: truncate responses on the right, without an end token, or drop them;
             a warning says so where it is more than a tenth of them.
@@ -64,10 +69,12 @@ class ExamplesDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: Sources = DEMO,
+        train: Sources | None = DEMO,
         validation: Sources | None = DEMO,
         test: Sources | None = None,
         predict: Sources | None = None,
+        format: Format | None = None,
+        columns: dict[str, str] | None = None,
         max_length: int | None = None,
         truncation: Truncation = "truncate",
         max_prompt_length: int | None = None,
@@ -93,8 +100,8 @@ class ExamplesDataModule(LightningDataModule):
         require(num_workers >= 0, "num_workers", num_workers, "0 or more")
         require(num_proc is None or num_proc >= 1, "num_proc", num_proc, "1 or more, or null")
         require(max_length is None or max_length >= 2, "max_length", max_length, "2 or more: a prompt and a response")
-        self.sources: dict[str, Sources | None] = {"train": train, "validation": validation, "test": test or validation}
-        self.predict = predict
+        given = {"train": train, "validation": validation, "test": test or validation, "predict": predict}
+        self.sources = named_sources(given, format, columns)
         self.max_length = max_length
         self.truncation: Truncation = truncation
         self.loss_on: LossOn = "response"
@@ -131,6 +138,7 @@ class ExamplesDataModule(LightningDataModule):
         context = self.tokenizer.model_max_length
         fits = self.max_prompt_length is None or self.max_prompt_length < context
         require(fits, "max_prompt_length", self.max_prompt_length, f"less than the model's context of {context} tokens")
+        require_rows(stage, self.sources)
         set_template(self.tokenizer, self.chat_template, self.chat_template_kwargs)
         for name in STAGES[stage]:
             if name == "predict":
@@ -204,7 +212,7 @@ class ExamplesDataModule(LightningDataModule):
     def sample_prompts(self, count: int) -> PromptBatch | None:
         """The first held-out prompts, for sample tables; None where the data has none."""
         assert self.tokenizer is not None
-        if self.prompts is None and (self.predict or self.sources["validation"]) is not None:
+        if self.prompts is None and (self.sources["predict"] or self.sources["validation"]) is not None:
             self.prompts = self._load_prompts(optional=True)
         if self.prompts is None:
             return None
@@ -234,28 +242,23 @@ class ExamplesDataModule(LightningDataModule):
     def _load_prompts(self, optional: bool = False) -> PromptDataset | None:
         assert self.tokenizer is not None
         kind: Kind = getattr(getattr(self.trainer, "lightning_module", None), "predicts_from", "prompts")
-        if self.predict is not None:
-            return load_prompts(self.predict, "predict", self.tokenizer, self.options, self.seed, kind, self.num_proc)
+        given = (self.tokenizer, self.options, self.seed, kind, self.num_proc)
+        if (sources := self.sources["predict"]) is not None:
+            return load_prompts(sources, "predict", *given)
         held_out = self.sources["validation"]
         if held_out is None:
             raise UserError("predict needs prompts: set predict, or validation")
-        rows = [
-            as_prompt(row)
-            for source in parse_sources(held_out)
-            for row in iterate_rows(source, self.kind, "validation")
-        ]
-        prompts = [row for row in rows if row is not None]
-        if not prompts and optional:
-            return None
-        return held_out_prompts(prompts, self.tokenizer, self.options, kind, "prompts of the validation data")
+        prompts = load_prompts(held_out, "validation", *given, of=self.kind)
+        if not len(prompts) and not optional:
+            raise UserError("predict needs prompts, and the validation rows have none: set predict")
+        return prompts if len(prompts) else None
 
 
 class SFTDataModule(ExamplesDataModule):
     """Demonstrations: rows with `messages`, or `prompt` and `completion`, or `text`.
 
     Args:
-        train: rows to learn from: a JSON Lines (.gz, .zst, .bz2) or Parquet file, a folder, the name of a dataset,
-            "demo" for the embedded text, or a list of {source, weight, split}.
+        train: rows to learn from, as in `ExamplesDataModule`.
         validation: held-out rows; null = no validation.
         loss_on: learn the assistant's turns or the completion only ("response"), or every token ("all").
         kwargs: as in `ExamplesDataModule`.
@@ -265,7 +268,7 @@ class SFTDataModule(ExamplesDataModule):
 
     def __init__(
         self,
-        train: Sources = DEMO,
+        train: Sources | None = DEMO,
         validation: Sources | None = DEMO,
         loss_on: LossOn = "response",
         **kwargs: Any,

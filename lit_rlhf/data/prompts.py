@@ -1,5 +1,6 @@
 """Prompts to complete: ids, and the other columns of their rows."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import MicroBatch
-from lit_rlhf.data.examples import FEATURES, FUNCTIONS, ragged, tokenized
-from lit_rlhf.data.formats import EXPECTED, Kind, Row, Sources
+from lit_rlhf.data.examples import ragged
+from lit_rlhf.data.formats import EXPECTED, Kind, Row, Sources, as_prompt, to_tokenize
+from lit_rlhf.data.naming import Role, Source, parse_sources
+from lit_rlhf.data.plain import as_json, require_text
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
-from lit_rlhf.data.sources import Role, iterate_rows, parse_sources, weighted
+from lit_rlhf.data.sources import place_of, placed_rows, weighted
+from lit_rlhf.data.token_cache import FEATURES, cached_rows, hash_of, tokenized_rows
 from lit_rlhf.data.tokenize import EMPTY
 from lit_rlhf.errors import UserError
 
@@ -56,24 +60,27 @@ class PromptDataset(Dataset):
 
 
 def load_prompts(
-    sources: Sources,
+    sources: Sources | list[Source],
     role: Role,
     tokenizer: PreTrainedTokenizerBase,
     options: Options = AS_THEY_ARE,
     seed: int = 0,
     kind: Kind = "prompts",
     num_proc: int | None = None,
+    of: Kind | None = None,
 ) -> PromptDataset:
     """Prompts as ids, and all columns of their rows as they are.
 
     Args:
-        sources: see `sources.parse_sources`.
+        sources: see `naming.parse_sources`.
         role: what the prompts are for.
         tokenizer: makes ids; message lists end with its template's generation prompt.
         options: of tokenisation.
         seed: of the share that a weight below 1 takes.
         kind: prompts, or scored where a completion must stand beside each.
         num_proc: processes that tokenise; None = this one.
+        of: sft or preference, where the rows are of that kind: their prompts are taken, and beside each the completion
+            that it is known to have. There may be none.
 
     Raises:
         UserError: bad rows or sources, or no prompt left.
@@ -81,8 +88,22 @@ def load_prompts(
     ids: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES[kind] if name.endswith("_ids")}
     rows: list[Row] = []
     for source in parse_sources(sources):
-        read = list(iterate_rows(source, kind, role))
-        table = tokenized(source, kind, role, tokenizer, options, num_proc).data
+        read, numbers, texts = [], [], []
+        for number, (at, row) in enumerate(placed_rows(source, of or kind, role)):
+            prompt = row if of is None else as_prompt(row)
+            if prompt is not None:
+                require_text(prompt, at)
+                read.append(prompt)
+                numbers.append(number)
+                texts.append(as_json(to_tokenize(prompt, kind), at))
+        if not read:
+            if of is not None:
+                continue
+            raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
+        # By what was read, not by its file: ids of other prompts are never paired with these columns.
+        cached = cached_rows(functools.partial(iter, texts), hash_of(texts))
+        place = functools.partial(_place_of_kept, source, of or kind, role, numbers)
+        table = tokenized_rows(cached, place, kind, tokenizer, options, num_proc).data
         statuses, found = table.column("status").to_numpy(), table.column("control_tokens")
         report = Report.of(f"{role} prompts {source.name}", statuses, found, tokenizer, learnt=False)
         kept = weighted(usable(report, statuses, options), source.weight, seed)
@@ -93,19 +114,8 @@ def load_prompts(
     return PromptDataset(ids["prompt_ids"], to_columns(rows), ids.get("response_ids"))
 
 
-def held_out_prompts(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: Options, kind: Kind, name: str
-) -> PromptDataset:
-    """The same of rows that were read and checked for another kind of data; reported under `name`."""
-    if not rows:
-        raise UserError(f"{name}: there are no rows; expected {EXPECTED['prompts']}")
-    columns: dict[str, Any] = FUNCTIONS[kind](rows, tokenizer, options)
-    report = Report.of(name, columns["status"], columns["control_tokens"], tokenizer, learnt=False)
-    kept = usable(report, np.array(columns["status"]), options)
-    taken = {
-        column: [columns[column][row] for row in kept] for column in ("prompt_ids", "response_ids") if column in columns
-    }
-    return PromptDataset(taken["prompt_ids"], to_columns([rows[row] for row in kept]), taken.get("response_ids"))
+def _place_of_kept(source: Source, kind: Kind, role: Role, numbers: Sequence[int], kept: int) -> str:
+    return place_of(source, kind, role, numbers[kept])
 
 
 def usable(report: Report, statuses: np.ndarray, options: Options) -> np.ndarray:

@@ -16,17 +16,20 @@ from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.chat import set_template, stop_token_ids
 from lit_rlhf.data.checks import (
     check_trainer_options,
+    named_sources,
     require_held_out_rows,
     require_kind,
     require_prompt_length,
+    require_rows,
     require_whole_epochs,
 )
 from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.formats import Sources
+from lit_rlhf.data.mapping import Format
 from lit_rlhf.data.messages import check_template_kwargs
+from lit_rlhf.data.naming import STAGES, Role
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.reader import Options
-from lit_rlhf.data.sources import STAGES, Role
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import Experience
@@ -44,6 +47,8 @@ class RolloutDataModule(LightningDataModule):
         validation: held-out prompts, played at each validation; null = none.
         test: prompts for `test`; null = the validation prompts.
         predict: prompts for `predict`; null = the validation prompts.
+        format: as in `SFTDataModule`.
+        columns: as in `SFTDataModule`.
         monitors: further rewards by name, logged as rollout/<name> but not learnt from.
         rollout_size: episodes per iteration, over all ranks.
         num_slots: episodes played at the same time on each rank; a quarter of its episodes or fewer keeps them busy.
@@ -62,10 +67,12 @@ class RolloutDataModule(LightningDataModule):
     def __init__(
         self,
         reward: Reward,
-        train: Sources = "demo",
+        train: Sources | None = "demo",
         validation: Sources | None = "demo",
         test: Sources | None = None,
         predict: Sources | None = None,
+        format: Format | None = None,
+        columns: dict[str, str] | None = None,
         monitors: dict[str, Reward] | None = None,
         rollout_size: int = 256,
         num_slots: int = 64,
@@ -95,8 +102,8 @@ class RolloutDataModule(LightningDataModule):
         for given in (self.reward, *self.monitors.values()):
             if not isinstance(given, Reward):
                 raise UserError(f"{given!r} is no Reward; a function of text becomes one as TextReward(function)")
-        self.sources = {"train": train, "validation": validation, "test": test or validation}
-        self.sources["predict"] = predict or validation
+        held_out = {"validation": validation, "test": test or validation, "predict": predict or validation}
+        self.sources = named_sources({"train": train, **held_out}, format, columns)
         self.rollout_size = rollout_size
         self.num_slots = num_slots
         self.max_prompt_length = max_prompt_length
@@ -131,6 +138,7 @@ class RolloutDataModule(LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         require_kind(trainer, "prompts")
+        require_rows(stage, self.sources)
         agent: Any = trainer.lightning_module
         limit = self.max_prompt_length or self.tokenizer.model_max_length - self.max_new_tokens
         if limit < 1:

@@ -3,12 +3,20 @@
 import json
 from types import SimpleNamespace
 
+from lit_rlhf.data.naming import parse_sources
+from lit_rlhf.data.sources import iterate_rows
+
 WORDS = "how so very yes no it is"
 
 
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def read(source, role="train", kind="sft"):
+    """The rows of one source."""
+    return list(iterate_rows(parse_sources(str(source))[0], kind, role))
 
 
 def sft_file(tmp_path, n=20):

@@ -1,16 +1,13 @@
-import multiprocessing
 from pathlib import Path
 
-import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from lit_rlhf.data import examples
 from lit_rlhf.data.batches import PreferenceBatch, SFTBatch
 from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, load_prompts
 from lit_rlhf.errors import UserError
 from tests.data.small_rows import WORDS, attach, pair_file, sft_file, write
-from tests.tiny_tokenizers import CHATML, word_tokenizer
+from tests.tiny_tokenizers import word_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -38,38 +35,6 @@ def test_pairs_become_packed_batches_that_store_the_prompt_once(tmp_path):
     assert batch.denominator.item() == 20
     # prompt 2, chosen 1 to 5 and the end token, rejected 1 and the end token
     assert len(batch.packed.input_ids) == 20 * (2 + 3 + 1 + 2)
-
-
-def test_tokens_come_from_the_cache_until_file_tokenizer_or_options_change(tmp_path, monkeypatch):
-    calls = []
-    tokenize_sft = examples.tokenize.tokenize_sft
-    monkeypatch.setitem(examples.FUNCTIONS, "sft", lambda *a, **k: calls.append(1) or tokenize_sft(*a, **k))
-    source, tokenizer = sft_file(tmp_path), word_tokenizer(WORDS)
-
-    def tokenized_anew(tokenizer=tokenizer, **options):
-        calls.clear()
-        attach(SFTDataModule(source, None, tokenizer=tokenizer, **options))
-        return bool(calls)
-
-    assert tokenized_anew()
-    tokenizer("a call leaves state behind", truncation=True, max_length=3)
-    assert not tokenized_anew()
-    assert tokenized_anew(max_length=7)
-    assert tokenized_anew(control_tokens="escape")
-    assert tokenized_anew(loss_on="all")
-    assert tokenized_anew(tokenizer=word_tokenizer(WORDS + " new"))
-    assert tokenized_anew(chat_template=CHATML)
-    write(tmp_path / "sft.jsonl", [{"prompt": "so", "completion": " yes"}])
-    assert tokenized_anew()
-
-
-def test_several_processes_tokenise_to_the_same_rows(tmp_path, monkeypatch):
-    source = sft_file(tmp_path)
-    one = attach(SFTDataModule(source, None, tokenizer=word_tokenizer(WORDS))).datasets["train"]
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
-    two = attach(SFTDataModule(source, None, num_proc=2, tokenizer=word_tokenizer(WORDS))).datasets["train"]
-    assert one.table.with_format(None)[:] == two.table.with_format(None)[:]
-    assert not multiprocessing.active_children()
 
 
 def test_dropped_and_truncated_rows_are_counted_and_never_dealt(tmp_path):

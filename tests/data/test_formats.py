@@ -1,4 +1,5 @@
 import json
+from decimal import Decimal
 
 import pytest
 
@@ -183,3 +184,26 @@ def test_the_prompt_of_a_held_out_row_keeps_what_the_template_is_given():
     assert as_prompt({"messages": [ASK, YES], **given}) == {"prompt": [ASK], "completion": [YES], **given}
     pair = {"prompt": [ASK], "chosen": [CALL, RAIN, YES], "rejected": [NO], "margin": 0.0, **given}
     assert as_prompt(pair) == {"prompt": [ASK], "completion": [CALL, RAIN, YES], **given}
+
+
+@pytest.mark.parametrize("margin", [2, 0.5, Decimal("0.5"), -3.0e38])
+def test_a_margin_is_any_finite_number_that_batches_can_hold(margin):
+    row = {"prompt": "q", "chosen": "y", "rejected": "n", "margin": margin}
+    assert check_row(row, "preference", "here")["margin"] == float(margin)
+
+
+@pytest.mark.parametrize(
+    ("margin", "found"),
+    [
+        (float("nan"), r"a finite number, found float \(nan\); null where there is none"),
+        (float("-inf"), "a finite number"),
+        (1e39, "a finite number"),
+        (10**400, r"a finite number, found int \(10*\.\.\.\)"),
+        (Decimal("NaN"), "a finite number"),
+        (True, r"a number, found bool \(True\)"),
+        ([1], "a number, found a list"),
+    ],
+)
+def test_a_margin_that_is_no_finite_number_is_named(margin, found):
+    with pytest.raises(UserError, match=f"here, column 'margin': expected {found}"):
+        check_row({"prompt": "q", "chosen": "y", "rejected": "n", "margin": margin}, "preference", "here")

@@ -40,6 +40,38 @@ def test_the_defaults_are_the_demo_for_both_kinds():
         assert sum(report.kept for report in module.datasets["train"].reports) == module.num_rows("train")
 
 
+def test_rows_of_declared_columns_and_shape_are_learnt_validated_and_predicted(tmp_path):
+    columns = {"prompt": "question", "completion": "answer"}
+    (tmp_path / "rows.csv").write_text("question,answer\nhow so, yes\n")
+    source, rows = str(tmp_path / "rows.csv"), [{"prompt": "how so", "completion": " yes"}]
+    module = attach(SFTDataModule(source, source, columns=columns, tokenizer=word_tokenizer(WORDS)))
+    plain = SFTDataModule(write(tmp_path / "plain.jsonl", rows), None, tokenizer=word_tokenizer(WORDS))
+    expected = attach(plain).datasets["train"].table.with_format(None)[:]
+    for name in ("train", "validation"):
+        assert module.datasets[name].table.with_format(None)[:] == expected
+    assert module.sample_prompts(1).columns == {"prompt": ["how so"], "completion": [" yes"]}
+    alpaca = write(tmp_path / "alpaca.jsonl", [{"instruction": "q", "output": "r"}])
+    module = SFTDataModule(alpaca, None, format="alpaca", chat_template=CHATML, tokenizer=byte_tokenizer())
+    [batch] = attach(module).train_dataloader()
+    assert module.tokenizer.decode(batch.packed.target_ids) == "r<|im_end|>"
+
+
+def test_fit_without_rows_is_refused_and_predict_needs_none_to_learn_from(tmp_path):
+    source = pair_file(tmp_path, 3)
+    with pytest.raises(UserError, match=r"data\.train is null, and fit learns from rows"):
+        attach(PreferenceDataModule(None, source, tokenizer=word_tokenizer(WORDS)))
+    module = PreferenceDataModule(None, source, tokenizer=word_tokenizer(WORDS))
+    [batch] = attach(module, "predict").predict_dataloader()
+    assert len(batch.prompt_ids) == 3
+
+
+@pytest.mark.parametrize("option", ["train", "validation", "test", "predict"])
+def test_a_slip_in_a_source_is_told_with_its_option(option):
+    given = {"train": "rows.jsonl", "validation": None} | {option: {"rows.jsonl": float("nan")}}
+    with pytest.raises(UserError, match=rf"data\.{option}: weight \(nan\) of rows\.jsonl must be a number above 0"):
+        SFTDataModule(**given)
+
+
 def test_predict_plays_prompts_in_their_order_with_their_columns(tmp_path):
     source = write(tmp_path / "prompts.jsonl", [{"prompt": "how" + " so" * i, "id": i} for i in range(5)])
     module = SFTDataModule(sft_file(tmp_path), None, predict=source, max_prompt_length=3)
@@ -111,6 +143,7 @@ def test_a_template_from_a_file_is_the_tokenizers_from_then_on(tmp_path):
         ("[a, b]", ["a", "b"]),
         ("{a: 0.5, b: 2}", {"a": 0.5, "b": 2.0}),
         ("[{source: a, weight: 2, split: test}]", [{"source": "a", "weight": 2, "split": "test"}]),
+        ("[{source: a, columns: {prompt: b}}, c]", [{"source": "a", "columns": {"prompt": "b"}}, "c"]),
     ],
 )
 def test_yaml_names_sources_in_every_form(text, expected):

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lit_rlhf import RolloutDataModule
+from lit_rlhf import RolloutDataModule, TextReward
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.modules import load_prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollout import data_module as rollouts
-from tests.stages import make_stage, make_trainer, write_inputs
+from tests.stages import make_stage, make_trainer, share_of_w9, write_inputs
 
 
 def test_the_prompts_of_rollouts_keep_their_numbers_on_whatever_rank_and_in_whatever_batch(tmp_path):
@@ -59,3 +59,27 @@ def test_the_prompts_of_rollouts_are_read_by_the_template_and_options_given(tmp_
         prompts(chat_template=template, control_tokens="refuse")
     with pytest.raises(UserError, match="chat_template_kwargs: messages cannot be set there"):
         prompts(chat_template_kwargs={"messages": []})
+
+
+def test_prompts_are_named_by_declared_columns_and_a_rewards_own_arguments_are_not_among_them(tmp_path):
+    write_inputs(tmp_path)
+    module, _ = make_stage("ppo", tmp_path)
+    (tmp_path / "prompts.csv").write_text("question,prompts\nw3 w4,w5\nw6,w7\n")
+    given = {"train": None, "validation": str(tmp_path / "prompts.csv"), "tokenizer": module.tokenizer}
+
+    def columns(**names):
+        data = RolloutDataModule(TextReward(share_of_w9), columns=names, max_new_tokens=4, **given)
+        make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
+        return data.prompts["validation"].columns
+
+    with pytest.raises(UserError, match=r"prompts\.csv, line 2, column 'prompts': a reward function has an argument"):
+        columns(prompt="question")
+    assert columns(prompt="question", hint="prompts") == {"prompt": ["w3 w4", "w6"], "hint": ["w5", "w7"]}
+
+
+def test_fit_without_prompts_is_refused(tmp_path):
+    write_inputs(tmp_path)
+    module, data = make_stage("ppo", tmp_path)
+    data.sources["train"] = None
+    with pytest.raises(UserError, match=r"data\.train is null, and fit learns from rows"):
+        make_trainer(tmp_path, max_epochs=1).fit(module, data)

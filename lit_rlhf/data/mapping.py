@@ -1,0 +1,136 @@
+"""Rows of other shapes, by a small declared mapping: columns of other names, the shapes of Alpaca and ShareGPT."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lit_rlhf.data.formats import Kind, Row, describe
+from lit_rlhf.errors import UserError
+
+Format = Literal["alpaca", "sharegpt"]
+
+# Who speaks in ShareGPT's conversations, in our words.
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def renamed(row: Any, columns: Mapping[str, str], place: str) -> Any:
+    """A row with the names that we know its columns by.
+
+    Args:
+        row: as read.
+        columns: our name -> the row's.
+        place: of the row, for the message.
+
+    Raises:
+        UserError: a column that is named there is not in the row.
+    """
+    if not columns or not isinstance(row, dict):
+        return row
+    if missing := [(ours, theirs) for ours, theirs in columns.items() if theirs not in row]:
+        ours, theirs = missing[0]
+        raise UserError(
+            f"{place}: there is no column {theirs!r}, which `columns` takes {ours!r} from; found "
+            f"{sorted(map(str, row))}"
+        )
+    taken = set(columns.values())
+    return {name: value for name, value in row.items() if name not in taken} | {
+        ours: row[theirs] for ours, theirs in columns.items()
+    }
+
+
+def reshaped(row: Any, kind: Kind, shape: Format | None, place: str) -> Any:
+    """A row of another shape in ours.
+
+    `alpaca` has `instruction`, perhaps `input`, `system` and `history` (pairs of question and answer), and `output`, or
+    `chosen` and `rejected`. `sharegpt` has `conversations`, lists of `{"from": "human", "value": ...}`, perhaps
+    `system`, and for pairs `chosen` and `rejected`. All of it becomes messages.
+
+    Args:
+        row: as read.
+        kind: what is made of it.
+        shape: the row's; None = ours, nothing changes.
+        place: of the row, for the message.
+
+    Raises:
+        UserError: the row is not of this shape.
+    """
+    if shape is None or not isinstance(row, dict):
+        return row
+    read: Row = {name: value for name, value in row.items() if value is not None}
+    ours = _alpaca(read, kind, place) if shape == "alpaca" else _sharegpt(read, kind, place)
+    return {**row, **ours}
+
+
+def _alpaca(row: Row, kind: Kind, place: str) -> Row:
+    texts = {name: _text(row.get(name, ""), name, place) for name in ("instruction", "input", "system")}
+    if "instruction" not in row:
+        raise UserError(f"{place}: expected the column 'instruction' of format alpaca; found {sorted(map(str, row))}")
+    prompt = [_message("system", texts["system"])] if texts["system"] else []
+    history = row.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError(f"{place}, column 'history': expected pairs [question, answer], found {describe(history)}")
+    for question, answer in history:
+        prompt += [
+            _message("user", _text(question, "history", place)),
+            _message("assistant", _text(answer, "history", place)),
+        ]
+    prompt.append(_message("user", "\n\n".join(filter(None, (texts["instruction"], texts["input"])))))
+    names = ("chosen", "rejected") if kind == "preference" else ("output",)
+    answers = {name: [_message("assistant", _text(row[name], name, place))] for name in names if name in row}
+    return {"prompt": prompt, **{("completion" if name == "output" else name): turn for name, turn in answers.items()}}
+
+
+def _sharegpt(row: Row, kind: Kind, place: str) -> Row:
+    if "conversations" not in row:
+        raise UserError(
+            f"{place}: expected the column 'conversations' of format sharegpt; found {sorted(map(str, row))}"
+        )
+    messages = _turns(row["conversations"], "conversations", place)
+    if "system" in row and _text(row["system"], "system", place):
+        messages = [_message("system", row["system"]), *messages]
+    if kind == "sft":
+        return {"messages": messages}
+    if kind == "preference":
+        answers = {name: row[name] for name in ("chosen", "rejected") if name in row}
+        return {"prompt": messages} | {
+            name: [_message("assistant", value)] if isinstance(value, str) else _turns(value, name, place)
+            for name, value in answers.items()
+        }
+    if messages and messages[-1]["role"] == "assistant":
+        return {"prompt": messages[:-1], "completion": messages[-1:]}
+    return {"prompt": messages}
+
+
+def _turns(value: Any, column: str, place: str) -> list[Row]:
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list):
+        raise UserError(f"{place}, column {column!r}: expected a list of turns, found {describe(value)}")
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or str(turn.get("from")) not in SPEAKERS or "value" not in turn:
+            raise UserError(
+                f'{place}, column {column!r}, turn {number}: expected {{"from": "human", "value": "..."}}, from being '
+                f"one of {', '.join(SPEAKERS)}; found {describe(turn)}"
+            )
+        others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+        messages.append({**_message(SPEAKERS[turn["from"]], turn["value"]), **others})
+    return messages
+
+
+def _message(role: str, content: str) -> Row:
+    return {"role": role, "content": content}
+
+
+def _text(value: Any, column: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{place}, column {column!r}: expected text, found {describe(value)}")
+    return value

@@ -1,0 +1,120 @@
+import pytest
+
+from lit_rlhf.data.formats import check_row
+from lit_rlhf.data.mapping import renamed, reshaped
+from lit_rlhf.errors import UserError
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "s"}
+ASKED = [{"from": "human", "value": "q"}]
+
+
+def test_columns_get_our_names_and_the_others_keep_theirs():
+    row = {"question": "q", "answer": "a", "prompt": 7, "x": 1}
+    assert renamed(row, {"prompt": "question", "completion": "answer"}, "here") == {
+        "prompt": "q",
+        "completion": "a",
+        "x": 1,
+    }
+    assert renamed({"prompt": "a", "completion": "q"}, {"prompt": "completion", "completion": "prompt"}, "here") == {
+        "prompt": "q",
+        "completion": "a",
+    }
+    assert renamed(["no", "object"], {"prompt": "question"}, "here") == ["no", "object"]
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(UserError, match=r"here: there is no column 'quest', .* 'prompt' from; found \['question'\]"):
+        renamed({"question": "q"}, {"prompt": "quest"}, "here")
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "row", "expected"),
+    [
+        (
+            "sft",
+            "alpaca",
+            {"instruction": "add", "input": "1 2", "output": "3"},
+            {"prompt": [user("add\n\n1 2")], "completion": [assistant("3")]},
+        ),
+        (
+            "sft",
+            "alpaca",
+            {"instruction": "go on", "input": "", "output": "3", "system": "s", "history": [["1?", "2"]]},
+            {"prompt": [SYSTEM, user("1?"), assistant("2"), user("go on")], "completion": [assistant("3")]},
+        ),
+        (  # null where a column is left out, as Parquet has it
+            "sft",
+            "alpaca",
+            {"instruction": "go", "input": None, "output": "3", "system": None, "history": None},
+            {"prompt": [user("go")], "completion": [assistant("3")]},
+        ),
+        (
+            "preference",
+            "alpaca",
+            {"instruction": "go", "chosen": "y", "rejected": "n", "output": "unused"},
+            {"prompt": [user("go")], "chosen": [assistant("y")], "rejected": [assistant("n")], "margin": 0.0},
+        ),
+        (
+            "sft",
+            "sharegpt",
+            {"conversations": [*ASKED, {"from": "gpt", "value": "a"}], "system": "s"},
+            {"messages": [SYSTEM, user("q"), assistant("a")]},
+        ),
+        (
+            "preference",
+            "sharegpt",
+            {"conversations": ASKED, "chosen": {"from": "gpt", "value": "y"}, "rejected": "n", "margin": 2},
+            {"prompt": [user("q")], "chosen": [assistant("y")], "rejected": [assistant("n")], "margin": 2.0},
+        ),
+        (
+            "scored",
+            "sharegpt",
+            {"conversations": [*ASKED, {"from": "gpt", "value": "a"}]},
+            {"prompt": [user("q")], "completion": [assistant("a")]},
+        ),
+        ("prompts", "sharegpt", {"conversations": ASKED}, {"prompt": [user("q")]}),
+        ("prompts", "alpaca", {"instruction": "go"}, {"prompt": [user("go")]}),
+        ("sft", None, {"text": "t"}, {"text": "t"}),
+    ],
+)
+def test_rows_of_other_shapes_become_messages(kind, shape, row, expected):
+    checked = check_row(reshaped(row, kind, shape, "here"), kind, "here")
+    assert {name: value for name, value in checked.items() if name in expected or name not in row} == expected
+
+
+def test_what_stands_beside_the_words_of_a_turn_stays_there():
+    row = {"conversations": [{"from": "gpt", "value": "a", "weight": 0}]}
+    assert reshaped(row, "sft", "sharegpt", "here")["messages"] == [{**assistant("a"), "weight": 0}]
+
+
+@pytest.mark.parametrize(
+    ("shape", "row", "message"),
+    [
+        ("alpaca", {"prompt": "q"}, r"here: expected the column 'instruction' of format alpaca; found \['prompt'\]"),
+        ("alpaca", {"instruction": 5}, r"here, column 'instruction': expected text, found int \(5\)"),
+        ("alpaca", {"instruction": "x", "output": ["y"]}, "here, column 'output': expected text, found a list"),
+        ("alpaca", {"instruction": "x", "history": [["q"]]}, "column 'history': expected pairs .* found a list"),
+        ("alpaca", {"instruction": "x", "history": [["q", 1]]}, "column 'history': expected text, found int"),
+        ("sharegpt", {"messages": []}, r"here: expected the column 'conversations' .* found \['messages'\]"),
+        ("sharegpt", {"conversations": "x"}, "column 'conversations': expected a list of turns, found text"),
+        (
+            "sharegpt",
+            {"conversations": [*ASKED, {"from": "alien", "value": "x"}]},
+            "column 'conversations', turn 1: .* from being one of system, human, .*; found an object .*alien",
+        ),
+        ("sharegpt", {"conversations": [{"from": ["human"], "value": "x"}]}, "turn 0: expected"),
+        ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 0: expected"),
+    ],
+)
+def test_a_row_of_another_shape_than_declared_is_named_by_its_column(shape, row, message):
+    with pytest.raises(UserError, match=message):
+        reshaped(row, "sft", shape, "here")

@@ -3,7 +3,8 @@
 The key is a hash of all that the numbers follow from: the weights and the config of the reference, the token ids of
 every pair (what tokenizer, chat template and data come to), the ids without a token, the precision, the code of the
 model and the versions of torch and transformers. Work under way is kept in parts, and taken up where a killed run left
-it. Files are written aside and renamed: runs may share them.
+it. Files are written aside and renamed: runs may share them. Each carries the hash of its numbers: what is damaged is
+computed anew.
 
 Axes: n pairs of a split.
 """
@@ -25,8 +26,8 @@ import torch
 import transformers
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_rlhf.data.batches import PreferenceBatch
@@ -36,7 +37,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.files import replacing
 from lit_rlhf.models.policy import Policy
 
-VERSION = 1  # raise it when the same key would no longer give the same numbers
+VERSION = 2  # raise it when the same key would no longer give the same numbers
 SECONDS_PER_PART = 60.0  # what a killed run loses at most
 NOT_WEIGHTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 PairLogprobs = Callable[[PackedBatch], tuple[Tensor, Tensor]]
@@ -93,12 +94,19 @@ class ReferenceCache:
                 source = source or source_hash(policy, trainer)  # once: it reads all weights
                 file = cache_folder() / f"{hashlib.sha256(f'{source} {rows}'.encode()).hexdigest()}.safetensors"
                 self.by_rows[rows] = self._find(trainer, split, loader, file, pair_logprobs)
+            elif not are_whole(self.by_rows[rows], data.num_rows(split)):
+                raise UserError(
+                    f"ckpt_path: the reference log-probs of the {split} rows in the checkpoint are damaged: not one "
+                    "finite number for each response; resume from another checkpoint"
+                )
             self.by_split[split] = self.by_rows[rows].to(trainer.lightning_module.device)
 
     def _find(self, trainer: Trainer, split: str, loader: Any, file: Path, pair_logprobs: PairLogprobs) -> Tensor:
         """(n, 2) from disk, or computed and written there."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         found = read(file)
+        if found is not None and not are_whole(found["logprobs"], data.num_rows(split)):
+            found = None
         # What one rank sees on its disk decides for all: they must agree on whether to compute.
         if trainer.strategy.reduce_boolean_decision(found is not None, all=True) and found is not None:
             rank_zero_info(f"reference log-probs of {len(found['logprobs'])} {split} pairs are in {file}")
@@ -106,6 +114,13 @@ class ReferenceCache:
         rank_zero_info(f"computing reference log-probs of {data.num_rows(split)} {split} pairs")
         mine = self._compute(trainer, loader, data.num_rows(split), Parts(file.with_suffix(".parts")), pair_logprobs)
         logprobs: Tensor = trainer.strategy.reduce(mine, reduce_op="sum").cpu()
+        if not are_whole(logprobs, data.num_rows(split)):
+            bad = logprobs.isfinite().all(dim=1).logical_not().nonzero()[:, 0].tolist()
+            raise UserError(
+                f"cache_reference: the log-probs of {len(bad)} of {len(logprobs)} {split} pairs are not finite (the "
+                f"first is pair {bad[0] + 1}): the policy holds weights that are not, or overflows in "
+                f"trainer.precision ({trainer.precision})"
+            )
         if trainer.is_global_zero:
             try:
                 write({"logprobs": logprobs}, file)
@@ -154,7 +169,7 @@ class Parts:
         known = torch.full((num_rows, 2), float("nan"))
         for file in self.folder.glob("*.safetensors"):
             part = read(file)
-            if part is not None:
+            if part is not None and are_whole(part["logprobs"], len(part["rows"])):
                 known[part["rows"]] = part["logprobs"]
         return known
 
@@ -186,22 +201,43 @@ def source_hash(policy: Policy, trainer: Trainer) -> str:
     code = inspect.getsource(sys.modules[type(policy.model).__module__])  # mended, or come with the weights
     unused = [] if policy.unused_ids is None else policy.unused_ids.tolist()
     made_by = [VERSION, config, unused, str(trainer.precision), torch.__version__, transformers.__version__, code]
-    digest = hashlib.sha256(json.dumps(made_by, default=str).encode())
-    for name, tensor in sorted(weights.items()) if trainer.is_global_zero else ():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    held = tensors_hash(weights) if trainer.is_global_zero else ""
+    digest = hashlib.sha256(json.dumps([*made_by, held], default=str).encode())
     return str(trainer.strategy.broadcast(digest.hexdigest()))
 
 
+def are_whole(logprobs: Tensor, num_rows: int) -> bool:
+    """Whether these are (n, 2) finite numbers."""
+    return logprobs.shape == (num_rows, 2) and bool(logprobs.isfinite().all())
+
+
 def read(file: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file; None if it is not there, or is no such file."""
+    """The tensors of a file as they were written; None if it is not there, or is damaged, which is said."""
     try:
-        return load_file(file)
-    except (FileNotFoundError, SafetensorError):
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if (opened.metadata() or {}).get("sha256") == tensors_hash(tensors):
+                return tensors
+        why = "its numbers are not those that were written"
+    except FileNotFoundError:
         return None
+    except (OSError, SafetensorError) as error:
+        why = str(error)
+    rank_zero_warn(f"{file}: damaged ({why}); what it held is computed anew")
+    return None
 
 
 def write(tensors: dict[str, Tensor], file: Path) -> None:
     """Write what another run may be writing as well."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(file, shared=True) as aside:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+        save_file(whole, aside, metadata={"sha256": tensors_hash(whole)})
+
+
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    """Hash of names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

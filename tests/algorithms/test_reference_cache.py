@@ -135,13 +135,52 @@ def test_a_killed_run_is_taken_up_where_its_parts_end(workdir, forwards, monkeyp
     assert files(workdir) == [final.name]
 
 
-def test_a_file_cut_short_is_computed_anew(workdir, forwards):
+def other_number(data):
+    """One bit of one number is another: still a file of finite log-probs."""
+    return data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:40], lambda data: b"", other_number])
+def test_a_damaged_file_is_computed_anew(workdir, forwards, damage):
     first = fill(workdir)
     (file,) = (workdir / "cache" / "reference").iterdir()
-    file.write_bytes(file.read_bytes()[:40])
+    file.write_bytes(damage(file.read_bytes()))
     forwards.clear()
-    assert torch.equal(fill(workdir), first)
+    with pytest.warns(UserWarning, match=r"safetensors: damaged \(.*\); what it held is computed anew"):
+        assert torch.equal(fill(workdir), first)
     assert forwards
+    forwards.clear()
+    assert torch.equal(fill(workdir), first) and not forwards
+
+
+@pytest.mark.parametrize("logprobs", [torch.zeros(23, 2), torch.zeros(24, 1), torch.full((24, 2), float("nan"))])
+def test_log_probs_of_another_shape_or_not_finite_are_never_taken(workdir, forwards, logprobs):
+    first = fill(workdir)
+    (file,) = (workdir / "cache" / "reference").iterdir()
+    reference_cache.write({"logprobs": logprobs}, file)
+    forwards.clear()
+    assert torch.equal(fill(workdir), first) and forwards
+
+
+def test_log_probs_that_come_out_not_finite_are_named_and_not_kept(workdir, monkeypatch):
+    def overflowing(policy, batch):
+        chosen, rejected = sequence_logprobs(policy, batch)
+        return chosen, rejected / 0
+
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.sequence_logprobs", overflowing)
+    with pytest.raises(UserError, match=r"of 24 of 24 train pairs are not finite \(the first is pair 1\)"):
+        fill(workdir)
+    assert not [name for name in files(workdir) if name.endswith(".safetensors")]
+
+
+def test_damaged_log_probs_of_a_checkpoint_are_refused(workdir):
+    module, data, trainer = cached(workdir)
+    trainer.fit(module, data)
+    module.reference_cache.by_rows[data.rows_fingerprint("train")][3, 1] = float("inf")
+    trainer.save_checkpoint(workdir / "end.ckpt")
+    module, data, _ = cached(workdir)
+    with pytest.raises(UserError, match="ckpt_path: the reference log-probs of the train rows in the checkpoint"):
+        make_trainer(workdir / "run", max_epochs=2).fit(module, data, ckpt_path=workdir / "end.ckpt")
 
 
 def test_a_cache_that_cannot_be_written_costs_the_next_run_time_and_this_one_nothing(workdir, forwards, monkeypatch):

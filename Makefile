@@ -6,7 +6,7 @@ NEW_ENOUGH := $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 
 # Forked tokenizers would only warn.
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow check compatibility rllib format format-check lint types figures build clean
+.PHONY: setup demo test test-slow check compatibility rllib format format-check lint types api figures build clean
 .PHONY: bench bench-scaling bench-gpu
 
 setup: $(VENV)/.done
@@ -56,6 +56,10 @@ types: setup
 	$(BIN)/mypy
 
 check: format-check lint types test
+
+# The list of public names, from their docstrings.
+api: setup
+	PYTHONPATH=. $(BIN)/python tests/api_page.py
 
 figures: setup
 	$(BIN)/python -m benchmarks.figures

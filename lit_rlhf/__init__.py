@@ -13,9 +13,10 @@ from lit_rlhf.algorithms.sft import SFT
 from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollout.data_module import RolloutDataModule
-from lit_rlhf.rollout.play import GenerationSettings
+from lit_rlhf.rollout.play import GenerationSettings, RolloutBackend
 from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
 from lit_rlhf.rollout.shaping import RewardShaping
+from lit_rlhf.rollout.vllm_backend import VLLMBackend
 
 __all__ = [
     "DPO",
@@ -32,8 +33,10 @@ __all__ = [
     "RewardModel",
     "RewardModelReward",
     "RewardShaping",
+    "RolloutBackend",
     "RolloutDataModule",
     "SFTDataModule",
     "TextReward",
     "UserError",
+    "VLLMBackend",
 ]

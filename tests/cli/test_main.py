@@ -76,3 +76,10 @@ def test_a_full_disk_that_a_library_does_not_name_is_told_with_the_folder_of_the
     told = str(users_mistake(OSError(errno.ENOSPC, "No space left on device")))
     assert told.startswith(f"No space left on device, while files of {tmp_path} were written; ")
     assert told.endswith(" MB are free there")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["RolloutBackend", "VLLMBackend"])
+def test_a_backend_is_named_like_all_else_also_where_it_is_not_installed(backend, capsys):
+    assert run("fit", "--config", "configs/ppo.yaml", f"--data.backend=lit_rlhf.{backend}", "--print_config") == 0
+    assert f"class_path: lit_rlhf.{backend}" in capsys.readouterr().out

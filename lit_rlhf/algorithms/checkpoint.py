@@ -1,12 +1,15 @@
-"""What a checkpoint holds, read without the run that wrote it: facts, and the weights of one network."""
+"""What a checkpoint holds, read without the run that wrote it, and whether a run can go on from it."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as sharded
 from torch import Tensor
+
+from lit_rlhf.errors import UserError
 
 META = "meta.pt"  # where Lightning keeps all but tensors beside sharded ones
 
@@ -20,6 +23,24 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     file = path / META if path.is_dir() else path
     facts: dict[str, Any] = torch.load(file, weights_only=True, mmap=True, map_location="meta")
+    return facts
+
+
+def require_facts(path: Path, algorithm: str) -> dict[str, Any]:
+    """As `read_facts`, of a file of this algorithm.
+
+    Raises:
+        UserError: it is another's, sharded or not there.
+    """
+    if path.is_dir():
+        join = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+        raise UserError(f"{path.absolute()} is a sharded checkpoint: make one file of it by {join} {path}")
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path.absolute()}")
+    facts = read_facts(path)
+    theirs = facts.get("algorithm", algorithm)
+    if theirs != algorithm:
+        raise UserError(f"{path} is a checkpoint of {theirs}: load it by {theirs}.load_from_checkpoint")
     return facts
 
 
@@ -45,3 +66,28 @@ def read_weights(path: str | Path, network: str) -> dict[str, Tensor]:
         return weights
     state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not those of this module."""
+    differing = [
+        f"{name} ({tuple(given[name].shape) if name in given else 'missing'} there, "
+        f"{tuple(mine[name].shape) if name in mine else 'missing'} here)"
+        for name in sorted(given.keys() | mine.keys())
+        if name not in given or name not in mine or given[name].shape != mine[name].shape
+    ]
+    if given and differing:
+        raise UserError(
+            f"ckpt_path: the checkpoint is of another model, {len(differing)} tensors differ, like {differing[0]}; "
+            "resume with the model settings of the run"
+        )
+
+
+def require_finite(weights: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint of a run that had broken down, or whose file is damaged."""
+    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise UserError(
+            f"ckpt_path: {len(broken)} of {len(weights)} tensors of the checkpoint hold NaN or infinity, like "
+            f"{broken[0]}; take an older one"
+        )

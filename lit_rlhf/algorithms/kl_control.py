@@ -112,6 +112,7 @@ class AdaptiveKL(KLController):
         require(0 < init_kl_coef < math.inf, "init_kl_coef", init_kl_coef, grows)
         require(0 < target < math.inf, "target", target, "more than 0 and finite: the error is kl / target - 1")
         require(0 < horizon < math.inf, "horizon", horizon, "more than 0 episodes, and finite")
+        self.init_kl_coef = init_kl_coef
         self.kl_coef = init_kl_coef
         self.target = target
         self.horizon = horizon

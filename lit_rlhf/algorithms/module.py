@@ -1,18 +1,25 @@
 """What the algorithms share: the policy and its tokenizer, the optimiser, frozen networks, sharding."""
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from lit_rlhf.algorithms.checkpoint import require_facts, require_finite, require_same_shapes
+from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_arguments
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
@@ -57,6 +64,9 @@ class AlignmentModule(LightningModule):
         warmup_steps: float = 0.0,
     ) -> None:
         super().__init__()
+        # What the constructor that was called got: bases may get arguments that are made of these.
+        *_, given = collect_init_args(cast(FrameType, inspect.currentframe()), [], classes=(AlignmentModule,))
+        self.save_hyperparameters(plain_arguments(given))
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps
         )
@@ -67,6 +77,40 @@ class AlignmentModule(LightningModule):
         self.untrained: str | None = None  # what is random in the network that predicts, and what to do about it
         # Of the optimiser step's micro-batches so far, by metric: weighted sum and weight.
         self.step_sums: dict[str, tuple[Tensor, int]] = {}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A module as a run's checkpoint holds it: with the run's arguments, weights and chat template.
+
+        Args:
+            checkpoint_path: a file; the model that its run started from must be where it was, for tokenizer and config.
+            map_location: as in `torch.load`.
+            hparams_file: YAML with the arguments, in place of those in the checkpoint.
+            strict: whether weights may be missing or left over.
+            weights_only: as in `torch.load`; None = True.
+            kwargs: arguments of the constructor in place of the run's; `trust_remote_code` is never the run's, and
+                functions and objects are only where they are this library's.
+
+        Raises:
+            UserError: it is of another algorithm, sharded, or does not say all that the constructor asks for.
+        """
+        facts = require_facts(Path(checkpoint_path), cls.__name__)
+        stored = load_hparams_from_yaml(hparams_file) if hparams_file else facts.get("hyper_parameters", {})
+        arguments = restored_arguments(cls, {name: value for name, value in stored.items() if name not in kwargs})
+        guards = {"trust_remote_code": False, "_instantiator": None}  # whatever the file may say
+        module = super().load_from_checkpoint(
+            checkpoint_path, map_location, None, strict, weights_only is not False, **(guards | arguments | kwargs)
+        )
+        module.tokenizer.chat_template = facts.get("chat_template", module.tokenizer.chat_template)
+        return module
 
     def frozen_network(self, name: str) -> nn.Module:
         """A frozen network, on this module's device and in its networks' dtype."""
@@ -274,28 +318,3 @@ class AlignmentModule(LightningModule):
         for tag, mean in zip(self.step_sums, totals / weights, strict=True):
             self.log(tag, mean, prog_bar=tag.removeprefix("train/") in PROGRESS)
         self.step_sums = {}
-
-
-def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose tensors are not those of this module."""
-    differing = [
-        f"{name} ({tuple(given[name].shape) if name in given else 'missing'} there, "
-        f"{tuple(mine[name].shape) if name in mine else 'missing'} here)"
-        for name in sorted(given.keys() | mine.keys())
-        if name not in given or name not in mine or given[name].shape != mine[name].shape
-    ]
-    if given and differing:
-        raise UserError(
-            f"ckpt_path: the checkpoint is of another model, {len(differing)} tensors differ, like {differing[0]}; "
-            "resume with the model settings of the run"
-        )
-
-
-def require_finite(weights: Mapping[str, Tensor]) -> None:
-    """Refuse a checkpoint of a run that had broken down, or whose file is damaged."""
-    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    if broken:
-        raise UserError(
-            f"ckpt_path: {len(broken)} of {len(weights)} tensors of the checkpoint hold NaN or infinity, like "
-            f"{broken[0]}; take an older one"
-        )

@@ -94,6 +94,9 @@ class AlignmentCLI(LightningCLI):
         if seed is not None and not isinstance(seed, bool):
             require(0 <= seed < 2**32, "seed_everything", seed, "in [0, 2^32)")
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's would put the arguments in a checkpoint before those that the user gives."""
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the precision that suits the device unless the user names one, and checkpoints that are whole."""
         given = self._get(self.config_init, "trainer", default={})

@@ -79,7 +79,7 @@ def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any]) -> No
     if given and differing:
         raise UserError(
             f"ckpt_path: the checkpoint is of another model, {len(differing)} tensors differ, like {differing[0]}; "
-            "resume with the model settings of the run"
+            "give the model settings of its run"
         )
 
 

@@ -40,11 +40,18 @@ def plain(value: Any) -> Any:
     if inspect.isfunction(value) or inspect.isclass(value):
         path = f"{value.__module__}.{value.__qualname__}"
         return path if found(path) is value else {UNKNOWN: path}
-    names = list(inspect.signature(type(value).__init__).parameters)[1:]
-    if all(hasattr(value, name) for name in names):
+    names, held = list(inspect.signature(type(value).__init__).parameters)[1:], attributes(value)
+    if held.keys() >= set(names):
         path = f"{type(value).__module__}.{type(value).__qualname__}"
-        return {"class_path": path, "init_args": {name: plain(getattr(value, name)) for name in names}}
+        return {"class_path": path, "init_args": {name: plain(held[name]) for name in names}}
     return {UNKNOWN: f"{value!r:.100}"}
+
+
+def attributes(value: object) -> dict[str, Any]:
+    """What an object holds by name, settings that it keeps together in a dataclass included."""
+    own = getattr(value, "__dict__", {})
+    together = [part for part in own.values() if is_dataclass(part)]
+    return {field.name: getattr(part, field.name) for part in together for field in fields(part)} | own
 
 
 def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

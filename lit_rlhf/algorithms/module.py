@@ -228,6 +228,8 @@ class AlignmentModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is, and what its export needs beside weights."""
         checkpoint["algorithm"] = type(self).__name__
+        checkpoint["exported"] = self.exported
+        checkpoint["tokens"] = len(self.tokenizer)
         checkpoint["chat_template"] = self.tokenizer.chat_template  # may be the data's
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def best_checkpoint(trainer: Trainer) -> str | None:
     return None
 
 
-def require_replaceable(target: Path) -> None:
+def require_replaceable(target: Path, option: str = "export.folder") -> None:
     """Refuse to replace what is no export: a model's folder, once it is written, is deleted with all that is in it.
 
     Raises:
@@ -107,7 +107,7 @@ def require_replaceable(target: Path) -> None:
     if target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir())):
         return
     if target.exists():
-        raise UserError(f"export.folder: {target} is there and no export of a model; name a folder of its own")
+        raise UserError(f"{option}: {target} is there and no export of a model; name a folder of its own")
 
 
 def rehearse(made: Artefact, target: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,16 +27,21 @@ from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
 from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint, newest_checkpoint
-from lit_rlhf.cli.parser import Parser, did_you_mean
+from lit_rlhf.cli.parser import Parser, Program, did_you_mean
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import make_folder, write_lines
 from token_mdp import RewardError
 
-COMPARE = "compare"  # the one command that is no LightningCLI run
-COMMANDS = ("fit", "validate", "test", "predict", COMPARE)
+# Commands that are no LightningCLI run: a function in the file of that name, under `lit_rlhf.cli`.
+PROGRAMS = {
+    "compare": "Play finished runs on the same held-out prompts.",
+    "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
+}
+COMMANDS = ("fit", "validate", "test", "predict", *PROGRAMS)
 USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
 DESCRIPTION = (
-    "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side."
+    "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side, "
+    "export writes a checkpoint as a Hugging Face folder."
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -128,14 +134,10 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UserError(f"no command is given\nusage: {USAGE}")
         if not argv[0].startswith("-") and argv[0] not in COMMANDS:
             raise UserError(f"there is no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}\nusage: {USAGE}")
-        if argv[:1] == [COMPARE]:
-            from lit_rlhf.cli.compare import compare
-
-            about: Any = {
-                "prog": f"lit-rlhf {COMPARE}",
-                "description": "Play finished runs on the same held-out prompts.",
-            }
-            auto_cli(compare, args=argv[1:], as_positional=False, parser_class=Parser, **about)
+        if argv[0] in PROGRAMS:
+            program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
+            about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
+            auto_cli(program, args=argv[1:], as_positional=False, parser_class=Program, **about)
         else:
             run(None if args is None else argv)  # LightningCLI warns when it is handed the process's own arguments
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -93,6 +93,21 @@ def load_scorer(name: str | Path, fresh_head: bool | None = False, trust_remote_
     return scorer
 
 
+def load_shape(name: str | Path, classifies: bool, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without values for its weights, which lie on the meta device.
+
+    Args:
+        name: folder or hub name of a Hugging Face causal LM, or "demo".
+        classifies: a one-label sequence classifier of its shape instead.
+        trust_remote_code: run model code that comes with the weights.
+    """
+    kind, options = (
+        (AutoModelForSequenceClassification, {"num_labels": 1}) if classifies else (AutoModelForCausalLM, {})
+    )
+    with torch.device("meta"):
+        return cast(PreTrainedModel, _load(kind, name, True, trust_remote_code, **options))
+
+
 def initialize_score_head(model: PreTrainedModel) -> None:
     """Draw the scalar head from N(0, 1/√(d+1)) and set its bias, if any, to 0."""
     head = cast(nn.Linear, model.score)

@@ -74,7 +74,8 @@ def test_a_module_loads_from_its_checkpoint_by_itself(runs, stage):
     if stage == "ppo":
         assert type(loaded.kl) is AdaptiveKL and vars(loaded.kl) == vars(module.kl)
         assert (loaded.kl_penalty, loaded.sampling) == (module.kl_penalty, module.sampling)
-        assert loaded.shaping.clip == 3.0 and loaded.shaping.state_dict() == module.shaping.state_dict()
+        assert loaded.shaping.settings == module.shaping.settings and loaded.shaping.settings.clip == 3.0
+        assert loaded.shaping.state_dict() == module.shaping.state_dict()
         assert (loaded.advantages.func, loaded.advantages.keywords) == (gae, module.advantages.keywords)
         assert (loaded.loss.func, loaded.loss.keywords) == (ppo_policy_loss, module.loss.keywords)
     if stage == "dpo":

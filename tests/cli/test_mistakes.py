@@ -162,7 +162,7 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
         (["fit"], "there is neither model nor data; name a config"),
         (["compare", "--policies=a,b"], "--policies: expected a list, '[a,b]', got a,b"),
         (["compare", "--max_prompts=0"], "max_prompts (0) must be 1 or more"),
-        (["comprae"], "did you mean compare?\nusage: lit-rlhf [-c CONFIG] {fit,validate,test,predict,compare}"),
+        (["comprae"], "did you mean compare?\nusage: lit-rlhf [-c CONFIG] {fit,validate,test,predict,compare,export}"),
         (["compare", "--polices=[sft]"], "there is no option --polices; did you mean policies?"),
         (["compare", "--policies=[]"], "policies is empty"),
         (["compare", "--root=nowhere"], "nowhere/sft/model"),

@@ -1,0 +1,132 @@
+"""`lit-rlhf export`: a checkpoint by itself becomes the folder that its run would have written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lit_rlhf.callbacks import HuggingFaceExport
+from lit_rlhf.cli.checkpoints import WholeCheckpointIO
+from tests.cli.command_line import run
+from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+from tests.tiny import tiny_tokenizer
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} w39 {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """As everywhere; the model's tokenizer has a special token more, its weights are bfloat16."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w39"]})
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A run of each stage, with its export and its last checkpoint; of data with a chat template where there may be."""
+    folders = {}
+    for stage in STAGES:
+        folder = folders[stage] = tmp_path_factory.mktemp(stage)
+        module, data = make_stage(stage, inputs)
+        if stage != "ppo":
+            data.chat_template = TEMPLATE
+        saver = ModelCheckpoint(dirpath=folder, filename="end")
+        options = {"max_epochs": 1, "limit_val_batches": None, "enable_checkpointing": True}
+        make_trainer(folder, callbacks=[saver, HuggingFaceExport()], **options).fit(module, data)
+    return folders
+
+
+def same(folder, other):
+    """Whether two exports hold the same."""
+    names = {path.name for path in folder.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+    weights = [load_file(path / "model.safetensors") for path in (folder, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    for name in names - {"model.safetensors"}:
+        assert (folder / name).read_text() == (other / name).read_text(), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_is_exported_as_its_run_exports_it(finished, tmp_path, stage):
+    assert run("export", f"--ckpt_path={finished[stage] / 'end.ckpt'}", f"--folder={tmp_path / 'model'}") == 0
+    same(tmp_path / "model", finished[stage] / "model")
+
+
+def test_an_export_from_a_checkpoint_reads_no_weights_and_no_data_of_the_run(finished, inputs, tmp_path):
+    shape = shutil.copytree(inputs / "model", tmp_path / "moved", ignore=shutil.ignore_patterns("*.safetensors"))
+    checkpoint = finished["dpo"] / "end.ckpt"
+    options = [f"--ckpt_path={checkpoint}", f"--folder={tmp_path / 'model'}", "--dtype=float32"]
+    assert run("export", *options, f"--policy={shape}") == 0
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, state[f"policy.model.{name}"]) for name, tensor in weights.items())
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float32"
+
+
+def edited(finished, folder, stage="sft", **changes):
+    """A checkpoint with other facts or, by None, without."""
+    checkpoint = torch.load(finished[stage] / "end.ckpt", weights_only=True) | changes
+    WholeCheckpointIO().save_checkpoint(
+        {key: value for key, value in checkpoint.items() if value is not None}, folder / "edited.ckpt"
+    )
+    return folder / "edited.ckpt"
+
+
+def test_a_checkpoint_of_a_reward_model_that_no_validation_has_seen_is_exported_as_learnt_and_said(finished, tmp_path):
+    scores = {"normalize": "mean", "bias": 0.25, "moments": None}
+    checkpoint = edited(finished, tmp_path, "reward_model", scores=scores)
+    with pytest.warns(UserWarning, match=r"the scores are exported as learnt, not normalised \(mean\)"):
+        assert run("export", f"--ckpt_path={checkpoint}", f"--folder={tmp_path / 'model'}") == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["score_bias"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({}, ["--policy=nowhere/model"], "nowhere/model: no model could be loaded there"),
+        (
+            {"hyper_parameters": {"policy": "./gone"}},
+            [],
+            "./gone is what the run started from: where is it now? Name it by",
+        ),
+        ({"hyper_parameters": None}, [], "does not say what to export; its run does so, resumed by fit --ckpt_path"),
+        ({"tokens": 7}, [], "has 40 tokens and that of the run had 7"),
+        ({}, ["--folder=notes"], "folder: notes is there and no export of a model"),
+        ({}, ["--ckpt_path=gone.ckpt"], "ckpt_path: there is no checkpoint"),
+        ({"state_dict": {}}, [], "holds no weights of a policy"),
+        ({"state_dict": {"policy.model.lm_head.weight": torch.full((40, 32), torch.nan)}}, [], "another model"),
+    ],
+)
+def test_what_cannot_be_exported_is_answered_in_one_line(
+    finished, tmp_path, monkeypatch, capsys, changes, options, words
+):
+    monkeypatch.chdir(tmp_path)
+    Path("notes").mkdir()
+    Path("notes", "precious.txt").write_text("mine")
+    checkpoint = edited(finished, tmp_path, **changes)
+    assert run("export", f"--ckpt_path={checkpoint}", "--folder=model", *options) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert words in said[0] and len(said) <= 2
+    assert not Path("model").exists() and Path("notes", "precious.txt").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_takes_its_arguments_from_the_user_and_not_from_the_checkpoint(finished, inputs, tmp_path):
+    model = ["--model=lit_rlhf.SFT", f"--model.policy={inputs / 'model'}", "--model.learning_rate=0.125"]
+    data = ["--data=lit_rlhf.SFTDataModule", f"--data.train={inputs / 'sft.jsonl'}", "--data.validation=null"]
+    trainer = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path}"]
+    trainer += ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
+    assert run("fit", *model, *data, *trainer, f"--ckpt_path={finished['sft'] / 'end.ckpt'}") == 0
+    (file,) = tmp_path.rglob("hparams.yaml")
+    assert "learning_rate: 0.125" in file.read_text()

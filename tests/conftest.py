@@ -2,6 +2,7 @@
 
 import os
 
+import jaxtyping
 import pytest
 
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # Tianshou: compiling takes longer than its tests
@@ -13,6 +14,12 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIT_RLHF_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def wrong_types(monkeypatch):
+    """For tests of wrong types: the answer that a user gets, who has no beartype, rather than its own."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from lit_rlhf.engine.shapes import check_shapes
 
 NUM_BINS = 10
 
@@ -24,7 +27,8 @@ class Calibration(NamedTuple):
         return (self.correct - self.confidence).abs().sum() / self.size.sum()
 
 
-def calibration(margins: Tensor) -> Calibration:
+@check_shapes
+def calibration(margins: Float[Tensor, " B"]) -> Calibration:
     """Bins of pairs.
 
     Args:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.losses.kl import ESTIMATORS, clamped_logratio, with_k2_gradient
 
@@ -40,7 +42,13 @@ class KLPenalty:
         """Estimates of the chosen kind, of the same shape."""
         return ESTIMATORS[self.estimator](logprobs, ref_logprobs)
 
-    def loss(self, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    @check_shapes
+    def loss(
+        self,
+        logprobs: Float[Tensor, "*shape"],
+        old_logprobs: Float[Tensor, "*shape"],
+        ref_logprobs: Float[Tensor, "*shape"],
+    ) -> Float[Tensor, "*shape"]:
         """Estimates for the loss: ρ k with ρ = π/π_old, and the gradient ρ ∇k2 = ρ log(π/π_ref) ∇log π.
 
         Unbiased in value (k1, k3) and in gradient also once π has left the π_old that the tokens were sampled from:

@@ -1,10 +1,12 @@
 """What algorithms that learn from pairs share."""
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.batches import PreferenceBatch
 from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.models.policy import Policy
 
 
@@ -36,8 +38,9 @@ def sequence_logprobs(policy: Policy | nn.Module, packed: PackedBatch) -> tuple[
     return chosen, rejected
 
 
-def agreement(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """How well the scores of B pairs, (B,) each, agree with the labels; a tie is half right."""
+@check_shapes
+def agreement(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> dict[str, Float[Tensor, ""]]:
+    """How well the scores of B pairs agree with the labels; a tie is half right."""
     margin = (chosen - rejected).detach()
     accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
     return {"accuracy": accuracy.mean(), "margin": margin.mean()}

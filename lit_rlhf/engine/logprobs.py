@@ -14,9 +14,12 @@ from typing import Any
 
 import psutil
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+
+from lit_rlhf.engine.shapes import check_shapes
 
 # The float32 logits of one chunk may take this share of the device's memory, within these bounds.
 CHUNK_SHARE, CHUNK_LEAST, CHUNK_MOST = 1 / 64, 64 * 2**20, 2**29
@@ -27,15 +30,16 @@ BLOCK_BYTES = {"cpu": 2 * 2**20}
 NO_TOKEN = -1e30
 
 
+@check_shapes
 def token_logprobs(
     head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    target_ids: Tensor,
+    hidden: Float[Tensor, "M d"],
+    target_ids: Int[Tensor, " M"],
     temperature: float = 1.0,
     with_entropy: bool = False,
     chunk_bytes: int | None = None,
-    unused_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    unused_ids: Int[Tensor, " U"] | None = None,
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"] | None]:
     """Log π(y_t | x, y_<t) of each taken token, π being the softmax of logits / temperature.
 
     Args:
@@ -74,13 +78,14 @@ def token_logprobs(
     return taken, (torch.cat([part[1] for part in parts]) if with_entropy else None)
 
 
+@check_shapes
 def nll_sum(
     head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    target_ids: Tensor,
+    hidden: Float[Tensor, "M d"],
+    target_ids: Int[Tensor, " M"],
     chunk_bytes: int | None = None,
-    unused_ids: Tensor | None = None,
-) -> Tensor:
+    unused_ids: Int[Tensor, " U"] | None = None,
+) -> Float[Tensor, ""]:
     """-Σ log π(y_t | x, y_<t) over all taken tokens: () float32.
 
     With several chunks the gradient is made in the forward pass, while a chunk's logits are there: three products of
@@ -274,19 +279,25 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, unused_ids: Tensor | None
-) -> Tensor:
+    hidden: Float[Tensor, "C d"],
+    weight: Float[Tensor, "V d"],
+    bias: Float[Tensor, " V"] | None,
+    temperature: float,
+    unused_ids: Int[Tensor, " U"] | None,
+) -> Float[Tensor, "C V"]:
     """(C, V) logits / temperature."""
     z = hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
     return mask_(z if temperature == 1.0 else z.div_(temperature), unused_ids)
 
 
-def mask_(z: Tensor, unused_ids: Tensor | None) -> Tensor:
+def mask_(z: Float[Tensor, "*rows V"], unused_ids: Int[Tensor, " U"] | None) -> Float[Tensor, "*rows V"]:
     """Take the probability from (..., V) logits of ids without a token, in place."""
     return z if unused_ids is None else z.index_fill_(-1, unused_ids, max(NO_TOKEN, torch.finfo(z.dtype).min))
 
 
-def statistics(z: Tensor, target_ids: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(
+    z: Float[Tensor, "C V"], target_ids: Int[Tensor, " C"], with_entropy: bool
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"], Float[Tensor, " entropies"]]:
     """Log-probs of the targets, log Σ exp of all logits, and entropies (or none): (C,) or (0,), float32."""
     normalisers, entropies = [], []
     for block in blocks(z):
@@ -302,7 +313,11 @@ def statistics(z: Tensor, target_ids: Tensor, with_entropy: bool) -> tuple[Tenso
 
 
 def to_gradient_(
-    z: Tensor, target_ids: Tensor, normalisers: Tensor, gradient: Tensor, entropy: tuple[Tensor, Tensor] | None
+    z: Float[Tensor, "C V"],
+    target_ids: Int[Tensor, " C"],
+    normalisers: Float[Tensor, " C"],
+    gradient: Float[Tensor, " C"],
+    entropy: tuple[Float[Tensor, " C"], Float[Tensor, " C"]] | None,
 ) -> None:
     """Turn (C, V) logits into the gradient of the loss by them, in place.
 

@@ -5,6 +5,8 @@ denominator of the *global* batch (`losses.sum() / batch.denominator`), so that 
 padded rows changes the mean. The AOT losses alone compare ranks within the batch they are given; BCO's shift is the
 caller's, who keeps it the same over a step.
 
+Shapes are those of the annotations: other ones, which would broadcast, are a ValueError that names the tensors.
+
 Axes: B pairs, M response tokens of all sequences of a packed batch. Log-probabilities are in nats.
 """
 

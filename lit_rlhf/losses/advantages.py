@@ -8,12 +8,15 @@ two turns. Packed (M,) tensors become rows by `pad_rows` and come back by `unpad
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.errors import require
 
 
-def pad_rows(flat: Tensor, row_mask: Tensor) -> Tensor:
+@check_shapes
+def pad_rows(flat: Shaped[Tensor, " M"], row_mask: Bool[Tensor, "B T"]) -> Shaped[Tensor, "B T"]:
     """Packed tokens to rows: (M,) -> (B, T), 0 in the padding.
 
     Args:
@@ -26,14 +29,13 @@ def pad_rows(flat: Tensor, row_mask: Tensor) -> Tensor:
     Raises:
         ValueError: the mask is no (B, T) bool, or has not M cells True.
     """
-    if flat.ndim != 1 or row_mask.dtype != torch.bool or row_mask.ndim != 2:
-        raise ValueError(f"expected (M,) values and a (B, T) bool mask, got {_form(flat)} and {_form(row_mask)}")
     if (cells := int(row_mask.sum())) != len(flat):
         raise ValueError(f"row_mask has {cells} cells True for {len(flat)} values")
     return flat.new_zeros(row_mask.shape).masked_scatter(row_mask, flat)
 
 
-def unpad_rows(rows: Tensor, row_mask: Tensor) -> Tensor:
+@check_shapes
+def unpad_rows(rows: Shaped[Tensor, "B T"], row_mask: Bool[Tensor, "B T"]) -> Shaped[Tensor, " M"]:
     """Rows to packed tokens: (B, T) -> (M,), the inverse of `pad_rows`.
 
     Args:
@@ -43,11 +45,11 @@ def unpad_rows(rows: Tensor, row_mask: Tensor) -> Tensor:
     Returns:
         (M,) the values of the True cells, row after row.
     """
-    _check_mask(row_mask, rows, "rows", "row_mask")
     return rows[row_mask]
 
 
-def make_row_mask(sequence_ids: Tensor, num_sequences: int) -> Tensor:
+@check_shapes
+def make_row_mask(sequence_ids: Int[Tensor, " M"], num_sequences: int) -> Bool[Tensor, "B T"]:
     """The mask of right-padded rows that hold packed tokens.
 
     Args:
@@ -66,7 +68,10 @@ def make_row_mask(sequence_ids: Tensor, num_sequences: int) -> Tensor:
     return torch.arange(longest, device=lengths.device) < lengths[:, None]
 
 
-def token_rewards(scores: Tensor, kl: Tensor, kl_coef: float, response_mask: Tensor) -> Tensor:
+@check_shapes
+def token_rewards(
+    scores: Float[Tensor, " B"], kl: Float[Tensor, "B T"], kl_coef: float, response_mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
     """Reward of each token: -kl_coef * kl_t, plus the score on the last response token.
 
     Ziegler et al. 2019, Eq. 2, https://arxiv.org/abs/1909.08593; Ouyang et al. 2022, Eq. 2. The last response token is
@@ -84,9 +89,6 @@ def token_rewards(scores: Tensor, kl: Tensor, kl_coef: float, response_mask: Ten
     Raises:
         ValueError: a mask that would broadcast, or a response with no token, which no action could be paid for.
     """
-    _check_mask(response_mask, kl, "kl", "response_mask")
-    if scores.shape != kl.shape[:1]:
-        raise ValueError(f"scores must be one per row, ({kl.shape[0]},), got {_form(scores)}")
     empty = (~response_mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"responses {empty[:8]} have no token to carry their score; drop them from the rollout")
@@ -102,20 +104,21 @@ class ScoredRollout(NamedTuple):
     In training, all fields are there, but for values without a critic.
     """
 
-    token_rewards: Tensor  # (B, T) r: the KL penalty where it is charged in the reward, and the score at the end
-    values: Tensor | None  # (B, T) V of the state in which each token was taken; None without a critic
-    response_mask: Tensor  # (B, T) bool
-    scores: Tensor | None = None  # (B,) verdict on each whole response, without the KL penalty
-    prompt_index: Tensor | None = None  # (B,) int64: which prompt it is to; completions of one prompt have the same
+    token_rewards: Float[Tensor, "B T"]  # r: the KL penalty where it is charged in the reward, and the score at the end
+    values: Float[Tensor, "B T"] | None  # V of the state in which each token was taken; None without a critic
+    response_mask: Bool[Tensor, "B T"]
+    scores: Float[Tensor, " B"] | None = None  # verdict on each whole response, without the KL penalty
+    prompt_index: Int[Tensor, " B"] | None = None  # which prompt it is to; completions of one prompt have the same
 
 
 class Advantages(NamedTuple):
     """What an advantage estimator gives; both 0 outside of the mask."""
 
-    advantages: Tensor  # (B, T) A, not yet whitened
-    returns: Tensor  # (B, T) what the critic is to predict
+    advantages: Float[Tensor, "B T"]  # A, not yet whitened
+    returns: Float[Tensor, "B T"]  # what the critic is to predict
 
 
+@check_shapes
 def gae(rollout: ScoredRollout, gamma: float = 1.0, gae_lambda: float = 0.95) -> Advantages:
     """Generalised advantage estimation: A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} - V_t.
 
@@ -139,8 +142,6 @@ def gae(rollout: ScoredRollout, gamma: float = 1.0, gae_lambda: float = 0.95) ->
     if rollout.values is None:
         raise ValueError("gae needs the values of a critic")
     values, response_mask = rollout.values, rollout.response_mask
-    _check_mask(response_mask, values, "values", "response_mask")
-    _check_mask(response_mask, rollout.token_rewards, "token_rewards", "response_mask")
     advantages = torch.zeros_like(values)
     next_value = values.new_zeros(values.shape[0])
     next_advantage = torch.zeros_like(next_value)
@@ -156,22 +157,23 @@ def gae(rollout: ScoredRollout, gamma: float = 1.0, gae_lambda: float = 0.95) ->
 class Moments(NamedTuple):
     """Sums over the cells that count; sums of several ranks add up to those of the whole."""
 
-    sum: Tensor  # () float64
-    sum_of_squares: Tensor  # () float64
-    size: Tensor  # () float64: how many cells
+    sum: Float[Tensor, ""]  # float64
+    sum_of_squares: Float[Tensor, ""]  # float64
+    size: Float[Tensor, ""]  # float64: how many cells
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> Float[Tensor, ""]:
         """() mean; 0 if nothing counts."""
         return self.sum / self.size.clamp(min=1)
 
     @property
-    def variance(self) -> Tensor:
+    def variance(self) -> Float[Tensor, ""]:
         """() population variance; 0 if nothing counts."""
         return (self.sum_of_squares / self.size.clamp(min=1) - self.mean.square()).clamp(min=0)
 
 
-def masked_moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+@check_shapes
+def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None) -> Moments:
     """Sum, sum of squares and number of the cells that count.
 
     Over ranks: `Moments(*all_reduce_sum(torch.stack(masked_moments(x, mask))))`.
@@ -184,13 +186,13 @@ def masked_moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         The moments, each a scalar in float64 (float32 on MPS, which has no other), where sums of squares do not cancel.
     """
     if mask is not None:
-        _check_mask(mask, x, "x", "mask")
         x = x[mask]
     x = x.to(torch.float32 if x.is_mps else torch.float64)
     return Moments(x.sum(), x.square().sum(), x.new_tensor(x.numel()))
 
 
-def explained_variance(residuals: Moments, returns: Moments) -> Tensor:
+@check_shapes
+def explained_variance(residuals: Moments, returns: Moments) -> Float[Tensor, ""]:
     """How much of the returns a critic foresaw: 1 - Var(R - V)/Var(R).
 
     Args:
@@ -206,13 +208,14 @@ def explained_variance(residuals: Moments, returns: Moments) -> Tensor:
     return torch.where(returns.variance > rounding, foreseen, 0.0)
 
 
+@check_shapes
 def whiten(
-    x: Tensor,
-    mask: Tensor | None = None,
+    x: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"] | None = None,
     moments: Moments | None = None,
     keep_mean: bool = False,
     epsilon: float = 1e-8,
-) -> Tensor:
+) -> Float[Tensor, "*shape"]:
     """Mean 0 and variance 1 over the cells that count: (x - mean) / √(variance + epsilon).
 
     Args:
@@ -232,15 +235,4 @@ def whiten(
     whitened = whitened.to(x.dtype)
     if mask is None:
         return whitened
-    _check_mask(mask, x, "x", "mask")
     return torch.where(mask, whitened, 0.0)
-
-
-def _form(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype}"
-
-
-def _check_mask(mask: Tensor, x: Tensor, name: str, mask_name: str) -> None:
-    """A mask of another shape would broadcast without a word; one of 0 and 1 would index instead of select."""
-    if mask.shape != x.shape or mask.dtype != torch.bool:
-        raise ValueError(f"{mask_name} must be bool and of the shape of {name}, {tuple(x.shape)}, got {_form(mask)}")

@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.losses.kl import MAX_LOGRATIO
 
 
-def reverse_kl_link(logratio: Tensor) -> Tensor:
+def reverse_kl_link(logratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """KL(π‖π_ref): f'(u) = log u (+ 1). `f_dpo_loss` with it is `dpo_loss`.
 
     Args:
@@ -29,7 +31,7 @@ def reverse_kl_link(logratio: Tensor) -> Tensor:
     return logratio
 
 
-def forward_kl_link(logratio: Tensor) -> Tensor:
+def forward_kl_link(logratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """KL(π_ref‖π): f'(u) = -1/u, Table 1; below a log-ratio of -20 its tangent there.
 
     Args:
@@ -41,7 +43,7 @@ def forward_kl_link(logratio: Tensor) -> Tensor:
     return -torch.exp(_clamped(-logratio)) - _line_past_the_clamp(-logratio)
 
 
-def jensen_shannon_link(logratio: Tensor) -> Tensor:
+def jensen_shannon_link(logratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Jensen-Shannon: f'(u) = log(2u/(1 + u)) = log 2 + log σ(log u), Table 1; without log 2, which cancels.
 
     Args:
@@ -67,21 +69,22 @@ def alpha_link(alpha: float) -> Callable[[Tensor], Tensor]:
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha ({alpha}) must be in (0, 1]; its limit 0 is reverse_kl_link")
 
-    def link(logratio: Tensor) -> Tensor:
+    def link(logratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         exponent = -alpha * logratio
         return -(torch.expm1(_clamped(exponent)) + _line_past_the_clamp(exponent)) / alpha
 
     return link
 
 
+@check_shapes
 def f_dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
     link: Callable[[Tensor], Tensor] = reverse_kl_link,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """f-DPO: -log σ(β f'(π(y_w)/π_ref(y_w)) - β f'(π(y_l)/π_ref(y_l))).
 
     Wang et al. 2023, with the f' of its Table 1, https://arxiv.org/abs/2309.16240
@@ -107,13 +110,14 @@ def f_dpo_loss(
     return -F.logsigmoid(chosen_reward - rejected_reward)
 
 
+@check_shapes
 def forward_kl_dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """f-DPO under KL(π_ref‖π): `f_dpo_loss` with `forward_kl_link`.
 
     Args:
@@ -130,13 +134,14 @@ def forward_kl_dpo_loss(
     return f_dpo_loss(*pair, beta, forward_kl_link)
 
 
+@check_shapes
 def jensen_shannon_dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """f-DPO under the Jensen-Shannon divergence: `f_dpo_loss` with `jensen_shannon_link`.
 
     Args:
@@ -153,14 +158,15 @@ def jensen_shannon_dpo_loss(
     return f_dpo_loss(*pair, beta, jensen_shannon_link)
 
 
+@check_shapes
 def alpha_dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
     alpha: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """f-DPO under an α-divergence: `f_dpo_loss` with `alpha_link(alpha)`.
 
     Args:
@@ -178,11 +184,11 @@ def alpha_dpo_loss(
     return f_dpo_loss(*pair, beta, alpha_link(alpha))
 
 
-def _clamped(exponent: Tensor) -> Tensor:
+def _clamped(exponent: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """min(exponent, 20), with slope 1 at 20 itself, where torch's own clamp has slope 0 from release 2.14 on."""
     return exponent.masked_fill(exponent > MAX_LOGRATIO, MAX_LOGRATIO)
 
 
-def _line_past_the_clamp(exponent: Tensor) -> Tensor:
+def _line_past_the_clamp(exponent: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """What to add to exp(min(exponent, 20)), so that it goes on past 20 with the value and slope that it has there."""
     return math.exp(MAX_LOGRATIO) * F.relu(exponent - MAX_LOGRATIO)

@@ -13,13 +13,19 @@ Which to use where:
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from lit_rlhf.engine.shapes import check_shapes
 
 # exp(20) = 4.9e8: far from overflow in float32 and far from any ratio that a sane update makes.
 MAX_LOGRATIO = 20.0
 
 
-def clamped_logratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+@check_shapes
+def clamped_logratio(
+    logprobs: Float[Tensor, "*shape"], other_logprobs: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
     """Log-ratio log π - log π_other, held within ±20 so that `exp` of it and its gradient are finite.
 
     Args:
@@ -32,7 +38,8 @@ def clamped_logratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
     return (logprobs - other_logprobs).clamp(-MAX_LOGRATIO, MAX_LOGRATIO)
 
 
-def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+@check_shapes
+def k1(logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Unbiased, high variance, may be negative: k1 = log π - log π_ref.
 
     Schulman 2020, http://joschu.net/blog/kl-approx.html
@@ -47,7 +54,8 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return logprobs - ref_logprobs
 
 
-def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+@check_shapes
+def k2(logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Biased in value, unbiased in gradient, never negative: k2 = ½ (log π - log π_ref)².
 
     Schulman 2020, http://joschu.net/blog/kl-approx.html
@@ -62,7 +70,8 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+@check_shapes
+def k3(logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Unbiased, never negative, low variance near π_ref: k3 = r - 1 - log r with r = π_ref/π.
 
     Schulman 2020, http://joschu.net/blog/kl-approx.html. log r is clamped from above only, where `exp` would overflow;
@@ -79,7 +88,10 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(log_r) - log_r
 
 
-def with_k2_gradient(estimate: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+@check_shapes
+def with_k2_gradient(
+    estimate: Float[Tensor, "*shape"], logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
     """The value of `estimate` with the gradient of k2: on tokens of π, an unbiased gradient of KL(π‖π_ref).
 
     The gradient is that of each token's KL given its prefix; what a token does to later states is seen only by KL in

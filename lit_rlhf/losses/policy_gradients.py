@@ -9,8 +9,10 @@ import math
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.errors import require
 from lit_rlhf.losses.kl import clamped_logratio
 
@@ -18,19 +20,20 @@ from lit_rlhf.losses.kl import clamped_logratio
 class PolicyTokens(NamedTuple):
     """What a policy loss is computed from: the sampled tokens of a minibatch, and what they turned out to be worth."""
 
-    logprobs: Tensor  # log π of the tokens, now
-    old_logprobs: Tensor  # log π_old, at rollout, from the same forward path; carries no gradient
-    advantages: Tensor  # whitened over the rollout; carries no gradient
-    sequence_ids: Tensor | None = None  # int64, the response that a token belongs to; for losses of whole responses
+    logprobs: Float[Tensor, "*shape"]  # log π of the tokens, now
+    old_logprobs: Float[Tensor, "*shape"]  # log π_old, at rollout, from the same forward path; carries no gradient
+    advantages: Float[Tensor, "*shape"]  # whitened over the rollout; carries no gradient
+    sequence_ids: Int[Tensor, "*shape"] | None = None  # the response of a token; for losses of whole responses
 
 
 class PolicyLoss(NamedTuple):
     """What a policy loss gives: a loss per token, and by name what to log of it, a value per token each."""
 
-    losses: Tensor
-    metrics: dict[str, Tensor]
+    losses: Float[Tensor, "*shape"]
+    metrics: dict[str, Float[Tensor, "*shape"]]
 
 
+@check_shapes
 def ppo_policy_loss(tokens: PolicyTokens, clip_range: float = 0.2) -> PolicyLoss:
     """Pessimistic clipped surrogate of each token: -min(ρ A, clip(ρ, 1 ± clip_range) A) with ρ = π/π_old.
 
@@ -53,7 +56,13 @@ def ppo_policy_loss(tokens: PolicyTokens, clip_range: float = 0.2) -> PolicyLoss
     return PolicyLoss(losses, {"ratio": ratio.detach(), "clip_fraction": clipped})
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
+@check_shapes
+def value_loss(
+    values: Float[Tensor, "*shape"],
+    old_values: Float[Tensor, "*shape"],
+    returns: Float[Tensor, "*shape"],
+    clip_range: float | None,
+) -> Float[Tensor, "*shape"]:
     """Clipped value loss of each token: ½ max((V - R)², (clip(V, V_old ± clip_range) - R)²).
 
     Schulman et al. 2016's regression with the clipping of OpenAI's PPO, as described by Huang et al. 2022, detail 9,

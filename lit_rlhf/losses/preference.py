@@ -12,18 +12,21 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.losses.kl import MAX_LOGRATIO
 
 
+@check_shapes
 def dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """Loss of each preference pair: -log σ(β (chosen log-ratio - rejected log-ratio)).
 
     Rafailov et al. 2023, Eq. 7, https://arxiv.org/abs/2305.18290
@@ -43,14 +46,15 @@ def dpo_loss(
     return -F.logsigmoid(beta * (chosen_logratio - rejected_logratio))
 
 
+@check_shapes
 def conservative_dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
     label_smoothing: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """cDPO, for labels that are wrong with probability ε: -(1 - ε) log σ(z) - ε log σ(-z).
 
     Mitchell 2023, Eq. 3, https://ericmitchell.ai/cdpo.pdf
@@ -71,14 +75,15 @@ def conservative_dpo_loss(
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
+@check_shapes
 def robust_dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
     label_smoothing: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """rDPO, unbiased under labels flipped with probability ε: (-(1 - ε) log σ(z) + ε log σ(-z)) / (1 - 2ε).
 
     Chowdhury et al. 2024, section 3.1, https://arxiv.org/abs/2403.00409. Averaged over the flips it is DPO's loss on
@@ -101,14 +106,15 @@ def robust_dpo_loss(
     return (-(1 - label_smoothing) * kept + label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
+@check_shapes
 def offset_dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-    margin: Tensor | float,
-) -> Tensor:
+    margin: Float[Tensor, " B"] | float,
+) -> Float[Tensor, " B"]:
     """ODPO, for pairs of which it is known by how much one is better: -log σ(z - margin).
 
     Amini et al. 2024, section 3, https://arxiv.org/abs/2402.10571, where the margin is a multiple of the difference of
@@ -129,13 +135,14 @@ def offset_dpo_loss(
     return -F.logsigmoid(z - margin)
 
 
+@check_shapes
 def ipo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """IPO, a target for the margin instead of "more is better": (h_w - h_l - 1/(2β))².
 
     Azar et al. 2023, Eq. 17 with τ = β, https://arxiv.org/abs/2310.12036. The paper sums over tokens;
@@ -155,15 +162,16 @@ def ipo_loss(
     return (h_w - h_l - 1 / (2 * beta)).square()
 
 
+@check_shapes
 def length_normalized_ipo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-) -> Tensor:
+    chosen_lengths: Shaped[Tensor, " B"],
+    rejected_lengths: Shaped[Tensor, " B"],
+) -> Float[Tensor, " B"]:
     """IPO on log-ratios per token, as its authors advise: (h_w/|y_w| - h_l/|y_l| - 1/(2β))².
 
     Azar et al. 2023, Eq. 17 with τ = β, https://arxiv.org/abs/2310.12036
@@ -184,13 +192,14 @@ def length_normalized_ipo_loss(
     return (h_w / chosen_lengths - h_l / rejected_lengths - 1 / (2 * beta)).square()
 
 
+@check_shapes
 def hinge_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """Hinge on the margin: max(0, 1 - z).
 
     Zhao et al. 2023 (SLiC-HF), section 2, https://arxiv.org/abs/2305.10425, with the log-ratios to the reference of
@@ -209,14 +218,15 @@ def hinge_loss(
     return F.relu(1 - _margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta))
 
 
+@check_shapes
 def exo_pair_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
     label_smoothing: float = 1e-3,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """EXO on pairs, a reverse KL: σ(z) log(σ(z) / (1 - ε)) + σ(-z) log(σ(-z) / ε).
 
     Ji et al. 2024, Eq. 16 with K = 2, https://arxiv.org/abs/2402.00856: KL from the policy's preference (σ(z), σ(-z))
@@ -240,14 +250,15 @@ def exo_pair_loss(
     return kept + flipped
 
 
+@check_shapes
 def discopop_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
     temperature: float = 0.05,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """DiscoPOP (log-ratio modulated): (1 - σ(z/τ)) (-log σ(z)) + σ(z/τ) exp(-z).
 
     Lu et al. 2024, Eq. 5, https://arxiv.org/abs/2406.08414. Found by search, and not convex: with τ = 0.05 it rises
@@ -273,15 +284,16 @@ def discopop_loss(
     return (1 - share) * -F.logsigmoid(z) + share * exponential
 
 
+@check_shapes
 def length_normalized_dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-) -> Tensor:
+    chosen_lengths: Shaped[Tensor, " B"],
+    rejected_lengths: Shaped[Tensor, " B"],
+) -> Float[Tensor, " B"]:
     """DPO on log-ratios per token: -log σ(β (h_w/|y_w| - h_l/|y_l|)).
 
     Lambert et al. 2024 (Tülu 3), https://arxiv.org/abs/2411.15124
@@ -302,15 +314,16 @@ def length_normalized_dpo_loss(
     return -F.logsigmoid(beta * (h_w / chosen_lengths - h_l / rejected_lengths))
 
 
+@check_shapes
 def rpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-    chosen_lengths: Tensor,
+    chosen_lengths: Shaped[Tensor, " B"],
     nll_coef: float = 1.0,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """DPO and the likelihood of the chosen response: -log σ(z) - α log π(y_w|x)/|y_w|.
 
     Pang et al. 2024, Eq. 1, https://arxiv.org/abs/2404.19733; the second term keeps chosen log-probs from falling.
@@ -333,14 +346,15 @@ def rpo_loss(
     return -F.logsigmoid(z) - nll_coef * chosen_logprobs / chosen_lengths
 
 
+@check_shapes
 def chosen_nll_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-    chosen_lengths: Tensor,
-) -> Tensor:
+    chosen_lengths: Shaped[Tensor, " B"],
+) -> Float[Tensor, " B"]:
     """The likelihood of the chosen response alone, a term for mixtures: -log π(y_w|x)/|y_w|.
 
     Args:
@@ -358,12 +372,12 @@ def chosen_nll_loss(
 
 
 def _margin(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """Z: the margin of the implicit rewards."""
     h_w, h_l = chosen_logprobs - ref_chosen_logprobs, rejected_logprobs - ref_rejected_logprobs
     return beta * (h_w - h_l)

@@ -1,10 +1,13 @@
 """Losses with a target in the data: demonstrations and preferences. Axes: B pairs; any shape for tokens."""
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
+from lit_rlhf.engine.shapes import check_shapes
 
-def nll(logprobs: Tensor) -> Tensor:
+
+def nll(logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Negative log-likelihood of each token: -log π(y_t|x, y_<t).
 
     Args:
@@ -16,7 +19,10 @@ def nll(logprobs: Tensor) -> Tensor:
     return -logprobs
 
 
-def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+@check_shapes
+def bradley_terry_loss(
+    chosen_scores: Float[Tensor, " B"], rejected_scores: Float[Tensor, " B"], margin: Float[Tensor, " B"] | float = 0.0
+) -> Float[Tensor, " B"]:
     """Loss of each pair: -log σ(r(x, y_w) - r(x, y_l) - margin).
 
     Bradley & Terry 1952; Ouyang et al. 2022, Eq. 1, https://arxiv.org/abs/2203.02155. The margin is that of

@@ -7,16 +7,20 @@ Axes: B pairs. Log-probabilities are in nats, summed over the response tokens.
 """
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
+from lit_rlhf.engine.shapes import check_shapes
 
+
+@check_shapes
 def aot_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """AOT, paired: -log σ(β (u_(i) - v_(i))), u the policy's and v the reference's margins, each sorted in the batch.
 
     Melnyk et al. 2024, section 3, https://arxiv.org/abs/2406.05882: the policy's margins log π(y_w) - log π(y_l) are to
@@ -37,13 +41,14 @@ def aot_loss(
     return -F.logsigmoid(beta * (margins - ref_margins))
 
 
+@check_shapes
 def aot_unpaired_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
     beta: float,
-) -> Tensor:
+) -> Float[Tensor, " B"]:
     """AOT, unpaired: -log σ(β (u_(i) - v_(i))), u the chosen and v the rejected log-ratios, each sorted in the batch.
 
     Melnyk et al. 2024, section 3, https://arxiv.org/abs/2406.05882: chosen rewards are to dominate rejected ones as

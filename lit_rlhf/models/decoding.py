@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from lit_rlhf.engine.packing import make_layout
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.models.graphs import GraphedStep, can_capture
 from lit_rlhf.models.policy import Policy, runs_packed
 
@@ -217,14 +219,15 @@ class SlotDecoder:
             self.rows[slot], self.rows[dropped] = target, source
 
 
+@check_shapes
 def sample(
-    logits: Tensor,
-    uniforms: Tensor,
+    logits: Float[Tensor, "n V"],
+    uniforms: Float[Tensor, " n"],
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
     min_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Draw a token from each row by inverting its cumulative distribution.
 
     Args:
@@ -253,7 +256,7 @@ def sample(
     return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
 
 
-def filter_logits(logits: Tensor, top_k: int | None, top_p: float, min_p: float) -> Tensor:
+def filter_logits(logits: Float[Tensor, "n V"], top_k: int | None, top_p: float, min_p: float) -> Float[Tensor, "n V"]:
     """Set the logits of tokens that may not be sampled to -inf; the most likely token always stays."""
     if top_k is not None and top_k < logits.shape[-1]:
         kept, index = logits.topk(top_k, dim=-1)  # k of them, whatever ties with the last
@@ -269,7 +272,7 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float, min_p: float)
     return logits
 
 
-def running_sums(probs: Tensor) -> Tensor:
+def running_sums(probs: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
     """Sums of probabilities along the last axis.
 
     Where determinism is asked for (`trainer.deterministic`) they are summed as whole multiples of 2^-53: torch refuses

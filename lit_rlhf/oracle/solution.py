@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.oracle.tree import LogprobFn, Prompts, TokenTree, prompt_tensors
 
 # prompt_ids (P,), completions (C, T) with 0 past their ends, lengths (C,) -> (C,) rewards
@@ -24,7 +26,8 @@ class Values(NamedTuple):
         return [q - v[:, None] for q, v in zip(self.action_values, self.values, strict=True)]
 
 
-def optimal_values(tree: TokenTree, ref_table: Sequence[Tensor], rewards: Tensor, beta: float) -> Values:
+@check_shapes
+def optimal_values(tree: TokenTree, ref_table: Sequence[Tensor], rewards: Float[Tensor, " C"], beta: float) -> Values:
     """V*(s) = β log Σ_a π_ref(a|s) exp(Q*(s, a)/β), by backward induction; V* of the root is β log Z.
 
     The optimal policy is π*(a|s) = π_ref(a|s) exp((Q* - V*)/β): `advantages` = β log π*/π_ref.
@@ -39,8 +42,9 @@ def optimal_values(tree: TokenTree, ref_table: Sequence[Tensor], rewards: Tensor
     return _backward_induction(tree, rewards, lambda t, q: beta * torch.logsumexp(ref_table[t] + q / beta, dim=-1))
 
 
+@check_shapes
 def policy_values(
-    tree: TokenTree, table: Sequence[Tensor], ref_table: Sequence[Tensor], rewards: Tensor, beta: float
+    tree: TokenTree, table: Sequence[Tensor], ref_table: Sequence[Tensor], rewards: Float[Tensor, " C"], beta: float
 ) -> Values:
     """V^π(s) = Σ_a π(a|s) (Q^π(s, a) - β log π/π_ref): what a critic learns when KL is in the reward.
 
@@ -56,26 +60,40 @@ def policy_values(
     )
 
 
-def kl_divergence(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+@check_shapes
+def kl_divergence(
+    logprobs: Float[Tensor, "*rows C"], other_logprobs: Float[Tensor, "*rows C"]
+) -> Float[Tensor, "*rows"]:
     """KL(π‖π_other) = Σ_y π(y) log π(y)/π_other(y) over the last axis, where outcomes are listed: (..., C) -> (...)."""
     impossible = logprobs == -torch.inf  # 0 log 0 = 0
     logratio = torch.where(impossible, 0.0, logprobs - other_logprobs)
     return (logprobs.exp() * logratio).sum(-1)
 
 
-def log_partition(ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
+@check_shapes
+def log_partition(
+    ref_logprobs: Float[Tensor, "*rows C"], rewards: Float[Tensor, "*rows C"], beta: float
+) -> Float[Tensor, "*rows"]:
     """Log Z(x) = log Σ_y π_ref(y|x) exp(r(x, y)/β): (..., C) -> (...)."""
     return torch.logsumexp(ref_logprobs + rewards / beta, dim=-1)
 
 
-def optimal_logprobs(ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
+@check_shapes
+def optimal_logprobs(
+    ref_logprobs: Float[Tensor, "*rows C"], rewards: Float[Tensor, "*rows C"], beta: float
+) -> Float[Tensor, "*rows C"]:
     """Log π*(y|x) = log π_ref(y|x) + r(x, y)/β - log Z(x): (..., C) -> (..., C)."""
     return ref_logprobs + rewards / beta - log_partition(ref_logprobs, rewards, beta)[..., None]
 
 
+@check_shapes
 def divergence_optimum(
-    ref_logprobs: Tensor, rewards: Tensor, beta: float, link: Callable[[Tensor], Tensor], steps: int = 80
-) -> Tensor:
+    ref_logprobs: Float[Tensor, " C"],
+    rewards: Float[Tensor, " C"],
+    beta: float,
+    link: Callable[[Tensor], Tensor],
+    steps: int = 80,
+) -> Float[Tensor, " C"]:
     """The policy that maximises E_π[r] - β D_f(π‖π_ref): f'(π/π_ref) = (r - λ)/β, λ such that π sums to one.
 
     Wang et al. 2023, https://arxiv.org/abs/2309.16240. By bisection, for the log-ratio of each completion within that
@@ -115,12 +133,19 @@ def divergence_optimum(
     return optimum - optimum.logsumexp(0)
 
 
-def objective(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
+@check_shapes
+def objective(
+    logprobs: Float[Tensor, "*rows C"],
+    ref_logprobs: Float[Tensor, "*rows C"],
+    rewards: Float[Tensor, "*rows C"],
+    beta: float,
+) -> Float[Tensor, "*rows"]:
     """J(π) = E_π[r] - β KL(π‖π_ref): (..., C) -> (...)."""
     return (logprobs.exp() * rewards).sum(-1) - beta * kl_divergence(logprobs, ref_logprobs)
 
 
-def bayes_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+@check_shapes
+def bayes_accuracy(chosen_rewards: Float[Tensor, " N"], rejected_rewards: Float[Tensor, " N"]) -> Float[Tensor, ""]:
     """() accuracy that no reward model can beat in the mean on preferences drawn by Bradley-Terry: mean of σ(|Δr|).
 
     Args:

@@ -1,8 +1,10 @@
 """A policy that is a table of logits: the smallest one that can be any policy at all, the optimum included."""
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.oracle.tree import LogprobFn, Prompts, TokenTree, prompt_tensors
 
 
@@ -44,7 +46,8 @@ class TablePolicy(nn.Module):
         """(n,) states -> (n, V) log-probs of the next token."""
         return torch.log_softmax(self.logits[states], dim=-1)
 
-    def states(self, prompt_numbers: Tensor, responses: Tensor) -> Tensor:
+    @check_shapes
+    def states(self, prompt_numbers: Int[Tensor, " B"], responses: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
         """The state in which each token of a response was taken.
 
         Args:

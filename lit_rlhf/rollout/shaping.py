@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.losses.advantages import Moments
 
@@ -85,7 +87,10 @@ class RewardShaping:
         """
         self.seen = Moments(*(old + new for old, new in zip(self.seen, rewards, strict=True)))
 
-    def scores(self, rewards: Tensor, lengths: Tensor, cut: Tensor) -> Tensor:
+    @check_shapes
+    def scores(
+        self, rewards: Float[Tensor, " B"], lengths: Shaped[Tensor, " B"], cut: Bool[Tensor, " B"]
+    ) -> Float[Tensor, " B"]:
         """Scores to learn from.
 
         Args:

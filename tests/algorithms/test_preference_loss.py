@@ -122,6 +122,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.usefixtures("wrong_types")
 def test_what_makes_no_sense_is_refused_by_name(name):
     loss, words = REFUSED[name]
     with pytest.raises(UserError) as error:

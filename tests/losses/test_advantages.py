@@ -94,7 +94,7 @@ class TestTokenRewards:
             token_rewards(torch.zeros(4), torch.zeros(4, 6), 0.1, mask)
 
     def test_scores_that_would_broadcast_are_refused(self):
-        with pytest.raises(ValueError, match=r"scores must be one per row, \(4,\)"):
+        with pytest.raises(ValueError, match=r"scores must be \(B,\), got \(4, 1\) beside kl \(4, 6\)"):
             token_rewards(torch.zeros(4, 1), torch.zeros(4, 6), 0.1, MASK)
 
 
@@ -303,10 +303,12 @@ BROADCASTING = {
     ids=["gae", "token_rewards", "whiten", "whiten with moments", "masked_moments", "unpad_rows"],
 )
 def test_a_mask_that_would_broadcast_is_refused(function, mask):
-    with pytest.raises(ValueError, match=r"mask must be bool and of the shape of"):
+    with pytest.raises(ValueError, match=r"mask must be bool"):
         function(torch.zeros(4, 6), mask)
 
 
 def test_gae_refuses_rewards_that_would_broadcast():
-    with pytest.raises(ValueError, match="shape of token_rewards"):
+    with pytest.raises(
+        ValueError, match=r"rollout.values must be \(B, T\), got \(4, 6\) beside rollout.token_rewards \(4, 1\)"
+    ):
         gae(ScoredRollout(torch.zeros(4, 1), torch.zeros(4, 6), MASK), 1.0, 0.95)

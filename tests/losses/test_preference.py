@@ -206,10 +206,11 @@ def test_only_the_difference_to_the_reference_counts(loss):
     if getattr(loss, "func", None) in (rpo_loss, chosen_nll_loss):
         pytest.skip("its likelihood term is absolute on purpose")
     chosen, rejected, ref_chosen, ref_rejected = (randoms(seed) for seed in range(4))
-    moved = loss(chosen - 7, rejected + 2, ref_chosen - 7, ref_rejected + 2, 0.3)
+    lengths = {name: x.expand(6) for name, x in getattr(loss, "keywords", {}).items() if name.endswith("lengths")}
+    moved = loss(chosen - 7, rejected + 2, ref_chosen - 7, ref_rejected + 2, 0.3, **lengths)
     if loss is aot_loss:  # it compares quantiles of margins, which move by the same constant
         moved = loss(chosen - 7, rejected - 7, ref_chosen - 7, ref_rejected - 7, 0.3)
-    assert torch.allclose(moved, loss(chosen, rejected, ref_chosen, ref_rejected, 0.3))
+    assert torch.allclose(moved, loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, **lengths))
 
 
 class TestOptima:

@@ -142,7 +142,7 @@ def frequencies(**settings):
         ({"top_k": 2}, [0.625, 0.375, 0, 0]),
         ({"top_p": 0.75}, [0.625, 0.375, 0, 0]),  # 0.5 is not enough, 0.8 is
         ({"min_p": 0.2}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),  # 0.05 < 0.2 * 0.5
-        ({"temperature": 0}, [1, 0, 0, 0]),
+        ({"temperature": 0.0}, [1, 0, 0, 0]),
     ],
 )
 def test_tokens_are_drawn_from_the_distribution_that_their_logprobs_name(settings, expected):

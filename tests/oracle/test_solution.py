@@ -230,6 +230,7 @@ class TestOracle:
         policy = TablePolicy(self.tree, listed, random_policy(4, 1))
         assert oracle.evaluate(policy.logprob_fn) == self.oracle().evaluate(random_policy(4, 1))
 
+    @pytest.mark.usefixtures("wrong_types")
     @pytest.mark.parametrize(
         ("prompts", "got"),
         [([1, 2], r"\(\) torch.int64"), (PROMPT, r"\(\) torch.int64"), ([[1.5]], r"\(1,\) torch.float32")],
@@ -238,6 +239,7 @@ class TestOracle:
         with pytest.raises(ValueError, match=rf"each \(P,\) integer token ids; one of them is {got}"):
             Oracle(self.tree, prompts, random_policy(4, 0), random_reward, 0.3)
 
+    @pytest.mark.usefixtures("wrong_types")
     @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1], [3], 2, -1])
     def test_values_are_asked_for_by_the_number_of_a_prompt(self, prompt):
         with pytest.raises(ValueError, match="must be the number of a prompt, 0 to 1"):

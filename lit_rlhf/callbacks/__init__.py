@@ -5,6 +5,15 @@ from lit_rlhf.callbacks.completions import CompletionWriter
 from lit_rlhf.callbacks.export import HuggingFaceExport
 from lit_rlhf.callbacks.performance import Performance
 from lit_rlhf.callbacks.samples import SampleTable
+from lit_rlhf.callbacks.stopping import GracefulStop
 from lit_rlhf.callbacks.summary import RunSummary
 
-__all__ = ["CompileModel", "CompletionWriter", "HuggingFaceExport", "Performance", "RunSummary", "SampleTable"]
+__all__ = [
+    "CompileModel",
+    "CompletionWriter",
+    "GracefulStop",
+    "HuggingFaceExport",
+    "Performance",
+    "RunSummary",
+    "SampleTable",
+]

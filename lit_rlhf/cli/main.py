@@ -24,12 +24,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.callbacks import CompletionWriter, HuggingFaceExport, RunSummary, SampleTable
+from lit_rlhf.callbacks import CompletionWriter, GracefulStop, HuggingFaceExport, RunSummary, SampleTable
 from lit_rlhf.callbacks.performance import Performance, default_precision
-from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint, newest_checkpoint
+from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
 from lit_rlhf.cli.parser import Parser, Program, did_you_mean
+from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import make_folder, write_lines
+from lit_rlhf.signals import SIGNALS, Stop
 from token_mdp import RewardError
 
 # Commands that are no LightningCLI run: a function in the file of that name, under `lit_rlhf.cli`.
@@ -66,6 +68,7 @@ class AlignmentCLI(LightningCLI):
     """Adds what every run has: the tokenizer from model to data, exports, samples, throughput."""
 
     root: ClassVar[Path | None] = None  # of the run that this process last set up
+    ranks: ClassVar[Ranks | None] = None  # of that run
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of the callbacks that every run has."""
@@ -112,7 +115,8 @@ class AlignmentCLI(LightningCLI):
         if isinstance(trainer.accelerator, CPUAccelerator):  # each would be a process that waits for all others
             most = max(os.cpu_count() or 1, 8)
             require(trainer.num_devices <= most, "trainer.devices", trainer.num_devices, f"at most {most} on this CPU")
-        AlignmentCLI.root = Path(trainer.default_root_dir)
+        AlignmentCLI.root, AlignmentCLI.ranks = Path(trainer.default_root_dir), Ranks(trainer)
+        trainer.callbacks.append(GracefulStop())  # type: ignore[attr-defined]
         make_folder(AlignmentCLI.root, "trainer.default_root_dir")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
@@ -120,45 +124,52 @@ class AlignmentCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; what the user can mend is said in one message, with exit status 2."""
+    """Run the command line.
+
+    Raises:
+        SystemExit: with status 2, after a message of what the user can mend; with 128 and the number of the signal that
+            ended the run, after a line of how it goes on.
+    """
     argv = list(sys.argv[1:] if args is None else args)
     quiet_libraries()
     if str(Path.cwd()) not in sys.path:  # a user's own functions are found here, as with `python -m lit_rlhf`
         sys.path.insert(0, str(Path.cwd()))
     Parser.typed = argv
-    try:
-        if argv == ["--version"]:
-            print(f"lit-rlhf {version('lit-rlhf')}")
-            return
-        if not argv:
-            raise UserError(f"no command is given\nusage: {USAGE}")
-        if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-            raise UserError(f"there is no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}\nusage: {USAGE}")
-        if argv[0] in PROGRAMS:
-            program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
-            about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
-            auto_cli(program, args=argv[1:], as_positional=False, parser_class=Program, **about)
-        else:
-            run(None if args is None else argv)  # LightningCLI warns when it is handed the process's own arguments
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        print(interrupted(argv), file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        mistake = users_mistake(error)
-        if mistake is None:
-            raise
-        print(f"error: {mistake}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with SIGNALS.listening():
+        try:
+            command(argv, from_shell=args is None)
+        except Stop as stop:
+            if rank() == 0:
+                print(stop.told or f"{stop} ended {argv[0]} before it took a step", file=sys.stderr)
+            raise SystemExit(stop.status) from None
+        except Exception as error:
+            mistake = users_mistake(error)
+            if mistake is not None:
+                tell(f"error: {mistake}")
+                raise SystemExit(2) from None
+            if AlignmentCLI.ranks is None or not AlignmentCLI.ranks.lost(error):
+                raise
+            raise SystemExit(AlignmentCLI.ranks.follow(error)) from None
+        finally:
+            if AlignmentCLI.ranks is not None:
+                AlignmentCLI.ranks.end()
 
 
-def interrupted(argv: Sequence[str]) -> str:
-    """What a run that Ctrl-C stopped has left, and how it goes on."""
-    newest = None if AlignmentCLI.root is None or argv[0] != "fit" else newest_checkpoint(AlignmentCLI.root)
-    if newest is None:
-        return "interrupted"
-    return f"interrupted; no model was exported. The run goes on from its newest checkpoint with --ckpt_path={newest}"
+def command(argv: list[str], from_shell: bool) -> None:
+    """Do what the command line says."""
+    if argv == ["--version"]:
+        print(f"lit-rlhf {version('lit-rlhf')}")
+        return
+    if not argv:
+        raise UserError(f"no command is given\nusage: {USAGE}")
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise UserError(f"there is no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}\nusage: {USAGE}")
+    if argv[0] in PROGRAMS:
+        program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
+        about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
+        auto_cli(program, args=argv[1:], as_positional=False, parser_class=Program, **about)
+    else:
+        run(None if from_shell else argv)  # LightningCLI warns when it is handed the process's own arguments
 
 
 def quiet_libraries() -> None:

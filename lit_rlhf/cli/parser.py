@@ -13,6 +13,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_rlhf.cli.ranks import tell
 from lit_rlhf.errors import UserError
 
 # jsonargparse lists every type that a value failed to be, and repeats the whole value.
@@ -75,7 +76,7 @@ class Parser(LightningArgumentParser):
             said += "\nmodules are found in the current folder and among what is installed"
         elif "fit.model" in message and "required" in message:
             said = "there is neither model nor data; name a config, such as --config configs/sft.yaml"
-        print(f"error: {said}\n{self.hint}", file=sys.stderr)
+        tell(f"error: {said}\n{self.hint}")
         raise SystemExit(2)
 
     @property
@@ -124,7 +125,7 @@ def command(function: Callable[..., None]) -> None:
     try:
         auto_cli(function, as_positional=False, parser_class=Program)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         raise SystemExit(2) from None
 
 

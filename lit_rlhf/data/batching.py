@@ -7,7 +7,7 @@ each rank make one optimiser step.
 import bisect
 import heapq
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -207,6 +207,7 @@ class ResumableLoader(DataLoader):
     def __init__(self, dataset: Dataset, sampler: TokenBudgetSampler, num_workers: int = 0, **kwargs: Any) -> None:
         kwargs = {"batch_size": None, "collate_fn": as_it_is, **kwargs}
         super().__init__(dataset, sampler=sampler, num_workers=num_workers, **kwargs)
+        self.before_epoch: Callable[[], Any] = lambda: None  # done as the first micro-batch of a pass is wanted
         self._taken = (0, 0)  # epoch, micro-batches handed out in it
         self._resume: tuple[int, int] | None = None
 
@@ -221,6 +222,7 @@ class ResumableLoader(DataLoader):
         self._resume = None
         self._taken = (epoch, start)
         sampler.start = start
+        self.before_epoch()
         for batch in super().__iter__():
             self._taken = (epoch, self._taken[1] + 1)
             yield batch

@@ -28,6 +28,7 @@ from lit_rlhf.data.naming import DEMO, STAGES, Role
 from lit_rlhf.data.prompts import PromptDataset, load_prompts
 from lit_rlhf.data.reader import LossOn, Options, Truncation
 from lit_rlhf.errors import UserError, require
+from lit_rlhf.signals import SIGNALS
 
 __all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
 
@@ -174,7 +175,9 @@ class ExamplesDataModule(LightningDataModule):
         """
         trainer: Any = self.trainer
         check_trainer_options(trainer)
-        return self._loader("train", self.shuffle, trainer.limit_train_batches, trainer.accumulate_grad_batches)
+        loader = self._loader("train", self.shuffle, trainer.limit_train_batches, trainer.accumulate_grad_batches)
+        loader.before_epoch = lambda: SIGNALS.obey(trainer)  # between epochs nothing is half done
+        return loader
 
     def val_dataloader(self) -> DataLoader | list:
         """This rank's share of the held-out rows, each exactly once."""

@@ -33,8 +33,9 @@ from lit_rlhf.data.reader import Options
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import Experience
-from lit_rlhf.rollout.play import RolloutBackend, check_context
+from lit_rlhf.rollout.play import Play, RolloutBackend, check_context
 from lit_rlhf.rollout.rewards import Reward
+from lit_rlhf.signals import SIGNALS
 from token_mdp import TokenVectorEnv
 
 
@@ -249,6 +250,7 @@ class RolloutLoader:
         self.agent: Any = data.trainer.lightning_module
         self.env = data.make_env()
         self.env_seed: int | None = data.seed + data.trainer.global_rank  # until the first rollout
+        self.env_before: dict[str, Any] | None = None  # the rollout that is being played
         self.experience: Experience | None = None  # of the iteration under way
         self.done = 0  # its micro-batches handed out so far
 
@@ -266,28 +268,32 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         if self.experience is None or self.done == len(self):
-            episodes = self.data.rollout_size // self.trainer.world_size
-            with self.trainer.precision_plugin.forward_context():
-                played = self.data.backend.play(
-                    self.agent.policy,
-                    self.env,
-                    self.agent.sampling.generation,
-                    episodes,
-                    stream=self.trainer.global_rank,
-                    env_seed=self.env_seed,
-                )
-            self.env_seed = None
-            self.experience, self.done = self.agent.experience(played), 0
+            self.experience, self.done = self.agent.experience(self.play()), 0
         for number in range(self.done, len(self)):
             self.done += 1
             # After a stop, steps are taken for form's sake (`OnPolicyModule.on_before_optimizer_step`): one episode.
             yield self.experience.micro_batch(number, self.trainer.world_size, limit=1 if self.agent.stopped else None)
 
+    def play(self) -> Play:
+        """The episodes of an iteration; a run that a signal ends meanwhile plays them anew when it goes on."""
+        self.env_before = None if self.env_seed is not None else self.env.state_dict()
+        with SIGNALS.interruptible(self.trainer), self.trainer.precision_plugin.forward_context():
+            played = self.data.backend.play(
+                self.agent.policy,
+                self.env,
+                self.agent.sampling.generation,
+                self.data.rollout_size // self.trainer.world_size,
+                stream=self.trainer.global_rank,
+                env_seed=self.env_seed,
+            )
+        self.env_seed = self.env_before = None
+        return played
+
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks."""
         under_way = self.done < len(self)
         mine = {
-            "env": None if self.env_seed is not None else self.env.state_dict(),
+            "env": None if self.env_seed is not None else self.env_before or self.env.state_dict(),
             "experience": self.experience.state_dict() if under_way and self.experience is not None else None,
             "done": self.done if under_way else 0,
             "plan": self.plan,

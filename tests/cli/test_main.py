@@ -1,4 +1,7 @@
 import errno
+import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,23 +41,48 @@ def test_more_processes_than_a_cpu_has_cores_are_refused_before_any_starts(monke
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_interrupted_run_says_how_it_goes_on(workdir, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_a_signal_ends_says_how_it_goes_on(workdir, monkeypatch, capsys, number, status):
     config = Path("configs/sft.yaml").absolute()
     monkeypatch.chdir(workdir)
     step = SFT.training_step
 
     def interrupt(self, batch, batch_idx):
         if self.global_step == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return step(self, batch, batch_idx)
 
+    root = f"out/stopped{status}"
+    options = ["--config", config, *QUICK, f"--trainer.default_root_dir={root}", "--trainer.limit_val_batches=0"]
     monkeypatch.setattr(SFT, "training_step", interrupt)
-    options = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint"]
-    options += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.default_root_dir=out/stopped"]
-    assert run("fit", "--config", config, *QUICK, *options) == 130
-    said = capsys.readouterr().err
-    assert "no model was exported. The run goes on from its newest checkpoint with --ckpt_path=out/stopped" in said
-    assert not Path("out/stopped/model").exists()
+    assert run("fit", *options) == status
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "ckpt" in line]
+    assert line == (
+        f"{number.name} ended the run after step 3; no model was exported. It goes on from there with "
+        f"--ckpt_path={root}/stopped.ckpt"
+    )
+    assert not Path(root, "model").exists()
+    monkeypatch.setattr(SFT, "training_step", step)
+    assert run("fit", *options, "--trainer.max_steps=4", f"--ckpt_path={root}/stopped.ckpt") == 0
+    assert json.loads(Path(root, "summary.json").read_text())["steps"] == 4
+
+
+class Loads:
+    """A library under way, when SIGTERM comes."""
+
+    def __getattr__(self, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_a_signal_ends_before_it_trains_says_that_there_is_nothing_to_go_on_from(
+    workdir, monkeypatch, capsys
+):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr("lit_rlhf.models.loading.AutoConfig", Loads())
+    assert run("fit", "--config", config, *QUICK, "--trainer.default_root_dir=out/early") == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "SIGTERM ended fit before it took a step"
 
 
 def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback():

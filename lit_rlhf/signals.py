@@ -1,0 +1,128 @@
+"""Signals that end a run, obeyed where nothing is half done.
+
+SIGTERM (Slurm, Kubernetes, `timeout`) and SIGINT (Ctrl-C) raise `Stop` where they meet the program; while it defers
+them they are noted, until it comes to a moment at which it can stop. `SIGNALS` serves the process, whose signals are
+one.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
+SECONDS_APART = 0.5  # of a second Ctrl-C from the first; nearer ones are one, which terminal and torchrun both hand on
+
+
+class Stop(BaseException):
+    """A signal ends the run here; no `Exception` and no `SystemExit`, which those catch who run code of users.
+
+    Attributes:
+        status: of the process, as a shell has it: 128 and the signal's number.
+        told: for the user, once somebody knows what the run leaves.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+        self.told: str | None = None
+
+
+class Listener:
+    """What signals the process has got, and whether they may end it at any moment."""
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal that is to end the run; 0 = none
+        self.since = 0.0  # it came
+        self.deferring = False
+        self.deferred: dict[int, Any] = {}  # other signals that wait for such a moment too -> their own handlers
+        self.waiting: list[int] = []  # of these, those that have come
+        self.process: int | None = None  # that listens; one that it forks does not
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        if os.getpid() != self.process:
+            if number == signal.SIGTERM:  # a worker is sent home; Ctrl-C is its parent's affair
+                die_of(number)
+        elif number in self.deferred:
+            self.waiting.append(number)
+        elif not self.received:
+            self.received, self.since = number, time.monotonic()
+            if not self.deferring:
+                raise Stop(number)
+        elif number == signal.SIGINT and time.monotonic() - self.since >= SECONDS_APART:
+            die_of(number)
+
+    def take_over(self) -> None:
+        """Handle the signals that end a run, and those for which Lightning has a handler (Slurm's requeueing)."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if number in ENDING and handler != signal.SIG_IGN:  # as in the background of a script
+                signal.signal(number, self)
+            elif type(handler).__module__.startswith("lightning."):
+                self.deferred[number] = handler
+                signal.signal(number, self)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals that end a run from here on, and no longer afterwards."""
+        before = {number: signal.getsignal(number) for number in ENDING}
+        self.__dict__.update(vars(Listener()) | {"process": os.getpid()})
+        self.take_over()
+        try:
+            yield
+        finally:
+            self.process = None
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    @contextmanager
+    def interruptible(self, trainer: Any) -> Iterator[None]:
+        """Within it nothing is half done, so that a signal may end a run of one process at any moment.
+
+        Of several processes each would leave the others waiting; they end together, before it begins.
+        """
+        if trainer.world_size > 1:
+            self.obey(trainer)
+            yield
+            return
+        before, self.deferring = self.deferring, False
+        try:
+            self.obey(trainer)
+            yield
+        finally:
+            self.deferring = before
+
+    def obey(self, trainer: Any) -> None:
+        """Do what signals ask that any rank has got; every rank must call it, where nothing is half done.
+
+        Raises:
+            Stop: the run is to end, on all ranks.
+        """
+        asked = max([self.received, *self.waiting])  # SIGTERM is above SIGUSR1 and 2, SIGINT is not: it can wait
+        if trainer.world_size > 1:
+            device = trainer.strategy.root_device
+            asked = int(trainer.strategy.reduce(torch.tensor(float(asked), device=device), reduce_op="max"))
+        if asked in self.deferred:
+            self.waiting = []
+            self.deferred[asked](asked, None)
+        elif asked:
+            raise Stop(asked)
+
+
+def die_of(number: int) -> None:
+    """End the process by a signal, as if it had no handler."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+SIGNALS = Listener()

@@ -5,6 +5,7 @@ system's temporary folder; it is on the disk before it gets its name. What a kil
 write into that folder.
 """
 
+import ctypes
 import fcntl
 import json
 import os
@@ -64,10 +65,22 @@ def heal(target: Path) -> None:
             (new if new.exists() else old).rename(target)
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step, so that whoever looks finds one of them; False where that is unknown.
+
+    Linux does so on local file systems, https://man7.org/linux/man-pages/man2/rename.2.html (RENAME_EXCHANGE).
+    """
+    change = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return change is not None and change(here, os.fsencode(one), here, os.fsencode(other), flag) == 0
+
+
 def _move(aside: Path, target: Path) -> None:
-    """Give a new file its name in one step; a folder in two, between which `heal` would be needed."""
+    """Give a new file or folder its name in one step; a folder in two where it must, between which `heal` is needed."""
     if not (aside.is_dir() and target.is_dir()):
         aside.replace(target)
+        return
+    if exchange(aside, target):
         return
     old = aside_of(target, OLD)
     remove(old)

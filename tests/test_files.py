@@ -3,12 +3,14 @@
 import errno
 import fcntl
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from lit_rlhf import files
 from lit_rlhf.files import NEW, OLD, SECONDS_TO_DOUBT, heal, replacing, write_json, write_lines
 
 
@@ -66,6 +68,24 @@ def test_a_folder_takes_the_place_of_another_whole(tmp_path):
         aside.mkdir()
         raise RuntimeError
     assert names(tmp_path) == ["model"] and (tmp_path / "model" / "config").read_text() == "new"
+
+
+def test_where_names_are_not_exchanged_in_one_step_two_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    test_a_folder_takes_the_place_of_another_whole(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system exchanges names in one step")
+def test_whoever_reads_a_folder_while_it_is_replaced_finds_it_and_keeps_what_is_open(tmp_path, monkeypatch):
+    target, found = tmp_path / "model", []
+    write_folder(target, config="old")
+    for step in ("rename", "replace"):
+        real = getattr(Path, step)
+        monkeypatch.setattr(Path, step, lambda *args, real=real: (real(*args), found.append(target.exists())))
+    with (target / "config").open() as held:
+        write_folder(target, config="new")
+        assert held.read() == "old" and (target / "config").read_text() == "new"
+    assert all(found)
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -131,6 +151,7 @@ def test_a_kill_between_the_two_names_of_a_folder_leaves_the_new_one_to_the_next
 
 
 def test_a_folder_that_could_not_get_its_name_leaves_the_old_one_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
     write_folder(tmp_path / "model", config="old")
     real = Path.rename
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_rlhf import AdaptiveKL, KLPenalty, RewardShaping
@@ -48,6 +49,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "stopped_ppo": ("ppo", STOPPED_PPO),
     "dpo_cached": ("dpo", {"cache_reference": True}),
     "dpo_moving": ("dpo", MOVING_DPO),
+    "best_reward_model": ("reward_model", {}),
     **WHOLE_RUNS,
 }
 
@@ -131,6 +133,8 @@ def main(folder: Path, name: str) -> None:
         if stage == "ppo":
             module.kl = Hears()  # type: ignore[assignment]
         shares, between = Shares(), BetweenRanks()
+        first = ModelCheckpoint(filename="{epoch}", monitor="epoch", mode="min", save_top_k=-1)  # the first is the best
+        watching: dict[str, list[Callback]] = {"stopped_ppo": [between], "best_reward_model": [first]}
         logprobs.CHUNK_MOST = 4 * VOCABULARY * 7 if run.startswith("chunked") else CHUNK_MOST
         options = WHOLE_TRAINER if run in WHOLE_RUNS else {"max_epochs": 2, "gradient_clip_val": 1.0}
         trainer = Trainer(
@@ -138,10 +142,10 @@ def main(folder: Path, name: str) -> None:
             accelerator="cpu",
             devices=2,
             strategy=strategy,
-            callbacks=[HuggingFaceExport(), shares, *([between] if run == "stopped_ppo" else [])],
+            callbacks=[HuggingFaceExport(), shares, *watching.get(run, [])],
             enable_progress_bar=False,
             enable_model_summary=False,
-            enable_checkpointing=False,
+            enable_checkpointing=run == "best_reward_model",
             logger=False,
             **options,
         )

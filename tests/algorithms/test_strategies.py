@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import RewardModel
+from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
+from lit_rlhf.cli.export import export
+from lit_rlhf.losses.advantages import Moments
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
 from tests.strategy_script import WHOLE_RUNS, WHOLE_TRAINER, outcome
 
@@ -35,7 +39,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
 
     results = json.loads((tmp_path / f"{strategy}.json").read_text())
-    assert set(results) == {*STAGES, "stopped_ppo", "dpo_cached", "dpo_moving", *WHOLE_RUNS}
+    assert set(results) == {*STAGES, "stopped_ppo", "dpo_cached", "dpo_moving", "best_reward_model", *WHOLE_RUNS}
     for run, result in results.items():
         assert result["steps"] > 0
         assert all(math.isfinite(value) for value in result["metrics"].values()), (run, result)
@@ -46,6 +50,20 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert results["dpo_cached"]["checksum"] == pytest.approx(results["dpo"]["checksum"], rel=1e-5)
     assert "val/score" in results["ppo"]["metrics"]
     assert "val/loss" in results["sft"]["metrics"]
+
+    # The best checkpoint is exported, sharded or not, normalised by what its validation saw; `export` does the same.
+    root = tmp_path / strategy / "best_reward_model"
+    best, last = (next(root.rglob(f"epoch={epoch}.ckpt")) for epoch in (0, 1))
+    assert best.is_dir() == (strategy == "fsdp2")
+    stored = load_file(root / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in read_weights(best, "reward_model").items())
+    assert any(not torch.equal(tensor, stored[name]) for name, tensor in read_weights(last, "reward_model").items())
+    export(str(best), str(root / "again"))
+    for file in ("config.json", "model.safetensors"):
+        assert (root / "again" / file).read_bytes() == (root / "model" / file).read_bytes()
+    moments = Moments(*torch.tensor(read_facts(best)["scores"]["moments"]))
+    assert json.loads((root / "model" / "config.json").read_text())["score_bias"] == pytest.approx(-moments.mean.item())
+    assert moments.size == 2 * 24 and abs(moments.mean) > 1e-4
 
     # A step of the whole data set is the step that one device takes: same loss, same gradient, same weights, whether
     # the head sees all of its tokens at once or a few at a time.

@@ -37,6 +37,8 @@ def attach(module, stage="fit", rank=0, ranks=1, **options):
         "gradient_clip_val": None,
     }
     module.trainer = SimpleNamespace(
+        world_size=ranks,
+        strategy=SimpleNamespace(root_device="cpu", reduce=lambda value, reduce_op: value),
         distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank},
         **{**defaults, "overfit_batches": 0, "callbacks": [], "accumulate_grad_batches": 1, **options},
     )

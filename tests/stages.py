@@ -16,7 +16,6 @@ from lit_rlhf import (
     RewardModel,
     RolloutDataModule,
     SFTDataModule,
-    TextReward,
 )
 from lit_rlhf.algorithms.module import AlignmentModule
 from tests.tiny import VOCABULARY, save_tiny
@@ -52,10 +51,10 @@ def make_stage(stage: str, folder: Path, **options: Any) -> tuple[AlignmentModul
     options = {"learning_rate": 1e-2, "lr_scheduler": "linear", "warmup_steps": 2} | options
     if stage == "ppo":
         kl = AdaptiveKL(0.1, target=0.5, horizon=100)
-        module: AlignmentModule = PPO(model, kl=kl, ppo_epochs=2, num_minibatches=2, **options)
+        module: AlignmentModule = PPO(model, kl=kl, **{"ppo_epochs": 2, "num_minibatches": 2} | options)
         prompts = str(folder / "prompts.jsonl")
         data: LightningDataModule = RolloutDataModule(
-            TextReward(share_of_w9),
+            share_of_w9,
             train=prompts,
             validation=prompts,
             tokenizer=module.tokenizer,

@@ -256,7 +256,7 @@ class OnPolicyModule(AlignmentModule):
         """One scored episode per prompt, within the limits of training."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         settings = replace(self.sampling.generation, max_new_tokens=data.max_new_tokens, num_slots=data.num_slots)
-        return complete(self.policy, self.tokenizer, prompts, settings, data.reward_fn)
+        return complete(self.policy, self.tokenizer, prompts, settings, data.rewards)
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Completions of held-out prompts with their scores."""

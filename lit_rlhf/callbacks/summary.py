@@ -61,8 +61,7 @@ class RunSummary(Callback):
             return
         assert isinstance(pl_module, AlignmentModule)
         data: Any = getattr(trainer, "datamodule", None)
-        rewards = [data.reward, *data.monitors.values()] if hasattr(data, "monitors") else []
-        reward_networks = [network for reward in rewards for network in reward.networks()]
+        reward_networks = list(data.rewards.networks()) if hasattr(data, "rewards") else []
         summary = {
             "seconds": self.seconds(),
             "peak_memory_mb": peak_memory_mb(pl_module.device),

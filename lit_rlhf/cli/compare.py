@@ -21,6 +21,7 @@ from lit_rlhf.models.loading import check_same_tokens, load_policy_with_tokenize
 from lit_rlhf.models.policy import Policy, freeze
 from lit_rlhf.rollout.play import GenerationSettings, complete
 from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
+from lit_rlhf.rollout.scoring import scored
 from token_mdp import Episode
 
 EPISODES_PER_FORWARD = 64
@@ -90,6 +91,7 @@ def compare(
     if not judges:
         raise UserError("nothing to compare by: give reward_model, gold, or both")
     for judge in judges.values():
+        judge.check_columns(held_out.columns)
         judge.bind(tokenizer, device)
 
     reference = freeze(load_policy_with_tokenizer(folders[baseline] / "model")[0]).to(device)
@@ -99,7 +101,10 @@ def compare(
         policy = freeze(load_policy_with_tokenizer(folder / "model")[0]).to(device)
         episodes = complete(policy, tokenizer, held_out, generation)
         responses = [episode.response_ids for episode in episodes]
-        judged = {what: judge(held_out.prompt_ids, responses, **held_out.columns) for what, judge in judges.items()}
+        judged = {
+            what: scored(judge, "gold" if what == "gold_reward" else "reward_model", held_out, responses)
+            for what, judge in judges.items()
+        }
         scores[name] = judged[next(iter(judges))]
         margin = scores[name] - scores[baseline]
         results[name] = {

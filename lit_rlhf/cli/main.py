@@ -186,8 +186,6 @@ def quiet_libraries() -> None:
 def users_mistake(error: BaseException | None) -> BaseException | None:
     """What the user can mend among an error and its causes: jsonargparse wraps what a constructor raises."""
     while error is not None:
-        if isinstance(error, RewardError) and isinstance(error.__cause__, UserError):
-            return error.__cause__  # names the user's function, not the environment's argument
         if isinstance(error, UserError | RewardError | MisconfigurationException):
             return error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -5,12 +5,14 @@ A batch is one micro-batch. `denominator` makes its loss a share of the mean ove
 `losses.sum() / batch.denominator`, whatever the split into micro-batches, accumulation steps and ranks.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.errors import UserError
 
 
 class SFTBatch(NamedTuple):
@@ -29,6 +31,21 @@ class PreferenceBatch(NamedTuple):
     denominator: Tensor  # () float32: pairs of the global batch / (accumulation steps x ranks)
 
 
+class Origins(NamedTuple):
+    """Where each of the data's prompts comes from, for messages."""
+
+    places: list[Callable[[int], str]]  # of each source: its row -> file and line, which reads the file again
+    rows: list[tuple[int, int]]  # of each prompt: its source and its row there
+
+    def place(self, number: int) -> str:
+        """File and line of a prompt; its number alone where the file is no longer what it was."""
+        source, row = self.rows[number]
+        try:
+            return self.places[source](row)
+        except (OSError, UserError, StopIteration):
+            return f"prompt {number + 1}"
+
+
 class PromptBatch(NamedTuple):
     """B prompts for playing held-out episodes; left on the CPU, the environment deals in numpy."""
 
@@ -36,6 +53,12 @@ class PromptBatch(NamedTuple):
     columns: dict[str, list[Any]]  # the other columns of the data, B values each, handed to the reward function
     numbers: np.ndarray | None = None  # (B,) int64: which of the data's prompts they are; None = the first B
     response_ids: list[np.ndarray] | None = None  # B of (T,) int64: completions to be scored, where the data are such
+    origins: Origins | None = None  # of all the data's prompts
+
+    def place(self, index: int) -> str:
+        """Where prompt `index` of these stands in the data, for a message."""
+        number = index if self.numbers is None else int(self.numbers[index])
+        return f"prompt {number + 1}" if self.origins is None else self.origins.place(number)
 
 
 class RolloutBatch(NamedTuple):

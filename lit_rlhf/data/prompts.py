@@ -1,14 +1,14 @@
 """Prompts to complete: ids, and the other columns of their rows."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.data.batches import Origins, PromptBatch
 from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.examples import ragged
 from lit_rlhf.data.formats import EXPECTED, Kind, Row, Sources, as_prompt, to_tokenize
@@ -31,6 +31,7 @@ class PromptDataset(Dataset):
         prompt_ids: n arrays (P,) int64.
         columns: n values each; None where a row lacks it.
         response_ids: n arrays (T,) int64 where the completions of the rows are to be scored.
+        origins: of the rows, where they were read from sources.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class PromptDataset(Dataset):
         prompt_ids: list[np.ndarray],
         columns: dict[str, list[Any]],
         response_ids: list[np.ndarray] | None = None,
+        origins: Origins | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.columns = columns
         self.response_ids = response_ids
+        self.origins = origins
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -56,6 +59,7 @@ class PromptDataset(Dataset):
             {name: [values[row] for row in rows] for name, values in self.columns.items()},
             rows,
             None if self.response_ids is None else [self.response_ids[row] for row in rows],
+            self.origins,
         )
 
 
@@ -87,6 +91,8 @@ def load_prompts(
     """
     ids: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES[kind] if name.endswith("_ids")}
     rows: list[Row] = []
+    places: list[Callable[[int], str]] = []
+    origins: list[tuple[int, int]] = []
     for source in parse_sources(sources):
         read, numbers, texts = [], [], []
         for number, (at, row) in enumerate(placed_rows(source, of or kind, role)):
@@ -111,7 +117,9 @@ def load_prompts(
             column = ragged(table.column(name))
             values += [column[row] for row in kept]
         rows += [read[row] for row in kept]
-    return PromptDataset(ids["prompt_ids"], to_columns(rows), ids.get("response_ids"))
+        origins += [(len(places), row) for row in kept.tolist()]
+        places.append(place)
+    return PromptDataset(ids["prompt_ids"], to_columns(rows), ids.get("response_ids"), Origins(places, origins))
 
 
 def _place_of_kept(source: Source, kind: Kind, role: Role, numbers: Sequence[int], kept: int) -> str:

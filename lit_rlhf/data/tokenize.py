@@ -246,17 +246,3 @@ def _cut_prompt(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, options: Op
         return ids
     begins = int(limit > 1 and ids[0] == tokenizer.bos_token_id)
     return np.concatenate([ids[:begins], ids[len(ids) - limit + begins :]])
-
-
-def response_text(tokenizer: Any, prompt_ids: np.ndarray, response_ids: np.ndarray) -> str:
-    """A response as it goes on from its prompt, leading white space included: both together are the text again."""
-    prompt, whole = (
-        str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
-        for ids in (prompt_ids, np.concatenate([prompt_ids, response_ids]))
-    )
-    return whole[len(prompt) :] if whole.startswith(prompt) else as_text(tokenizer, response_ids)
-
-
-def as_text(tokenizer: Any, ids: np.ndarray) -> str:
-    """Tokens as a person reads them, without special tokens."""
-    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()

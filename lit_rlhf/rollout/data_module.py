@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch, RolloutBatch
 from lit_rlhf.data.batching import as_it_is
-from lit_rlhf.data.chat import set_template, stop_token_ids
+from lit_rlhf.data.chat import set_template
 from lit_rlhf.data.checks import (
     check_trainer_options,
     named_sources,
@@ -32,24 +32,26 @@ from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.reader import Options
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.rollout.experience import Experience
-from lit_rlhf.rollout.play import Play, RolloutBackend, check_context
+from lit_rlhf.rollout.experience import Experience, require_micro_batches, require_room
+from lit_rlhf.rollout.play import Play, RolloutBackend, check_context, make_env
 from lit_rlhf.rollout.rewards import Reward
+from lit_rlhf.rollout.scoring import Rewards
 from lit_rlhf.signals import SIGNALS
-from token_mdp import TokenVectorEnv
 
 
 class RolloutDataModule(LightningDataModule):
     """Prompts, a token environment to play them in, and the reward that ends an episode.
 
     Args:
-        reward: scores a whole response, paid on its last token.
+        reward: scores a whole response, paid on its last token: a reward, or a function of text by its import path.
         train: prompts to learn from: a file, a folder, the name of a dataset, or "demo".
         validation: held-out prompts, played at each validation; null = none.
         test: prompts for `test`; null = the validation prompts.
         predict: prompts for `predict`; null = the validation prompts.
         format: as in `SFTDataModule`.
         columns: as in `SFTDataModule`.
+        rewards: several in place of one, by name; their weighted sum is learnt from, each is logged as rollout/<name>.
+        reward_weights: weight of each of them by name; 1 for those not named.
         monitors: further rewards by name, logged as rollout/<name> but not learnt from.
         rollout_size: episodes per iteration, over all ranks.
         num_slots: episodes played at the same time on each rank; a quarter of its episodes or fewer keeps them busy.
@@ -67,14 +69,16 @@ class RolloutDataModule(LightningDataModule):
 
     def __init__(
         self,
-        reward: Reward,
+        reward: Reward | Callable[..., Any] | None = None,
         train: Sources | None = "demo",
         validation: Sources | None = "demo",
         test: Sources | None = None,
         predict: Sources | None = None,
         format: Format | None = None,
         columns: dict[str, str] | None = None,
-        monitors: dict[str, Reward] | None = None,
+        rewards: dict[str, Reward | Callable[..., Any]] | None = None,
+        reward_weights: dict[str, float] | None = None,
+        monitors: dict[str, Reward | Callable[..., Any]] | None = None,
         rollout_size: int = 256,
         num_slots: int = 64,
         max_prompt_length: int | None = None,
@@ -98,11 +102,10 @@ class RolloutDataModule(LightningDataModule):
         require_prompt_length(max_prompt_length)
         require(seed >= 0, "seed", seed, "0 or more")
         require(num_proc is None or num_proc >= 1, "num_proc", num_proc, "1 or more, or null")
-        self.reward = reward
-        self.monitors = monitors or {}
-        for given in (self.reward, *self.monitors.values()):
-            if not isinstance(given, Reward):
-                raise UserError(f"{given!r} is no Reward; a function of text becomes one as TextReward(function)")
+        if (reward is None) == (rewards is None):
+            both = "both given" if rewards else "both missing"
+            raise UserError(f"data.reward and data.rewards are {both}: give one reward, or several by name, and null")
+        self.rewards = Rewards(rewards if reward is None else reward, reward_weights, monitors)
         held_out = {"validation": validation, "test": test or validation, "predict": predict or validation}
         self.sources = named_sources({"train": train, **held_out}, format, columns)
         self.rollout_size = rollout_size
@@ -119,13 +122,6 @@ class RolloutDataModule(LightningDataModule):
         self.control_tokens: ControlTokens = control_tokens
         self.tokenizer = tokenizer
         self.prompts: dict[str, PromptBatch] = {}
-
-    @property
-    def reward_fn(self) -> Any:
-        """The reward as the environment takes it; with monitors, as weighted components."""
-        if not self.monitors:
-            return self.reward
-        return {"reward": (self.reward, 1.0)} | {name: (reward, 0.0) for name, reward in self.monitors.items()}
 
     def prepare_data(self) -> None:
         """Tokenise on one process per machine; the others find the cache."""
@@ -161,8 +157,9 @@ class RolloutDataModule(LightningDataModule):
                 loaded = load_prompts(source, split, self.tokenizer, options, num_proc=self.num_proc)
                 self.prompts[split] = loaded.take(np.arange(len(loaded)))
                 check_context(agent.policy, loaded.prompt_ids, self.max_new_tokens)
-        for reward in (self.reward, *self.monitors.values()):
-            reward.bind(self.tokenizer, trainer.strategy.root_device)
+        # Completions of `predict` are not scored.
+        played = [self.prompts[split] for split in splits if split in self.prompts and split != "predict"]
+        self.rewards.bind(self.tokenizer, trainer.strategy.root_device, played)
 
     def train_dataloader(self) -> "RolloutLoader":
         """One pass over it is one PPO iteration.
@@ -213,27 +210,14 @@ class RolloutDataModule(LightningDataModule):
         held_out = self.prompts.get("validation")
         return None if held_out is None else take(held_out, slice(count))
 
-    def make_env(self) -> TokenVectorEnv:
-        """This rank's environment over its share of the training prompts."""
-        trainer, tokenizer = self.trainer, self.tokenizer
-        assert trainer is not None and tokenizer is not None
-        rank, ranks = trainer.global_rank, trainer.world_size
-        agent: Any = trainer.lightning_module
-        policy: Policy = agent.policy
+    def training_share(self) -> PromptBatch:
+        """This rank's training prompts."""
+        assert self.trainer is not None
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
         mine = take(self.prompts["train"], slice(rank, None, ranks))
         if not mine.prompt_ids:
             raise UserError(f"{len(self.prompts['train'].prompt_ids)} training prompts are too few for {ranks} ranks")
-        return TokenVectorEnv(
-            prompts=mine.prompt_ids,
-            columns=mine.columns,
-            num_envs=min(self.num_slots, self.rollout_size // ranks),
-            vocab_size=policy.vocabulary_size,
-            stop_token_ids=stop_token_ids(tokenizer, policy.model.generation_config),
-            max_new_tokens=self.max_new_tokens,
-            reward_fn=self.reward_fn,
-            reward_mode="deferred",
-            copy=False,
-        )
+        return mine
 
 
 class RolloutLoader:
@@ -248,7 +232,14 @@ class RolloutLoader:
         self.data = data
         self.trainer = data.trainer
         self.agent: Any = data.trainer.lightning_module
-        self.env = data.make_env()
+        plan = self.plan
+        require_room(data.rollout_size, self.trainer.num_nodes, data.max_new_tokens, plan["ppo_epochs"])
+        num_episodes = data.rollout_size // self.trainer.world_size
+        require_micro_batches(num_episodes, plan["num_minibatches"], plan["accumulate_grad_batches"])
+        self.prompts = data.training_share()
+        policy, tokenizer = cast(Policy, self.agent.policy), cast(PreTrainedTokenizerBase, data.tokenizer)
+        num_slots = min(data.num_slots, num_episodes)
+        self.env = make_env(policy, tokenizer, self.prompts, num_slots, data.max_new_tokens, data.rewards)
         self.env_seed: int | None = data.seed + data.trainer.global_rank  # until the first rollout
         self.env_before: dict[str, Any] | None = None  # the rollout that is being played
         self.experience: Experience | None = None  # of the iteration under way
@@ -277,7 +268,8 @@ class RolloutLoader:
     def play(self) -> Play:
         """The episodes of an iteration; a run that a signal ends meanwhile plays them anew when it goes on."""
         self.env_before = None if self.env_seed is not None else self.env.state_dict()
-        with SIGNALS.interruptible(self.trainer), self.trainer.precision_plugin.forward_context():
+        rewards, in_precision = self.data.rewards, self.trainer.precision_plugin.forward_context()
+        with SIGNALS.interruptible(self.trainer), rewards.naming(self.prompts), in_precision:
             played = self.data.backend.play(
                 self.agent.policy,
                 self.env,
@@ -287,7 +279,7 @@ class RolloutLoader:
                 env_seed=self.env_seed,
             )
         self.env_seed = self.env_before = None
-        return played
+        return played._replace(episodes=rewards.settled(played.episodes, self.prompts))
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks."""
@@ -330,4 +322,4 @@ def take(prompts: PromptBatch, rows: slice) -> PromptBatch:
     """Some of the prompts, with their columns and numbers."""
     assert prompts.numbers is not None
     columns = {name: list(values)[rows] for name, values in prompts.columns.items()}
-    return PromptBatch(prompts.prompt_ids[rows], columns, prompts.numbers[rows])
+    return PromptBatch(prompts.prompt_ids[rows], columns, prompts.numbers[rows], origins=prompts.origins)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -169,14 +170,38 @@ def plan_minibatches(
     Raises:
         UserError: fewer episodes than micro-batches.
     """
+    require_micro_batches(num_episodes, num_minibatches, accumulation)
     micro = num_minibatches * accumulation
-    if num_episodes < micro:
-        raise UserError(
-            f"a rollout of {num_episodes} episodes per rank cannot be cut into num_minibatches ({num_minibatches}) x "
-            f"accumulate_grad_batches ({accumulation}) micro-batches; raise rollout_size or lower these"
-        )
     plan = []
     for _ in range(passes):
         parts = np.array_split(rng.permutation(num_episodes), micro)
         plan += [parts[i : i + accumulation] for i in range(0, micro, accumulation)]
     return plan
+
+
+def require_micro_batches(num_episodes: int, num_minibatches: int, accumulation: int) -> None:
+    """Refuse to cut a rank's episodes into more micro-batches than there are."""
+    if num_episodes < num_minibatches * accumulation:
+        raise UserError(
+            f"a rollout of {num_episodes} episodes per rank cannot be cut into num_minibatches ({num_minibatches}) x "
+            f"accumulate_grad_batches ({accumulation}) micro-batches; raise rollout_size or lower these"
+        )
+
+
+def require_room(rollout_size: int, num_nodes: int, max_new_tokens: int, passes: int) -> None:
+    """Refuse rollouts that a machine's memory cannot hold, before hours are spent on playing them.
+
+    Args:
+        rollout_size: episodes over all ranks.
+        num_nodes: machines that share them.
+        max_new_tokens: the longest that a response may be.
+        passes: over a rollout, each of which has an order of its own.
+    """
+    # An episode with its arrays, its columns of tokens, and its number in each pass.
+    needed = rollout_size // num_nodes * (1000 + 40 * max_new_tokens + 16 * passes)
+    memory = psutil.virtual_memory().total
+    if needed > memory:
+        raise UserError(
+            f"rollout_size ({rollout_size}) episodes of up to max_new_tokens ({max_new_tokens}), in ppo_epochs "
+            f"({passes}) orders, would take about {needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB"
+        )

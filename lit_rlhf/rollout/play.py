@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
-from lit_rlhf.data.tokenize import as_text, response_text
+from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.models.decoding import SlotDecoder, sample
 from lit_rlhf.models.packed_linear import packed_linears
 from lit_rlhf.models.policy import Policy, context_length
+from lit_rlhf.rollout.scoring import Rewards
 from token_mdp import Episode, TokenVectorEnv
 
 
@@ -173,7 +175,7 @@ def complete(
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptBatch,
     settings: GenerationSettings,
-    reward: Any = None,
+    rewards: Rewards | None = None,
 ) -> list[Episode]:
     """One episode per prompt, in the order of the prompts.
 
@@ -182,23 +184,50 @@ def complete(
         tokenizer: says which tokens stop a response.
         prompts: B prompts, with the columns that the reward wants; their numbers say what is drawn for them.
         settings: sampling, length limit and slots.
-        reward: a bound reward function; None scores 0.
+        rewards: bound to the tokenizer; None scores 0.
+
+    Raises:
+        UserError: the prompts leave no room in the context, or a reward failed.
     """
     check_context(policy, prompts.prompt_ids, settings.max_new_tokens)
-    env = TokenVectorEnv(
-        prompts=prompts.prompt_ids,
-        num_envs=min(settings.num_slots, len(prompts.prompt_ids)),
-        vocab_size=policy.vocabulary_size,
-        stop_token_ids=stop_token_ids(tokenizer, policy.model.generation_config),
-        max_new_tokens=settings.max_new_tokens,
-        reward_fn=_no_reward if reward is None else reward,
-        columns=prompts.columns if reward is not None else None,
-        reward_mode="deferred",
-        shuffle=False,
-        copy=False,
-    )
+    num_slots = min(settings.num_slots, len(prompts.prompt_ids))
+    env = make_env(policy, tokenizer, prompts, num_slots, settings.max_new_tokens, rewards, shuffle=False)
     num_episodes, numbers = len(prompts.prompt_ids), prompts.numbers
-    return play(policy, env, settings, num_episodes, env_seed=settings.seed, numbers=numbers).episodes
+    with nullcontext() if rewards is None else rewards.naming(prompts):
+        episodes = play(policy, env, settings, num_episodes, env_seed=settings.seed, numbers=numbers).episodes
+    return episodes if rewards is None else rewards.settled(episodes, prompts)
+
+
+def make_env(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptBatch,
+    num_slots: int,
+    max_new_tokens: int,
+    rewards: Rewards | None,
+    shuffle: bool = True,
+) -> TokenVectorEnv:
+    """The environment in which a policy answers these prompts; without rewards it scores 0.
+
+    Raises:
+        UserError: sizes that this machine cannot hold, or columns that no reward could be handed.
+    """
+    try:
+        return TokenVectorEnv(
+            prompts=prompts.prompt_ids,
+            columns=None if rewards is None else prompts.columns,
+            num_envs=num_slots,
+            vocab_size=policy.vocabulary_size,
+            stop_token_ids=stop_token_ids(tokenizer, policy.model.generation_config),
+            max_new_tokens=max_new_tokens,
+            reward_fn=_no_reward if rewards is None else rewards.reward_fn,
+            abstain=rewards is not None and rewards.abstain,
+            reward_mode="deferred",
+            shuffle=shuffle,
+            copy=False,
+        )
+    except ValueError as error:
+        raise UserError(str(error).replace("num_envs", "num_slots")) from error
 
 
 def completion_rows(
@@ -231,14 +260,11 @@ def predicted_rows(prompts: PromptBatch, made: Sequence[dict[str, Any]]) -> list
 
 def episode_rows(tokenizer: PreTrainedTokenizerBase, episodes: list[Episode]) -> list[dict[str, Any]]:
     """Episodes as text."""
-    return [
-        {
-            "prompt": as_text(tokenizer, episode.prompt_ids),
-            "completion": response_text(tokenizer, episode.prompt_ids, episode.response_ids),
-            "finish_reason": episode.finish_reason.label,
-        }
-        for episode in episodes
-    ]
+    rows = []
+    for episode in episodes:
+        prompt, completion = as_texts(tokenizer, episode.prompt_ids, episode.response_ids)
+        rows.append({"prompt": prompt, "completion": completion, "finish_reason": episode.finish_reason.label})
+    return rows
 
 
 def check_context(policy: Policy, prompt_ids: Sequence[np.ndarray], max_new_tokens: int) -> None:

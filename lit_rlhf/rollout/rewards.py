@@ -4,7 +4,10 @@ Each is called by the environment with token ids, `reward(prompts, responses, **
 policy's tokenizer and device before the first call.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,25 +16,36 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.tokenize import as_text
+from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.packing import Example, pack
-from lit_rlhf.errors import UserError, place_of
+from lit_rlhf.errors import UserError, require
 from lit_rlhf.models.loading import check_same_tokens, load_scorer, load_tokenizer
 from lit_rlhf.models.policy import Scorer, freeze
+from lit_rlhf.rollout.time_limit import time_limit
 from token_mdp.columns import columns_for
+from token_mdp.rewards import bare
 
 
 class Reward:
-    """What a reward function offers; subclass it, or wrap a plain function in `TextReward`."""
+    """What a reward function offers; a plain function of text becomes one by itself, see `TextReward`."""
+
+    abstain: bool = False  # whether None for a response means that it has nothing to say of it
+
+    def __str__(self) -> str:
+        """What messages call it, beside the option that names it."""
+        return path_of(self)
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         """Called once before the first score, with the policy's tokenizer and device."""
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Called once before the first score with the columns that it will be given; refuse what cannot work."""
 
     def networks(self) -> Iterator[nn.Module]:
         """Models that this reward holds in memory."""
         yield from ()
 
-    def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
+    def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> Any:
         """Score n responses.
 
         Args:
@@ -40,7 +54,7 @@ class Reward:
             columns: the other columns of the prompts' rows, n values each.
 
         Returns:
-            (n,) finite numbers.
+            (n,) finite numbers; with `abstain`, None among them.
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it scores")  # pragma: no cover
 
@@ -59,6 +73,9 @@ class RewardModelReward(Reward):
         self.max_tokens = max_tokens
         self.scorer = freeze(load_scorer(model, trust_remote_code=trust_remote_code))
         self.tokenizer = load_tokenizer(model, self.scorer.model.config, trust_remote_code)
+
+    def __str__(self) -> str:
+        return self.name
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         """Move to the policy's device; refuse a policy whose tokens mean something else.
@@ -95,55 +112,73 @@ def scores(
 class TextReward(Reward):
     """A Python function of text as the reward.
 
+    It reads what `predict` writes: white space as the model wrote it, and special tokens left out unless asked for.
+
     Args:
-        function: called as function(prompts, responses, **columns) with lists of n strings, without special tokens;
-            returns n numbers. One that names no **columns gets those that it names. In YAML, its import path.
+        function: called as function(prompts, responses, **columns) with lists of n strings; returns n numbers. One that
+            names no **columns gets those that it names. In YAML, its import path, or a class of which an object is one.
+        special_tokens: keep special tokens, such as <think> or the end token, in prompts and responses.
+        abstain: None for a response means that the function has nothing to say of it, and adds nothing to its reward.
+        timeout: seconds that a call may take; null = as long as it takes.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        special_tokens: bool = False,
+        abstain: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        if inspect.isclass(function) or not callable(function):
+            hint = f": give an object of it, {function.__name__}(...)" if inspect.isclass(function) else ""
+            raise UserError(f"{function!r:.80} is no function (prompts, responses, **columns){hint}")
+        if any(map(inspect.iscoroutinefunction, (bare(function), getattr(function, "__call__", None)))):  # noqa: B004
+            raise UserError(f"{path_of(function)} is async; give a plain function that runs it, as by asyncio.run")
+        require(timeout is None or 0 < timeout < math.inf, "timeout", timeout, "seconds above 0 and finite, or null")
         self.function = function
+        self.special_tokens = special_tokens
+        self.abstain = abstain
+        self.timeout = timeout
         self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __str__(self) -> str:
+        return path_of(self.function)
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         """Keep the tokenizer that turns ids into text."""
         self.tokenizer = tokenizer
 
-    def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
-        """(n,) float64, what the function returns.
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Refuse a function that cannot be called with these columns."""
+        given: dict[str, list[Any]] = {name: [] for name in names}
+        try:
+            signature = inspect.signature(bare(self.function))
+        except (TypeError, ValueError):  # one that does not tell what it takes
+            return
+        try:
+            signature.bind([], [], **columns_for(self.function, given))
+        except TypeError as error:
+            raise UserError(
+                f"{self} cannot be called as function(prompts, responses, **columns): {error}; the data have the "
+                f"columns {sorted(given)}"
+            ) from error
+
+    def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> Any:
+        """What the function returns.
 
         Raises:
-            UserError: it raised, or returned something else than one finite number per response.
+            TimeoutError: it took longer than `timeout`.
         """
-        prompt_texts = [as_text(self.tokenizer, ids) for ids in prompts]
-        response_texts = [as_text(self.tokenizer, ids) for ids in responses]
-        try:
-            returned = self.function(prompt_texts, response_texts, **columns_for(self.function, columns))
-        except UserError:
-            raise
-        except Exception as error:
-            place = place_of(error)
-            hint = (
-                "" if place else f"; it is called as function(prompts, responses, **columns), columns {sorted(columns)}"
-            )
-            raise UserError(f"{self.name} raised {type(error).__name__}: {error}{place}{hint}") from error
-        try:
-            values = torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach().numpy()
-        except (TypeError, ValueError, RuntimeError):
-            values = None
-        if values is None or values.shape != (len(responses),):
-            got = f"{returned!r:.80}" if values is None else f"shape {values.shape}"
-            raise UserError(f"{self.name} must return one finite number per response, ({len(responses)},); got {got}")
-        wrong = np.flatnonzero(~np.isfinite(values))
-        if len(wrong):
-            examples = ", ".join(f"{values[i]} for the prompt {prompt_texts[i]!r:.60}" for i in wrong[:5])
-            raise UserError(
-                f"{self.name} must return one finite number per response; {len(wrong)} of {len(values)} are not: "
-                f"{examples}"
-            )
-        return values
+        pairs = zip(prompts, responses, strict=True)
+        texts = [as_texts(self.tokenizer, *pair, special=self.special_tokens) for pair in pairs]
+        wanted = columns_for(self.function, columns)
+        with time_limit(self.timeout):
+            return self.function([prompt for prompt, _ in texts], [response for _, response in texts], **wanted)
 
-    @property
-    def name(self) -> str:
-        """The function by its import path, and the options that may have named it."""
-        named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
-        return f"reward function {named.__module__}.{named.__qualname__} (of data.reward, data.monitors or gold)"
+
+def path_of(function: Any) -> str:
+    """The import path of a function, or of what a `functools.partial` calls, or of the class of an object."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

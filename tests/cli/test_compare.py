@@ -13,6 +13,7 @@ from lit_rlhf.cli.compare import FIGURES, compare
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.engine.attention import IMPLEMENTATION
 from lit_rlhf.rollout.play import GenerationSettings
+from lit_rlhf.rollout.scoring import Rewards
 from tests.stages import make_stage, make_trainer, share_of_w9, write_inputs
 from tests.tiny import plain_response_logprobs, tiny_model, tiny_tokenizer
 
@@ -44,10 +45,9 @@ def root(tmp_path_factory):
         module, data = make_stage(stage, root, **options)
         if stage == "ppo":
             scorer = RewardModelReward(str(root / "reward_model" / "model"))
-            if name == "ppo_monitored":
-                data.monitors = {"scorer": scorer}
-            else:
-                data.reward = scorer
+            data.rewards = (
+                Rewards(share_of_w9, monitors={"scorer": scorer}) if name == "ppo_monitored" else Rewards(scorer)
+            )
         callbacks = [HuggingFaceExport(), RunSummary()]
         trainer = make_trainer(root / name, max_epochs=1, limit_val_batches=1, callbacks=callbacks)
         trainer.fit(module, data)

@@ -28,3 +28,55 @@ def test_each_config_runs_two_steps_and_exports_a_model_that_transformers_loads(
     assert summary["steps"] == 2
     assert summary["peak_memory_mb"] > 0
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+REWARDS = """
+data:
+  init_args:
+    reward: null
+    rewards:
+      right: {class_path: token_mdp.verifiable.ExactAnswer, init_args: {column: topic}}
+      form:
+        class_path: lit_rlhf.TextReward
+        init_args: {function: my_rewards.form, special_tokens: true, abstain: true, timeout: 10}
+      liked: {class_path: lit_rlhf.RewardModelReward, init_args: {model: runs/reward_model/model}}
+      brief: my_rewards.brief
+    reward_weights: {form: 0.2, liked: 0.5}
+    monitors:
+      length: my_rewards.brief
+"""
+FUNCTIONS = """
+def brief(prompts, responses):
+    return [-len(response.split()) for response in responses]
+
+
+def form(prompts, responses, topic):
+    return [None if i % 2 else 1 for i in range(len(responses))]
+"""
+
+
+SEVERAL = ["--config", "several.yaml"]
+ONE = ["--data.reward=my_rewards.brief", "--data.monitors=null"]
+BY_NAME = ["--data.reward=null", "--data.rewards={brief: my_rewards.brief}", "--data.monitors=null"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("given", [SEVERAL, ONE, BY_NAME], ids=["several", "one", "by name"])
+def test_rewards_are_named_in_yaml_and_on_the_command_line(given, workdir, monkeypatch, capsys):
+    ppo = Path("configs/ppo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    monkeypatch.syspath_prepend(str(workdir))
+    Path("my_rewards.py").write_text(FUNCTIONS)
+    Path("several.yaml").write_text(REWARDS)
+    options = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=1", "--trainer.default_root_dir=out/rewards"]
+    assert run("fit", "--config", ppo, *given, *options, *QUICK, *SMALL_PPO) == 0, capsys.readouterr().err
+    metrics = json.loads(Path("out/rewards/summary.json").read_text())["metrics"]
+    if given is SEVERAL:
+        parts = {"right": 1.0, "form": 0.2, "liked": 0.5, "brief": 1.0}
+        assert metrics["rollout/form_abstained"] == 0.5 == metrics["rollout/form"]
+        assert metrics["rollout/length"] == metrics["rollout/brief"] < 0
+        total = sum(weight * metrics[f"rollout/{name}"] for name, weight in parts.items())
+        assert metrics["rollout/score"] == pytest.approx(total, abs=1e-5)
+    else:
+        assert metrics["rollout/score"] < 0
+        assert ("rollout/brief" in metrics) == (given is BY_NAME)

@@ -117,7 +117,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "NaN reward": (
         "ppo",
         [*SMALL_PPO, *OWN_REWARD, "--data.reward.init_args.function=tests.cli.test_mistakes.nan_reward", NO_VALIDATION],
-        "nan_reward (of data.reward, data.monitors or gold) must return one finite number",
+        "data.reward (tests.cli.test_mistakes.nan_reward) returned values that are not finite: nan (demo, row",
     ),
 }
 
@@ -177,8 +177,10 @@ def test_a_mistake_outside_of_a_config_is_answered_by_one_message_too(arguments,
 
 
 BROKEN_REWARDS = {  # body of the function -> words of the answer
-    "return [float('nan')] + [0.0] * (len(responses) - 1)": "must return one finite number per response; 1 of ",
-    "return None": "must return one finite number per response, (",
+    "return [float('nan')] + [0.0] * (len(responses) - 1)": "returned values that are not finite: nan (demo, row ",
+    "return None": "must return one number per response, shape (16,), got None (demo, row ",
+    "raise SystemExit": "raised SystemExit, in ",
+    "raise ValueError('one\\ntwo')": "raised ValueError: one two, in ",
     "return columns['zz']": "raised KeyError: 'zz', in ",
 }
 
@@ -191,11 +193,11 @@ def test_a_broken_reward_function_is_named_with_its_place_and_the_remedy(body, w
     monkeypatch.syspath_prepend(str(workdir))
     name = f"reward{sorted(BROKEN_REWARDS).index(body)}"
     Path(f"{name}.py").write_text(f"def score(prompts, responses, **columns):\n    {body}\n")
-    options = ["--data.reward=lit_rlhf.TextReward", f"--data.reward.function={name}.score", "--data.monitors=null"]
+    options = [f"--data.reward={name}.score", "--data.monitors=null"]
     options += ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8", "--model.critic=null"]
     assert run("fit", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/reward") == 2
     said = capsys.readouterr().err.split("error: ")[-1]
-    assert said.startswith(f"reward function {name}.score (of data.reward")
+    assert said.startswith(f"data.reward ({name}.score)")
     assert BROKEN_REWARDS[body] in said
     assert "KeyError" not in said or f"{name}.py:2" in said
     assert len(said) < 700

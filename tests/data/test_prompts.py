@@ -115,3 +115,21 @@ def test_half_a_character_in_any_column_is_named_since_predict_writes_them_all(t
 def test_rows_without_a_prompt_of_their_own_leave_none(tmp_path):
     source = write(tmp_path / "texts.jsonl", [{"text": "how so"}])
     assert len(load_prompts(source, "validation", word_tokenizer(WORDS), of="sft")) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*are not used whole")
+def test_each_prompt_knows_file_and_line_that_it_comes_from(tmp_path):
+    empty = {"prompt": ""}  # dropped: no token
+    first = tmp_path / "a.jsonl"
+    first.write_text('{"prompt": "how"}\n\n{"prompt": ""}\n{"prompt": "so"}\n')
+    second = write(tmp_path / "b.jsonl", [empty, {"prompt": "so how"}])
+    loaded = load_prompts({str(first): 1.0, second: 2.0}, "train", word_tokenizer(WORDS))
+    batch = loaded.take(np.arange(len(loaded)))
+    expected = [f"{first}, line 1", f"{first}, line 4", f"{second}, line 2", f"{second}, line 2"]
+    assert [batch.place(index) for index in range(4)] == expected
+    assert loaded.take(np.array([3, 1])).place(1) == expected[1]  # by its place in the batch
+    first.write_text("")
+    assert batch.place(1) == "prompt 2" and batch.place(2) == expected[2]
+    first.unlink()
+    assert batch.place(0) == "prompt 1"
+    assert prompts.PromptBatch(batch.prompt_ids, {}).place(3) == "prompt 4"

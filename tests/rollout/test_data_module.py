@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lit_rlhf import RolloutDataModule, TextReward
+from lit_rlhf import RolloutDataModule
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.modules import load_prompts
 from lit_rlhf.errors import UserError
@@ -34,7 +34,7 @@ def test_the_prompts_of_rollouts_are_tokenised_by_as_many_processes_as_asked(tmp
     make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
     assert asked == [2]  # once, by `prepare_data`
     with pytest.raises(UserError, match=r"num_proc \(0\)"):
-        RolloutDataModule(data.reward, "prompts.jsonl", None, num_proc=0)
+        RolloutDataModule(share_of_w9, "prompts.jsonl", None, num_proc=0)
 
 
 def test_the_prompts_of_rollouts_are_read_by_the_template_and_options_given(tmp_path):
@@ -47,7 +47,7 @@ def test_the_prompts_of_rollouts_are_read_by_the_template_and_options_given(tmp_
     def prompts(**options):
         module, data = make_stage("ppo", tmp_path)
         sources = {"train": str(source), "validation": str(source)}
-        data = RolloutDataModule(data.reward, **sources, max_new_tokens=4, tokenizer=module.tokenizer, **options)
+        data = RolloutDataModule(share_of_w9, **sources, max_new_tokens=4, tokenizer=module.tokenizer, **options)
         make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
         return [ids.tolist() for ids in data.prompts["validation"].prompt_ids], module.tokenizer.chat_template
 
@@ -68,7 +68,7 @@ def test_prompts_are_named_by_declared_columns_and_a_rewards_own_arguments_are_n
     given = {"train": None, "validation": str(tmp_path / "prompts.csv"), "tokenizer": module.tokenizer}
 
     def columns(**names):
-        data = RolloutDataModule(TextReward(share_of_w9), columns=names, max_new_tokens=4, **given)
+        data = RolloutDataModule(share_of_w9, columns=names, max_new_tokens=4, **given)
         make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
         return data.prompts["validation"].columns
 
@@ -83,3 +83,32 @@ def test_fit_without_prompts_is_refused(tmp_path):
     data.sources["train"] = None
     with pytest.raises(UserError, match=r"data\.train is null, and fit learns from rows"):
         make_trainer(tmp_path, max_epochs=1).fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"rollout_size": 10**12},
+            r"^rollout_size \(10{12}\) episodes of up to max_new_tokens \(8\).* 1,352,000 GB; this",
+        ),
+        ({"ppo_epochs": 10**12}, r"in ppo_epochs \(10{12}\) orders, would take about 256,000 GB"),
+        ({"num_minibatches": 10**12}, r"a rollout of 16 episodes .* num_minibatches \(10{12}\)"),
+        ({"rollout_size": 3}, r"a rollout of 3 episodes per rank cannot be cut into num_minibatches \(4\)"),
+    ],
+)
+def test_sizes_beyond_all_measure_are_refused_before_anything_is_played(sizes, message, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.rollout.play.play", lambda *a, **k: pytest.fail("it was played"))
+    of_module = {name: value for name, value in sizes.items() if name != "rollout_size"}
+    module, data = make_stage("ppo", inputs, **{"num_minibatches": 4, "ppo_epochs": 2} | of_module)
+    data.rollout_size = sizes.get("rollout_size", 16)
+    with pytest.raises(UserError, match=message):
+        make_trainer(tmp_path, max_epochs=1).fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({}, "both missing"), ({"reward": share_of_w9, "rewards": {"a": share_of_w9}}, "both given")]
+)
+def test_one_reward_or_several_are_needed_and_not_both(given, said):
+    with pytest.raises(UserError, match=rf"data\.reward and data\.rewards are {said}: give one"):
+        RolloutDataModule(**given)

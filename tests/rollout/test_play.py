@@ -9,7 +9,6 @@ import torch
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.prompts import PromptDataset
-from lit_rlhf.data.tokenize import response_text
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import decoding
@@ -19,7 +18,6 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout import play as rollout
 from lit_rlhf.rollout.play import GenerationSettings, complete, play
 from tests.tiny import EOS, VOCABULARY, random_examples, tiny_policy, tiny_tokenizer
-from tests.tiny_tokenizers import byte_tokenizer, metaspace_tokenizer
 from token_mdp import FinishReason, TokenVectorEnv
 
 PROMPTS = [example.prompt_ids for example in random_examples(11, seed=5)]
@@ -99,16 +97,6 @@ def test_a_completion_ends_at_any_stop_token_of_the_model():
         stopped = int(episode.response_ids[-1]) in stops
         assert episode.finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
     assert {int(episode.response_ids[-1]) for episode in episodes} & set(range(3, 20))
-
-
-@pytest.mark.parametrize(
-    "tokenizer", [byte_tokenizer(), metaspace_tokenizer("to be or not")], ids=["bytes", "metaspace"]
-)
-def test_prompt_and_completion_make_the_text_again(tokenizer):
-    ids = np.array(tokenizer("to be or not to be")["input_ids"])
-    for cut in range(1, len(ids)):
-        before = tokenizer.decode(ids[:cut].tolist())
-        assert before + response_text(tokenizer, ids[:cut], ids[cut:]) == "to be or not to be"
 
 
 def test_pad_equal_to_eos_changes_no_episode():

@@ -66,8 +66,8 @@ def warn_of_unread_margins(trainer: Any, dataset: Any) -> None:
     module = getattr(trainer, "lightning_module", None)
     if dataset.has_margins() and not getattr(module, "reads_margins", True):
         rank_zero_warn(
-            f"the pairs have margins, and the loss of {type(module).__name__} does not use them: "
-            "model.loss: lit_rlhf.losses.offset_dpo_loss does, or leave the column `margin` out"
+            f"the margins of the pairs are not used by the loss of {type(module).__name__}; "
+            "model.loss: lit_rlhf.losses.offset_dpo_loss uses them, or leave the column `margin` out"
         )
 
 

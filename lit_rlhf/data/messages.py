@@ -39,6 +39,13 @@ def checked_messages(value: Any, place: str) -> list[Row]:
     return [_checked_message(message, f"{place}, message {number}") for number, message in enumerate(value)]
 
 
+def without_null_fields(value: Any) -> Any:
+    """The same value without the null fields of its objects, however deep they lie."""
+    if isinstance(value, dict):
+        return {name: without_null_fields(item) for name, item in value.items() if item is not None}
+    return [without_null_fields(item) for item in value] if isinstance(value, list) else value
+
+
 def answer(response: str | list[Row]) -> list[Row]:
     """A response beside a prompt of messages: text is what the assistant says."""
     return [{"role": "assistant", "content": response}] if isinstance(response, str) else response

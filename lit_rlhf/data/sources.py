@@ -11,12 +11,14 @@ import pyarrow as pa
 from lit_rlhf.data.formats import Kind, Row, check_row
 from lit_rlhf.data.locating import find_files, load_named, require_no_split
 from lit_rlhf.data.mapping import renamed, reshaped
+from lit_rlhf.data.messages import without_null_fields
 from lit_rlhf.data.naming import DEMO, Role, Source
 from lit_rlhf.data.row_files import read_rows, rows_of
 from lit_rlhf.errors import UserError
 
 ROWS_AT_ONCE = 1024  # of a dataset
 MOST_ROWS = 10**9  # that an epoch may take of a source
+CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "tools", "chat_template_kwargs")
 # A reward is called with prompts and responses; as a class, with itself.
 RESERVED = ("prompts", "responses", "self")
 
@@ -82,11 +84,19 @@ def _iterate(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, Any]
         return
     files = find_files(source, role)
     if files is None:
-        yield from _rows_of_dataset(source.name, load_named(source, role))
+        yield from _as_conversations(_rows_of_dataset(source.name, load_named(source, role)), source)
         return
     require_no_split(source)
     for file in files:
-        yield from read_rows(file, numbers=[source.columns.get("margin", "margin")])
+        placed = read_rows(file, numbers=[source.columns.get("margin", "margin")])
+        yield from _as_conversations(placed, source) if file.suffix == ".parquet" else placed
+
+
+def _as_conversations(rows: Iterator[tuple[str, Any]], source: Source) -> Iterator[tuple[str, Any]]:
+    """Rows of Arrow, whose structures have every field that any of them has: null is what was not there."""
+    theirs = [source.columns.get(name, name) for name in CONVERSATIONS]
+    for place, row in rows:
+        yield place, row | {name: without_null_fields(row[name]) for name in theirs if name in row}
 
 
 def _rows_of_dataset(name: str, dataset: datasets.Dataset) -> Iterator[tuple[str, Any]]:

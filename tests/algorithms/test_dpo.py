@@ -126,7 +126,9 @@ def test_margins_of_the_data_reach_the_loss_that_asks_for_them_and_others_are_wa
         make_trainer(tmp_path, max_steps=1, callbacks=[watch]).fit(module, data)
         return watch.losses[0]
 
-    with pytest.warns(UserWarning, match=r"margins.*loss of DPO does not use them.*offset_dpo_loss does") as heard:
+    with pytest.warns(
+        UserWarning, match=r"margins of the pairs are not used by the loss of DPO; .*offset_dpo_loss uses"
+    ) as heard:
         assert first_loss("some", dpo_loss) == pytest.approx(math.log(2))
     assert sum("margins" in str(warning.message) for warning in heard) == 1
     assert first_loss("none", dpo_loss) == pytest.approx(math.log(2))
@@ -134,7 +136,7 @@ def test_margins_of_the_data_reach_the_loss_that_asks_for_them_and_others_are_wa
     expected = sum(math.log1p(math.exp(i / 8)) for i in range(24)) / 24
     assert first_loss("some", losses.offset_dpo_loss) == pytest.approx(expected, rel=1e-5)
     constant = [LossTerm(losses.offset_dpo_loss, options={"margin": 1.0})]
-    with pytest.warns(UserWarning, match="does not use them"):
+    with pytest.warns(UserWarning, match="are not used by the loss of DPO"):
         assert first_loss("some", constant) == pytest.approx(math.log1p(math.e), rel=1e-5)
 
 

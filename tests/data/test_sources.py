@@ -2,6 +2,7 @@ import gzip
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -148,3 +149,48 @@ def test_the_demo_is_a_source_of_every_kind():
 def test_real_files_are_read_whole(file, kind):
     with gzip.open(SHARED / file) as stream:
         assert len(read(SHARED / file, kind=kind)) == sum(1 for _ in stream)
+
+
+def test_conversations_from_arrow_have_no_fields_that_they_did_not_have(tmp_path):
+    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    tools = [{"name": "f", "parameters": {"x": {"type": "int"}}}, {"name": "g", "parameters": {"y": {"type": "str"}}}]
+    result = {"role": "tool", "name": "f", "content": "r"}
+    rows = [{"messages": [ask, call, result, answer], "tools": tools}, {"messages": [ask, answer], "tools": None}]
+    wanted = [rows[0], {"messages": [ask, answer]}]
+    write(tmp_path / "rows.jsonl", rows)
+    table = pa.Table.from_pylist(rows)
+    assert table.column("messages")[1].as_py()[0]["tool_calls"] is None, "which is how Arrow holds them"
+    pq.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in ("rows.jsonl", "rows.parquet", "saved"):
+        assert read(tmp_path / name) == wanted, name
+
+
+def test_null_fields_that_json_lines_spell_out_stay_inside_tools_and_so_do_those_of_rewards(tmp_path):
+    tools = [{"name": "f", "parameters": {"x": {"default": None}}}]
+    ask = {"role": "user", "content": "q"}
+    row = {"prompt": [ask], "tools": tools, "facts": {"known": None, "year": 3}}
+    write(tmp_path / "rows.jsonl", [row])
+    assert read(tmp_path / "rows.jsonl", kind="prompts") == [row]
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    [held] = read(tmp_path / "rows.parquet", kind="prompts")
+    assert held["facts"] == row["facts"] and held["tools"] == [{"name": "f", "parameters": {"x": {}}}]
+
+
+def test_pairs_as_ultrafeedback_has_them_are_read_whatever_is_null(tmp_path):
+    ask, good, bad = (
+        {"content": text, "role": role, "name": None, "tool_calls": None}
+        for text, role in (("q", "user"), ("yes", "assistant"), ("no", "assistant"))
+    )
+    row = {"prompt": "q", "prompt_id": "x", "messages": [ask, good], "margin": None}
+    row |= {"chosen": [ask, good], "rejected": [ask, bad], "score_chosen": 8.0, "score_rejected": None}
+    wanted = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    message = {name: {"content": text, "role": "assistant"} for name, text in wanted.items()}
+    pair = {"prompt": [{"content": "q", "role": "user"}], "chosen": [message["chosen"]], "margin": 0.0}
+    pair["rejected"] = [message["rejected"]]
+    write(tmp_path / "rows.jsonl", [row])
+    pq.write_table(pa.Table.from_pylist([row, row | {"score_rejected": 1.0}]), tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.jsonl", kind="preference") == [pair]
+    assert read(tmp_path / "rows.parquet", kind="preference") == [pair] * 2
+    assert read(tmp_path / "rows.parquet", kind="sft") == [{"messages": [*pair["prompt"], *pair["chosen"]]}] * 2

@@ -24,7 +24,8 @@ from benchmarks.rounds import Contestant
 from benchmarks.workload import BOS, EOS, FIRST_WORD, PAD
 from lit_rlhf import DPO, PPO, FixedKL, PreferenceDataModule, RewardModel, RolloutDataModule
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.data.examples import FEATURES, PreferenceDataset
+from lit_rlhf.data.examples import PreferenceDataset
+from lit_rlhf.data.token_cache import FEATURES
 from lit_rlhf.oracle import Evaluation, Problem, TokenTree, causal_lm
 from lit_rlhf.rollout.rewards import Reward
 

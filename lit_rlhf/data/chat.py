@@ -182,7 +182,7 @@ def _read_template(template: str) -> str:
         return template
     path = Path(template).expanduser().absolute()
     if not path.is_file():
-        raise UserError(f"chat_template: neither a Jinja template nor a file ({path} does not exist)")
+        raise UserError(f"chat_template: neither a Jinja template nor a file ({path} is none)")
     try:
         return path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin a file with
     except (OSError, UnicodeDecodeError) as error:

@@ -27,9 +27,10 @@ def named_sources(
 
 
 def require_rows(stage: str, sources: Mapping[str, Any]) -> None:
-    """Refuse to train on nothing."""
-    if stage == "fit" and sources["train"] is None:
-        raise UserError("data.train is null, and fit learns from rows: name a file, a folder, a dataset, or 'demo'")
+    """Refuse a stage without the rows that it is about."""
+    role = {"fit": "train", "validate": "validation"}.get(stage, stage)
+    if sources[role] is None and not (role == "predict" and sources["validation"] is not None):
+        raise UserError(f"data.{role} is null, and {stage} needs rows: name a file, a folder, a dataset, or 'demo'")
 
 
 def require_held_out_rows(train: Sources | None, validation: Sources | None) -> None:

@@ -10,7 +10,7 @@ import math
 from decimal import Decimal
 from typing import Any, Literal
 
-from lit_rlhf.data.messages import Row, answer, checked_messages, describe, template_columns
+from lit_rlhf.data.messages import Row, answer, checked_messages, describe, listed, template_columns
 from lit_rlhf.errors import UserError
 
 Kind = Literal["sft", "preference", "prompts", "scored"]  # scored: completions to be scored
@@ -51,8 +51,8 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
 
     def keep(*columns: str) -> Row:
         if not present.issuperset(columns):
-            null = f", and null in {sorted(set(row) - present)}" if len(present) < len(row) else ""
-            raise UserError(f"{place}: expected the columns {EXPECTED[kind]}; found {sorted(present)}{null}")
+            null = f", and null in {listed(set(row) - present)}" if len(present) < len(row) else ""
+            raise UserError(f"{place}: expected the columns {EXPECTED[kind]}; found {listed(present)}{null}")
         return {name: _checked_content(row[name], f"{place}, column '{name}'") for name in columns}
 
     if kind == "prompts":

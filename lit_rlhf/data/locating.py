@@ -13,9 +13,8 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES  # "json" would
 from lit_rlhf.data.naming import DEMO, Role, Source
 from lit_rlhf.data.row_files import ENDINGS, EXPECTED_FILES
 from lit_rlhf.errors import UserError, looks_like_a_path
-from lit_rlhf.models.hub import hub_or_cache
+from lit_rlhf.models.hub import HUB_NAME, hub_or_cache
 
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Words in file names and splits that say what rows are for, the best one first.
 SPLIT_WORDS: dict[Role, tuple[str, ...]] = {
     "train": ("train", "training"),

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lit_rlhf.data.formats import Kind, Row, describe
+from lit_rlhf.data.formats import Kind
+from lit_rlhf.data.messages import Row, describe, listed
 from lit_rlhf.errors import UserError
 
 Format = Literal["alpaca", "sharegpt"]
@@ -38,8 +39,7 @@ def renamed(row: Any, columns: Mapping[str, str], place: str) -> Any:
     if missing := [(ours, theirs) for ours, theirs in columns.items() if theirs not in row]:
         ours, theirs = missing[0]
         raise UserError(
-            f"{place}: there is no column {theirs!r}, which `columns` takes {ours!r} from; found "
-            f"{sorted(map(str, row))}"
+            f"{place}: there is no column {theirs!r}, which `columns` takes {ours!r} from; found {listed(row)}"
         )
     taken = set(columns.values())
     return {name: value for name, value in row.items() if name not in taken} | {
@@ -73,7 +73,7 @@ def reshaped(row: Any, kind: Kind, shape: Format | None, place: str) -> Any:
 def _alpaca(row: Row, kind: Kind, place: str) -> Row:
     texts = {name: _text(row.get(name, ""), name, place) for name in ("instruction", "input", "system")}
     if "instruction" not in row:
-        raise UserError(f"{place}: expected the column 'instruction' of format alpaca; found {sorted(map(str, row))}")
+        raise UserError(f"{place}: expected the column 'instruction' of format alpaca; found {listed(row)}")
     prompt = [_message("system", texts["system"])] if texts["system"] else []
     history = row.get("history", [])
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
@@ -91,9 +91,7 @@ def _alpaca(row: Row, kind: Kind, place: str) -> Row:
 
 def _sharegpt(row: Row, kind: Kind, place: str) -> Row:
     if "conversations" not in row:
-        raise UserError(
-            f"{place}: expected the column 'conversations' of format sharegpt; found {sorted(map(str, row))}"
-        )
+        raise UserError(f"{place}: expected the column 'conversations' of format sharegpt; found {listed(row)}")
     messages = _turns(row["conversations"], "conversations", place)
     if "system" in row and _text(row["system"], "system", place):
         messages = [_message("system", row["system"]), *messages]

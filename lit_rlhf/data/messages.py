@@ -4,6 +4,7 @@ A null field is one that is not there: Parquet and Arrow give every message all 
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from lit_rlhf.errors import UserError
@@ -81,6 +82,12 @@ def check_template_kwargs(given: Row, where: str) -> None:
 def learns(message: Row, by_default: bool = True) -> bool:
     """Whether a turn is to be learnt, by its `weight` where it has one."""
     return bool(message.get("weight", by_default))
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names of columns in their order, the first dozen."""
+    found = sorted(map(str, names))
+    return f"{found[:12]}{f' and {len(found) - 12} more' if len(found) > 12 else ''}"
 
 
 def describe(value: Any) -> str:

@@ -249,8 +249,7 @@ class ExamplesDataModule(LightningDataModule):
         if (sources := self.sources["predict"]) is not None:
             return load_prompts(sources, "predict", *given)
         held_out = self.sources["validation"]
-        if held_out is None:
-            raise UserError("predict needs prompts: set predict, or validation")
+        assert held_out is not None  # `require_rows`, and `sample_prompts` itself, see to it
         prompts = load_prompts(held_out, "validation", *given, of=self.kind)
         if not len(prompts) and not optional:
             raise UserError("predict needs prompts, and the validation rows have none: set predict")

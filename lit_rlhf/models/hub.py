@@ -1,6 +1,7 @@
 """The Hugging Face hub where it answers; where it does not, what it gave before, without a minute of retries."""
 
 import functools
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import datasets
 from huggingface_hub import constants, get_session
 
 SECONDS = 5.0  # that the hub may take to answer
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what can be the name of something there
 
 
 @contextmanager

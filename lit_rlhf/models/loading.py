@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.errors import UserError, looks_like_a_path
 from lit_rlhf.files import heal
-from lit_rlhf.models.hub import hub_or_cache
+from lit_rlhf.models.hub import HUB_NAME, hub_or_cache
 from lit_rlhf.models.policy import Policy, Scorer, backbone, context_length
 from lit_rlhf.models.probe import choose_attention, disable_dropout
 
@@ -318,11 +318,21 @@ def has_score_head(architectures: list[str]) -> bool:
 def _resolve(name: str | Path) -> str:
     if str(name) == "demo":
         return str(DEMO_MODEL)
-    path = Path(name).expanduser()
-    heal(path)  # an export that was killed between two names
-    if not path.exists() and looks_like_a_path(str(name)):
+    try:
+        path = Path(name).expanduser()
+        heal(path)  # an export that was killed between two names
+        is_there, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a zero byte, or of ~nobody
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(name)[:80]!r} cannot be the name of a model ({why})") from error
+    if not str(name) or (is_there and not is_folder):
+        raise UserError(
+            f"{str(name)!r}: no model could be loaded there: expected a folder with config.json and model.safetensors, "
+            f"or a name on the Hugging Face hub; this is {'a file' if str(name) else 'no name'}"
+        )
+    if not is_there and (looks_like_a_path(str(name)) or not HUB_NAME.fullmatch(str(name))):
         raise UserError(f"{name}: no model could be loaded there: there is no folder {path.absolute()}")
-    return str(path) if path.exists() else str(name)
+    return str(path) if is_there else str(name)
 
 
 def _hint(source: str, error: Exception) -> str:

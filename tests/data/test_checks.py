@@ -10,6 +10,7 @@ from lit_rlhf.data.checks import (
     require_held_out_rows,
     require_kind,
     require_prompt_length,
+    require_rows,
     require_whole_epochs,
 )
 from lit_rlhf.errors import UserError
@@ -92,3 +93,18 @@ def test_an_iteration_on_policy_is_not_cut_short(limit):
 def test_prompts_are_not_started_anew_on_policy():
     with pytest.raises(UserError, match=r"reload_dataloaders_every_n_epochs \(1\) would play the same prompts"):
         require_whole_epochs(trainer(reload_dataloaders_every_n_epochs=1))
+
+
+@pytest.mark.parametrize(("stage", "role"), [("fit", "train"), ("validate", "validation"), ("test", "test")])
+def test_a_stage_without_the_rows_that_it_is_about_is_refused(stage, role):
+    sources = dict.fromkeys(("train", "validation", "test", "predict"), "rows")
+    require_rows(stage, sources)
+    with pytest.raises(UserError, match=rf"data\.{role} is null, and {stage} needs rows"):
+        require_rows(stage, sources | {role: None})
+
+
+def test_predict_takes_the_validation_rows_where_it_has_none_of_its_own():
+    require_rows("predict", {"predict": None, "validation": ["rows"]})
+    require_rows("predict", {"predict": ["rows"], "validation": None})
+    with pytest.raises(UserError, match=r"data\.predict is null, and predict needs rows"):
+        require_rows("predict", {"predict": None, "validation": None})

@@ -58,7 +58,7 @@ def test_rows_of_declared_columns_and_shape_are_learnt_validated_and_predicted(t
 
 def test_fit_without_rows_is_refused_and_predict_needs_none_to_learn_from(tmp_path):
     source = pair_file(tmp_path, 3)
-    with pytest.raises(UserError, match=r"data\.train is null, and fit learns from rows"):
+    with pytest.raises(UserError, match=r"data\.train is null, and fit needs rows"):
         attach(PreferenceDataModule(None, source, tokenizer=word_tokenizer(WORDS)))
     module = PreferenceDataModule(None, source, tokenizer=word_tokenizer(WORDS))
     [batch] = attach(module, "predict").predict_dataloader()
@@ -89,7 +89,7 @@ def test_prompts_of_held_out_rows_stand_in_for_predict(tmp_path):
     module = attach(PreferenceDataModule(source, source, tokenizer=word_tokenizer(WORDS)), "predict")
     [batch] = module.predict_dataloader()
     assert batch.columns == {"prompt": ["how so"] * 3, "completion": [" yes", " yes yes", " yes yes yes"]}
-    with pytest.raises(UserError, match="predict needs prompts"):
+    with pytest.raises(UserError, match=r"data\.predict is null, and predict needs rows"):
         attach(PreferenceDataModule(source, None, tokenizer=word_tokenizer(WORDS)), "predict")
 
 

@@ -89,3 +89,21 @@ def test_a_misspelt_model_is_answered_without_retries(monkeypatch, name):
 def test_a_model_of_a_folder_is_loaded_without_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "get_session", lambda: pytest.fail("asked"))
     load_policy(save_tiny(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file", "'.*file': no model could be loaded there: expected a folder .*; this is a file"),
+        ("", "'': no model could be loaded there: expected a folder .*; this is no name"),
+        ("my model", "my model: no model could be loaded there: there is no folder /.*my model"),
+        ("https://hub/x", "no model could be loaded there: there is no folder"),
+        ("x" * 5000, r"'x{80}' cannot be the name of a model \(File name too long\)"),
+        ("~no-such-user/x", "cannot be the name of a model"),
+    ],
+)
+def test_what_can_be_no_model_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name, message):
+    monkeypatch.setattr(hub, "answers", lambda endpoint: pytest.fail("asks the hub"))
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(UserError, match=message):
+        load_policy(str(tmp_path / "file") if name == "file" else name)

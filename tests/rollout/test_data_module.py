@@ -81,7 +81,7 @@ def test_fit_without_prompts_is_refused(tmp_path):
     write_inputs(tmp_path)
     module, data = make_stage("ppo", tmp_path)
     data.sources["train"] = None
-    with pytest.raises(UserError, match=r"data\.train is null, and fit learns from rows"):
+    with pytest.raises(UserError, match=r"data\.train is null, and fit needs rows"):
         make_trainer(tmp_path, max_epochs=1).fit(module, data)
 
 

@@ -43,10 +43,10 @@ def test_lines_carry_their_numbers_blank_ones_counted(tmp_path):
         ("a.JSONL", json.dumps(ROW, ensure_ascii=False).encode()),
         ("a.json", json.dumps([ROW], ensure_ascii=False).encode()),
         ("a.ndjson", b"\xef\xbb\xbf \n" + json.dumps([ROW], indent=2).encode()),
-        ("a.json.gz", gzip.compress(json.dumps([ROW]).encode())),
+        ("a.json.gz", gzip.compress(json.dumps([ROW]).encode(), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(json.dumps(ROW).encode())),
         ("a.csv", "\ufeffprompt,completion\r\né, b\r\n".encode()),
-        ("a.tsv.gz", gzip.compress("prompt\tcompletion\né\t b\n".encode())),
+        ("a.tsv.gz", gzip.compress("prompt\tcompletion\né\t b\n".encode(), mtime=0)),
     ],
 )
 def test_the_same_row_is_read_from_files_of_all_kinds(tmp_path, name, data):

@@ -1,0 +1,128 @@
+"""What a signal does to the process that listens; callbacks/test_stopping.py has what it does to a run."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from lit_rlhf import signals
+from lit_rlhf.signals import SECONDS_APART, Listener, Stop
+
+
+@pytest.fixture
+def listener():
+    """Listens to the signals of this process while a test runs."""
+    with (listener := Listener()).listening():
+        yield listener
+
+
+@pytest.fixture
+def died_of(monkeypatch):
+    """The signals that would have ended the process."""
+    numbers = []
+    monkeypatch.setattr(signals, "die_of", numbers.append)
+    return numbers
+
+
+def alone():
+    return SimpleNamespace(world_size=1)
+
+
+def beside_a_rank_that_got(number):
+    """A Trainer of two ranks, of which the other one has got a signal."""
+
+    def reduce(asked, reduce_op):
+        assert reduce_op == "max"
+        return max(asked, asked.new_tensor(float(number)))
+
+    return SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device="cpu", reduce=reduce))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_program_where_it_meets_it_with_the_status_that_a_shell_would_give(listener, number, status):
+    with pytest.raises(Stop, match=number.name) as stop:
+        os.kill(os.getpid(), number)
+    assert stop.value.status == status
+    assert not isinstance(stop.value, Exception)  # `except Exception` of a user's function does not catch it
+
+
+def test_a_signal_that_is_deferred_waits_for_a_moment_at_which_nothing_is_half_done(listener):
+    listener.deferring = True
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert listener.received == signal.SIGTERM
+    with pytest.raises(Stop, match="SIGTERM"):
+        listener.obey(alone())
+
+
+def test_a_run_of_one_process_may_be_stopped_anywhere_within_what_is_interruptible_and_not_after(listener):
+    listener.deferring = True
+    with listener.interruptible(alone()):
+        pass
+    assert listener.deferring
+    with pytest.raises(Stop), listener.interruptible(alone()):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert listener.deferring
+
+
+def test_all_ranks_stop_by_the_signal_that_any_of_them_has_got_before_what_is_interruptible_begins(listener):
+    listener.deferring = True
+    began = []
+    with pytest.raises(Stop, match="SIGTERM"), listener.interruptible(beside_a_rank_that_got(signal.SIGTERM)):
+        began.append(True)
+    assert not began
+    listener.obey(beside_a_rank_that_got(0))
+
+
+def test_the_same_ctrl_c_that_comes_twice_is_one_and_a_second_one_ends_the_process(listener, died_of, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    listener.deferring = True
+    for wait in (0.0, SECONDS_APART / 2):
+        now[0] += wait
+        os.kill(os.getpid(), signal.SIGINT)
+        assert died_of == []  # as the terminal and torchrun both hand it on
+    now[0] += SECONDS_APART
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert died_of == []  # asks again for what is under way
+    os.kill(os.getpid(), signal.SIGINT)
+    assert died_of == [signal.SIGINT]
+
+
+@pytest.mark.parametrize(("number", "dies"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_process_that_was_forked_obeys_its_parent_and_leaves_ctrl_c_to_it(listener, died_of, number, dies):
+    listener.process = os.getpid() + 1  # the one that listened
+    os.kill(os.getpid(), number)
+    assert (died_of == [number]) == dies and listener.received == 0
+
+
+def test_a_signal_that_is_ignored_stays_ignored_as_of_a_script_in_the_background():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Listener().listening():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_handlers_are_those_of_before_once_it_listens_no_more():
+    before = [signal.getsignal(number) for number in signals.ENDING]
+    with pytest.raises(KeyError), (listener := Listener()).listening():
+        assert all(signal.getsignal(number) is listener for number in signals.ENDING)
+        raise KeyError
+    assert [signal.getsignal(number) for number in signals.ENDING] == before
+
+
+def test_a_signal_of_lightnings_waits_for_such_a_moment_too_and_ends_nothing(listener):
+    told = []
+    listener.deferred[signal.SIGUSR1] = lambda number, frame: told.append(number)
+    before = signal.signal(signal.SIGUSR1, listener)
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert told == []
+        for _ in range(2):
+            listener.obey(alone())
+        assert told == [signal.SIGUSR1]  # once
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -1,6 +1,8 @@
 """The error that a user can mend (the CLI prints its message alone, without a traceback), and what it is raised for."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,6 +20,15 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Refuse an option whose value does not hold to what is expected of it."""
     if not holds:
         raise UserError(f"{name} ({value}) must be {expected}")
+
+
+@contextmanager
+def named_by(option: str) -> Iterator[None]:
+    """Say which option names what an error is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
 
 
 def place_of(error: Exception) -> str:

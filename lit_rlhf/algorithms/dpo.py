@@ -14,7 +14,7 @@ from lit_rlhf.algorithms.reference_cache import ReferenceCache
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.algorithms.settings import ReferenceSettings
 from lit_rlhf.data.batches import PreferenceBatch
-from lit_rlhf.errors import require
+from lit_rlhf.errors import named_by, require
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.models.loading import check_same_tokens, load_policy_with_tokenizer
 from lit_rlhf.models.policy import freeze, frozen_copy
@@ -60,7 +60,8 @@ class DPO(PreferenceModule):
         self.policy, self.tokenizer = load_policy_with_tokenizer(policy, trust_remote_code=trust_remote_code)
         self.loss = PreferenceLoss(loss, reference_free)
         if reference is not None:
-            loaded, theirs = load_policy_with_tokenizer(reference, trust_remote_code=trust_remote_code)
+            with named_by("model.reference"):
+                loaded, theirs = load_policy_with_tokenizer(reference, trust_remote_code=trust_remote_code)
             check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
             self.frozen["reference"] = freeze(loaded)
         elif not (cache_reference or reference_free):

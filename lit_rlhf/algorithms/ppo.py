@@ -7,6 +7,7 @@ from typing import Any
 from lit_rlhf.algorithms.chosen import ChosenFunction, with_settings
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.settings import CriticSettings
+from lit_rlhf.errors import named_by
 from lit_rlhf.losses import gae, ppo_policy_loss
 from lit_rlhf.models.loading import check_same_tokens, load_scorer, load_tokenizer, scorer_from_policy
 
@@ -70,6 +71,7 @@ class PPO(OnPolicyModule):
         if critic is None:
             self.critic = scorer_from_policy(self.policy, trust_remote_code)
         else:
-            self.critic = load_scorer(critic, trust_remote_code=trust_remote_code)
-            theirs = load_tokenizer(critic, self.critic.model.config, trust_remote_code)
+            with named_by("model.critic"):
+                self.critic = load_scorer(critic, trust_remote_code=trust_remote_code)
+                theirs = load_tokenizer(critic, self.critic.model.config, trust_remote_code)
             check_same_tokens(self.tokenizer, theirs, f"critic {critic}")

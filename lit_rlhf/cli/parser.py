@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_rlhf.cli.ranks import tell
+from lit_rlhf.cli.wording import OPTION, wrong_value
 from lit_rlhf.errors import UserError
 
 # jsonargparse lists every type that a value failed to be, and repeats the whole value.
@@ -35,14 +36,6 @@ UNKNOWN = re.compile(
 NO_PATH = re.compile(r'Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]+)', re.S)
 NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 OURS = re.compile(r"lit_rlhf(?:\.\w+)+\.(\w+)")
-WRONG_VALUE = re.compile(r'Parser key "([^"]+)":\s*Expected a <class \'(\w+)\'>\. Got value: (.*)')
-TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "tuple": "a list, '[{}]'",
-}
 CLASS_GIVEN = ("--config", "-c", "--model=", "--data=")
 EXAMPLES = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}
 
@@ -61,17 +54,16 @@ class Parser(LightningArgumentParser):
         said = "\n".join(lines)
         if unknown := UNKNOWN.search(message):
             said = self.unknown_option(next(filter(None, unknown.groups())))
-        elif wrong := WRONG_VALUE.fullmatch(said):
-            said = (
-                f"{self.as_typed(wrong[1])}: expected {TYPES.get(wrong[2], wrong[2]).format(wrong[3])}, got {wrong[3]}"
-            )
         elif moved := moved_path(message):
             said = moved
         elif absent := NOT_IN_MODULE.search(message):
-            said = f"{absent[0]}{did_you_mean(absent[2], dir(sys.modules.get(absent[1])))}"
+            option = "".join(f"{self.as_typed(key)}: " for key in OPTION.findall(message)[-1:])
+            said = f"{option}{absent[0]}{did_you_mean(absent[2], dir(sys.modules.get(absent[1])))}"
         elif no_path := NO_PATH.search(message):
             option, given = no_path.groups()
             said = f"{self.as_typed(option)}: expected an import path, got {given}{nearest_path(option, given)}"
+        elif wrong := wrong_value(message, self.as_typed):
+            said = wrong
         elif "No module named" in message:
             said += "\nmodules are found in the current folder and among what is installed"
         elif "fit.model" in message and "required" in message:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.packing import Example, pack
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.models.loading import check_same_tokens, load_scorer, load_tokenizer
 from lit_rlhf.models.policy import Scorer, freeze
 from lit_rlhf.rollout.time_limit import time_limit
@@ -71,8 +71,9 @@ class RewardModelReward(Reward):
     def __init__(self, model: str, max_tokens: int = 16_384, trust_remote_code: bool = False) -> None:
         self.name = model
         self.max_tokens = max_tokens
-        self.scorer = freeze(load_scorer(model, trust_remote_code=trust_remote_code))
-        self.tokenizer = load_tokenizer(model, self.scorer.model.config, trust_remote_code)
+        with named_by("reward model"):
+            self.scorer = freeze(load_scorer(model, trust_remote_code=trust_remote_code))
+            self.tokenizer = load_tokenizer(model, self.scorer.model.config, trust_remote_code)
 
     def __str__(self) -> str:
         return self.name

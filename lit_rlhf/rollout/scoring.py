@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, named_by
 from lit_rlhf.rollout import rewards, time_limit
 from lit_rlhf.rollout.rewards import Reward, TextReward, path_of
 from token_mdp import Episode, RewardError
@@ -126,12 +126,10 @@ class Rewards:
         """
         columns = [list(batch.columns) for batch in prompts]
         for term in self.terms:
-            try:
+            with named_by(term.option):
                 for names in columns:
                     term.reward.check_columns(names)
                 term.reward.bind(tokenizer, device)
-            except UserError as error:
-                raise UserError(f"{term.option}: {error}") from error
 
     @contextlib.contextmanager
     def naming(self, prompts: PromptBatch) -> Iterator[None]:
@@ -197,10 +195,8 @@ def with_weight(entry: Any) -> tuple[Any, Any]:
 
 def as_reward(given: Any, option: str) -> Reward:
     """A reward as it is, a function of text in a `TextReward`."""
-    try:
+    with named_by(option):
         return given if isinstance(given, Reward) else TextReward(given)
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from error
 
 
 def as_name(name: Any, option: str) -> str:

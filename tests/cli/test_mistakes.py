@@ -52,7 +52,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "weight that is no number": (
         "sft",
         [NO_VALIDATION, '--data.train=[{"source": "demo", "weight": "x"}]'],
-        "weight ('x') must be a number",
+        "weight ('x') of demo must be a number",
     ),
     "split of a file": ("sft", [NO_VALIDATION, '--data.train=[{"source": "demo", "split": "x"}]'], "files have none"),
     "export over the run": (
@@ -73,7 +73,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "function of a module that is not there": (
         "ppo",
         [*OWN_REWARD, "--data.reward.function=nowhere.brief"],
-        "modules are found in the current folder",
+        "there is no module nowhere in the current folder or among what is installed",
     ),
     "value out of range": ("sft", ["--model.generation.top_p=2"], "top_p (2.0)"),
     "unknown accelerator": ("sft", ["--trainer.accelerator=cpuu"], "cpuu"),

@@ -1,0 +1,82 @@
+"""What jsonargparse says of a value, in one line: the option, what was expected, what was given, and why."""
+
+import ast
+import re
+from collections.abc import Callable
+
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "a mapping, '{{name: value}}'",
+    "list": "a list, '[{}]'",
+    "tuple": "a list, '[{}]'",
+    "NoneType": "null",
+}
+OPTION = re.compile(r'Parser key "([^"]+)"')
+GIVEN = re.compile(r"Given value: ([^\n]+)")
+GOT = re.compile(r"Got value: ([^\n]+)")
+EXPECTED = re.compile(
+    r"Expected a (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<choices>[^\]]+)\]|\w+ with (?P<count>\d+) elements)"
+    r"|Not a valid subclass of (?P<kind>\w+)|to a subclass of (?P<base>\w+)"
+    r"|(?P<function>expects a function or a callable class)"
+)
+SUBTYPES = re.compile(r"Subtypes: \[([^\n]*)\]")
+NO_MODULE = re.compile(r"No module named '([\w.]+)'")
+IN_ITS_CLASS = {"class_path", "init_args", "dict_kwargs"}
+MOST = 100  # characters of a value that are shown
+
+
+def wrong_value(message: str, as_typed: Callable[[str], str]) -> str | None:
+    """One line for a value that is of no type that it may have; None for any other message.
+
+    Args:
+        message: of jsonargparse.
+        as_typed: an option as it stands on the command line.
+    """
+    options = OPTION.findall(message)
+    given = GIVEN.findall(message) or GOT.findall(message)
+    if not options or not given:
+        return None
+    option, value = as_typed(options[-1]), given[-1]
+    shown = value if len(value) <= MOST else f"{value[:MOST]}..."
+    if beside := keys_beside_a_class(value):
+        return f"{option}: {', '.join(beside)} must stand below init_args, not beside class_path"
+    words = list(dict.fromkeys(expectations(message)))
+    words.sort(key=lambda word: word == "null")  # last, as an afterthought
+    wanted = ", or ".join(words).format(value)
+    missing = NO_MODULE.search(message)
+    why = f"; there is no module {missing[1]} in the current folder or among what is installed" if missing else ""
+    return f"{option}: expected {wanted}, got {shown}{why}" if wanted else None
+
+
+def expectations(message: str) -> list[str]:
+    """What a value may be, in words."""
+    words = []
+    for found in EXPECTED.finditer(message):
+        if found["type"]:
+            words.append(TYPES.get(found["type"], found["type"]))
+        elif found["choices"]:
+            words.append(found["choices"].replace("', '", "' or '").replace("{", "{{").replace("}", "}}"))
+        elif found["count"]:
+            words.append(f"a list of {found['count']}")
+        elif found["function"]:
+            words.append("the import path of a function")
+        else:
+            words.append(f"the import path of a subclass of {found['kind'] or found['base']}")
+    if "import path" in message and not any("import path" in word for word in words):
+        for types in SUBTYPES.findall(message):
+            words += [
+                f"the import path of a subclass of {kind}" for kind in re.findall(r"<class '(?:\w+\.)+(\w+)'>", types)
+            ]
+    return words
+
+
+def keys_beside_a_class(value: str) -> list[str]:
+    """Keys of a mapping with a class_path that belong to the arguments of that class."""
+    try:
+        given = ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return sorted(set(given) - IN_ITS_CLASS) if isinstance(given, dict) and "class_path" in given else []

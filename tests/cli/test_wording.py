@@ -1,0 +1,68 @@
+"""What jsonargparse says of values that are of no type, in one line. Each is met on a command line of its own."""
+
+import pytest
+
+from lit_rlhf.cli.wording import wrong_value
+from tests.cli.command_line import run
+
+PPO = ["fit", "--model=lit_rlhf.PPO", "--data=lit_rlhf.RolloutDataModule"]
+SFT = ["fit", "--model=lit_rlhf.SFT", "--data=lit_rlhf.SFTDataModule"]
+SAID = {
+    (*PPO, "--model.target_kl=nan"): "--model.target_kl: expected a number, or null, got nan",
+    (*PPO, "--model.kl_penalty.estimator=k9"): "--model.kl_penalty.estimator: expected 'k1' or 'k2' or 'k3', got k9",
+    (*PPO, "--model.kl=0.1"): "--model.kl: expected the import path of a subclass of KLController, or null, got 0.1",
+    (*PPO, "--model.kl=lit_rlhf.AdaptiveKL", "--model.kl.target=x"): "--model.kl.target: expected a number, got x",
+    (
+        *PPO,
+        "--model.shaping.normalize=foo",
+    ): "--model.shaping.normalize: expected 'scale' or 'standardize', or null, got",
+    (*PPO, "--data.monitors=[1]"): "--data.monitors: expected a mapping, '{name: value}', or null, got [1]",
+    (*PPO, "--data.rewards={a: 3}"): "--data.rewards: expected the import path of a subclass of Reward, or the import "
+    "path of a function, or null, got {'a': 3}",
+    (
+        *PPO,
+        "--data.rewards={a: os.getcwd}",
+        "--data.reward_weights={a: x}",
+    ): "--data.reward_weights: expected a number, ",
+    (*PPO, "--data.reward=nowhere.f"): "--data.reward: expected the import path of a function, or null, got nowhere.f; "
+    "there is no module nowhere in the current folder or among what is installed",
+    (*PPO, "--data.reward=os.nothere"): "--data.reward: module 'os' has no attribute 'nothere'",
+    (*PPO, "--data.rewards={a: os.nothere}"): "--data.rewards: module 'os' has no attribute 'nothere'",
+    (*PPO, "--data.reward=brief"): "--data.reward: expected an import path, got brief",
+    (*PPO, "--data.reward=lit_rlhf.KLPenalty"): "--data.reward: expected the import path of a subclass of Reward, or ",
+    (*SFT, "--model.adam_betas=[0.9]"): "--model.adam_betas: expected a list of 2, got [0.9]",
+    (*SFT, "--trainer.max_epochs=1.5"): "--trainer.max_epochs: expected a whole number, or null, got 1.5",
+    (*SFT, "--seed_everything=1.5"): "--seed_everything: expected true or false, or a whole number, got 1.5",
+    (*SFT, "--data.loss_on=foo"): "--data.loss_on: expected 'response' or 'all', got foo",
+    (
+        "fit",
+        "--model=os.system",
+    ): "--model: expected the import path of a subclass of AlignmentModule, or null, got os.sys",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arguments", SAID, ids=lambda arguments: arguments[-1])
+def test_a_value_of_no_type_that_it_may_have_is_answered_in_one_line(arguments, capsys):
+    assert run(*arguments) == 2
+    error, *hint = capsys.readouterr().err.split("error: ")[-1].strip().splitlines()
+    assert error.startswith(SAID[arguments])
+    assert len(hint) == 1 and hint[0].startswith("For all options: ") and len(error) < 250
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_key_beside_a_class_path_is_told_where_it_belongs(tmp_path, capsys):
+    yaml = tmp_path / "c.yaml"
+    yaml.write_text(
+        "model:\n  class_path: lit_rlhf.SFT\n  learning_rate: 1.0\n  beta: 2\n  init_args: {policy: demo}\n"
+    )
+    assert run("fit", "--config", yaml) == 2
+    said = capsys.readouterr().err.split("error: ")[-1]
+    assert said.startswith("model: beta, learning_rate must stand below init_args, not beside class_path\n")
+
+
+def test_long_values_are_shown_shortened_and_other_messages_are_left_alone():
+    message = f"Parser key \"a\":\n  Expected a <class 'int'>. Got value: {'x' * 999}"
+    assert wrong_value(message, lambda name: f"--{name}") == f"--a: expected a whole number, got {'x' * 100}..."
+    assert wrong_value("the following arguments are required: function", str) is None
+    assert wrong_value('Parser key "a": something else. Got value: 3', str) is None

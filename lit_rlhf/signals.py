@@ -5,8 +5,10 @@ them they are noted, until it comes to a moment at which it can stop. `SIGNALS` 
 one.
 """
 
+import _thread
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
 SECONDS_APART = 0.5  # of a second Ctrl-C from the first; nearer ones are one, which terminal and torchrun both hand on
+STOPPING = "stopping after this step; Ctrl-C again ends the run at once, without a checkpoint"
 
 
 class Stop(BaseException):
@@ -56,6 +60,10 @@ class Listener:
             self.received, self.since = number, time.monotonic()
             if not self.deferring:
                 raise Stop(number)
+            if number == signal.SIGINT and not getattr(
+                rank_zero_only, "rank", 0
+            ):  # a step may take long; in a thread, since this one may be printing
+                _thread.start_new_thread(print, (STOPPING,), {"file": sys.stderr})
         elif number == signal.SIGINT and time.monotonic() - self.since >= SECONDS_APART:
             die_of(number)
 
@@ -80,7 +88,7 @@ class Listener:
         try:
             yield
         finally:
-            self.process = None
+            self.__dict__.update(vars(Listener()))
             if threading.current_thread() is threading.main_thread():
                 for number, handler in before.items():
                     signal.signal(number, handler)

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -126,3 +129,34 @@ def test_a_signal_of_lightnings_waits_for_such_a_moment_too_and_ends_nothing(lis
         assert told == [signal.SIGUSR1]  # once
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_that_came_while_a_program_listened_is_nothing_to_the_next(listener):
+    listener.deferring = True
+    os.kill(os.getpid(), signal.SIGTERM)
+    with listener.listening():
+        listener.obey(alone())
+    listener.obey(alone())
+
+
+PROGRAM = """
+    import os, signal, time
+    from lit_rlhf.signals import SIGNALS
+
+    with SIGNALS.listening():
+        SIGNALS.deferring = True
+        for _ in range(5):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        print("five at once are one", flush=True)
+        time.sleep(0.6)
+        os.kill(os.getpid(), signal.SIGINT)
+        print("not reached")
+"""
+
+
+def test_a_first_ctrl_c_is_answered_at_once_and_a_second_one_ends_the_program():
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(PROGRAM)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == "five at once are one\n"
+    assert done.stderr == "stopping after this step; Ctrl-C again ends the run at once, without a checkpoint\n"

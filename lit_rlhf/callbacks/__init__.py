@@ -4,6 +4,7 @@ from lit_rlhf.callbacks.compilation import CompileModel
 from lit_rlhf.callbacks.completions import CompletionWriter
 from lit_rlhf.callbacks.export import HuggingFaceExport
 from lit_rlhf.callbacks.performance import Performance
+from lit_rlhf.callbacks.progress import ProgressLines
 from lit_rlhf.callbacks.samples import SampleTable
 from lit_rlhf.callbacks.stopping import GracefulStop
 from lit_rlhf.callbacks.summary import RunSummary
@@ -14,6 +15,7 @@ __all__ = [
     "GracefulStop",
     "HuggingFaceExport",
     "Performance",
+    "ProgressLines",
     "RunSummary",
     "SampleTable",
 ]

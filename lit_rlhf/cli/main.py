@@ -4,11 +4,10 @@ LightningCLI with no class given: the YAML names model and data by `class_path`,
 """
 
 import errno
-import logging
 import os
+import re
 import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -21,14 +20,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.callbacks import CompletionWriter, GracefulStop, HuggingFaceExport, RunSummary, SampleTable
+from lit_rlhf.callbacks import (
+    CompletionWriter,
+    GracefulStop,
+    HuggingFaceExport,
+    ProgressLines,
+    RunSummary,
+    SampleTable,
+)
 from lit_rlhf.callbacks.performance import Performance, default_precision
+from lit_rlhf.callbacks.progress import draws_bars
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
 from lit_rlhf.cli.parser import Parser, Program, did_you_mean
 from lit_rlhf.cli.ranks import Ranks, rank, tell
+from lit_rlhf.cli.terminal import log_above_bars, quiet_libraries
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import make_folder, write_lines
 from lit_rlhf.signals import SIGNALS, Stop
@@ -77,6 +84,7 @@ class AlignmentCLI(LightningCLI):
         parser.add_lightning_class_args(CompletionWriter, "predictions")
         parser.add_lightning_class_args(Performance, "performance")
         parser.add_lightning_class_args(RunSummary, "summary")
+        parser.add_lightning_class_args(ProgressLines, "progress")
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +97,8 @@ class AlignmentCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse wraps our own errors in the whole of what was given
-            raise users_mistake(error.__cause__ or error.__context__) or UserError(str(error)) from None
+            told = missing_package(str(error)) or users_mistake(error.__cause__ or error.__context__)
+            raise told or UserError(str(error)) from None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Look at the checkpoint before it, a model or any data is read."""
@@ -111,6 +120,8 @@ class AlignmentCLI(LightningCLI):
         given = self._get(self.config_init, "trainer", default={})
         if given.get("precision") is None and given.get("plugins") is None:
             kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
+        if given.get("enable_progress_bar") is None and not draws_bars():
+            kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs)
         if isinstance(trainer.accelerator, CPUAccelerator):  # each would be a process that waits for all others
             most = max(os.cpu_count() or 1, 8)
@@ -132,6 +143,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     argv = list(sys.argv[1:] if args is None else args)
     quiet_libraries()
+    log_above_bars()
     if str(Path.cwd()) not in sys.path:  # a user's own functions are found here, as with `python -m lit_rlhf`
         sys.path.insert(0, str(Path.cwd()))
     Parser.typed = argv
@@ -140,7 +152,7 @@ def main(args: Sequence[str] | None = None) -> None:
             command(argv, from_shell=args is None)
         except Stop as stop:
             if rank() == 0:
-                print(stop.told or f"{stop} ended {argv[0]} before it took a step", file=sys.stderr)
+                print(stop.told or f"{stop} ended the program before its work began", file=sys.stderr)
             raise SystemExit(stop.status) from None
         except Exception as error:
             mistake = users_mistake(error)
@@ -172,17 +184,6 @@ def command(argv: list[str], from_shell: bool) -> None:
         run(None if from_shell else argv)  # LightningCLI warns when it is handed the process's own arguments
 
 
-def quiet_libraries() -> None:
-    """Keep advertisements, bars for the reading of a file, and warnings about Lightning's own code off the terminal."""
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message="The dirpath has changed")  # each part of a run has a folder of its own
-    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # `validation: null`
-    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")  # CompletionWriter goes without
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
-
-
 def users_mistake(error: BaseException | None) -> BaseException | None:
     """What the user can mend among an error and its causes: jsonargparse wraps what a constructor raises."""
     while error is not None:
@@ -190,8 +191,20 @@ def users_mistake(error: BaseException | None) -> BaseException | None:
             return error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return UserError(disk_error(error))
+        if isinstance(error, ModuleNotFoundError) and (told := missing_package(str(error))):
+            return told
         error = error.__cause__
     return None
+
+
+def missing_package(message: str) -> UserError | None:
+    """What Lightning says of a package that an optional class needs; None if a message says no such thing."""
+    missing = re.search(r"Requirement '([^']+)' not met", message)
+    if missing is None:
+        return None
+    wanted = re.search(r"class_path '([\w.]+)'", message)
+    needs = f"{wanted[1]} needs a package that" if wanted else "a package"
+    return UserError(f"{needs} is not installed: pip install '{missing[1]}'")
 
 
 def disk_error(error: OSError) -> str:

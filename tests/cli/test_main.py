@@ -82,7 +82,7 @@ def test_a_run_that_a_signal_ends_before_it_trains_says_that_there_is_nothing_to
     monkeypatch.chdir(workdir)
     monkeypatch.setattr("lit_rlhf.models.loading.AutoConfig", Loads())
     assert run("fit", "--config", config, *QUICK, "--trainer.default_root_dir=out/early") == 143
-    assert capsys.readouterr().err.splitlines()[-1] == "SIGTERM ended fit before it took a step"
+    assert capsys.readouterr().err.splitlines()[-1] == "SIGTERM ended the program before its work began"
 
 
 def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback():

@@ -1,5 +1,6 @@
 """What a user gets wrong is answered by one message."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -201,3 +202,18 @@ def test_a_broken_reward_function_is_named_with_its_place_and_the_remedy(body, w
     assert BROKEN_REWARDS[body] in said
     assert "KeyError" not in said or f"{name}.py:2" in said
     assert len(said) < 700
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("logger", ["WandbLogger", "MLFlowLogger", "CometLogger"])
+def test_a_logger_whose_package_is_missing_is_answered_in_one_line(logger, workdir, monkeypatch, capsys):
+    package = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml"}[logger]
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    assert run("fit", "--config", config, *QUICK, f"--trainer.logger={logger}") == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed")]
+    assert line.startswith(
+        f"error: lightning.pytorch.loggers.{logger} needs a package that is not installed: pip install"
+    )

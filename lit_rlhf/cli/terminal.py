@@ -1,0 +1,38 @@
+"""A terminal on which nothing is said that nobody needs, and nothing is drawn over that somebody does."""
+
+import logging
+import sys
+import warnings
+
+from transformers.utils.logging import disable_progress_bar
+
+
+class CurrentStderr:
+    """Whatever `sys.stderr` is at the time: while a bar is drawn, a stream that writes above of it."""
+
+    def write(self, text: str) -> int:
+        """Write there."""
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Have it seen."""
+        sys.stderr.flush()
+
+
+def quiet_libraries() -> None:
+    """Keep advertisements, bars for the reading of a file, and warnings about Lightning's own code off the terminal."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # each part of a run has a folder of its own
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # `validation: null`
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")  # CompletionWriter goes without
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+
+
+def log_above_bars() -> None:
+    """Have the loggers that write to the terminal write above of a bar; they hold the stream from before it."""
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", ()):
+            if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.__stderr__):
+                handler.setStream(CurrentStderr())

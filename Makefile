@@ -6,7 +6,8 @@ NEW_ENOUGH := $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 
 # Forked tokenizers would only warn.
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow check compatibility rllib format format-check lint types api figures build clean
+.PHONY: setup demo test test-slow test-newest test-oldest check compatibility rllib format format-check lint types api
+.PHONY: figures build clean
 .PHONY: bench bench-scaling bench-gpu
 
 setup: $(VENV)/.done
@@ -26,6 +27,22 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "not gpu"
+
+# The ends of pyproject.toml's ranges, each in an environment of its own without constraints.txt: what a user gets today
+# and the oldest that may be there. Both bring a CUDA build of torch, 6 GB each; what belongs to agents skips itself.
+test-newest test-oldest: export OMP_NUM_THREADS = 1
+test-newest:
+	$(NEW_ENOUGH)
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e ".[test]"
+	.venv-newest/bin/python -m pytest -q -n auto
+
+test-oldest:
+	$(NEW_ENOUGH)
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tests/oldest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet -c .venv-oldest/constraints.txt -e ".[test]"
+	.venv-oldest/bin/python -m pytest -q -n auto
 
 compatibility: export OMP_NUM_THREADS = 1
 compatibility: setup
@@ -84,4 +101,4 @@ bench-gpu:
 	fi
 
 clean:
-	rm -rf $(VENV) .venv-rllib build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-rllib build dist .pytest_cache .mypy_cache .ruff_cache

@@ -116,6 +116,13 @@ def test_an_interruption_counts_neither_as_training_nor_as_waiting(stage, interr
         assert values["perf/rollout_fraction"] == pytest.approx(0.6)
 
 
+def counted(counter):
+    """Torch's operations, but for those of rotary angles, which some releases of transformers make by a product."""
+    modules = counter.get_flop_counts()
+    angles = [sum(counts.values()) for name, counts in modules.items() if name.endswith(".rotary_emb")]
+    return counter.get_total_flops() - sum(angles)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_useful_operations_are_those_that_torch_counts_without_padding_and_mask(architecture):
     policy = tiny_policy(architecture)
@@ -129,7 +136,7 @@ def test_useful_operations_are_those_that_torch_counts_without_padding_and_mask(
         attention = 2 * 2 * 2 * 32 * length * (length + 1) // 2
         score = 0 if call else 2 * 32  # the scalar head, which we leave out
         ours = forward_flops(network, batch, matrix_weights(network)).item()
-        assert ours == counter.get_total_flops() + attention - score
+        assert ours == counted(counter) + attention - score
 
 
 @pytest.mark.parametrize("learning", ["input_layernorm.weight", "q_proj.weight", "embed_tokens.weight", ""])
@@ -144,7 +151,7 @@ def test_a_backward_pass_counts_the_products_for_weights_of_those_that_learn_alo
     length = len(batch.input_ids)
     attention = 3 * 2 * 2 * 2 * 32 * length * (length + 1) // 2  # which torch does not count
     weights = matrix_weights(policy), matrix_weights(policy, frozen=True)
-    assert step_flops(policy, batch, *weights).item() == counter.get_total_flops() + attention
+    assert step_flops(policy, batch, *weights).item() == counted(counter) + attention
 
 
 def test_a_sliding_window_counts_the_keys_within_it_alone():

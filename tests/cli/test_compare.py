@@ -101,7 +101,7 @@ def test_a_long_prompt_is_cut_to_what_the_response_leaves_and_a_cut_distribution
             policies=("sft",),
             prompts=str(tmp_path / "long.jsonl"),
             gold=share_of_w9,
-            generation=GenerationSettings(max_new_tokens=8, temperature=0),
+            generation=GenerationSettings(max_new_tokens=8, temperature=0.0),
             output=str(tmp_path / "new" / "results.json"),
         )
     assert found["sft"]["kl"] is None and found["sft"]["response_length"] <= 8

@@ -143,5 +143,8 @@ def _from_json(value: Any, place: str) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise UserError(f"{place}: not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        what = "nested too deep" if isinstance(error, RecursionError) else "an integer of thousands of digits"
+        raise UserError(f"{place}: {what}; leave it out") from error

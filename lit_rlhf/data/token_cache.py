@@ -106,11 +106,9 @@ def tokenized_rows(
         new_fingerprint=key,
         desc="Tokenizing",
     )
-    try:
-        return tokenize_all()
-    except (pa.ArrowException, OSError) as error:
-        rank_zero_warn(f"tokens in the cache cannot be read ({error}); they are made anew")
-        return tokenize_all(load_from_cache_file=False)
+    beside = [Path(file["filename"]).parent for file in rows.cache_files]
+    is_held = any(any(folder.glob(f"cache-{key}*.arrow")) for folder in beside)
+    return _found_or_made(is_held, tokenize_all, functools.partial(tokenize_all, load_from_cache_file=False))
 
 
 def cached_rows(rows: Callable[[], Iterator[str]], key: str) -> datasets.Dataset:
@@ -129,16 +127,46 @@ def cached_rows(rows: Callable[[], Iterator[str]], key: str) -> datasets.Dataset
         features=datasets.Features({"row": datasets.Value("large_string")}),
         fingerprint=key,
     )
-    try:
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "generator" / f"default-fingerprint={key}"
+
+    def read_anew() -> datasets.Dataset:
+        shutil.rmtree(folder)
         return read()
+
+    return _found_or_made(any(folder.glob("*/dataset_info.json")), read, read_anew)
+
+
+def _found_or_made(
+    is_held: bool, find_or_make: Callable[[], datasets.Dataset], make_anew: Callable[[], datasets.Dataset]
+) -> datasets.Dataset:
+    """What the cache holds, or is given now; made anew where what it holds is damaged."""
+    try:
+        try:
+            return find_or_make()
+        except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
+            if not is_held:
+                raise
+            rank_zero_warn(f"what the cache of tokens holds cannot be read ({_one_line(error)}); it is made anew")
+            return make_anew()
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError):
+            raise _cannot_be_written(error.__cause__) from error
         raise
-    except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
-        rank_zero_warn(f"rows in the cache cannot be read ({error}); they are read anew")
-        shutil.rmtree(Path(datasets.config.HF_DATASETS_CACHE) / "generator" / f"default-fingerprint={key}")
-        return read()
+    except OSError as error:
+        raise _cannot_be_written(error) from error
+
+
+def _cannot_be_written(error: OSError) -> UserError:
+    return UserError(
+        f"the cache of tokens in {datasets.config.HF_DATASETS_CACHE} cannot be written ({_one_line(error)}); set "
+        "$HF_DATASETS_CACHE to a folder with room that can be"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def hash_of(parts: Iterable[str]) -> str:

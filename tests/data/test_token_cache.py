@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 from pathlib import Path
@@ -84,9 +85,27 @@ def test_a_damaged_cache_is_made_anew(tmp_path, pattern, damage):
     whole = tokens(source)
     (file,) = Path(datasets.config.HF_DATASETS_CACHE).rglob(pattern)
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.warns(UserWarning, match="in the cache cannot be read .* anew"):
+    with pytest.warns(UserWarning, match="the cache of tokens holds cannot be read .* anew"):
         assert tokens(source) == whole
     assert tokens(source) == whole
+
+
+@pytest.mark.parametrize("folder", ["a_file/x", "/proc/x"])
+def test_a_cache_that_cannot_be_written_is_named_with_the_variable_that_moves_it(tmp_path, monkeypatch, folder):
+    (tmp_path / "a_file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / folder)
+    with pytest.raises(UserError, match=rf"the cache of tokens in .*{folder} cannot be written .*HF_DATASETS_CACHE"):
+        tokens(sft_file(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["_prepare_split_single", "download_and_prepare"])
+def test_a_disk_that_is_full_is_told_with_the_cache_that_it_holds(tmp_path, monkeypatch, what):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.packaged_modules.generator.generator.Generator, what, full)
+    with pytest.raises(UserError, match=r"^the cache of tokens in .* cannot be written \(.*No space left on device.*$"):
+        tokens(sft_file(tmp_path))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):

@@ -51,9 +51,9 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     `reset(options={"prompt_index": i})` picks one and leaves the queue as it is.
 
     ## Episode End
-    A stop token: `terminated`, finish reason STOP. After T tokens: `terminated` too, finish reason LENGTH, since the
-    limit is part of the MDP and visible in `length`. Never wrap this env in `TimeLimit` (or register or pass
-    `max_episode_steps`): an episode cut from outside is never rewarded.
+    A stop token, or a stop string: `terminated`, finish reason STOP. After T tokens: `terminated` too, finish reason
+    LENGTH, since the limit is part of the MDP and visible in `length`. Never wrap this env in `TimeLimit` (or register
+    or pass `max_episode_steps`): an episode cut from outside is never rewarded.
 
     ## Info
     NumPy values. Always `prompt_index`, `prompt_length`, `prompt_tokens_cut` (tokens that a prompt longer than P lost
@@ -84,9 +84,12 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     action_mask: True puts an all-ones `action_mask` into info; a function (prompts, responses, **columns)
         -> (n, V) says True (or 1) for each token that may come next, False (or 0) for others, which raise
         `InvalidAction`. Costs O(V) per step.
-    tokenizer: anything with `decode(ids)`; for `render` and `reward_on="text"` (then also `skip_special_tokens`).
+    tokenizer: anything with `decode(ids)`; for `render`, `stop_strings` and `reward_on="text"` (then also
+        `skip_special_tokens`).
     reward_on: "tokens", or "text" to hand decoded strings, without special tokens, to all reward functions.
     observation: "dict" or "flat".
+    stop_strings: texts that end the response as soon as they stand in it, as a stop token does; with a tokenizer. They
+        stay in the response. Costs a decode of the newest tokens per step.
     abstain: True lets `reward_fn` return None for a response of which it has nothing to say: nothing is added to the
         reward, and the component is NaN in info.
     render_mode: "ansi": `render()` returns the episode as text; "human": the text streams to stdout; "rgb_array":
@@ -120,6 +123,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         reward_on: Literal["tokens", "text"] = "tokens",
         observation: Literal["dict", "flat"] = "dict",
         abstain: bool = False,
+        stop_strings: Iterable[str] | str = (),
         render_mode: str | None = None,
         prompt_queue: PromptQueue | None = None,
     ) -> None:
@@ -141,6 +145,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             reward_on=reward_on,
             observation=observation,
             abstain=abstain,
+            stop_strings=stop_strings,
         )
         check_flag("shuffle", shuffle)
         check_render_mode(render_mode, self.metadata["render_modes"])
@@ -216,7 +221,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         tokens = np.array([token])
         self._slots.append(THE_SLOT, tokens)
         lengths = self._slots.response_lengths(THE_SLOT)
-        reasons = self.task.finish_reasons(tokens, lengths)
+        reasons = self.task.finish_reasons(tokens, lengths, self._slots.responses)
         self._finish_reason = int(reasons[0])
         self._ready = False  # until all rewards are paid
         info = self._info()

@@ -25,6 +25,7 @@ from token_mdp.rewards import (
     name_prompts,
 )
 from token_mdp.spaces import observation_space
+from token_mdp.stop_strings import StopStrings
 
 BoolArray = npt.NDArray[np.bool_]
 ActionMask = bool | Callable[..., Any] | None  # callable: (prompts, responses, **columns) -> (n, V) of True or False
@@ -61,6 +62,7 @@ class TokenTask:
         reward_on: Literal["tokens", "text"] = "tokens",
         observation: Literal["dict", "flat"] = "dict",
         abstain: bool = False,
+        stop_strings: Iterable[str] | str = (),
     ) -> None:
         vocab_size = check_count("vocab_size", vocab_size)
         max_new_tokens = check_count("max_new_tokens", max_new_tokens)
@@ -96,6 +98,7 @@ class TokenTask:
         self.vocab_size = vocab_size
         self.max_new_tokens = max_new_tokens
         self.is_stop = _token_table("stop_token_ids", stop_token_ids, vocab_size)  # (V,) bool
+        self.stop_strings = StopStrings(stop_strings, tokenizer)
         self.flat = observation == "flat"
         self.observation_space = observation_space(vocab_size, self.prompts.max_length, max_new_tokens, self.flat)
         self.action_space = spaces.Discrete(vocab_size)
@@ -129,6 +132,7 @@ class TokenTask:
             "max_prompt_length": self.prompts.max_length,
             "vocab_size": self.vocab_size,
             "stop_token_ids": np.flatnonzero(self.is_stop).tolist(),
+            "stop_strings": list(self.stop_strings.texts),
             "max_new_tokens": self.max_new_tokens,
             "gamma": float(self._gamma),
             "limit": "terminate" if self._limit_terminates else "truncate",
@@ -137,11 +141,18 @@ class TokenTask:
             "flat": self.flat,
         }
 
-    def finish_reasons(self, tokens: IntArray, lengths: IntArray) -> npt.NDArray[np.int8]:
-        """(n,) FinishReason of each state after `tokens` (n,) made its response `lengths` (n,) long; 0 goes on."""
+    def finish_reasons(self, tokens: IntArray, lengths: IntArray, responses: ResponsesOf) -> npt.NDArray[np.int8]:
+        """(n,) FinishReason of each state after `tokens` (n,) made its response `lengths` (n,) long; 0 goes on.
+
+        `responses` gives those at some of the n rows; it is asked where texts end a response.
+        """
         reasons = np.zeros(len(tokens), dtype=np.int8)
         reasons[lengths >= self.max_new_tokens] = LENGTH
         reasons[self.is_stop[tokens]] = STOP  # also at the limit: the agent did end
+        if self.stop_strings.texts:
+            rows = np.flatnonzero(reasons != STOP)
+            ended = np.array([self.stop_strings.end(response) for response in responses(rows)], dtype=np.bool_)
+            reasons[rows[ended]] = STOP
         return reasons
 
     def is_terminal(self, reasons: npt.NDArray[np.int8]) -> BoolArray:

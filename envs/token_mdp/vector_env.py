@@ -95,6 +95,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         reward_on: Literal["tokens", "text"] = "tokens",
         observation: Literal["dict", "flat"] = "dict",
         abstain: bool = False,
+        stop_strings: Iterable[str] | str = (),
         render_mode: str | None = None,
         reward_mode: Literal["immediate", "deferred"] = "immediate",
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
@@ -133,6 +134,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
             reward_on=reward_on,
             observation=observation,
             abstain=abstain,
+            stop_strings=stop_strings,
         )
         width = self.task.prompts.max_length + self.task.max_new_tokens
         masks = bool(self.task.action_mask)
@@ -222,7 +224,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         waiting = np.flatnonzero(self._stream.status == WAITING)  # "NextStep": for them this step is the reset
         self._slots.append(running, tokens)
         lengths = self._slots.response_lengths(running)
-        reasons = self.task.finish_reasons(tokens, lengths)
+        reasons = self.task.finish_reasons(tokens, lengths, lambda rows: self._slots.responses(running[rows]))
         self._finish_reason[running] = reasons
         ended = reasons != 0
         done = running[ended]
@@ -317,9 +319,9 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         """Go on exactly as the env that gave `state`: `reset()` for the next stream, or `observe()` and `step()`.
 
         Raises:
-            ValueError: the state is of an env with another number of slots, or with other prompts, P, V, stop tokens,
-                T, limit, layout of observations, gamma, shuffling, autoreset mode, reward mode, number of reward
-                components, or payment of steps; or it is damaged. The env is what it was.
+            ValueError: the state is of an env with another number of slots, or with other prompts, P, V, stop tokens
+                or strings, T, limit, layout of observations, gamma, shuffling, autoreset mode, reward mode, number of
+                reward components, or payment of steps; or it is damaged. The env is what it was.
         """
         check_identity(state, self._identity())
         rng, _ = seeding.np_random()

@@ -255,7 +255,8 @@ class OnPolicyModule(AlignmentModule):
     def play_prompts(self, prompts: PromptBatch) -> list[Episode]:
         """One scored episode per prompt, within the limits of training."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        settings = replace(self.sampling.generation, max_new_tokens=data.max_new_tokens, num_slots=data.num_slots)
+        limits = {name: getattr(data, name) for name in ("max_new_tokens", "stop_strings", "num_slots")}
+        settings = replace(self.sampling.generation, **limits)
         return complete(self.policy, self.tokenizer, prompts, settings, data.rewards)
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:

@@ -160,6 +160,12 @@ def stop_token_ids(
     return stops
 
 
+def stop_strings_of(generation_config: GenerationConfig | None) -> list[str]:
+    """The texts that end a response by a model's own generation config."""
+    listed = getattr(generation_config, "stop_strings", None) or []
+    return [listed] if isinstance(listed, str) else list(listed)
+
+
 def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     template = tokenizer.chat_template
     if template is None or (isinstance(template, dict) and "default" not in template):

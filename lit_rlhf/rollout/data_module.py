@@ -57,6 +57,7 @@ class RolloutDataModule(LightningDataModule):
         num_slots: episodes played at the same time on each rank; a quarter of its episodes or fewer keeps them busy.
         max_prompt_length: longer prompts lose tokens on the left; null = what the model's context leaves.
         max_new_tokens: length limit of a response.
+        stop_strings: texts that end a response as soon as they stand in it, as stop tokens do; they stay in it.
         max_validation_prompts: play at most this many held-out prompts.
         num_proc: processes that tokenise, once; null = one.
         seed: of the order of prompts.
@@ -83,6 +84,7 @@ class RolloutDataModule(LightningDataModule):
         num_slots: int = 64,
         max_prompt_length: int | None = None,
         max_new_tokens: int = 64,
+        stop_strings: tuple[str, ...] = (),
         max_validation_prompts: int = 256,
         num_proc: int | None = None,
         seed: int = 0,
@@ -112,6 +114,8 @@ class RolloutDataModule(LightningDataModule):
         self.num_slots = num_slots
         self.max_prompt_length = max_prompt_length
         self.max_new_tokens = max_new_tokens
+        require(all(stop_strings), "stop_strings", stop_strings, "texts, none of them empty")
+        self.stop_strings = tuple(stop_strings)
         self.max_validation_prompts = max_validation_prompts
         self.num_proc = num_proc
         self.seed = seed
@@ -239,7 +243,8 @@ class RolloutLoader:
         self.prompts = data.training_share()
         policy, tokenizer = cast(Policy, self.agent.policy), cast(PreTrainedTokenizerBase, data.tokenizer)
         num_slots = min(data.num_slots, num_episodes)
-        self.env = make_env(policy, tokenizer, self.prompts, num_slots, data.max_new_tokens, data.rewards)
+        limits = (data.max_new_tokens, data.stop_strings)
+        self.env = make_env(policy, tokenizer, self.prompts, num_slots, *limits, data.rewards)
         self.env_seed: int | None = data.seed + data.trainer.global_rank  # until the first rollout
         self.env_before: dict[str, Any] | None = None  # the rollout that is being played
         self.experience: Experience | None = None  # of the iteration under way

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
-from lit_rlhf.data.chat import stop_token_ids
+from lit_rlhf.data.chat import stop_strings_of, stop_token_ids
 from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, require
@@ -32,6 +32,8 @@ class GenerationSettings:
         top_k: sample from the k most likely tokens; None = all.
         top_p: sample from the smallest set of tokens of at least this mass.
         min_p: sample from tokens at least this times as likely as the most likely one.
+        stop_strings: texts that end a completion as soon as they stand in it, and stay in it, beside the stop tokens
+            and those of the model's generation config.
         num_slots: completions written at the same time.
         seed: of the sampling; draws follow a prompt's number in the data, not its batch, slot or rank: the same data,
             seed and settings give the same completions.
@@ -42,6 +44,7 @@ class GenerationSettings:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
+    stop_strings: tuple[str, ...] = ()
     num_slots: int = 32
     seed: int = 0
 
@@ -54,6 +57,7 @@ class GenerationSettings:
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise UserError(f"top_p ({self.top_p}) must be in (0, 1], min_p ({self.min_p}) in [0, 1]")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(all(self.stop_strings), "stop_strings", self.stop_strings, "texts, none of them empty")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k ({self.top_k}) must be 1 or more, or null for all tokens")
 
@@ -191,7 +195,8 @@ def complete(
     """
     check_context(policy, prompts.prompt_ids, settings.max_new_tokens)
     num_slots = min(settings.num_slots, len(prompts.prompt_ids))
-    env = make_env(policy, tokenizer, prompts, num_slots, settings.max_new_tokens, rewards, shuffle=False)
+    limits = (settings.max_new_tokens, settings.stop_strings)
+    env = make_env(policy, tokenizer, prompts, num_slots, *limits, rewards, shuffle=False)
     num_episodes, numbers = len(prompts.prompt_ids), prompts.numbers
     with nullcontext() if rewards is None else rewards.naming(prompts):
         episodes = play(policy, env, settings, num_episodes, env_seed=settings.seed, numbers=numbers).episodes
@@ -204,6 +209,7 @@ def make_env(
     prompts: PromptBatch,
     num_slots: int,
     max_new_tokens: int,
+    stop_strings: Sequence[str],
     rewards: Rewards | None,
     shuffle: bool = True,
 ) -> TokenVectorEnv:
@@ -212,13 +218,17 @@ def make_env(
     Raises:
         UserError: sizes that this machine cannot hold, or columns that no reward could be handed.
     """
+    generation_config = policy.model.generation_config
+    strings = tuple(dict.fromkeys([*stop_strings, *stop_strings_of(generation_config)]))
     try:
         return TokenVectorEnv(
             prompts=prompts.prompt_ids,
             columns=None if rewards is None else prompts.columns,
             num_envs=num_slots,
             vocab_size=policy.vocabulary_size,
-            stop_token_ids=stop_token_ids(tokenizer, policy.model.generation_config),
+            stop_token_ids=stop_token_ids(tokenizer, generation_config),
+            stop_strings=strings,
+            tokenizer=tokenizer if strings else None,
             max_new_tokens=max_new_tokens,
             reward_fn=_no_reward if rewards is None else rewards.reward_fn,
             abstain=rewards is not None and rewards.abstain,

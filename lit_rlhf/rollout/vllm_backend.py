@@ -82,7 +82,10 @@ class VLLMBackend(RolloutBackend):
             observation, _, _, _, info = env.step(actions)
         episodes = env.pop_episodes()
         for episode in episodes:
-            if len(episode.response_ids) != len(responses[episode.episode_id]):
+            length = len(episode.response_ids)
+            if env.task.stop_strings.texts:  # which the engine, without a tokenizer, writes on behind
+                logprobs_of[episode.episode_id] = logprobs_of[episode.episode_id][:length]
+            elif length != len(responses[episode.episode_id]):
                 raise RuntimeError(
                     f"vLLM wrote {len(responses[episode.episode_id])} tokens for episode {episode.episode_id}, the "
                     f"environment ended it after {len(episode.response_ids)}: their stop tokens or limits differ"

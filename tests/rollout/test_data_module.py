@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lit_rlhf import RolloutDataModule
+from lit_rlhf import RolloutDataModule, TextReward
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.modules import load_prompts
 from lit_rlhf.errors import UserError
@@ -112,3 +112,30 @@ def test_sizes_beyond_all_measure_are_refused_before_anything_is_played(sizes, m
 def test_one_reward_or_several_are_needed_and_not_both(given, said):
     with pytest.raises(UserError, match=rf"data\.reward and data\.rewards are {said}: give one"):
         RolloutDataModule(**given)
+
+
+def test_stop_strings_end_the_responses_of_training_and_of_validation(tmp_path):
+    write_inputs(tmp_path)
+    heard = []
+
+    def listen(prompts, responses, **columns):
+        heard.extend(responses)
+        return [0.0] * len(responses)
+
+    def play(**options):
+        heard.clear()
+        module, _ = make_stage("ppo", tmp_path)
+        prompts = str(tmp_path / "prompts.jsonl")
+        sizes = {"rollout_size": 16, "num_slots": 4, "max_new_tokens": 8, "tokenizer": module.tokenizer}
+        data = RolloutDataModule(TextReward(listen), train=prompts, validation=prompts, **sizes, **options)
+        make_trainer(tmp_path, max_epochs=1, limit_val_batches=None, num_sanity_val_steps=0).fit(module, data)
+        return list(heard)
+
+    stops = (" w3", " w2")  # which begin many words
+    free, ended = play(), play(stop_strings=stops)
+    assert len(free) == len(ended) == 16 + 24
+    before_the_last = [[text.strip().rpartition(" ")[0] for text in texts] for texts in (free, ended)]
+    found = [sum(stop in text for text in texts for stop in stops) for texts in before_the_last]
+    assert found[0] > 0 == found[1]
+    with pytest.raises(UserError, match=r"stop_strings \(\['']\) must be texts"):
+        RolloutDataModule(TextReward(listen), stop_strings=[""])

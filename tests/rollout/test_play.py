@@ -1,5 +1,6 @@
 import gc
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from lit_rlhf.models.decoding import SlotLayer
 from lit_rlhf.models.graphs import GraphedStep
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout import play as rollout
-from lit_rlhf.rollout.play import GenerationSettings, complete, play
+from lit_rlhf.rollout.play import GenerationSettings, complete, completion_rows, play
 from tests.tiny import EOS, VOCABULARY, random_examples, tiny_policy, tiny_tokenizer
 from token_mdp import FinishReason, TokenVectorEnv
 
@@ -191,3 +192,32 @@ def test_a_step_costs_what_its_active_slots_cost(monkeypatch):
     lengths = sorted(len(episode.response_ids) for episode in played.episodes)
     assert lengths[0] < lengths[-1]
     assert sum(rows) == sum(lengths)
+
+
+def test_a_completion_ends_with_the_first_stop_string_of_the_settings_or_the_models_own():
+    policy, tokenizer = tiny_policy(), tiny_tokenizer()
+    prompts, settings = PromptBatch(PROMPTS, {}), GenerationSettings(max_new_tokens=16, seed=3)
+    free = [e.response_ids.tolist() for e in complete(policy, tokenizer, prompts, settings)]
+    words = [token for response in free for token in response[1:-1]]
+    stop = max(set(words) - {EOS}, key=words.count)
+    text = f" w{stop}"  # of the token and the space before it, where it does not begin the response
+
+    def cut(response):
+        ends = [place + 1 for place, token in enumerate(response) if place and f"w{token}".startswith(text[1:])]
+        return response[: ends[0]] if ends else response
+
+    wanted = [cut(response) for response in free]
+    assert wanted != free
+    for strings, own in (((text,), None), ((), text), ((text,), [text, "w3 w3 w3 w3"])):
+        policy.model.generation_config.stop_strings = own
+        episodes = complete(policy, tokenizer, prompts, replace(settings, stop_strings=strings))
+        assert [e.response_ids.tolist() for e in episodes] == wanted
+        ended = [e.finish_reason for e, before in zip(episodes, free, strict=True) if len(e.response_ids) < len(before)]
+        assert ended and set(ended) == {FinishReason.STOP}
+    rows = completion_rows(policy, tokenizer, prompts, settings)
+    assert sum(text in row["completion"] for row in rows) >= len(ended), "the text stays in the completion"
+
+
+def test_a_stop_string_without_text_is_refused_by_name():
+    with pytest.raises(UserError, match=r"stop_strings \(\('',\)\) must be texts, none of them empty"):
+        GenerationSettings(stop_strings=("",))

@@ -18,7 +18,8 @@ from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings
 from lit_rlhf.rollout.vllm_backend import VLLMBackend
 from tests.rollout.test_play import make_env
-from tests.tiny import EOS, VOCABULARY, save_padded, tiny_policy
+from tests.tiny import EOS, VOCABULARY, save_padded, tiny_policy, tiny_tokenizer
+from token_mdp.stop_strings import StopStrings
 
 
 @dataclass(kw_only=True)
@@ -169,3 +170,16 @@ def test_without_vllm_the_user_is_told_what_to_install(monkeypatch):
 def test_a_share_of_memory_that_leaves_none_to_training_is_refused():
     with pytest.raises(UserError, match=r"gpu_memory_utilization \(1.0\)"):
         VLLMBackend(gpu_memory_utilization=1.0)
+
+
+def test_what_the_engine_writes_behind_a_stop_string_is_no_part_of_the_episode(vllm):
+    free = VLLMBackend().play(tiny_policy(), make_env(), GenerationSettings(), 11, env_seed=0)
+    stop = int(free.episodes[0].response_ids[1])
+    env = make_env()
+    env.task.stop_strings = StopStrings(f"w{stop}", tiny_tokenizer())
+    policy = tiny_policy()
+    played = VLLMBackend().play(policy, env, GenerationSettings(), 11, env_seed=0)
+    lengths = [len(episode.response_ids) for episode in played.episodes]
+    assert lengths[0] <= 2 and [len(logprobs) for logprobs in played.sampled_logprobs] == lengths
+    sampled = torch.from_numpy(np.concatenate(played.sampled_logprobs))
+    torch.testing.assert_close(sampled, logprobs_of(policy, played, 1.0), rtol=1e-4, atol=1e-4)

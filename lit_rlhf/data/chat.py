@@ -106,9 +106,9 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
         return str(template[name])
     if template is None:
         raise UserError(
-            "the data are message lists, but the tokenizer has no chat template: set chat_template to one, or give "
-            "text columns. The embedded demo's rows, which stand where none are named (data.train, data.validation, "
-            "data.predict), are message lists"
+            "the data are message lists, but the tokenizer has no chat template: set chat_template of the run's data "
+            "to one, which its export keeps, or give text columns. The embedded demo's rows, which stand where none "
+            "are named (data.train, data.validation, data.predict), are message lists"
         )
     return str(template)
 

@@ -11,6 +11,9 @@ from lit_rlhf.data.messages import REASONING, Row, learns
 from lit_rlhf.errors import UserError
 
 PROBE = "HERE-THE-TURN-BEGINS"
+# What to do about a turn that is rendered in another way once others follow.
+LEARN_LESS = "give this turn weight: 0, train on one assistant turn per row, or set loss_on: all"
+COMPARE_LESS = "or compare single answers"
 
 
 def joined(prompt: list[Row], response: list[Row]) -> list[Row]:
@@ -36,7 +39,7 @@ def completed(render: Renderer, prompt: list[Row], response: list[Row]) -> Text:
     first = len(messages) - len(response)
     if len(response) > 1:
         turns = [turn for turn in _assistants(messages) if turn >= first]
-        text, spans = _turns(render, messages, turns, prompt, first)
+        text, spans = _turns(render, messages, turns, prompt, first, COMPARE_LESS)
     else:  # all that is written after the prompt, as it will be when the model writes it
         text = render(messages)
         spans = [(len(before), len(text))]
@@ -69,7 +72,7 @@ def demonstration(render: Renderer, prompt: list[Row], response: list[Row], lear
 
 
 def _turns(
-    render: Renderer, messages: list[Row], turns: list[int], prompt: list[Row], first: int
+    render: Renderer, messages: list[Row], turns: list[int], prompt: list[Row], first: int, remedy: str = LEARN_LESS
 ) -> tuple[str, list[Span]]:
     """The whole text, and what the assistant writes in some of its turns; `first` follows the prompt."""
     if render.is_marked:
@@ -87,9 +90,9 @@ def _turns(
         through = text if turn == len(messages) - 1 else render(messages[: turn + 1])
         if not text.startswith(through):
             raise UserError(
-                f"the chat template renders message {turn} differently when other messages follow (templates "
-                "that strip reasoning do), so its tokens cannot be told from the rest. Add {% generation %} marks "
-                "to the template, give this turn weight: 0, train on one assistant turn per row, or set loss_on: all"
+                f"the chat template renders message {turn} differently when other messages follow (templates that "
+                "strip reasoning or move tools do), so its tokens cannot be told from the rest. Add {% generation %} "
+                f"marks to the template, {remedy}"
             )
         if turn == 0 and not prompt:
             start = _beginning(render, messages, text)

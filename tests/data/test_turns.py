@@ -140,6 +140,9 @@ def test_reasoning_that_a_template_strips_from_earlier_turns_is_refused_unless_t
     turns[1] |= {"weight": 0}
     assert learnt({"messages": turns}, QWEN3) == [last]
     assert learnt({"prompt": turns[:3], "completion": turns[3:]}, QWEN3) == [last]
+    pairs = {"prompt": turns[:1], "chosen": [turns[1] | {"weight": 1}, *turns[2:]], "rejected": [assistant("D")]}
+    with pytest.raises(UserError, match=r"message 1 differently when other messages follow.*compare single answers$"):
+        pair(pairs, QWEN3)
     apart = {"messages": [user("C"), assistant("D", reasoning_content="so")]}
     assert learnt(apart, QWEN3) == [last]
 

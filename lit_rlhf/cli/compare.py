@@ -1,7 +1,7 @@
 """Play several policies on the same held-out prompts and put what they achieved side by side."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lit_rlhf.data.chat import set_template
+from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.reader import Options
 from lit_rlhf.engine.packing import Example, pack
@@ -45,6 +47,8 @@ def compare(
     gold: Callable[..., Any] | None = None,
     max_prompts: int = 256,
     generation: GenerationSettings = GenerationSettings(),
+    chat_template_kwargs: dict[str, Any] | None = None,
+    control_tokens: ControlTokens = "keep",
     output: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compare finished runs: reward, KL, win rate, length, and what each cost.
@@ -58,6 +62,8 @@ def compare(
             null = the demo's gold reward for the demo's prompts, and else the proxy reward.
         max_prompts: play at most this many.
         generation: how responses are written.
+        chat_template_kwargs: variables of the chat template for all prompts, as in the data of the runs.
+        control_tokens: what special tokens that a prompt spells out are read as, likewise: keep, escape or refuse.
         output: JSON file for the results; null = results.json in `root`.
 
     Returns:
@@ -77,7 +83,10 @@ def compare(
     costs = {name: read_json(folder / "summary.json") for name, folder in folders.items()}
     room = tokenizer.model_max_length - generation.max_new_tokens
     require(room >= 1, "generation.max_new_tokens", generation.max_new_tokens, "less than the models' context")
-    loaded = load_prompts(prompts, "validation", tokenizer, Options(None, max_prompt_length=room))
+    set_template(tokenizer, None, chat_template_kwargs or {})
+    how = Options(None, "truncate", "response", room, control_tokens, chat_template_kwargs or {})
+    loaded = load_prompts(prompts, "validation", tokenizer, how)
+    require_same_template(tokenizers, loaded.columns["prompt"])
     make_folder(results_file.parent, "output")
     held_out = loaded.take(np.arange(min(max_prompts, len(loaded))))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,6 +129,17 @@ def compare(
         results["reward_model"] = reward_model_results(run_folder(root, reward_model), prompts)
     write_json(results, results_file)
     return results
+
+
+def require_same_template(tokenizers: Mapping[str, Any], prompts: Sequence[Any]) -> None:
+    """Refuse to ask policies in the words of the first what the others were trained to be asked otherwise."""
+    (baseline, first), *others = tokenizers.items()
+    differing = [name for name, tokenizer in others if tokenizer.chat_template != first.chat_template]
+    if differing and any(isinstance(prompt, list) for prompt in prompts):
+        raise UserError(
+            f"the prompts are message lists, and {', '.join(differing)} has another chat template than {baseline}; "
+            "compare runs of one template, or give prompts of text"
+        )
 
 
 @torch.no_grad()

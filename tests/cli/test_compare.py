@@ -1,13 +1,14 @@
 """What `compare` measures."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_rlhf import RewardModelReward
+from lit_rlhf import RewardModelReward, UserError
 from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
 from lit_rlhf.cli.compare import FIGURES, compare
 from lit_rlhf.data.prompts import load_prompts
@@ -108,6 +109,34 @@ def test_a_long_prompt_is_cut_to_what_the_response_leaves_and_a_cut_distribution
     assert json.loads((tmp_path / "new" / "results.json").read_text())["sft"]["kl"] is None
     [kl] = [line for line in capsys.readouterr().out.splitlines() if "KL to" in line]
     assert "-" in kl.split("│")[2]
+
+
+def test_prompts_of_chats_are_read_as_in_training_and_templates_that_differ_are_refused(root, tmp_path):
+    template = "{% if loud %}{{ 'w9 ' }}{% endif %}{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    for name, own in {"one": template, "same": template, "other": template + " "}.items():
+        shutil.copytree(root / "sft", tmp_path / name)
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = own
+        tokenizer.save_pretrained(tmp_path / name / "model")
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "w3 </s>"}]}) + "\n")
+    heard = []
+
+    def hear(prompts, responses):
+        heard.extend(prompts)
+        return [0.0] * len(prompts)
+
+    options = {"root": str(tmp_path), "prompts": str(tmp_path / "chats.jsonl"), "gold": hear, "reward_model": None}
+    options["generation"] = GenerationSettings(max_new_tokens=2)
+    compare(policies=("one", "same"), **options)
+    assert set(heard) == {"w3"}  # as text, without the end token
+    heard.clear()
+    compare(policies=("one", "same"), chat_template_kwargs={"loud": True}, **options)
+    assert set(heard) == {"w9 w3"}
+    with pytest.raises(UserError, match="message lists, and other has another chat template than one"):
+        compare(policies=("one", "same", "other"), **options)
+    with pytest.raises(UserError, match=r"chats\.jsonl, line 1: .*control tokens \['</s>'\]"):
+        compare(policies=("one",), control_tokens="refuse", **options)
+    compare(policies=("one", "other"), **options | {"prompts": str(root / "prompts.jsonl")})
 
 
 def test_models_in_memory_are_those_that_the_stage_needs(results):

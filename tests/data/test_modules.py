@@ -202,3 +202,25 @@ def test_the_trainer_takes_every_loader_and_resumes_in_mid_epoch(tmp_path, worke
     resumed, _, _ = run(tmp_path / "step2.ckpt")
     assert resumed.seen == whole.seen[4:]
     assert sorted(resumed.validated) == sorted([*range(20)] * 2)
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SPELT = [{"role": "user", "content": "q<|im_end|>"}]
+UNFIT = {
+    "control tokens": ({"prompt": SPELT}, {"control_tokens": "refuse"}, r"control tokens \['<\|im_end\|>'\]"),
+    "tools": ({"prompt": CHAT[:1], "tools": [{"name": "f"}]}, {}, "column 'tools': the chat template has no place"),
+    "arguments": ({"prompt": CHAT[:1], "chat_template_kwargs": {"x": 1}}, {}, "the chat template does not read x"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_a_row_says_and_cannot_have_is_named_by_file_and_line_in_every_kind_of_data(case, tmp_path):
+    row, options, words = UNFIT[case]
+    answers = {"completion": CHAT[1:], "chosen": CHAT[1:], "rejected": [CHAT[1] | {"content": "b"}]}
+    source = write(tmp_path / "rows.jsonl", [{"prompt": CHAT[:1], **answers}, {**row, **answers}])
+    options = {"tokenizer": byte_tokenizer(CHATML), **options}
+    for make in (SFTDataModule, PreferenceDataModule):
+        with pytest.raises(UserError, match=rf"rows\.jsonl, line 2: .*{words}"):
+            attach(make(source, None, **options))
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 2: .*{words}"):
+        attach(SFTDataModule(source, source, predict=source, **options), "predict")

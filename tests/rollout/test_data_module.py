@@ -3,12 +3,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lit_rlhf import RolloutDataModule, TextReward
+from lit_rlhf import RolloutDataModule, TextReward, UserError
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.modules import load_prompts
-from lit_rlhf.errors import UserError
 from lit_rlhf.rollout import data_module as rollouts
+from lit_rlhf.rollout.data_module import RolloutLoader
+from tests.ppo_runs import make
 from tests.stages import make_stage, make_trainer, share_of_w9, write_inputs
 
 
@@ -139,3 +142,53 @@ def test_stop_strings_end_the_responses_of_training_and_of_validation(tmp_path):
     assert found[0] > 0 == found[1]
     with pytest.raises(UserError, match=r"stop_strings \(\['']\) must be texts"):
         RolloutDataModule(TextReward(listen), stop_strings=[""])
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"limit_train_batches": 1}, r"limit_train_batches \(1\) would end an iteration"),
+        ({"limit_train_batches": 0.5}, r"limit_train_batches \(0.5\) would end an iteration"),
+        ({"overfit_batches": 1}, r"overfit_batches \(1\)"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]}, "GradientAccumulationScheduler"),
+    ],
+    ids=["limit", "share", "overfit", "accumulation"],
+)
+def test_options_of_the_trainer_that_would_cut_or_mix_up_rollouts_are_refused(folder, tmp_path, option, words):
+    module, data, trainer = make(folder, tmp_path, trainer={"max_epochs": 4} | option)
+    with pytest.raises(UserError, match=words):
+        trainer.fit(module, data)
+
+
+def test_a_fast_dev_run_plays_one_rollout(folder, tmp_path):
+    module, data, trainer = make(folder, tmp_path, trainer={"fast_dev_run": True})
+    trainer.fit(module, data)
+    assert trainer.global_step == 1
+
+
+def test_the_demos_held_out_prompts_are_not_taken_for_those_of_other_training_prompts(folder, tmp_path):
+    with pytest.raises(UserError, match=r"data.validation is still 'demo' while data.train is '.*prompts\.jsonl'"):
+        make(folder, tmp_path, data={"validation": "demo"})
+
+
+def test_a_rollout_that_cannot_be_cut_into_minibatches_is_refused_with_the_numbers(folder, tmp_path):
+    module, data, trainer = make(folder, tmp_path, num_minibatches=20)
+    with pytest.raises(UserError, match=r"rollout of 16 episodes .* num_minibatches \(20\)"):
+        trainer.fit(module, data)
+
+
+def test_the_loader_goes_on_in_mid_iteration_from_its_state(folder, tmp_path):
+    module, data, trainer = make(folder, tmp_path)
+    trainer.fit(module, data)
+    loader = RolloutLoader(data)
+    whole = iter(loader)
+    for _ in range(5):
+        next(whole)
+    state = loader.state_dict()
+    other = RolloutLoader(data)
+    other.load_state_dict(state)
+    rest, expected = list(other), list(whole)
+    assert len(rest) == len(expected) == 11
+    for ours, theirs in zip(rest, expected, strict=True):
+        assert torch.equal(ours.packed.target_ids, theirs.packed.target_ids)
+        assert torch.equal(ours.advantages, theirs.advantages)

@@ -217,3 +217,12 @@ def test_damaged_parquet_is_named(tmp_path):
         read(tmp_path, "cut.parquet", data[:-9])
     with pytest.raises(UserError, match=r"page\.parquet: cannot be read \(Corrupt snappy compressed data\.\); copy it"):
         read(tmp_path, "page.parquet", data[:40] + b"\xff" * 60 + data[100:])
+
+
+def test_parquet_whose_pages_carry_checksums_is_held_to_them(tmp_path):
+    plain = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(pa.table({"a": ["one", "two", "three"]}), tmp_path / "rows.parquet", **plain)
+    data = (tmp_path / "rows.parquet").read_bytes()
+    assert data.count(b"three") == 1, "in the values alone, not in statistics"
+    with pytest.raises(UserError, match=r"flipped\.parquet: cannot be read \(.*CRC"):
+        read(tmp_path, "flipped.parquet", data.replace(b"three", b"trees"))

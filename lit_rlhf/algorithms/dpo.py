@@ -16,8 +16,9 @@ from lit_rlhf.algorithms.settings import ReferenceSettings
 from lit_rlhf.data.batches import PreferenceBatch
 from lit_rlhf.errors import named_by, require
 from lit_rlhf.losses import dpo_loss
-from lit_rlhf.models.loading import check_same_tokens, load_policy_with_tokenizer
+from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import freeze, frozen_copy
+from lit_rlhf.models.tokens import check_same_tokens
 from lit_rlhf.rollout.play import GenerationSettings
 
 

@@ -27,9 +27,9 @@ from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import shard, total_norm
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses.advantages import Moments, masked_moments
-from lit_rlhf.models.loading import keep_to_tokens
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.saving import Artefact, artefact
+from lit_rlhf.models.tokens import keep_to_tokens
 from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
 
 PROGRESS = ("loss", "accuracy", "score")  # what the progress bar shows; TensorBoard has everything

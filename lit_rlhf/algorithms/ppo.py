@@ -9,7 +9,8 @@ from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.settings import CriticSettings
 from lit_rlhf.errors import named_by
 from lit_rlhf.losses import gae, ppo_policy_loss
-from lit_rlhf.models.loading import check_same_tokens, load_scorer, load_tokenizer, scorer_from_policy
+from lit_rlhf.models.loading import load_scorer, scorer_from_policy
+from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 
 
 class PPO(OnPolicyModule):

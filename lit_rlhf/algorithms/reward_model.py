@@ -18,8 +18,9 @@ from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import bradley_terry_loss
 from lit_rlhf.losses.advantages import Moments
-from lit_rlhf.models.loading import load_scorer, load_tokenizer
+from lit_rlhf.models.loading import load_scorer
 from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
+from lit_rlhf.models.tokens import load_tokenizer
 from lit_rlhf.rollout.play import predicted_rows
 from lit_rlhf.rollout.rewards import scores
 

@@ -19,8 +19,9 @@ from lit_rlhf.data.reader import Options
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import make_folder, write_json
-from lit_rlhf.models.loading import check_same_tokens, load_policy_with_tokenizer, load_tokenizer
+from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy, freeze
+from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings, complete
 from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
 from lit_rlhf.rollout.scoring import scored

@@ -10,8 +10,9 @@ from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_r
 from lit_rlhf.cli.checkpoints import require_checkpoint
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.loading import load_shape, load_tokenizer
+from lit_rlhf.models.loading import load_shape
 from lit_rlhf.models.saving import artefact
+from lit_rlhf.models.tokens import load_tokenizer
 
 
 def export(

@@ -10,6 +10,10 @@ from pathlib import Path
 import datasets
 from huggingface_hub import constants, get_session
 
+from lit_rlhf.errors import UserError, looks_like_a_path
+from lit_rlhf.files import heal
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 SECONDS = 5.0  # that the hub may take to answer
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what can be the name of something there
 
@@ -53,3 +57,44 @@ def _answers(endpoint: str, minute: int) -> bool:
         return bool(get_session().head(endpoint, timeout=SECONDS).status_code < 500)
     except Exception:  # which errors there are is the affair of the hub's HTTP client, which has changed twice
         return False
+
+
+def resolve(name: str | Path) -> str:
+    """The folder or hub name that a user means by a model's name.
+
+    Raises:
+        UserError: it can be neither.
+    """
+    if str(name) == "demo":
+        return str(DEMO_MODEL)
+    try:
+        path = Path(name).expanduser()
+        heal(path)  # an export that was killed between two names
+        is_there, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a zero byte, or of ~nobody
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(name)[:80]!r} cannot be the name of a model ({why})") from error
+    if not str(name) or (is_there and not is_folder):
+        raise UserError(
+            f"{str(name)!r}: no model could be loaded there: expected a folder with config.json and model.safetensors, "
+            f"or a name on the Hugging Face hub; this is {'a file' if str(name) else 'no name'}"
+        )
+    if not is_there and (looks_like_a_path(str(name)) or not HUB_NAME.fullmatch(str(name))):
+        raise UserError(f"{name}: no model could be loaded there: there is no folder {path.absolute()}")
+    return str(path) if is_there else str(name)
+
+
+def hint(source: str, error: Exception) -> str:
+    """What the user may have overlooked where nothing could be loaded."""
+    if "trust_remote_code=True" in str(error):
+        return "; if you trust that code, set trust_remote_code: true"
+    if source == str(DEMO_MODEL):
+        return "; the embedded demo model has no weights: SFT trains it with from_scratch: true, and exports a policy"
+    if Path(source).is_dir():
+        return f"; the folder holds {sorted(p.name for p in Path(source).iterdir())[:8]}"
+    return f"; there is no folder {Path(source).absolute()}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first: further lines repeat it in other words."""
+    return str(error).strip().splitlines()[0].removesuffix(" from one of: ")  # what could be is in further lines

@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders or hub names, checked before they are used.
+"""Models from folders or hub names, checked before they are used.
 
 Weights are loaded in float32; the Trainer's `precision` decides what is computed in, and an export goes back to the
 dtype that they came in.
@@ -10,29 +10,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from lit_rlhf.errors import UserError, looks_like_a_path
-from lit_rlhf.files import heal
-from lit_rlhf.models.hub import HUB_NAME, hub_or_cache
-from lit_rlhf.models.policy import Policy, Scorer, backbone, context_length
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.hub import first_line, hint, hub_or_cache, resolve
+from lit_rlhf.models.policy import Policy, Scorer, backbone
 from lit_rlhf.models.probe import choose_attention, disable_dropout
-
-DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
+from lit_rlhf.models.tokens import keep_to_tokens, load_tokenizer
 
 
 def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code: bool = False) -> Policy:
@@ -136,92 +132,8 @@ def scorer_from_policy(policy: Policy, trust_remote_code: bool = False) -> Score
     return Scorer(model, fresh_head=True)
 
 
-def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model, its `model_max_length` cut to the model's context.
-
-    Raises:
-        UserError: no tokenizer there, no end-of-sequence token, or more tokens than the model has embeddings.
-    """
-    source = _resolve(name)
-    try:
-        with hub_or_cache(source):
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name}: no tokenizer could be loaded there ({_first_line(error)}){_hint(source, error)}; "
-            "save the model's own beside it (tokenizer.save_pretrained)"
-        ) from error
-    check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, str(name))
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
-    context = context_length(model_config)
-    if context is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-    return tokenizer
-
-
-def keep_to_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Leave ids that stand for no token of the tokenizer out of a policy's distribution.
-
-    Many models have more embeddings than tokens, mostly so that the number divides well. Sampled, such an id would be
-    text to nobody, and perhaps have no embedding in a reward model.
-
-    Args:
-        policy: samples and gives log-probs over the tokens alone from now on.
-        tokenizer: says which ids are tokens.
-        name: of the policy, for messages.
-
-    Raises:
-        UserError: the tokenizer has ids that the policy does not embed.
-    """
-    check_vocabulary(tokenizer, policy.vocabulary_size, name)
-    unused = torch.ones(policy.vocabulary_size, dtype=torch.bool)
-    unused[list(tokenizer.get_vocab().values())] = False
-    ids = unused.nonzero()[:, 0]
-    if len(ids) and policy.unused_ids is None:
-        rank_zero_info(
-            f"{name}: {len(ids)} of {len(unused)} ids stand for no token of its tokenizer; none of them is sampled, "
-            "and log-probs leave them out"
-        )
-    policy.unused_ids = ids.to(policy.model.device) if len(ids) else None
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, name: str) -> None:
-    """Refuse a tokenizer that can make ids which the model has no embedding for."""
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= vocabulary_size:
-        raise UserError(
-            f"{name}: the tokenizer has ids up to {highest}, the model embeds {vocabulary_size} (0 to "
-            f"{vocabulary_size - 1}); use the tokenizer the model was trained with, or resize its embeddings first"
-        )
-
-
-def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a network that would read other words in the policy's ids than the policy wrote.
-
-    A pad token of the network's own, as an exported reward model may have, is no word.
-
-    Args:
-        tokenizer: the policy's.
-        other: that of the network which reads the policy's ids.
-        name: of the network, with its role.
-
-    Raises:
-        UserError: the two differ in an id or a word.
-    """
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if other.pad_token not in ours:
-        theirs.pop(other.pad_token, None)
-    if ours != theirs:
-        differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
-        raise UserError(
-            f"{name} was trained with another tokenizer than the policy ({len(theirs)} against {len(ours)} tokens; for "
-            f"example {differing}): it would read other words than the policy wrote. Start both from the same SFT model"
-        )
-
-
 def _load(auto_class: Any, name: str | Path, from_scratch: bool, trust_remote_code: bool, **kwargs: Any) -> Any:
-    source = _resolve(name)
+    source = resolve(name)
     with hub_or_cache(source):
         return _load_from(source, auto_class, name, from_scratch, trust_remote_code, **kwargs)
 
@@ -273,8 +185,8 @@ def _load_from(
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name}: no model could be loaded there ({_first_line(error)}). Expected a folder with config.json and "
-            f"model.safetensors, or a name on the Hugging Face hub{_hint(source, error)}"
+            f"{name}: no model could be loaded there ({first_line(error)}). Expected a folder with config.json and "
+            f"model.safetensors, or a name on the Hugging Face hub{hint(source, error)}"
         ) from error
     if type(model.config) is not type(config):
         rank_zero_warn(
@@ -305,7 +217,7 @@ def _dtype_of(config: PretrainedConfig, source: str) -> torch.dtype:
 
 def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
     """The classes that a folder's weights were saved from, by its config."""
-    source = _resolve(name)
+    source = resolve(name)
     with hub_or_cache(source):
         return list(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).architectures or [])
 
@@ -313,37 +225,3 @@ def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> l
 def has_score_head(architectures: list[str]) -> bool:
     """Whether weights of these classes are a reward model's: with a scalar head that was trained."""
     return any("ForSequenceClassification" in architecture for architecture in architectures)
-
-
-def _resolve(name: str | Path) -> str:
-    if str(name) == "demo":
-        return str(DEMO_MODEL)
-    try:
-        path = Path(name).expanduser()
-        heal(path)  # an export that was killed between two names
-        is_there, is_folder = path.exists(), path.is_dir()
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a zero byte, or of ~nobody
-        why = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{str(name)[:80]!r} cannot be the name of a model ({why})") from error
-    if not str(name) or (is_there and not is_folder):
-        raise UserError(
-            f"{str(name)!r}: no model could be loaded there: expected a folder with config.json and model.safetensors, "
-            f"or a name on the Hugging Face hub; this is {'a file' if str(name) else 'no name'}"
-        )
-    if not is_there and (looks_like_a_path(str(name)) or not HUB_NAME.fullmatch(str(name))):
-        raise UserError(f"{name}: no model could be loaded there: there is no folder {path.absolute()}")
-    return str(path) if is_there else str(name)
-
-
-def _hint(source: str, error: Exception) -> str:
-    if "trust_remote_code=True" in str(error):
-        return "; if you trust that code, set trust_remote_code: true"
-    if source == str(DEMO_MODEL):
-        return "; the embedded demo model has no weights: SFT trains it with from_scratch: true, and exports a policy"
-    if Path(source).is_dir():
-        return f"; the folder holds {sorted(p.name for p in Path(source).iterdir())[:8]}"
-    return f"; there is no folder {Path(source).absolute()}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].removesuffix(" from one of: ")  # what could be is in further lines

@@ -24,7 +24,7 @@ class Policy(nn.Module):
     """A causal LM that gives the log-probs of response tokens; also the frozen reference.
 
     Its distribution is over the tokens that the tokenizer has: ids without one are left out of sampling and log-probs
-    alike, whoever learns (see `loading.keep_to_tokens`).
+    alike, whoever learns (see `tokens.keep_to_tokens`).
     """
 
     unused_ids: Tensor | None  # (U,) ids without a token

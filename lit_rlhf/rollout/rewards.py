@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError, named_by, require
-from lit_rlhf.models.loading import check_same_tokens, load_scorer, load_tokenizer
+from lit_rlhf.models.loading import load_scorer
 from lit_rlhf.models.policy import Scorer, freeze
+from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 from lit_rlhf.rollout.time_limit import time_limit
 from token_mdp.columns import columns_for
 from token_mdp.rewards import bare

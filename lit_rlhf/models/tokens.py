@@ -1,0 +1,96 @@
+"""Tokenizers beside models: loaded, and held against what a model embeds and what other networks read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.hub import first_line, hint, hub_or_cache, resolve
+from lit_rlhf.models.policy import Policy, context_length
+
+
+def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model, its `model_max_length` cut to the model's context.
+
+    Raises:
+        UserError: no tokenizer there, no end-of-sequence token, or more tokens than the model has embeddings.
+    """
+    source = resolve(name)
+    try:
+        with hub_or_cache(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: no tokenizer could be loaded there ({first_line(error)}){hint(source, error)}; "
+            "save the model's own beside it (tokenizer.save_pretrained)"
+        ) from error
+    check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, str(name))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
+    context = context_length(model_config)
+    if context is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    return tokenizer
+
+
+def keep_to_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Leave ids that stand for no token of the tokenizer out of a policy's distribution.
+
+    Many models have more embeddings than tokens, mostly so that the number divides well. Sampled, such an id would be
+    text to nobody, and perhaps have no embedding in a reward model.
+
+    Args:
+        policy: samples and gives log-probs over the tokens alone from now on.
+        tokenizer: says which ids are tokens.
+        name: of the policy, for messages.
+
+    Raises:
+        UserError: the tokenizer has ids that the policy does not embed.
+    """
+    check_vocabulary(tokenizer, policy.vocabulary_size, name)
+    unused = torch.ones(policy.vocabulary_size, dtype=torch.bool)
+    unused[list(tokenizer.get_vocab().values())] = False
+    ids = unused.nonzero()[:, 0]
+    if len(ids) and policy.unused_ids is None:
+        rank_zero_info(
+            f"{name}: {len(ids)} of {len(unused)} ids stand for no token of its tokenizer; none of them is sampled, "
+            "and log-probs leave them out"
+        )
+    policy.unused_ids = ids.to(policy.model.device) if len(ids) else None
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, name: str) -> None:
+    """Refuse a tokenizer that can make ids which the model has no embedding for."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocabulary_size:
+        raise UserError(
+            f"{name}: the tokenizer has ids up to {highest}, the model embeds {vocabulary_size} (0 to "
+            f"{vocabulary_size - 1}); use the tokenizer the model was trained with, or resize its embeddings first"
+        )
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a network that would read other words in the policy's ids than the policy wrote.
+
+    A pad token of the network's own, as an exported reward model may have, is no word.
+
+    Args:
+        tokenizer: the policy's.
+        other: that of the network which reads the policy's ids.
+        name: of the network, with its role.
+
+    Raises:
+        UserError: the two differ in an id or a word.
+    """
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if other.pad_token not in ours:
+        theirs.pop(other.pad_token, None)
+    if ours != theirs:
+        differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
+        raise UserError(
+            f"{name} was trained with another tokenizer than the policy ({len(theirs)} against {len(ours)} tokens; for "
+            f"example {differing}): it would read other words than the policy wrote. Start both from the same SFT model"
+        )

@@ -1,6 +1,5 @@
 """The on-policy road: play, score, charge the KL, estimate advantages, learn. A method is an estimator and a loss."""
 
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -255,8 +254,7 @@ class OnPolicyModule(AlignmentModule):
     def play_prompts(self, prompts: PromptBatch) -> list[Episode]:
         """One scored episode per prompt, within the limits of training."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        limits = {name: getattr(data, name) for name in ("max_new_tokens", "stop_strings", "num_slots")}
-        settings = replace(self.sampling.generation, **limits)
+        settings = data.settings.bound(self.sampling.generation)
         return complete(self.policy, self.tokenizer, prompts, settings, data.rewards)
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:

@@ -43,11 +43,6 @@ def require_held_out_rows(train: Sources | None, validation: Sources | None) -> 
         )
 
 
-def require_prompt_length(limit: int | None) -> None:
-    """Refuse a limit that leaves no token of a prompt."""
-    require(limit is None or limit >= 1, "max_prompt_length", limit, "1 or more, or null")
-
-
 DATA_MODULES = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "prompts": "RolloutDataModule"}
 
 

@@ -1,5 +1,6 @@
 """The LightningDataModules of SFT, and of reward models and DPO."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,13 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
-from lit_rlhf.data.chat import set_template
 from lit_rlhf.data.checks import (
     check_trainer_options,
     named_sources,
     require_held_out_rows,
     require_kind,
-    require_prompt_length,
     require_rows,
     warn_of_unread_margins,
 )
@@ -23,11 +22,11 @@ from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.examples import PackedDataset, load_examples
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.mapping import Format
-from lit_rlhf.data.messages import check_template_kwargs
 from lit_rlhf.data.naming import DEMO, STAGES, Role
 from lit_rlhf.data.prompts import PromptDataset, load_prompts
-from lit_rlhf.data.reader import LossOn, Options, Truncation
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.data.reader import LossOn, Truncation
+from lit_rlhf.data.settings import BatchSettings, TokenizationSettings
+from lit_rlhf.errors import UserError
 from lit_rlhf.signals import SIGNALS
 
 __all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
@@ -92,31 +91,18 @@ class ExamplesDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         require_held_out_rows(train, validation)
-        if max_tokens is None and batch_size is None:
-            raise UserError("max_tokens and batch_size are both null: one of them must limit a micro-batch")
-        require(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "1 or more, or null")
-        require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "1 or more, or null")
-        require_prompt_length(max_prompt_length)
-        require(seed >= 0, "seed", seed, "0 or more")
-        require(num_workers >= 0, "num_workers", num_workers, "0 or more")
-        require(num_proc is None or num_proc >= 1, "num_proc", num_proc, "1 or more, or null")
-        require(max_length is None or max_length >= 2, "max_length", max_length, "2 or more: a prompt and a response")
         given = {"train": train, "validation": validation, "test": test or validation, "predict": predict}
         self.sources = named_sources(given, format, columns)
-        self.max_length = max_length
-        self.truncation: Truncation = truncation
-        self.loss_on: LossOn = "response"
-        self.max_prompt_length = max_prompt_length
-        self.max_tokens = max_tokens
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.num_workers = num_workers
-        self.num_proc = num_proc
-        self.seed = seed
-        self.chat_template = chat_template
-        self.chat_template_kwargs = chat_template_kwargs or {}
-        check_template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
-        self.control_tokens: ControlTokens = control_tokens
+        self.tokenization = TokenizationSettings(
+            max_length,
+            truncation,
+            max_prompt_length,
+            num_proc,
+            chat_template,
+            chat_template_kwargs or {},
+            control_tokens,
+        )
+        self.batches = BatchSettings(max_tokens, batch_size, shuffle, num_workers, seed)
         self.tokenizer = tokenizer
         self.datasets: dict[str, PackedDataset] = {}
         self.prompts: PromptDataset | None = None
@@ -136,36 +122,15 @@ class ExamplesDataModule(LightningDataModule):
             raise UserError(f"{type(self).__name__} needs the model's tokenizer: pass tokenizer=model.tokenizer")
         if stage != "predict":
             require_kind(self.trainer, self.kind)
-        context = self.tokenizer.model_max_length
-        fits = self.max_prompt_length is None or self.max_prompt_length < context
-        require(fits, "max_prompt_length", self.max_prompt_length, f"less than the model's context of {context} tokens")
+        options = self.tokenization.of_examples(self.tokenizer)
         require_rows(stage, self.sources)
-        set_template(self.tokenizer, self.chat_template, self.chat_template_kwargs)
+        self.tokenization.set_template(self.tokenizer)
         for name in STAGES[stage]:
             if name == "predict":
                 self.prompts = self.prompts or self._load_prompts()
             elif (sources := self.sources[name]) is not None and name not in self.datasets:
-                self.datasets[name] = load_examples(
-                    sources, self.kind, ROLES[name], self.tokenizer, self.options, self.num_proc, self.seed
-                )
-
-    @property
-    def options(self) -> Options:
-        """How rows become tokens."""
-        limit = self.length_limit
-        prompt_limit = self.max_prompt_length or (limit // 2 if limit is not None else None)
-        how = (self.truncation, self.loss_on, prompt_limit, self.control_tokens, self.chat_template_kwargs)
-        return Options(limit, *how)
-
-    @property
-    def length_limit(self) -> int | None:
-        """`max_length`, or the model's context; None where neither is known."""
-        assert self.tokenizer is not None
-        context = int(self.tokenizer.model_max_length)
-        known = context < 10**9  # transformers writes 10^30 for "unknown"
-        if self.max_length is not None and known and self.max_length > context:
-            raise UserError(f"max_length ({self.max_length}) is more than the model's context of {context} tokens")
-        return self.max_length if self.max_length is not None else context if known else None
+                how = (self.tokenizer, options, self.tokenization.num_proc, self.batches.seed)
+                self.datasets[name] = load_examples(sources, self.kind, ROLES[name], *how)
 
     def train_dataloader(self) -> ResumableLoader:
         """This rank's micro-batches; goes on in mid-epoch after a resume.
@@ -175,7 +140,8 @@ class ExamplesDataModule(LightningDataModule):
         """
         trainer: Any = self.trainer
         check_trainer_options(trainer)
-        loader = self._loader("train", self.shuffle, trainer.limit_train_batches, trainer.accumulate_grad_batches)
+        limits = (trainer.limit_train_batches, trainer.accumulate_grad_batches)
+        loader = self._loader("train", self.batches.shuffle, *limits)
         loader.before_epoch = lambda: SIGNALS.obey(trainer)  # between epochs nothing is half done
         return loader
 
@@ -231,21 +197,23 @@ class ExamplesDataModule(LightningDataModule):
         sampler = TokenBudgetSampler(
             dataset.lengths(),
             dataset.items(),
-            max_tokens=self.max_tokens,
-            batch_size=self.batch_size,
+            max_tokens=self.batches.max_tokens,
+            batch_size=self.batches.batch_size,
             shuffle=shuffle,
-            seed=self.seed,
+            seed=self.batches.seed,
             accumulate_grad_batches=accumulate,
             **self._ranks(),
         )
         if limit is not None:  # an int counts micro-batches, a float is a share of them
             sampler.limit_batches = limit if isinstance(limit, int) else int(limit * len(sampler))
-        return ResumableLoader(dataset, sampler, num_workers=self.num_workers, persistent_workers=self.num_workers > 0)
+        workers = self.batches.num_workers
+        return ResumableLoader(dataset, sampler, num_workers=workers, persistent_workers=workers > 0)
 
     def _load_prompts(self, optional: bool = False) -> PromptDataset | None:
         assert self.tokenizer is not None
         kind: Kind = getattr(getattr(self.trainer, "lightning_module", None), "predicts_from", "prompts")
-        given = (self.tokenizer, self.options, self.seed, kind, self.num_proc)
+        how = self.tokenization
+        given = (self.tokenizer, how.of_examples(self.tokenizer), self.batches.seed, kind, how.num_proc)
         if (sources := self.sources["predict"]) is not None:
             return load_prompts(sources, "predict", *given)
         held_out = self.sources["validation"]
@@ -276,7 +244,7 @@ class SFTDataModule(ExamplesDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(train, validation, **kwargs)
-        self.loss_on = loss_on
+        self.tokenization = replace(self.tokenization, loss_on=loss_on)
 
 
 class PreferenceDataModule(ExamplesDataModule):

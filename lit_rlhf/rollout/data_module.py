@@ -13,29 +13,27 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch, RolloutBatch
 from lit_rlhf.data.batching import as_it_is
-from lit_rlhf.data.chat import set_template
 from lit_rlhf.data.checks import (
     check_trainer_options,
     named_sources,
     require_held_out_rows,
     require_kind,
-    require_prompt_length,
     require_rows,
     require_whole_epochs,
 )
 from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.formats import Sources
 from lit_rlhf.data.mapping import Format
-from lit_rlhf.data.messages import check_template_kwargs
 from lit_rlhf.data.naming import STAGES, Role
 from lit_rlhf.data.prompts import load_prompts
-from lit_rlhf.data.reader import Options
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.data.settings import TokenizationSettings
+from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import Experience, require_micro_batches, require_room
 from lit_rlhf.rollout.play import Play, RolloutBackend, check_context, make_env
 from lit_rlhf.rollout.rewards import Reward
 from lit_rlhf.rollout.scoring import Rewards
+from lit_rlhf.rollout.settings import RolloutSettings
 from lit_rlhf.signals import SIGNALS
 
 
@@ -96,34 +94,20 @@ class RolloutDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         require_held_out_rows(train, validation)
-        if min(rollout_size, num_slots, max_new_tokens, max_validation_prompts) < 1:
-            raise UserError(
-                f"rollout_size ({rollout_size}), num_slots ({num_slots}), max_new_tokens ({max_new_tokens}) and "
-                f"max_validation_prompts ({max_validation_prompts}) must be 1 or more"
-            )
-        require_prompt_length(max_prompt_length)
-        require(seed >= 0, "seed", seed, "0 or more")
-        require(num_proc is None or num_proc >= 1, "num_proc", num_proc, "1 or more, or null")
-        if (reward is None) == (rewards is None):
-            both = "both given" if rewards else "both missing"
-            raise UserError(f"data.reward and data.rewards are {both}: give one reward, or several by name, and null")
-        self.rewards = Rewards(rewards if reward is None else reward, reward_weights, monitors)
+        self.rewards = Rewards.given(reward, rewards, reward_weights, monitors)
         held_out = {"validation": validation, "test": test or validation, "predict": predict or validation}
         self.sources = named_sources({"train": train, **held_out}, format, columns)
-        self.rollout_size = rollout_size
-        self.num_slots = num_slots
-        self.max_prompt_length = max_prompt_length
-        self.max_new_tokens = max_new_tokens
-        require(all(stop_strings), "stop_strings", stop_strings, "texts, none of them empty")
-        self.stop_strings = tuple(stop_strings)
-        self.max_validation_prompts = max_validation_prompts
-        self.num_proc = num_proc
-        self.seed = seed
+        self.settings = RolloutSettings(
+            rollout_size, num_slots, max_new_tokens, tuple(stop_strings), max_validation_prompts, seed
+        )
+        self.tokenization = TokenizationSettings(
+            max_prompt_length=max_prompt_length,
+            num_proc=num_proc,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs or {},
+            control_tokens=control_tokens,
+        )
         self.backend = RolloutBackend() if backend is None else backend
-        self.chat_template = chat_template
-        self.chat_template_kwargs = chat_template_kwargs or {}
-        check_template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
-        self.control_tokens: ControlTokens = control_tokens
         self.tokenizer = tokenizer
         self.prompts: dict[str, PromptBatch] = {}
 
@@ -141,26 +125,15 @@ class RolloutDataModule(LightningDataModule):
         require_kind(trainer, "prompts")
         require_rows(stage, self.sources)
         agent: Any = trainer.lightning_module
-        limit = self.max_prompt_length or self.tokenizer.model_max_length - self.max_new_tokens
-        if limit < 1:
-            raise UserError(
-                f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in the context of "
-                f"{self.tokenizer.model_max_length}"
-            )
-        set_template(self.tokenizer, self.chat_template, self.chat_template_kwargs)
-        options = Options(
-            None,
-            max_prompt_length=limit,
-            control_tokens=self.control_tokens,
-            template_kwargs=self.chat_template_kwargs,
-        )
+        options = self.tokenization.of_prompts(self.tokenizer, self.settings.max_new_tokens)
+        self.tokenization.set_template(self.tokenizer)
         splits: tuple[Role, ...] = STAGES[stage]
         for split in splits:
             source = self.sources[split]
             if source is not None and split not in self.prompts:
-                loaded = load_prompts(source, split, self.tokenizer, options, num_proc=self.num_proc)
+                loaded = load_prompts(source, split, self.tokenizer, options, num_proc=self.tokenization.num_proc)
                 self.prompts[split] = loaded.take(np.arange(len(loaded)))
-                check_context(agent.policy, loaded.prompt_ids, self.max_new_tokens)
+                check_context(agent.policy, loaded.prompt_ids, self.settings.max_new_tokens)
         # Completions of `predict` are not scored.
         played = [self.prompts[split] for split in splits if split in self.prompts and split != "predict"]
         self.rewards.bind(self.tokenizer, trainer.strategy.root_device, played)
@@ -174,16 +147,14 @@ class RolloutDataModule(LightningDataModule):
         assert self.trainer is not None
         check_trainer_options(self.trainer)
         require_whole_epochs(self.trainer)
-        if self.rollout_size % self.trainer.world_size:
-            raise UserError(
-                f"rollout_size ({self.rollout_size}) must divide among {self.trainer.world_size} ranks; try "
-                f"{self.rollout_size - self.rollout_size % self.trainer.world_size}"
-            )
+        size, ranks = self.settings.rollout_size, self.trainer.world_size
+        if size % ranks:
+            raise UserError(f"rollout_size ({size}) must divide among {ranks} ranks; try {size - size % ranks}")
         return RolloutLoader(self)
 
     def val_dataloader(self) -> DataLoader | list:
         """This rank's share of the held-out prompts."""
-        return self.prompt_loader("validation", self.max_validation_prompts)
+        return self.prompt_loader("validation", self.settings.max_validation_prompts)
 
     def test_dataloader(self) -> DataLoader | list:
         """This rank's share of the test prompts, all of them."""
@@ -201,7 +172,7 @@ class RolloutDataModule(LightningDataModule):
         prompts, ranks = take(self.prompts[split], slice(limit)), self.trainer.world_size
         count = len(prompts.prompt_ids)
         # Four times the slots, so that the longest episode of a batch does not idle the other slots for long.
-        rounds = -(-count // (4 * self.num_slots * ranks))
+        rounds = -(-count // (4 * self.settings.num_slots * ranks))
         if count < rounds * ranks:
             raise UserError(f"{count} {split} prompts are too few for {ranks} ranks")
         bounds = np.linspace(0, count, rounds * ranks + 1).astype(int).tolist()
@@ -237,15 +208,16 @@ class RolloutLoader:
         self.trainer = data.trainer
         self.agent: Any = data.trainer.lightning_module
         plan = self.plan
-        require_room(data.rollout_size, self.trainer.num_nodes, data.max_new_tokens, plan["ppo_epochs"])
-        num_episodes = data.rollout_size // self.trainer.world_size
+        sizes = data.settings
+        require_room(sizes.rollout_size, self.trainer.num_nodes, sizes.max_new_tokens, plan["ppo_epochs"])
+        num_episodes = sizes.rollout_size // self.trainer.world_size
         require_micro_batches(num_episodes, plan["num_minibatches"], plan["accumulate_grad_batches"])
         self.prompts = data.training_share()
         policy, tokenizer = cast(Policy, self.agent.policy), cast(PreTrainedTokenizerBase, data.tokenizer)
-        num_slots = min(data.num_slots, num_episodes)
-        limits = (data.max_new_tokens, data.stop_strings)
+        num_slots = min(sizes.num_slots, num_episodes)
+        limits = (sizes.max_new_tokens, sizes.stop_strings)
         self.env = make_env(policy, tokenizer, self.prompts, num_slots, *limits, data.rewards)
-        self.env_seed: int | None = data.seed + data.trainer.global_rank  # until the first rollout
+        self.env_seed: int | None = sizes.seed + data.trainer.global_rank  # until the first rollout
         self.env_before: dict[str, Any] | None = None  # the rollout that is being played
         self.experience: Experience | None = None  # of the iteration under way
         self.done = 0  # its micro-batches handed out so far
@@ -279,7 +251,7 @@ class RolloutLoader:
                 self.agent.policy,
                 self.env,
                 self.agent.sampling.generation,
-                self.data.rollout_size // self.trainer.world_size,
+                self.data.settings.rollout_size // self.trainer.world_size,
                 stream=self.trainer.global_rank,
                 env_seed=self.env_seed,
             )

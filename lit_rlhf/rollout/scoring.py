@@ -94,6 +94,24 @@ class Rewards:
             option = f"data.monitors.{name}"
             self.terms.append(Term(as_name(name, "data.monitors"), as_reward(monitor, option), 0.0, option))
 
+    @classmethod
+    def given(
+        cls,
+        one: RewardLike | None,
+        several: Mapping[str, RewardLike] | None,
+        weights: Mapping[str, float] | None,
+        monitors: Mapping[str, RewardLike] | None,
+    ) -> "Rewards":
+        """Of the options `data.reward` and `data.rewards`, of which one must be given; the others as above.
+
+        Raises:
+            UserError: both are given, or none is.
+        """
+        if (one is None) == (several is None):
+            both = "both given" if several else "both missing"
+            raise UserError(f"data.reward and data.rewards are {both}: give one reward, or several by name, and null")
+        return cls(several if one is None else one, weights, monitors)
+
     @property
     def abstain(self) -> bool:
         """Whether any of them may have nothing to say of a response."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_its_split_into_micro_batches(
     gradients = []
     for budget in (100, 10_000):
         module, data = make_stage("dpo", inputs, loss=loss)
-        data.max_tokens = budget
+        data.batches = replace(data.batches, max_tokens=budget)
         with torch.no_grad():
             next(module.frozen["reference"].parameters()).add_(0.5)  # rewards, and so BCO's shift, are not 0
         make_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=100, callbacks=[watch := Gradient()]).fit(

@@ -1,6 +1,7 @@
 """A checkpoint says by plain values what its module was made of, and a stranger's one can name no code but ours."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -138,10 +139,11 @@ def save_ppo(inputs, folder, options):
 
 def test_the_chat_template_of_the_data_comes_with_the_checkpoint(inputs, tmp_path):
     module, data = make_stage("sft", inputs)
-    data.chat_template = "{% for m in messages %}{{ m['content'] }} w39 {% endfor %}"
+    template = "{% for m in messages %}{{ m['content'] }} w39 {% endfor %}"
+    data.tokenization = replace(data.tokenization, chat_template=template)
     saver = ModelCheckpoint(dirpath=tmp_path, filename="end")
     make_trainer(tmp_path, max_epochs=1, callbacks=[saver], enable_checkpointing=True).fit(module, data)
-    assert SFT.load_from_checkpoint(tmp_path / "end.ckpt").tokenizer.chat_template == data.chat_template
+    assert SFT.load_from_checkpoint(tmp_path / "end.ckpt").tokenizer.chat_template == template
 
 
 def test_arguments_that_are_given_go_before_those_of_the_run(runs):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ def test_validation_metrics_are_means_over_pairs_not_over_batches(inputs, tmp_pa
     means = []
     for budget in (100, 10_000):
         module, data = make_stage("dpo", inputs)
-        data.max_tokens = budget
+        data.batches = replace(data.batches, max_tokens=budget)
         trainer = make_trainer(tmp_path, limit_val_batches=1.0)
         trainer.validate(module, data, verbose=False)
         means.append(trainer.callback_metrics["val/chosen_logprobs"].item())

@@ -2,6 +2,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -34,11 +35,11 @@ def forwards(monkeypatch):
     return counts
 
 
-def fill(workdir, splits=("train",), data=None, **trainer):
+def fill(workdir, splits=("train",), sources=None, template=None, **trainer):
     """The cached log-probs of each split in a fresh run, as its first step would meet them; of a single one, these."""
     module, datamodule = make_stage("dpo", workdir, cache_reference=True)
-    for name, value in (data or {}).items():
-        setattr(datamodule, name, value)
+    datamodule.sources |= sources or {}
+    datamodule.tokenization = replace(datamodule.tokenization, chat_template=template)
     trainer = make_trainer(workdir / "run", **trainer)
     trainer.strategy._lightning_module = module
     trainer.datamodule = datamodule
@@ -65,7 +66,7 @@ def files(workdir):
 @pytest.mark.parametrize("change", ["weights", "data", "template", "order", "precision", "code", "library"])
 def test_whatever_changes_the_numbers_changes_the_key(workdir, change, monkeypatch):
     fill(workdir)
-    trainer, data = {}, {}
+    trainer, asked = {}, None
     if change == "weights":
         save_tiny(workdir / "model", seed=1)
     elif change == "data":  # one token of one answer
@@ -81,8 +82,8 @@ def test_whatever_changes_the_numbers_changes_the_key(workdir, change, monkeypat
                 row[side] = [{"role": "assistant", "content": row[side]}]
         (workdir / "preference.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-        fill(workdir, data={"chat_template": template})
-        data = {"chat_template": template.replace("{{ m.content }}", "{{ 'w7 ' + m.content }}")}
+        fill(workdir, template=template)
+        asked = template.replace("{{ m.content }}", "{{ 'w7 ' + m.content }}")
     elif change == "order":
         lines = (workdir / "preference.jsonl").read_text().splitlines()
         (workdir / "preference.jsonl").write_text("\n".join(lines[::-1]) + "\n")
@@ -93,7 +94,7 @@ def test_whatever_changes_the_numbers_changes_the_key(workdir, change, monkeypat
     else:
         trainer = {"precision": "bf16-mixed"}
     before = len(files(workdir))
-    fill(workdir, data=data, **trainer)
+    fill(workdir, template=asked, **trainer)
     assert len(files(workdir)) == before + 1
 
 
@@ -103,7 +104,7 @@ def test_the_weights_are_read_once_for_all_splits(workdir, monkeypatch):
     lines = (workdir / "preference.jsonl").read_text().splitlines()
     (workdir / "held_out.jsonl").write_text("\n".join(lines[:3]) + "\n")
     sources = {"train": str(workdir / "preference.jsonl"), "validation": str(workdir / "held_out.jsonl"), "test": None}
-    assert fill(workdir, ("train", "val"), {"sources": sources})[1].shape == (3, 2)
+    assert fill(workdir, ("train", "val"), sources)[1].shape == (3, 2)
     assert reads == [1]
 
 

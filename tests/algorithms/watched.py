@@ -1,5 +1,7 @@
 """Runs of a stage, with the losses and the first gradients of them."""
 
+from dataclasses import replace
+
 from lightning.pytorch.callbacks import Callback
 
 from tests.stages import make_stage, make_trainer
@@ -24,7 +26,6 @@ class Watch(Callback):
 def watch(stage, inputs, folder, data=None, trainer=None, **options):
     watcher = Watch()
     module, datamodule = make_stage(stage, inputs, **options)
-    for name, value in (data or {}).items():
-        setattr(datamodule, name, value)
+    datamodule.batches = replace(datamodule.batches, **data or {})
     make_trainer(folder, max_epochs=1, callbacks=[watcher], **(trainer or {})).fit(module, datamodule)
     return watcher

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def finished(inputs, tmp_path_factory):
         folder = folders[stage] = tmp_path_factory.mktemp(stage)
         module, data = make_stage(stage, inputs)
         if stage != "ppo":
-            data.chat_template = TEMPLATE
+            data.tokenization = replace(data.tokenization, chat_template=TEMPLATE)
         saver = ModelCheckpoint(dirpath=folder, filename="end")
         options = {"max_epochs": 1, "limit_val_batches": None, "enable_checkpointing": True}
         make_trainer(folder, callbacks=[saver, HuggingFaceExport()], **options).fit(module, data)

@@ -9,7 +9,6 @@ from lit_rlhf.data.checks import (
     check_trainer_options,
     require_held_out_rows,
     require_kind,
-    require_prompt_length,
     require_rows,
     require_whole_epochs,
 )
@@ -41,14 +40,6 @@ def test_the_demos_held_out_rows_judge_what_was_learnt_from_its_rows_among_other
 def test_the_demos_held_out_rows_judge_nothing_else(train):
     with pytest.raises(UserError, match=r"data\.validation is still 'demo' while data\.train is"):
         require_held_out_rows(train, "demo")
-
-
-def test_a_prompt_keeps_a_token_at_least():
-    for limit in (None, 1, 512):
-        require_prompt_length(limit)
-    for limit in (0, -3):
-        with pytest.raises(UserError, match=rf"max_prompt_length \({limit}\) must be 1 or more, or null"):
-            require_prompt_length(limit)
 
 
 def test_a_module_is_given_the_kind_of_rows_that_it_learns_from():

@@ -118,7 +118,8 @@ def test_options_that_cannot_be_honoured_are_refused_by_name(tmp_path):
 
 def test_the_context_of_the_model_is_the_default_length_limit(tmp_path):
     tokenizer = word_tokenizer(WORDS)
-    assert attach(SFTDataModule(sft_file(tmp_path), None, tokenizer=tokenizer)).length_limit is None
+    module = attach(SFTDataModule(sft_file(tmp_path), None, tokenizer=tokenizer))
+    assert module.datasets["train"].lengths().max() > 4
     tokenizer.model_max_length = 4
     with pytest.warns(UserWarning, match="12 truncated"):
         module = attach(SFTDataModule(sft_file(tmp_path), None, tokenizer=tokenizer))

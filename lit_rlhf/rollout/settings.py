@@ -1,0 +1,33 @@
+"""What a rollout is made of, in a frozen dataclass that checks itself."""
+
+from dataclasses import dataclass, replace
+
+from lit_rlhf.errors import UserError, require
+from lit_rlhf.rollout.play import GenerationSettings
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How many episodes, how long, and in which order; the arguments of `RolloutDataModule` say what each means."""
+
+    rollout_size: int
+    num_slots: int
+    max_new_tokens: int
+    stop_strings: tuple[str, ...]
+    max_validation_prompts: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1, and an empty text, which every response holds."""
+        if min(self.rollout_size, self.num_slots, self.max_new_tokens, self.max_validation_prompts) < 1:
+            raise UserError(
+                f"rollout_size ({self.rollout_size}), num_slots ({self.num_slots}), max_new_tokens "
+                f"({self.max_new_tokens}) and max_validation_prompts ({self.max_validation_prompts}) must be 1 or more"
+            )
+        require(all(self.stop_strings), "stop_strings", self.stop_strings, "texts, none of them empty")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    def bound(self, generation: GenerationSettings) -> GenerationSettings:
+        """How responses are generated, within the limits of a rollout."""
+        stops, slots = self.stop_strings, self.num_slots
+        return replace(generation, max_new_tokens=self.max_new_tokens, stop_strings=stops, num_slots=slots)

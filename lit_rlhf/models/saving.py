@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.utils import cached_file
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.loading import stored_dtype
+from lit_rlhf.models.weights import stored_dtype
 
 LARGEST = 65504.0  # of float16, in which models are run as a matter of course: no sound weight lies beyond it
 PAD_TOKEN = "<|pad|>"

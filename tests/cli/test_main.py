@@ -80,7 +80,7 @@ def test_a_run_that_a_signal_ends_before_it_trains_says_that_there_is_nothing_to
 ):
     config = Path("configs/sft.yaml").absolute()
     monkeypatch.chdir(workdir)
-    monkeypatch.setattr("lit_rlhf.models.loading.AutoConfig", Loads())
+    monkeypatch.setattr("lit_rlhf.models.weights.AutoConfig", Loads())
     assert run("fit", "--config", config, *QUICK, "--trainer.default_root_dir=out/early") == 143
     assert capsys.readouterr().err.splitlines()[-1] == "SIGTERM ended the program before its work began"
 

@@ -5,7 +5,6 @@ import sys
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from lit_rlhf import DPO, PPO, RewardModel, RewardModelReward, UserError
@@ -31,40 +30,10 @@ def test_a_missing_model_is_one_clear_line(tmp_path):
         load_policy("demo")
 
 
-@pytest.mark.parametrize("load", [load_policy, load_scorer])
-@pytest.mark.parametrize("beside_a_model", [False, True])
-def test_an_adapter_of_peft_is_refused_alone_and_beside_a_model_and_the_message_says_what_to_do(
-    load, beside_a_model, folder, tmp_path
-):
-    if beside_a_model:
-        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds an adapter of PEFT.*merge it into its model.*or remove"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize("left", [0, 5000])
-def test_weights_that_were_cut_short_are_named_with_their_folder(left, folder, tmp_path):
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    weights = (broken / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(weights[:left])
-    with pytest.raises(UserError, match=r"broken: damaged or cut short, copy it anew: model\.safetensors \("):
-        load_policy(broken)
-
-
 def test_a_critic_is_refused_where_transformers_has_no_class_for_it():
     config = MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(UserError, match="no sequence classification model for MambaConfig"):
         scorer_from_policy(Policy(AutoModelForCausalLM.from_config(config)))
-
-
-def test_weights_that_lack_a_tensor_are_refused_by_its_name(folder, tmp_path):
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lack 1 tensors of LlamaForCausalLM, like \['model.layers.1.mlp.up_proj"):
-        load_policy(broken)
 
 
 def test_the_score_head_is_drawn_from_a_normal_of_one_over_root_d_plus_one(folder):

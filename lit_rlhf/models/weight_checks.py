@@ -1,0 +1,126 @@
+"""Whether weights, config and role fit together: refused by the name of what does not, before anything is trained."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import safe_open
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from lit_rlhf.errors import UserError
+
+
+def check_labels(config: PretrainedConfig, num_labels: int, name: str | Path) -> None:
+    """Refuse a classifier that was trained with another number of labels."""
+    if has_score_head(list(config.architectures or [])) and config.num_labels != num_labels:
+        labels = ", ".join(map(str, list((config.id2label or {}).values())[:3]))
+        raise UserError(
+            f"{name} is a classifier of {config.num_labels} labels ({labels}); a reward model or critic has a head of "
+            f"{num_labels} label: its score"
+        )
+
+
+def check_special_tokens(config: PretrainedConfig, generation: GenerationConfig | None, name: str | Path) -> None:
+    """Refuse special tokens that the model has no embedding for: nothing could read, write or stop at them."""
+    text = config.get_text_config()
+    for file, holder in (("config.json", text), ("generation_config.json", generation)):
+        for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+            given = getattr(holder, key, None)
+            ids = given if isinstance(given, list | tuple) else [given]
+            beyond = [token for token in ids if isinstance(token, int) and token >= text.vocab_size]
+            if beyond:
+                raise UserError(
+                    f"{name}: {key} {beyond[0]} in {file} is no id of the model, which embeds {text.vocab_size} (0 to "
+                    f"{text.vocab_size - 1}); correct it there"
+                )
+
+
+def check_shapes(mismatched: Iterable[tuple[str, Any, Any]], name: str | Path, drawn: tuple[str, ...]) -> None:
+    """Refuse weights of other shapes than the config asks for, but for a head that is drawn anew."""
+    differing = sorted((key, *shapes) for key, *shapes in mismatched if not key.startswith(drawn))
+    if differing:
+        key, stored, asked = differing[0]
+        raise UserError(
+            f"{name}: {len(differing)} tensors have other shapes than config.json asks for, like {key}: "
+            f"{tuple(stored)} in the weights, {tuple(asked)} by the config; bring the two of one model together"
+        )
+
+
+def check_missing(missing: Iterable[str], model: PreTrainedModel, name: str | Path) -> None:
+    """Refuse a folder without some of the model's weights, which would be left random; the head is its own affair."""
+    keys = sorted(key for key in missing if not key.startswith("score."))
+    if keys:
+        raise UserError(
+            f"{name}: its weights lack {len(keys)} tensors of {type(model).__name__}, like {keys[:3]}; they would be "
+            "left random: is it the folder of another kind of model?"
+        )
+
+
+def check_left_out(unexpected: Iterable[str], model: PreTrainedModel, name: str | Path, whole: bool) -> None:
+    """Refuse a config that leaves out weights of the folder, without which it is another model.
+
+    Those of blocks like the model's own are refused: further layers, biases or norms that the config denies. Others,
+    such as heads for other ends, are named.
+
+    Args:
+        unexpected: tensors of the folder that the model has no place for.
+        model: as loaded.
+        name: for messages.
+        whole: it is all that its config describes, not the text model of a larger one.
+    """
+    lists = {path.rpartition(".")[0] for path, _ in model.named_modules() if path.rpartition(".")[2].isdigit()}
+    blocks = tuple({"." + re.sub(r"\d+", "*", path) for path in lists})
+    ahead = (
+        getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    )  # which predict further tokens
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    of_blocks: list[str] = []
+    others: list[str] = []
+    for key in sorted(unexpected):
+        numbered = re.match(r"(.*?)\.(\d+)\.", key)
+        inside = numbered is not None and any(block.endswith(f".{numbered[1]}") for block in blocks)  # prefixes differ
+        further = numbered is not None and layers <= int(numbered[2]) < layers + ahead
+        (of_blocks if inside and not further else others).append(key)
+    if of_blocks:
+        raise UserError(
+            f"{name}: config.json leaves out {len(of_blocks)} tensors of the weights, like {of_blocks[:3]}, without "
+            f"which they are another model (num_hidden_layers is {layers} there): correct config.json, or remove these "
+            "tensors from the weights"
+        )
+    heads = ("score.", "lm_head.", "embed_out.")
+    if whole and (left := [key for key in others if not key.startswith(heads)]):
+        rank_zero_info(
+            f"{name}: {len(left)} tensors of its weights are no part of {type(model).__name__} and left out: {left[:3]}"
+        )
+
+
+def check_finite(model: PreTrainedModel, source: str, name: str | Path, drawn: tuple[str, ...]) -> None:
+    """Refuse weights that hold NaN or infinity, by tensor and file."""
+    ruined = [
+        key
+        for key, weight in model.named_parameters()
+        if not torch.isfinite(weight).all() and not key.startswith(drawn)
+    ]
+    if ruined:
+        where = next(_ruined_in_files(source), ruined[0])
+        raise UserError(
+            f"{name}: {len(ruined)} tensors of its weights hold NaN or infinity, like {where}; take an earlier "
+            "checkpoint of it, or copy it anew"
+        )
+
+
+def _ruined_in_files(source: str) -> Iterator[str]:
+    """Tensors and files, as they are on disk: some are put together when a model is loaded."""
+    for file in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 (it is no mapping)
+                if not torch.isfinite(weights.get_tensor(key)).all():
+                    yield f"{key} in {file.name}"
+
+
+def has_score_head(architectures: list[str]) -> bool:
+    """Whether weights of these classes are a reward model's: with a scalar head that was trained."""
+    return any("ForSequenceClassification" in architecture for architecture in architectures)

@@ -1,0 +1,162 @@
+"""The weights of a folder or hub name, read whole or refused by the names of their tensors."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+from transformers.utils import logging as transformers_logging
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.hub import first_line, hint, hub_or_cache, resolve
+from lit_rlhf.models.probe import disable_dropout
+from lit_rlhf.models.weight_checks import (
+    check_finite,
+    check_labels,
+    check_left_out,
+    check_missing,
+    check_shapes,
+    check_special_tokens,
+)
+
+
+def load_model(
+    auto_class: Any,
+    name: str | Path,
+    from_scratch: bool,
+    trust_remote_code: bool,
+    num_labels: int | None = None,
+    fresh_head: bool = False,
+) -> Any:
+    """A model in float32 and training mode, without dropout.
+
+    Args:
+        auto_class: of transformers, which says what kind of model.
+        name: folder or hub name.
+        from_scratch: random weights in the shape of its config.
+        trust_remote_code: run model code that comes with the weights.
+        num_labels: of a classifier.
+        fresh_head: its head will be drawn anew, so that the stored one is not asked for.
+
+    Raises:
+        UserError: no model there, or one whose weights are not those of its config.
+    """
+    source = resolve(name)
+    with hub_or_cache(source):
+        try:
+            if (
+                not from_scratch and find_adapter_config_file(source) is not None
+            ):  # transformers would apply it, unasked
+                raise UserError(
+                    f"{name} holds an adapter of PEFT (adapter_config.json), which is no part of a model here: merge "
+                    "it into its model (merge_and_unload) and save that; or remove the adapter's files, to start "
+                    "without it"
+                )
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            if num_labels is not None:
+                if not fresh_head:
+                    check_labels(config, num_labels, name)
+                config.num_labels = num_labels
+            dtype = _dtype_of(config, source)
+            generation: GenerationConfig | None = None
+            with suppress(OSError):  # there need not be one
+                generation = GenerationConfig.from_pretrained(source)
+            check_special_tokens(config, generation, name)
+            if from_scratch:
+                model = auto_class.from_config(
+                    config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
+            else:
+                model = _read(auto_class, source, config, trust_remote_code, name, fresh_head)
+        except UserError:
+            raise
+        except SafetensorError as error:
+            files = sorted(path.name for path in Path(source).glob("*.safetensors"))
+            raise UserError(
+                f"{name}: damaged or cut short, copy it anew: {', '.join(files) or 'weights'} ({error})"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{name}: no model could be loaded there ({first_line(error)}). Expected a folder with config.json and "
+                f"model.safetensors, or a name on the Hugging Face hub{hint(source, error)}"
+            ) from error
+    if type(model.config) is not type(config):
+        rank_zero_warn(
+            f"{name} is a model of text and more; what is loaded, trained and exported is its {type(model).__name__} "
+            "alone: images or sound are nothing to it"
+        )
+    if generation is not None and (from_scratch or not model.can_generate()):  # a reward model asks it for stop tokens
+        model.generation_config = generation
+    model.__dict__["stored_dtype"] = dtype
+    disable_dropout(model)
+    return model.train()  # from_pretrained leaves it in eval mode
+
+
+def _read(
+    auto_class: Any,
+    source: str,
+    config: PretrainedConfig,
+    trust_remote_code: bool,
+    name: str | Path,
+    fresh_head: bool,
+) -> PreTrainedModel:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of weights that do not fit is our error, below
+    try:
+        model, report = auto_class.from_pretrained(
+            source,
+            config=config,
+            attn_implementation="eager",  # `choose_attention` sees to ours
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"{name}: its weights do not fit together ({first_line(error)}): tensors that belong together, such as "
+            "those of the experts of a layer, are missing or differ in shape; copy the folder anew"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    head = ("score.",) if fresh_head else ()
+    check_shapes(report["mismatched_keys"], name, head)
+    check_missing(report["missing_keys"], model, name)
+    check_left_out(report["unexpected_keys"], model, name, whole=type(model.config) is type(config))
+    check_finite(model, source, name, head)
+    untie(model)
+    return cast(PreTrainedModel, model)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Let a config say so where the weights hold two embeddings against its word: transformers loads both."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embeddings.weight:
+        for holder in (model.config, model.config.get_text_config()):
+            holder.tie_word_embeddings = False
+
+
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of a model's weights where they came from; in memory they are float32."""
+    return cast(torch.dtype, model.__dict__.get("stored_dtype", torch.float32))
+
+
+def _dtype_of(config: PretrainedConfig, source: str) -> torch.dtype:
+    named = config.dtype or config.get_text_config().dtype
+    files = sorted(Path(source).glob("*.safetensors")) if named is None else []
+    if files:  # written without transformers
+        with safe_open(files[0], "pt") as weights:
+            named = weights.get_tensor(next(iter(weights.keys()))).dtype
+    return named if named in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
+    """The classes that a folder's weights were saved from, by its config."""
+    source = resolve(name)
+    with hub_or_cache(source):
+        return list(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).architectures or [])

@@ -52,7 +52,7 @@ class Listener:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         if os.getpid() != self.process:
-            if number == signal.SIGTERM:  # a worker is sent home; Ctrl-C is its parent's affair
+            if number == signal.SIGTERM:  # before `let_go`
                 die_of(number)
         elif number in self.deferred:
             self.waiting.append(number)
@@ -80,11 +80,12 @@ class Listener:
                 signal.signal(number, self)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals that end a run from here on, and no longer afterwards."""
+    def listening(self, at_once: bool = True) -> Iterator[None]:
+        """Handle the signals that end a run from here on, or from the next `take_over`, and no longer afterwards."""
         before = {number: signal.getsignal(number) for number in ENDING}
         self.__dict__.update(vars(Listener()) | {"process": os.getpid()})
-        self.take_over()
+        if at_once:
+            self.take_over()
         try:
             yield
         finally:
@@ -133,4 +134,17 @@ def die_of(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def let_go() -> None:
+    """Have a process that was forked (a worker) die of SIGTERM, and leave Ctrl-C to its parent.
+
+    No handler does for the first: the system enters a lock again when one has returned, so that a worker that is sent
+    home as it begins to wait would wait for ever.
+    """
+    for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.SIG_IGN)):
+        if isinstance(listener := signal.getsignal(number), Listener):
+            signal.signal(number, handler)
+            listener.__dict__.update(vars(Listener()))
+
+
+os.register_at_fork(after_in_child=let_go)
 SIGNALS = Listener()

@@ -1,6 +1,7 @@
 """What must be set before any library is imported, and what no test may touch."""
 
 import os
+import signal
 
 import jaxtyping
 import pytest
@@ -14,6 +15,17 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIT_RLHF_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A test leaves the handlers of signals as it found them; what is forked later would inherit them."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    changed = {number: found for number in before if (found := signal.getsignal(number)) != before[number]}
+    for number in changed:
+        signal.signal(number, before[number])
+    assert not changed
 
 
 @pytest.fixture

@@ -92,8 +92,18 @@ def test_the_same_ctrl_c_that_comes_twice_is_one_and_a_second_one_ends_the_proce
     assert died_of == [signal.SIGINT]
 
 
+def test_a_process_that_was_forked_listens_no_longer_but_dies_of_sigterm_and_leaves_ctrl_c_to_its_parent(listener):
+    listener.deferring = True
+    child = os.fork()
+    if not child:
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        os._exit(handlers == [signal.SIG_DFL, signal.SIG_IGN] and not listener.deferring and listener.process is None)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert all(signal.getsignal(number) is listener for number in signals.ENDING)
+
+
 @pytest.mark.parametrize(("number", "dies"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
-def test_a_process_that_was_forked_obeys_its_parent_and_leaves_ctrl_c_to_it(listener, died_of, number, dies):
+def test_a_process_that_was_just_forked_obeys_its_parent_too(listener, died_of, number, dies):
     listener.process = os.getpid() + 1  # the one that listened
     os.kill(os.getpid(), number)
     assert (died_of == [number]) == dies and listener.received == 0

@@ -32,9 +32,12 @@ class GracefulStop(Callback):
         self.listening, self.validation = ExitStack(), ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen, where the command line does not already."""
+        """Listen, where the command line does not already: once Lightning has noted whose the handlers were before.
+
+        It gives them back when it ends, which is after this callback.
+        """
         if SIGNALS.process is None:
-            self.listening.enter_context(SIGNALS.listening())
+            self.listening.enter_context(SIGNALS.listening(at_once=False))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning has just taken the signals."""

@@ -7,6 +7,7 @@ write into that folder.
 
 import ctypes
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -94,18 +95,28 @@ def _move(aside: Path, target: Path) -> None:
 
 
 @contextmanager
-def writing_into(folder: Path) -> Iterator[None]:
-    """Make a folder, clear it of what dead writers left in it, and keep others from taking this one for dead."""
+def writing_into(folder: Path, *patterns: str) -> Iterator[None]:
+    """Make a folder, clear it of what dead writers left in it, and keep others from taking this one for dead.
+
+    Args:
+        folder: where something is to be written.
+        patterns: of the names that what is under way has besides ours, where another library writes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    clear(folder)
+    clear(folder, *patterns)
     with _opened(folder) as handle:
         with suppress(OSError):  # network file systems know no locks on folders
             fcntl.flock(handle, fcntl.LOCK_SH)
         yield
 
 
-def clear(folder: Path) -> None:
-    """Remove from a folder what dead writers left in it; another folder that lost its name to them gets it back."""
+def clear(folder: Path, *patterns: str) -> None:
+    """Remove from a folder what dead writers left in it; another folder that lost its name to them gets it back.
+
+    Args:
+        folder: is there.
+        patterns: as of `writing_into`.
+    """
     with _opened(folder) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +127,7 @@ def clear(folder: Path) -> None:
             before = time.time() - SECONDS_TO_DOUBT
         for old in folder.glob(f".*{OLD}"):
             heal(old.with_name(old.name.removeprefix(".").removesuffix(OLD)))
-        for path in [*folder.glob(f".*{NEW}"), *folder.glob(f".*{OLD}")]:
+        for path in itertools.chain.from_iterable(map(folder.glob, (f".*{NEW}", f".*{OLD}", *patterns))):
             with suppress(OSError):  # gone meanwhile, or somebody else's
                 if max(file.stat().st_mtime for file in (path, *path.rglob("*"))) < before:
                     remove(path)

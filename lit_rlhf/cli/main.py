@@ -37,7 +37,7 @@ from lit_rlhf.cli.parser import Parser, Program, did_you_mean
 from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.cli.terminal import log_above_bars, quiet_libraries
 from lit_rlhf.errors import UserError, require
-from lit_rlhf.files import make_folder, write_lines
+from lit_rlhf.files import clear, make_folder, write_lines
 from lit_rlhf.signals import SIGNALS, Stop
 from token_mdp import RewardError
 
@@ -52,6 +52,7 @@ DESCRIPTION = (
     "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side, "
     "export writes a checkpoint as a Hugging Face folder."
 )
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by|exited)")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -67,6 +68,8 @@ class WholeConfig(SaveConfigCallback):
         log_dir = trainer.log_dir  # asked on all ranks, which it makes agree
         if trainer.is_global_zero and not self.already_saved:
             assert log_dir is not None
+            for earlier in Path(log_dir).parent.glob("version_*"):  # of runs that may have been killed
+                clear(earlier)
             write_lines([self.parser.dump(self.config, skip_none=False)], Path(log_dir) / self.config_filename)
         self.already_saved = True
 
@@ -191,6 +194,11 @@ def users_mistake(error: BaseException | None) -> BaseException | None:
             return error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return UserError(disk_error(error))
+        if isinstance(error, RuntimeError) and (dead := DEAD_WORKER.search(str(error))):
+            return UserError(
+                f"process {dead[1]} of data.num_workers has died; is the memory full? The run goes on from its newest "
+                "checkpoint with --ckpt_path=last"
+            )
         if isinstance(error, ModuleNotFoundError) and (told := missing_package(str(error))):
             return told
         error = error.__cause__

@@ -8,6 +8,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from lit_rlhf.data.plain import as_json
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.sources import place_of, placed_rows
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import clear, writing_into
 
+UNDER_WAY = "tmp*"  # names of what `datasets` is still writing
 _IDS = datasets.List(datasets.Value("int32"))
 _MASK = datasets.List(datasets.Value("bool"))
 _OF_EACH_ROW = {"status": datasets.Value("uint8"), "control_tokens": _IDS}
@@ -108,7 +111,8 @@ def tokenized_rows(
     )
     beside = [Path(file["filename"]).parent for file in rows.cache_files]
     is_held = any(any(folder.glob(f"cache-{key}*.arrow")) for folder in beside)
-    return _found_or_made(is_held, tokenize_all, functools.partial(tokenize_all, load_from_cache_file=False))
+    with _writing_into(beside):
+        return _found_or_made(is_held, tokenize_all, functools.partial(tokenize_all, load_from_cache_file=False))
 
 
 def cached_rows(rows: Callable[[], Iterator[str]], key: str) -> datasets.Dataset:
@@ -136,6 +140,20 @@ def cached_rows(rows: Callable[[], Iterator[str]], key: str) -> datasets.Dataset
     return _found_or_made(any(folder.glob("*/dataset_info.json")), read, read_anew)
 
 
+@contextmanager
+def _writing_into(folders: Sequence[Path]) -> Iterator[None]:
+    """Clear folders of the cache of what a dead process left half written there, and, if it fails, of what this has."""
+    try:
+        with ExitStack() as held:
+            for folder in folders:
+                held.enter_context(writing_into(folder, UNDER_WAY))
+            yield
+    except BaseException:
+        for folder in folders:
+            clear(folder, UNDER_WAY)
+        raise
+
+
 def _found_or_made(
     is_held: bool, find_or_make: Callable[[], datasets.Dataset], make_anew: Callable[[], datasets.Dataset]
 ) -> datasets.Dataset:
@@ -156,6 +174,10 @@ def _found_or_made(
         raise
     except OSError as error:
         raise _cannot_be_written(error) from error
+    except ValueError as error:  # `datasets` closes what the disk had no room for a second time
+        if isinstance(error.__context__, OSError) and not isinstance(error, UserError):
+            raise _cannot_be_written(error.__context__) from error
+        raise
 
 
 def _cannot_be_written(error: OSError) -> UserError:

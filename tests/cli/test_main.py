@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import LightningDataModule
 
 from lit_rlhf import SFT
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.cli.main import AlignmentCLI, users_mistake
+from lit_rlhf.cli.main import AlignmentCLI, WholeConfig, users_mistake
+from lit_rlhf.data import batching
+from lit_rlhf.files import NEW
 from tests.cli.command_line import QUICK, run
 
 
@@ -91,6 +94,26 @@ def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback():
     wrapped.__cause__ = full
     assert str(users_mistake(wrapped)) == "runs/sft/last.ckpt: No space left on device"
     assert users_mistake(RuntimeError("a mistake of ours")) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batching, "as_it_is", lambda batch: os.kill(os.getpid(), signal.SIGKILL))  # in a worker
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).parents[2] / "configs" / "sft.yaml"
+    options = ["--data.num_workers=1", "--trainer.limit_val_batches=0", "--trainer.max_steps=2"]
+    assert run("fit", "--config", config, *QUICK, *options) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "of data.num_workers has died" in line and "--ckpt_path=last" in line
+
+
+def test_what_a_killed_run_left_of_its_config_goes_with_the_next(tmp_path):
+    folders = [tmp_path / "lightning_logs" / f"version_{i}" for i in range(2)]
+    folders[0].mkdir(parents=True)
+    (folders[0] / f".config.yaml{NEW}").write_text("half")
+    writer = WholeConfig(SimpleNamespace(dump=lambda *args, **kwargs: "seed: 0"), None)
+    writer.setup(SimpleNamespace(log_dir=str(folders[1]), is_global_zero=True), None, "fit")
+    assert [path.name for path in tmp_path.rglob("*config*")] == ["config.yaml"]
 
 
 def test_the_module_is_the_command_line():

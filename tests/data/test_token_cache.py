@@ -108,6 +108,38 @@ def test_a_disk_that_is_full_is_told_with_the_cache_that_it_holds(tmp_path, monk
         tokens(sft_file(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file that `datasets` leaves open
+@pytest.mark.parametrize("fails", ["finalize", "close"])
+def test_a_disk_that_is_full_at_the_end_of_the_tokens_is_told_too_and_leaves_no_half_of_them(
+    tmp_path, monkeypatch, fails
+):
+    source = sft_file(tmp_path)
+    expected, real, calls = tokens(source), datasets.arrow_writer.ArrowWriter.finalize, []
+
+    def full(writer, *args, **kwargs):
+        calls.append(writer)
+        if fails == "close" and len(calls) > 1:  # as a stream that could not be closed answers the second time
+            raise ValueError("I/O operation on closed file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "finalize", full)
+    with pytest.raises(UserError, match=r"^the cache of tokens in .* cannot be written \(.*No space left on device.*$"):
+        tokens(source, truncation="drop")
+    assert not list(Path(datasets.config.HF_DATASETS_CACHE).rglob("tmp*"))
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "finalize", real)
+    assert tokens(source, truncation="drop") == expected
+
+
+def test_what_a_killed_process_left_of_tokens_goes_with_the_next_that_makes_some(tmp_path):
+    source = sft_file(tmp_path)
+    tokens(source)
+    (made,) = Path(datasets.config.HF_DATASETS_CACHE).rglob("cache-*.arrow")
+    (made.parent / "tmp0123abcd").write_text("half")
+    tokens(source)
+    assert {path.name for path in made.parent.glob("*.arrow")} == {made.name, "generator-train.arrow"}
+    assert not list(made.parent.glob("tmp*"))
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     source, real = sft_file(tmp_path), token_cache.placed_rows
 

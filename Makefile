@@ -7,7 +7,7 @@ NEW_ENOUGH := $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup demo test test-slow test-newest test-oldest check compatibility rllib format format-check lint types api
-.PHONY: figures build clean
+.PHONY: figures build clean torture
 .PHONY: bench bench-scaling bench-gpu
 
 setup: $(VENV)/.done
@@ -71,6 +71,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# Runs killed, starved and broken, an hour of them; the counts go into docs/reliability.md.
+torture: setup
+	$(BIN)/python -m tests.torture
 
 check: format-check lint types test
 

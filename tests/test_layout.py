@@ -38,6 +38,7 @@ THINGS = {
     "test_api.py": "of the docs",
     "test_docs.py": "of the docs",
     "test_layout.py": "of this folder",
+    "torture/": "of the folder itself",
     "test_wheel.py": "the package that is built",
 }
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.algorithms.checkpoint import require_facts, require_finite, require_same_shapes
 from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_arguments
+from lit_rlhf.algorithms.load_balance import name_untrained
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
@@ -50,6 +51,7 @@ class AlignmentModule(LightningModule):
     learns_from: ClassVar[Kind]  # what the rows of its data are
     predicts_from: ClassVar[Kind] = "prompts"
     exported: ClassVar[str] = "policy"  # the network that this stage is about
+    balances_experts: ClassVar[bool] = False  # trains the load-balancing loss that the config of a mixture asks for
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
     generation: GenerationSettings  # how `predict` and the sample tables write completions
@@ -130,6 +132,8 @@ class AlignmentModule(LightningModule):
         for network in self.networks():
             if isinstance(network, Policy):
                 keep_to_tokens(network, self.tokenizer, "model.tokenizer")
+        if stage == "fit" and not self.balances_experts:
+            name_untrained(self.exportable(), type(self).__name__)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate held-out data."""

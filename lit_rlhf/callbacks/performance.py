@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.batches import RolloutBatch
 from lit_rlhf.engine.packing import PackedBatch
-from lit_rlhf.models.policy import Policy, Scorer, backbone
+from lit_rlhf.models.policy import Policy, Scorer
+from lit_rlhf.models.trunk import backbone
 
 
 class Performance(Callback):

@@ -33,22 +33,20 @@ def packed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    layout: Layout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention for packed rows (with a layout) and for decoding (with a 4-D mask), under transformers' interface.
+    """Attention for packed rows (by the layout in their mask) and for decoding, under transformers' interface.
 
     Args:
         module: the attention layer, as transformers hands it over.
         query: (1, H, N, D) for packed rows; (B, H, 1, D) when decoding.
         key: (1, H_kv, N, D); (B, H_kv, L, D) when decoding.
         value: as key.
-        attention_mask: None for packed rows; (B, 1, 1, L) bool, True = attend, when decoding.
+        attention_mask: for packed rows the layout, `as_mask`; (B, 1, 1, L) bool, True = attend, when decoding.
         dropout: must be 0 in packed rows: the ratio of new to old policy needs the same network twice.
         scaling: factor on the scores; 1/sqrt(D) if None.
-        layout: of the packed row.
         sliding_window: attend to this many newest tokens, the query's own included (Mistral); None = all.
         softcap: scores become softcap tanh(score / softcap) (Gemma 2); None = they stay.
         kwargs: what transformers passes besides; a model for which they change the result runs in padded batches.
@@ -60,8 +58,9 @@ def packed_attention(
         query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    assert attention_mask is not None, "packed rows need their layout, decoding a mask of the cached keys"
+    layout: Layout | None = getattr(attention_mask, "packed_layout", None)
     if layout is None:
-        assert attention_mask is not None, "decoding needs a mask of the cached keys"
         if sliding_window is not None:  # keys stand at their positions: column = position
             newest = attention_mask.sum(-1, keepdim=True) - 1
             column = torch.arange(key.shape[-2], device=key.device)
@@ -90,6 +89,16 @@ def packed_attention(
             out = _capped_attention(bucket_q, bucket_k, bucket_v, band, scaling, groups, softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n L, H, D)
     return torch.cat(outputs)[layout.source].unsqueeze(0), None
+
+
+def as_mask(layout: Layout) -> Tensor:
+    """A layout as models hand it on to their attention: all of them their mask, some (StableLM, Nemotron) nothing else.
+
+    Masks with four axes stay as they are on the way, whatever they hold.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.source.device)
+    mask.packed_layout = layout  # type: ignore[attr-defined]
+    return mask
 
 
 def takes_variable_lengths(q: Tensor, v: Tensor) -> bool:

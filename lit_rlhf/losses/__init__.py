@@ -21,6 +21,7 @@ from lit_rlhf.losses.divergences import (
     jensen_shannon_link,
     reverse_kl_link,
 )
+from lit_rlhf.losses.load_balancing import load_balancing_loss
 from lit_rlhf.losses.policy_gradients import PolicyLoss, PolicyTokens, ppo_policy_loss, value_loss
 from lit_rlhf.losses.preference import (
     chosen_nll_loss,
@@ -68,6 +69,7 @@ __all__ = [
     "jensen_shannon_link",
     "length_normalized_dpo_loss",
     "length_normalized_ipo_loss",
+    "load_balancing_loss",
     "nca_pair_loss",
     "nll",
     "offset_dpo_loss",

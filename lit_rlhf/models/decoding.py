@@ -20,8 +20,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lit_rlhf.engine.packing import make_layout
 from lit_rlhf.engine.shapes import check_shapes
+from lit_rlhf.models.decoder import Decoder
 from lit_rlhf.models.graphs import GraphedStep, can_capture
-from lit_rlhf.models.policy import Policy, runs_packed
+from lit_rlhf.models.padded_decoding import OwnCacheDecoder, RecomputingDecoder
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.trunk import runs_packed
 
 
 class SlotLayer(CacheLayerMixin):
@@ -76,8 +79,8 @@ class SlotLayer(CacheLayerMixin):
         return self.max_length
 
 
-class SlotDecoder:
-    """Next-token logits for the observations of a vector environment.
+class SlotDecoder(Decoder):
+    """Next-token logits by the slot cache, for models that run packed.
 
     Args:
         policy: its weights must not change between `clear()` calls.
@@ -87,7 +90,7 @@ class SlotDecoder:
     """
 
     def __init__(self, policy: Policy, num_slots: int, max_length: int, cuda_graphs: bool = True) -> None:
-        self.policy = policy
+        super().__init__(policy, num_slots, max_length)
         # Handed `_step` at each call: what kept it would keep this object, and its cache, until a garbage collection.
         graphed = cuda_graphs and can_capture(policy, policy.model.device)
         self.graphs = GraphedStep(policy, num_slots, max_length) if graphed else None
@@ -96,69 +99,7 @@ class SlotDecoder:
         ]
         self.layers = layers
         self.cache = Cache(layers=list(layers))
-        self.cached_ids = np.zeros((num_slots, max_length), dtype=np.int64)  # by slot
-        self.cached_lengths = np.zeros(num_slots, dtype=np.int64)  # by slot; 0 = nothing cached
-        self.cached_episodes = np.full(num_slots, -1, dtype=np.int64)  # by slot, where the caller names them
         self.rows = np.arange(num_slots)  # the cache row of each slot
-
-    def clear(self) -> None:
-        """Forget everything: call it after each weight update."""
-        self.cached_lengths[:] = 0
-
-    @torch.no_grad()
-    def logits(
-        self,
-        input_ids: np.ndarray,
-        lengths: np.ndarray,
-        active: np.ndarray | None = None,
-        episode_ids: np.ndarray | None = None,
-    ) -> Tensor:
-        """Logits of the next token of each active slot.
-
-        Args:
-            input_ids: (S, P+T) int64 right-padded observations.
-            lengths: (S,) tokens that are real.
-            active: (S,) bool; parked slots are skipped. None = all.
-            episode_ids: (S,) whose tokens these are, no id twice; so that no step needs to compare all that is cached.
-                None = the cached tokens tell.
-
-        Returns:
-            (n, V) logits of the active slots, in slot order.
-        """
-        slots = np.arange(len(lengths)) if active is None else np.flatnonzero(active)
-        if active is not None:
-            self.cached_lengths[~active] = 0  # other rows may be written over a parked slot's
-        self._compact(slots)
-        extends = self._extends(slots, input_ids, lengths, episode_ids)
-        fresh, going = slots[~extends], slots[extends]
-        parts: list[tuple[np.ndarray, Tensor]] = []
-        if len(fresh):
-            parts.append((np.flatnonzero(~extends), self._prefill(fresh, input_ids, lengths)))
-        if len(going):
-            parts.append((np.flatnonzero(extends), self._decode(going, len(slots), input_ids, lengths)))
-        self.cached_ids[fresh] = input_ids[fresh, : self.cached_ids.shape[1]]
-        self.cached_ids[going, lengths[going] - 1] = input_ids[going, lengths[going] - 1]
-        self.cached_lengths[slots] = lengths[slots]
-        if episode_ids is not None:
-            self.cached_episodes[slots] = episode_ids[slots]
-        if len(parts) == 1:
-            return parts[0][1]
-        order = np.argsort(np.concatenate([where for where, _ in parts]))
-        return torch.cat([logits for _, logits in parts])[torch.from_numpy(order)]
-
-    def _extends(
-        self, slots: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, episode_ids: np.ndarray | None
-    ) -> np.ndarray:
-        """(n,) bool: the observation is the cached row and exactly one token more."""
-        if not runs_packed(self.policy.model):
-            return np.zeros(len(slots), dtype=bool)
-        cached = self.cached_lengths[slots]
-        longer = (cached > 0) & (lengths[slots] == cached + 1)
-        if episode_ids is not None:
-            return longer & (self.cached_episodes[slots] == episode_ids[slots])
-        L = int(cached.max(initial=0))
-        differs = (self.cached_ids[slots, :L] != input_ids[slots, :L]) & (np.arange(L) < cached[:, None])
-        return longer & ~differs.any(1)
 
     def _prefill(self, slots: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray) -> Tensor:
         device = self.policy.model.device
@@ -203,7 +144,7 @@ class SlotDecoder:
         for layer in self.layers:
             layer.rows, layer.positions, layer.window = rows, positions, window
 
-    def _compact(self, slots: np.ndarray) -> None:
+    def _keep(self, slots: np.ndarray) -> None:
         """Move active rows into the places of dropped ones, so that rows 0..n-1 are the active ones."""
         n = len(slots)
         behind = [slot for slot in slots if self.rows[slot] >= n]
@@ -217,6 +158,14 @@ class SlotDecoder:
             for layer in self.layers:
                 layer.move(source, target, int(self.cached_lengths[slot]))
             self.rows[slot], self.rows[dropped] = target, source
+
+
+def make_decoder(policy: Policy, num_slots: int, max_length: int, cuda_graphs: bool = True) -> Decoder:
+    """What a policy decodes with; arguments as of `SlotDecoder`."""
+    if runs_packed(policy.model):
+        return SlotDecoder(policy, num_slots, max_length, cuda_graphs)
+    kind = RecomputingDecoder if policy.caching is None else OwnCacheDecoder
+    return kind(policy, num_slots, max_length)
 
 
 @check_shapes

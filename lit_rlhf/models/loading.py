@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.policy import Policy, Scorer, backbone
+from lit_rlhf.models.policy import Policy, Scorer
 from lit_rlhf.models.probe import choose_attention, disable_dropout
 from lit_rlhf.models.tokens import keep_to_tokens, load_tokenizer
+from lit_rlhf.models.trunk import backbone
 from lit_rlhf.models.weight_checks import has_score_head
 from lit_rlhf.models.weights import load_model, stored_architectures
 
@@ -116,4 +117,6 @@ def scorer_from_policy(policy: Policy, trust_remote_code: bool = False) -> Score
     backbone(model).load_state_dict(backbone(policy.model).state_dict())
     disable_dropout(model)
     initialize_score_head(model)
-    return Scorer(model, fresh_head=True)
+    scorer = Scorer(model, fresh_head=True)
+    scorer.quiet = policy.quiet
+    return scorer.train()

@@ -5,22 +5,51 @@ FSDP2 and DDP see every parameter where they expect it. `loading.py` makes them 
 """
 
 import copy
-import inspect
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from lit_rlhf.engine.attention import IMPLEMENTATION
+from lit_rlhf.engine.attention import as_mask
 from lit_rlhf.engine.logprobs import mask_, nll_sum, token_logprobs
 from lit_rlhf.engine.packing import Layout, PackedBatch
+from lit_rlhf.models.trunk import (
+    ATTENTION_CACHES,
+    CACHES,
+    arguments_of,
+    backbone,
+    packed_hidden_states,
+    packed_outputs,
+    padded_outputs,
+)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Caching = Literal["together", "alone"] | None  # rows left-padded to one length, each row by itself, or no cache
 
 
-class Policy(nn.Module):
+class Network(nn.Module):
+    """A Hugging Face model in a role; what was found out about it when it was loaded stands here (see `probe.py`).
+
+    Args:
+        model: with its head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.quiet = False  # stays in evaluation mode while it learns: training mode would draw random numbers
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but that a model which must be quiet never enters training mode."""
+        super().train(mode)
+        if self.quiet:
+            self.model.eval()
+        return self
+
+
+class Policy(Network):
     """A causal LM that gives the log-probs of response tokens; also the frozen reference.
 
     Its distribution is over the tokens that the tokenizer has: ids without one are left out of sampling and log-probs
@@ -30,8 +59,10 @@ class Policy(nn.Module):
     unused_ids: Tensor | None  # (U,) ids without a token
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
+        self.scale = 1.0  # of the logits: Cohere and Granite multiply them by a number
+        self.cap = cap_of(model.config.get_text_config())  # of the logits; None = they have none
+        self.caching: Caching = "together"  # how its own cache serves padded batches
         self.register_buffer("unused_ids", None, persistent=False)
 
     def forward(
@@ -39,13 +70,23 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(M,) float32 log-probs of the response tokens, and (M,) entropies if asked for."""
         hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
-        taken = hidden[batch.predictors], batch.target_ids
+        taken = self.scaled(hidden[batch.predictors]), batch.target_ids
         return token_logprobs(self.head, *taken, temperature, with_entropy, unused_ids=self.unused_ids)
 
-    def nll(self, batch: PackedBatch) -> Tensor:
-        """() float32 -Σ log π over all response tokens of the batch, for losses that weigh them alike."""
-        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
-        return nll_sum(self.head, hidden[batch.predictors], batch.target_ids, unused_ids=self.unused_ids)
+    def nll(self, batch: PackedBatch, with_router_logits: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """-Σ log π over all response tokens, for losses that weigh them alike, and what a load-balancing loss needs.
+
+        Args:
+            batch: N nodes.
+            with_router_logits: of a mixture of experts.
+
+        Returns:
+            () float32 the sum, and (N, E) router logits of each layer with experts, or none.
+        """
+        asked = {"output_router_logits": True} if with_router_logits else {}
+        hidden, routers = packed_outputs(self.model, batch.input_ids, batch.position_ids, batch.layout, **asked)
+        states = self.scaled(hidden[batch.predictors])
+        return nll_sum(self.head, states, batch.target_ids, unused_ids=self.unused_ids), routers
 
     def decode(
         self,
@@ -69,40 +110,78 @@ class Policy(nn.Module):
         Returns:
             (B, V) logits.
         """
-        if layout is not None and not runs_packed(self.model):  # without the cache, which only packed rows know
-            return mask_(self.head(padded_hidden_states(self.model, input_ids[0], layout)[nodes]), self.unused_ids)
         hidden = backbone(self.model)(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=attention_mask,
+            attention_mask=attention_mask if layout is None else as_mask(layout),
             use_cache=True,
-            layout=layout,
             **{self.cache_argument: cache},
         ).last_hidden_state
-        hidden = hidden[:, -1] if nodes is None else hidden[0, nodes]
-        return mask_(self.head(hidden), self.unused_ids)
+        return self.logits(hidden[:, -1] if nodes is None else hidden[0, nodes])
+
+    def decode_padded(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Next-token logits from the model's own cache.
+
+        Args:
+            input_ids: (B, T) left-padded prompts, or (B, 1) newest token of each row.
+            attention_mask: (B, L) bool, True = a real token, of those in the cache and these.
+            cache: of the call before; None for prompts.
+
+        Returns:
+            (B, V) logits, and the cache for the next call.
+        """
+        name, taken = self.cache_argument, arguments_of(self.model)
+        attends = name in ATTENTION_CACHES  # else a state holds what was read, and a step has nothing to mask
+        if cache is None and attends:
+            cache = DynamicCache(config=self.model.config.get_text_config())
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        given = {"input_ids": input_ids, "position_ids": positions}
+        given |= {"attention_mask": attention_mask.long()} if attends or cache is None else {}
+        outputs = backbone(self.model)(
+            **{key: value for key, value in given.items() if key in taken},
+            use_cache=True,
+            **({} if cache is None else {name: cache}),
+        )
+        return self.logits(outputs.last_hidden_state[:, -1]), outputs[name] if cache is None else cache
+
+    def recompute(self, input_ids: Tensor, layout: Layout, nodes: Tensor) -> Tensor:
+        """(B, V) next-token logits at these nodes of a packed row, without any cache."""
+        return self.logits(padded_outputs(self.model, input_ids, layout)[0][nodes])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, d) to (B, V), as they are sampled from."""
+        return mask_(self.head(self.scaled(hidden)), self.unused_ids)
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Hidden states of which the head makes logits in their scale."""
+        return hidden if self.scale == 1.0 else hidden * self.scale
 
     @cached_property
     def cache_argument(self) -> str:
-        """What this model calls its key-value cache.
-
-        Transformers renamed `past_key_values` to `cache` in release 5.24, and warns of the old name; code that comes
-        with weights may go on with it.
-        """
-        arguments = inspect.signature(type(backbone(self.model)).forward).parameters
-        return "cache" if "cache" in arguments else "past_key_values"
+        """What this model calls its key-value cache."""
+        for name in CACHES:
+            if name in arguments_of(self.model):
+                return name
+        raise LookupError("it keeps no cache")
 
     @property
     def head(self) -> Any:
-        """Hidden states to logits."""
+        """Scaled hidden states to logits."""
         linear = self.model.get_output_embeddings()
-        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return linear if softcap is None else SoftCappedHead(linear, softcap)
+        return linear if self.cap is None else SoftCappedHead(linear, self.cap)
 
     @property
     def vocabulary_size(self) -> int:
         """V, the width of the logits: not always `len(tokenizer)`."""
         return int(self.head.out_features)
+
+
+def cap_of(config: PretrainedConfig) -> float | None:
+    """Of the logits, by the config: Gemma's `final_logit_softcapping`, RecurrentGemma's `logits_soft_cap`, xLSTM's."""
+    for name, value in vars(config).items():
+        if "logit" in name and "cap" in name and not ("attn" in name or "router" in name):
+            return cast(float | None, value)
+    return None
 
 
 class SoftCappedHead:
@@ -117,12 +196,11 @@ class SoftCappedHead:
         return self.softcap * torch.tanh(self.linear(hidden) / self.softcap)
 
 
-class Scorer(nn.Module):
+class Scorer(Network):
     """A sequence classifier with one label: a reward model (read at last tokens) or a critic (read at every state)."""
 
     def __init__(self, model: PreTrainedModel, fresh_head: bool = False) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.fresh_head = fresh_head  # just drawn: its scores mean nothing yet
 
     def forward(self, batch: PackedBatch, nodes: Tensor) -> Tensor:
@@ -134,37 +212,6 @@ class Scorer(nn.Module):
     def bias(self) -> float:
         """Added to the head's scores; in the config, since the head of transformers' classifiers has no bias."""
         return float(getattr(self.model.config, "score_bias", 0.0))
-
-
-def packed_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-    """(N, d) last hidden states of a packed row."""
-    if not runs_packed(model):
-        return padded_hidden_states(model, input_ids, layout)
-    outputs = backbone(model)(
-        input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), layout=layout, use_cache=False
-    )
-    return cast(Tensor, outputs.last_hidden_state[0])
-
-
-def padded_hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: Layout) -> Tensor:
-    """(N, d) as `packed_hidden_states`, by the model's own attention on right-padded batches, one for each bucket.
-
-    No real token sees the padding on its right, since attention is causal. A shared prompt is computed with each of its
-    responses; all give the same, so the states of one of them serve.
-    """
-    rows = [backbone(model)(input_ids=input_ids[cells], use_cache=False) for cells in layout.buckets]
-    return torch.cat([row.last_hidden_state.flatten(0, 1) for row in rows])[layout.source]
-
-
-def runs_packed(model: PreTrainedModel) -> bool:
-    """Whether this model's attention takes packed rows; else it runs in padded batches."""
-    return bool(model.config._attn_implementation == IMPLEMENTATION)
-
-
-def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head, adapters included: those of PEFT lie within its layers."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return cast(nn.Module, inner.model if inner.base_model is inner else inner.base_model)
 
 
 def context_length(config: PretrainedConfig) -> int | None:

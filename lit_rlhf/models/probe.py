@@ -5,6 +5,7 @@ through what training and generation will do with them. Windows of attention are
 meet their ends.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.engine.attention import IMPLEMENTATION
-from lit_rlhf.engine.packing import make_layout
+from lit_rlhf.engine.packing import Layout, make_layout
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.decoding import SlotDecoder
-from lit_rlhf.models.policy import Policy, Scorer, backbone, context_length, packed_hidden_states
+from lit_rlhf.models.causes import TOLERANCE, difference, first_difference, said, silent_transformers, watched
+from lit_rlhf.models.decoding import make_decoder
+from lit_rlhf.models.policy import Caching, Policy, Scorer, context_length
+from lit_rlhf.models.trunk import backbone, packed_hidden_states, runs_packed
 
 LENGTHS = 8, 7  # tokens of the two sequences
 WINDOW = 5  # what longer windows are cut to
-TOLERANCE = 1e-3  # of the largest number
+NOISE = 1e-6  # likewise, of what should be the same twice
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -39,8 +42,8 @@ def disable_dropout(model: nn.Module) -> None:
 def choose_attention(network: Policy | Scorer, name: str) -> None:
     """Let a model run in packed rows if these give its own numbers, else in padded batches if those do.
 
-    Sinks, a window that only a mask knows of, a layout that does not reach the attention: each shows up as other
-    numbers or as an error.
+    Sinks, a window that only a mask knows of, layers that look back by other means than attention: each shows up as
+    other numbers or as an error.
 
     Args:
         network: as loaded, its dropout off.
@@ -50,18 +53,23 @@ def choose_attention(network: Policy | Scorer, name: str) -> None:
         UserError: neither gives its numbers.
     """
     model, was_training = network.model, network.training
-    with torch.no_grad(), short_windows(model):
+    caching = ""
+    with torch.no_grad(), short_windows(model), silent_transformers():
         fault = find_fault(network, packed=True)
         padded_fault = None if fault is None else find_fault(network, packed=False)
+        if fault is not None and padded_fault is None and isinstance(network, Policy):
+            caching = choose_caching(network)
     network.train(was_training)
     kind = type(model).__name__
     if padded_fault is not None:
         raise UserError(f"{name}: {kind} is not supported. Packed rows: {fault}. Padded batches: {padded_fault}")
     if fault is not None:
         rank_zero_info(
-            f"{name}: {kind} does not run in packed rows ({fault}), so it runs in padded batches, without a cache when "
-            "it generates: right, but slower"
+            f"{name}: {kind} does not run in packed rows ({fault}), so it runs in padded batches{caching}: right, but "
+            "slower"
         )
+    if network.quiet:
+        rank_zero_info(f"{name}: {kind} draws random numbers while it trains, so it stays in evaluation mode")
     limit, positions = context_length(model.config), getattr(model.config, "max_position_embeddings", None)
     if limit != positions:
         rank_zero_info(
@@ -70,53 +78,125 @@ def choose_attention(network: Policy | Scorer, name: str) -> None:
         )
 
 
+class Sample:
+    """The tokens of the probe, and what a model makes of them by itself.
+
+    Args:
+        network: its attention is its own until this is made.
+    """
+
+    def __init__(self, network: Policy | Scorer) -> None:
+        model = network.model
+        model.set_attn_implementation("eager")
+        network.eval()
+        self.ids = torch.arange(sum(LENGTHS)).remainder(model.config.get_text_config().vocab_size)
+        # The second sequence of a packed row ends where the context does: some embeddings follow the last position of
+        # all.
+        starts = 0, (context_length(model.config) or LENGTHS[1]) - LENGTHS[1]
+        each = [start + torch.arange(length) for start, length in zip(starts, LENGTHS, strict=True)]
+        self.positions = torch.cat(each)
+        self.layout: Layout = make_layout(np.split(np.arange(len(self.ids)), LENGTHS[:1]), len(self.ids))
+        self.parts = [
+            {"input_ids": part[None], "use_cache": False, "position_ids": where[None]}
+            for part, where in zip(self.ids.split(LENGTHS), each, strict=True)
+        ]
+
+    def own(self, model: PreTrainedModel, packed: bool) -> Tensor:
+        """(N, d) last hidden states, a sequence at a time; in padded batches, positions are the model's affair."""
+        parts = self.parts if packed else [part | {"position_ids": None} for part in self.parts]
+        return torch.cat(
+            [backbone(model)(**{k: v for k, v in part.items() if v is not None}).last_hidden_state[0] for part in parts]
+        )
+
+    def ours(self, model: PreTrainedModel) -> Tensor:
+        """(N, d) last hidden states as they are made in training."""
+        return packed_hidden_states(model, self.ids, self.positions, self.layout)
+
+
 def find_fault(network: Policy | Scorer, packed: bool) -> str | None:
     """What is wrong with this model in packed rows, or in padded batches; it keeps the attention for them."""
     model = network.model
-    ids = torch.arange(sum(LENGTHS)).remainder(model.config.get_text_config().vocab_size)
-    # The second sequence of a packed row ends where the context does: some embeddings follow the last position of all.
-    starts = 0, (context_length(model.config) or LENGTHS[1]) - LENGTHS[1]
-    positions = torch.cat([start + torch.arange(length) for start, length in zip(starts, LENGTHS, strict=True)])
-    layout = make_layout(np.split(np.arange(len(ids)), LENGTHS[:1]), len(ids))
     try:
-        model.set_attn_implementation("eager")
-        network.eval()
-        parts = [
-            {"input_ids": part[None], "use_cache": False} | ({"position_ids": where[None]} if packed else {})
-            for part, where in zip(ids.split(LENGTHS), positions.split(LENGTHS), strict=True)
-        ]
-        hidden = torch.cat([backbone(model)(**part).last_hidden_state[0] for part in parts])
-        logits: Any = model(**parts[0]).logits[0] if isinstance(network, Policy) else None
-        if isinstance(network, Policy) and not difference(network.head(hidden[: LENGTHS[0]]), logits) <= TOLERANCE:
-            return "its head does more than multiply hidden states by the output embeddings"
+        sample = Sample(network)
+        with watched(model) as own_outputs:
+            hidden = sample.own(model, packed)
+        logits: Any = None
+        if isinstance(network, Policy):
+            logits = model(**{k: v for k, v in sample.parts[0].items() if packed or k != "position_ids"}).logits[0]
+            network.scale = find_scale(network, hidden[: LENGTHS[0]], logits)
+            if not difference(network.logits(hidden[: LENGTHS[0]]), logits) <= TOLERANCE:
+                return "its head does more than multiply hidden states by the output embeddings, scale and cap them"
 
         model.set_attn_implementation(IMPLEMENTATION if packed else "eager")
-        gaps = {}
-        for training in (True, False):
-            network.train(training)
-            gaps[training] = difference(packed_hidden_states(model, ids, positions, layout), hidden)
-            if gaps[training] <= TOLERANCE:
-                break
-        if gaps.get(False, 1.0) <= TOLERANCE:
-            return "it draws random numbers while it trains; set dropout and noise to 0 in its config.json"
-        if not gaps[True] <= TOLERANCE:
-            return f"hidden states differ by {gaps[True]:.2g} from its own"
+        if packed and not runs_packed(model):
+            return "its attention cannot be replaced"
+        with watched(model) as our_outputs:
+            gap = difference(sample.ours(model), hidden)
+        if not gap <= TOLERANCE:
+            where = first_difference(own_outputs, our_outputs, model)
+            return f"hidden states differ by {gap:.2g} from its own{where}"
+        network.quiet = False
+        network.train()
+        first, second = sample.ours(model), sample.ours(model)
+        if not difference(first, second) <= NOISE or not difference(first, hidden) <= TOLERANCE:
+            network.quiet = True  # of what remains of training mode without dropout, noise is all that we know of
+            network.train()
 
         if packed and isinstance(network, Policy):
-            decoder = SlotDecoder(network, 2, LENGTHS[0], cuda_graphs=False)
-            rows, lengths = np.stack([ids[: LENGTHS[0]]] * 2), np.array([LENGTHS[0], WINDOW])
-            decoder.logits(rows, lengths - 1)
-            gap = difference(decoder.logits(rows, lengths), logits[lengths - 1])
+            gap = cache_gap(network, sample, logits)
             if not gap <= TOLERANCE:
                 return f"logits from the slot cache differ by {gap:.2g} from its own"
     except Exception as error:  # whatever the code of a model raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return said(error)
     return None
 
 
-def difference(ours: Tensor, own: Tensor) -> float:
-    """Largest difference, as a share of the largest number."""
-    return float((ours - own).abs().max() / own.abs().max())
+def find_scale(policy: Policy, hidden: Tensor, logits: Tensor) -> float:
+    """What a policy's logits are multiplied by, beyond the product with its output embeddings; 1.0 for most models.
+
+    Where a number in the config, or one over it, is as good as equal, it is that number.
+    """
+    linear, own = policy.model.get_output_embeddings()(hidden).double(), logits.double()
+    if policy.cap is not None:
+        inside = own.abs() < 0.9 * policy.cap  # further out, rounding hides what was there
+        linear, own = linear[inside], policy.cap * torch.atanh(own[inside] / policy.cap)
+    scale = float((own * linear).sum() / linear.square().sum())
+    settings = [v for v in vars(policy.model.config.get_text_config()).values() if type(v) in (int, float) and v > 0]
+    exact = [1.0, *(number for v in settings for number in (float(v), 1 / v))]
+    nearest = min(exact, key=lambda number: abs(number - scale))
+    return nearest if math.isclose(nearest, scale, rel_tol=1e-4) else scale
+
+
+def choose_caching(policy: Policy) -> str:
+    """Let a policy that runs in padded batches decode by a cache of its own if that gives its own numbers.
+
+    Returns:
+        What to say about it.
+    """
+    sample, faults = Sample(policy), []
+    logits = policy.model(input_ids=sample.ids[None, : LENGTHS[0]], use_cache=False).logits[0]
+    ways: tuple[Caching, ...] = "together", "alone"
+    for policy.caching in ways:
+        try:
+            gap = cache_gap(policy, sample, logits)
+            if gap <= TOLERANCE:
+                return ""
+            faults.append(f"its logits differ by {gap:.2g}")
+        except Exception as error:  # whatever the code of a model raises
+            faults.append(said(error))
+    policy.caching = None
+    return f", and generates without a cache ({faults[-1]})"
+
+
+def cache_gap(policy: Policy, sample: Sample, logits: Tensor) -> float:
+    """How far next-token logits by a cache are from those of the first sequence: three slots, and one that joins."""
+    last = np.array([LENGTHS[0], WINDOW, WINDOW, 3])
+    decoder = make_decoder(policy, len(last), LENGTHS[0], cuda_graphs=False)
+    rows, gaps = np.stack([sample.ids[: LENGTHS[0]]] * len(last)), []
+    decoder.logits(rows, last - 2, np.array([True, True, True, False]))
+    for lengths in (last - 1, last):
+        gaps.append(difference(decoder.logits(rows, lengths, np.ones(len(last), bool)), logits[lengths - 1]))
+    return max(gaps) if not any(map(math.isnan, gaps)) else math.nan
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
-from transformers.utils import logging as transformers_logging
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.causes import silent_transformers
 from lit_rlhf.models.hub import first_line, hint, hub_or_cache, resolve
 from lit_rlhf.models.probe import disable_dropout
 from lit_rlhf.models.weight_checks import (
@@ -104,26 +104,23 @@ def _read(
     name: str | Path,
     fresh_head: bool,
 ) -> PreTrainedModel:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of weights that do not fit is our error, below
     try:
-        model, report = auto_class.from_pretrained(
-            source,
-            config=config,
-            attn_implementation="eager",  # `choose_attention` sees to ours
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
+        with silent_transformers():  # its report of weights that do not fit is our error, below
+            model, report = auto_class.from_pretrained(
+                source,
+                config=config,
+                attn_implementation="eager",  # `choose_attention` sees to ours
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
     except RuntimeError as error:
         raise UserError(
             f"{name}: its weights do not fit together ({first_line(error)}): tensors that belong together, such as "
             "those of the experts of a layer, are missing or differ in shape; copy the folder anew"
         ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     head = ("score.",) if fresh_head else ()
     check_shapes(report["mismatched_keys"], name, head)
     check_missing(report["missing_keys"], model, name)

@@ -15,7 +15,7 @@ from lit_rlhf.data.chat import stop_strings_of, stop_token_ids
 from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, require
-from lit_rlhf.models.decoding import SlotDecoder, sample
+from lit_rlhf.models.decoding import make_decoder, sample
 from lit_rlhf.models.packed_linear import packed_linears
 from lit_rlhf.models.policy import Policy, context_length
 from lit_rlhf.rollout.scoring import Rewards
@@ -146,7 +146,7 @@ def play(
         numbers: (num_episodes,) see `Dice`.
     """
     max_new_tokens = env.task.max_new_tokens
-    decoder = SlotDecoder(policy, env.num_envs, env.task.prompts.max_length + max_new_tokens, cuda_graphs)
+    decoder = make_decoder(policy, env.num_envs, env.task.prompts.max_length + max_new_tokens, cuda_graphs)
     dice = Dice(env.num_envs, max_new_tokens, settings.seed, stream, numbers)
     logprobs = np.zeros((env.num_envs, max_new_tokens), dtype=np.float32)
     logprobs_of: dict[int, np.ndarray] = {}

@@ -44,17 +44,6 @@ def test_slot_cache_equals_the_full_forward_through_refills_and_parking(architec
             active[rng.choice(np.flatnonzero(active))] = False
 
 
-def test_a_refill_that_is_one_token_longer_than_the_cached_row_is_prefilled():
-    policy = tiny_policy()
-    decoder = SlotDecoder(policy, 1, 8)
-    ids = np.array([[5, 6, 7, 0, 0, 0, 0, 0]])
-    decoder.logits(ids, np.array([3]))
-    other = np.array([[9, 6, 7, 8, 0, 0, 0, 0]])  # length 4 = 3 + 1, but another prompt
-    with torch.no_grad():
-        expected = plain_logits(policy.model, other[0, :4])[-1:]
-    torch.testing.assert_close(decoder.logits(other, np.array([4])), expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("told", [False, True])
 def test_a_step_reads_no_token_of_finished_slots_and_the_newest_alone_where_episodes_are_named(told):
     class Watched(np.ndarray):
@@ -77,12 +66,12 @@ def test_a_step_reads_no_token_of_finished_slots_and_the_newest_alone_where_epis
 
 
 class NewName(LlamaModel):
-    def forward(self, input_ids, position_ids, attention_mask, use_cache, layout, cache):
+    def forward(self, input_ids, position_ids, attention_mask, use_cache, cache):
         return SimpleNamespace(last_hidden_state=cache)
 
 
 class OldName(LlamaModel):
-    def forward(self, input_ids, position_ids, attention_mask, use_cache, layout, past_key_values):
+    def forward(self, input_ids, position_ids, attention_mask, use_cache, past_key_values):
         return SimpleNamespace(last_hidden_state=past_key_values)
 
 

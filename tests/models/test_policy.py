@@ -5,9 +5,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_rlhf.engine import logprobs
 from lit_rlhf.engine.packing import pack
-from lit_rlhf.models.decoding import SlotDecoder
+from lit_rlhf.models.decoding import SlotDecoder, make_decoder
 from lit_rlhf.models.loading import load_policy, load_scorer, scorer_from_policy
-from lit_rlhf.models.policy import Policy, frozen_copy, runs_packed
+from lit_rlhf.models.policy import Policy, frozen_copy
+from lit_rlhf.models.trunk import runs_packed
 from tests.tiny import (
     SINKS,
     plain_logits,
@@ -71,7 +72,7 @@ def test_a_model_in_padded_batches_acts_and_scores_too(folder_with_sinks):
     policy = load_policy(folder_with_sinks).eval()
     assert not runs_packed(scorer_from_policy(policy).model)
     assert not runs_packed(frozen_copy(policy).model)
-    decoder = SlotDecoder(policy, 2, 4)
+    decoder = make_decoder(policy, 2, 4)
     ids, lengths = np.array([[5, 6, 7, 0], [8, 9, 0, 0]]), np.array([3, 2])
     decoder.logits(ids, lengths)
     ids[[0, 1], lengths] = 10, 11
@@ -130,7 +131,7 @@ def test_adapters_of_peft_act_and_learn_on_trunk_and_head(way, monkeypatch):
         monkeypatch.setattr(logprobs, "CHUNK_LEAST", 0)
         monkeypatch.setattr(logprobs, "CHUNK_MOST", chunk_most)
         policy.zero_grad()
-        (-policy.nll(batch)).backward()
+        (-policy.nll(batch)[0]).backward()
         torch.testing.assert_close(policy(batch)[0], expected, rtol=1e-4, atol=1e-4)
         for name, gradient in gradients.items():
             torch.testing.assert_close(policy.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-4)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.algorithms.checkpoint import require_facts, require_finite, require_same_shapes
 from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_arguments
+from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, take_rate, warn_of_rounding
 from lit_rlhf.algorithms.load_balance import name_untrained
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
@@ -72,7 +73,8 @@ class AlignmentModule(LightningModule):
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps
         )
-        self.learning_rate = learning_rate  # apart, since Lightning's LearningRateFinder sets an attribute of this name
+        # Apart: Lightning's LearningRateFinder sets the first of these; optimisers are made with the second.
+        self.learning_rate = self.rate_in_use = learning_rate
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
         self.frozen: dict[str, nn.Module] = {}
         self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
@@ -192,6 +194,7 @@ class AlignmentModule(LightningModule):
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         settings = self.optimizer_settings
         optimizer = AdamW(self.parameter_groups(), betas=settings.adam_betas, eps=settings.adam_eps, fused=fused)
+        self.rate_in_use = self.learning_rate
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             if settings.lr_scheduler != "constant" or 0 < settings.warmup_steps < 1:
@@ -201,6 +204,8 @@ class AlignmentModule(LightningModule):
                 )
             total = 0
         warmup = math.ceil(settings.warmup_steps * total) if settings.warmup_steps < 1 else int(settings.warmup_steps)
+        if 0 < total <= warmup:
+            rank_zero_info(f"warmup_steps ({warmup}) is all of the {int(total)} steps: learning_rate is never reached")
         name = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
         schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -251,14 +256,28 @@ class AlignmentModule(LightningModule):
         self.untrained = None
 
     def on_train_start(self) -> None:
-        """Put the training data back to where the checkpoint was taken.
+        """Put training data back to where the checkpoint was taken; learn at a rate that was found.
 
-        Lightning does it when it sets up the loader; but `estimated_stepping_batches` sets it up for the schedule
-        before the checkpoint's loops are restored, and then it does not.
+        Lightning does the first when it sets up the loader; but `estimated_stepping_batches` sets it up for the
+        schedule before the checkpoint's loops are restored, and then it does not.
         """
         for state in self.loader_states:
             self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
         self.loader_states, self.untrained = [], None
+        if self.learning_rate != self.rate_in_use:  # set by LearningRateFinder
+            schedule = self.trainer.lr_scheduler_configs[0].scheduler
+            take_rate(self.trainer.optimizers[0], schedule, self.rate_in_use, self.learning_rate)
+            self.rate_in_use = self.learning_rate
+        require_validation(self.trainer)
+        warn_of_rounding(self.parameters(), self.learning_rate, str(self.trainer.precision))
+
+    def on_validation_epoch_end(self) -> None:
+        """Refuse callbacks that watch what nothing logs, at the first validation, which may be before training."""
+        require_monitors(self.trainer, held_out=True)
+
+    def on_train_epoch_end(self) -> None:
+        """As in validation; Lightning's own callbacks look afterwards."""
+        require_monitors(self.trainer, held_out=False)
 
     def on_predict_start(self) -> None:
         """Refuse to hand out what random weights make.

@@ -14,6 +14,7 @@ from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, UpdateSettings
 from lit_rlhf.data.batches import PromptBatch, RolloutBatch
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
+from lit_rlhf.errors import UserError
 from lit_rlhf.losses import PolicyTokens, ScoredRollout, value_loss
 from lit_rlhf.losses.advantages import explained_variance, token_rewards, whiten
 from lit_rlhf.losses.kl import k1, k3
@@ -85,6 +86,8 @@ class OnPolicyModule(AlignmentModule):
         self.advantages = chosen_estimator(advantages)
         self.loss = chosen_loss(loss)
         self.kl = FixedKL() if kl is None else kl
+        if not hasattr(self.kl, "kl_coef"):
+            raise UserError(f"model.kl: {type(kl).__name__} has no kl_coef; name FixedKL or AdaptiveKL, or null")
         self.kl_penalty = kl_penalty
         self.shaping = RewardShaping() if shaping is None else shaping
         self.generation = generation
@@ -241,6 +244,7 @@ class OnPolicyModule(AlignmentModule):
         """Log the rollout that this iteration learnt from."""
         for name, value in self.rollout_metrics.items():
             self.log(name, value, sync_dist=True, prog_bar=name in ("rollout/score", "rollout/kl"))
+        super().on_train_epoch_end()
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
         """Log score, KL to the reference and length of one episode per held-out prompt."""

@@ -83,6 +83,7 @@ class RewardModel(PreferenceModule):
         if self.seen_scores and not self.trainer.sanity_checking:
             self.score_moments = self.moments_over_ranks(torch.cat(self.seen_scores))
         self.report("val")
+        super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:
         """As in validation."""

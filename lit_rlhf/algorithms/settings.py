@@ -22,12 +22,13 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         """Refuse what AdamW could not compute with."""
         steps = "a number of steps, or a share of them below 1"
-        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, steps)
-        require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "0 or more")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.warmup_steps < math.inf, "warmup_steps", self.warmup_steps, steps)
+        require(0 <= self.adam_eps < 1, "adam_eps", self.adam_eps, "0 or more, and below 1: steps are divided by it")
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "0 or more and finite")
         decay = all(0 <= beta < 1 for beta in self.adam_betas)
         require(decay, "adam_betas", self.adam_betas, "two numbers in [0, 1)")
-        require(self.adam_eps >= 0, "adam_eps", self.adam_eps, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,7 @@
 LightningCLI with no class given: the YAML names model and data by `class_path`, their constructors are the schema.
 """
 
-import errno
 import os
-import re
-import shutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,9 +13,9 @@ from typing import Any, ClassVar
 
 from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lit_rlhf.algorithms.module import AlignmentModule
@@ -33,27 +30,36 @@ from lit_rlhf.callbacks import (
 from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.callbacks.progress import draws_bars
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
+from lit_rlhf.cli.mistakes import missing_package, raised_in_lightning, refused_argument, refused_option, users_mistake
 from lit_rlhf.cli.parser import Parser, Program, did_you_mean
 from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.cli.terminal import log_above_bars, quiet_libraries
+from lit_rlhf.cli.values import wrong_values
+from lit_rlhf.cli.yaml_files import PARTS, check_configs
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import clear, make_folder, write_lines
 from lit_rlhf.signals import SIGNALS, Stop
-from token_mdp import RewardError
 
 # Commands that are no LightningCLI run: a function in the file of that name, under `lit_rlhf.cli`.
 PROGRAMS = {
     "compare": "Play finished runs on the same held-out prompts.",
     "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
 }
-COMMANDS = ("fit", "validate", "test", "predict", *PROGRAMS)
+RUNS = ("fit", "validate", "test", "predict")
+COMMANDS = (*RUNS, *PROGRAMS)
+OF_EVERY_RUN: dict[str, type[Callback]] = {
+    "export": HuggingFaceExport,
+    "samples": SampleTable,
+    "predictions": CompletionWriter,
+    "performance": Performance,
+    "summary": RunSummary,
+    "progress": ProgressLines,
+}
 USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
 DESCRIPTION = (
     "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side, "
     "export writes a checkpoint as a Hugging Face folder."
 )
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by|exited)")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class WholeConfig(SaveConfigCallback):
@@ -82,12 +88,8 @@ class AlignmentCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of the callbacks that every run has."""
-        parser.add_lightning_class_args(HuggingFaceExport, "export")
-        parser.add_lightning_class_args(SampleTable, "samples")
-        parser.add_lightning_class_args(CompletionWriter, "predictions")
-        parser.add_lightning_class_args(Performance, "performance")
-        parser.add_lightning_class_args(RunSummary, "summary")
-        parser.add_lightning_class_args(ProgressLines, "progress")
+        for name, callback in OF_EVERY_RUN.items():
+            parser.add_lightning_class_args(callback, name)
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
@@ -99,21 +101,39 @@ class AlignmentCLI(LightningCLI):
         """A value that a constructor refuses is the user's to mend, whoever wrote the constructor."""
         try:
             super().instantiate_classes()
+        except UserError:
+            raise
         except ValueError as error:  # jsonargparse wraps our own errors in the whole of what was given
             told = missing_package(str(error)) or users_mistake(error.__cause__ or error.__context__)
-            raise told or UserError(str(error)) from None
+            raise told or refused_argument(str(error)) from None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Look at the checkpoint before it, a model or any data is read."""
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")  # none with `run=False`
         given = self.config if subcommand is None else self.config[subcommand]
+        self._check_values(given)
         if given.get("ckpt_path") is not None:
             root = Path(given.trainer.default_root_dir or ".")
             given.ckpt_path = choose_checkpoint(given.ckpt_path, root, training=subcommand == "fit")
         seed = given.get("seed_everything")
         if seed is not None and not isinstance(seed, bool):
             require(0 <= seed < 2**32, "seed_everything", seed, "in [0, 2^32)")
+
+    def _check_values(self, given: Any) -> None:
+        """Refuse what jsonargparse lets through.
+
+        Raises:
+            UserError: null where none may be, a part that is no mapping, a base class that can do nothing.
+        """
+        groups = {"trainer": Trainer} | {name: kind for name, kind in OF_EVERY_RUN.items() if name in given}
+        for option, value, expected in wrong_values(given, groups):
+            raise UserError(
+                f"{Parser.as_typed(option)}: expected {expected}, got {'null' if value is None else repr(value)}"
+            )
+        for name, base in (("model", AlignmentModule), ("data", LightningDataModule)):
+            if given[name].class_path.rpartition(".")[2] == base.__name__:
+                raise UserError(f"{name}: name a class by {name}.class_path, such as {PARTS[name]}")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's would put the arguments in a checkpoint before those that the user gives."""
@@ -125,7 +145,12 @@ class AlignmentCLI(LightningCLI):
             kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
         if given.get("enable_progress_bar") is None and not draws_bars():
             kwargs["enable_progress_bar"] = False
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except Exception as error:
+            if missing_package(str(error)) or not raised_in_lightning(error):
+                raise
+            raise refused_option(error, {**given, **kwargs}) from error
         if isinstance(trainer.accelerator, CPUAccelerator):  # each would be a process that waits for all others
             most = max(os.cpu_count() or 1, 8)
             require(trainer.num_devices <= most, "trainer.devices", trainer.num_devices, f"at most {most} on this CPU")
@@ -158,7 +183,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(stop.told or f"{stop} ended the program before its work began", file=sys.stderr)
             raise SystemExit(stop.status) from None
         except Exception as error:
-            mistake = users_mistake(error)
+            mistake = users_mistake(error, AlignmentCLI.root)
             if mistake is not None:
                 tell(f"error: {mistake}")
                 raise SystemExit(2) from None
@@ -176,52 +201,17 @@ def command(argv: list[str], from_shell: bool) -> None:
         print(f"lit-rlhf {version('lit-rlhf')}")
         return
     if not argv:
-        raise UserError(f"no command is given\nusage: {USAGE}")
+        raise UserError(f"no command is given; write lit-rlhf and one of {', '.join(COMMANDS)}")
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        raise UserError(f"there is no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}\nusage: {USAGE}")
+        near = did_you_mean(argv[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command {argv[0]!r}{near}")
+    check_configs(argv, RUNS)
     if argv[0] in PROGRAMS:
         program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
         about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
         auto_cli(program, args=argv[1:], as_positional=False, parser_class=Program, **about)
     else:
         run(None if from_shell else argv)  # LightningCLI warns when it is handed the process's own arguments
-
-
-def users_mistake(error: BaseException | None) -> BaseException | None:
-    """What the user can mend among an error and its causes: jsonargparse wraps what a constructor raises."""
-    while error is not None:
-        if isinstance(error, UserError | RewardError | MisconfigurationException):
-            return error
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            return UserError(disk_error(error))
-        if isinstance(error, RuntimeError) and (dead := DEAD_WORKER.search(str(error))):
-            return UserError(
-                f"process {dead[1]} of data.num_workers has died; is the memory full? The run goes on from its newest "
-                "checkpoint with --ckpt_path=last"
-            )
-        if isinstance(error, ModuleNotFoundError) and (told := missing_package(str(error))):
-            return told
-        error = error.__cause__
-    return None
-
-
-def missing_package(message: str) -> UserError | None:
-    """What Lightning says of a package that an optional class needs; None if a message says no such thing."""
-    missing = re.search(r"Requirement '([^']+)' not met", message)
-    if missing is None:
-        return None
-    wanted = re.search(r"class_path '([\w.]+)'", message)
-    needs = f"{wanted[1]} needs a package that" if wanted else "a package"
-    return UserError(f"{needs} is not installed: pip install '{missing[1]}'")
-
-
-def disk_error(error: OSError) -> str:
-    """What a disk would not do, and to which file; to those of which run, where a library leaves the file out."""
-    if error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    root = AlignmentCLI.root or Path.cwd()
-    free = shutil.disk_usage(root).free / 2**20
-    return f"{error.strerror}, while files of {root.absolute()} were written; {free:.0f} MB are free there"
 
 
 def run(argv: list[str] | None) -> Any:

@@ -13,8 +13,10 @@ from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_rlhf.cli.mistakes import one_line
 from lit_rlhf.cli.ranks import tell
 from lit_rlhf.cli.wording import OPTION, wrong_value
+from lit_rlhf.cli.yaml_files import place_of_option
 from lit_rlhf.errors import UserError
 
 # jsonargparse lists every type that a value failed to be, and repeats the whole value.
@@ -33,6 +35,8 @@ NOISE = (
 UNKNOWN = re.compile(
     r"Option '([^']+)' is not accepted|unrecognized arguments: --([^=\s]+)|does not accept option '([^']+)'"
 )
+REQUIRED = re.compile(r"arguments are required: ([\w.]+)")
+NO_MAPPING = re.compile(r"Parser key \"([\w.]+)\":\s+Unable to load config '([^']*)'")
 NO_PATH = re.compile(r'Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]+)', re.S)
 NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 OURS = re.compile(r"lit_rlhf(?:\.\w+)+\.(\w+)")
@@ -57,18 +61,24 @@ class Parser(LightningArgumentParser):
         elif moved := moved_path(message):
             said = moved
         elif absent := NOT_IN_MODULE.search(message):
-            option = "".join(f"{self.as_typed(key)}: " for key in OPTION.findall(message)[-1:])
+            option = "".join(f"{self.as_typed(key, absent[0])}: " for key in OPTION.findall(message)[-1:])
             said = f"{option}{absent[0]}{did_you_mean(absent[2], dir(sys.modules.get(absent[1])))}"
         elif no_path := NO_PATH.search(message):
             option, given = no_path.groups()
-            said = f"{self.as_typed(option)}: expected an import path, got {given}{nearest_path(option, given)}"
+            said = f"{self.as_typed(option, given)}: expected an import path, got {given}{nearest_path(option, given)}"
+        elif no_mapping := NO_MAPPING.search(message):
+            option, given = no_mapping.groups()
+            wanted = "expected a mapping, or a YAML file that holds one"
+            said = f"{self.as_typed(option)}: {wanted}, got {given or 'empty text'}"
         elif wrong := wrong_value(message, self.as_typed):
             said = wrong
         elif "No module named" in message:
             said += "\nmodules are found in the current folder and among what is installed"
         elif "fit.model" in message and "required" in message:
             said = "there is neither model nor data; name a config, such as --config configs/sft.yaml"
-        tell(f"error: {said}\n{self.hint}")
+        elif required := REQUIRED.search(message):
+            said = f"{required[1].removeprefix('fit.')} is missing: give it by the option of that name, or in a config"
+        tell(f"error: {one_line(said)}\n{self.hint}")
         raise SystemExit(2)
 
     @property
@@ -89,18 +99,29 @@ class Parser(LightningArgumentParser):
 
     def unknown_option(self, name: str) -> str:
         """What to say of an option that is not there."""
-        full = self.as_typed(name)
+        typed = self.typed_option(name)
+        place = None if typed else place_of_option(self.typed, name)
+        full = typed or (place.option if place else name)
         owner = full.lstrip("-").split(".")[0]
         if owner in EXAMPLES and "." in full and not any(arg.startswith(CLASS_GIVEN) for arg in self.typed):
             return f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={EXAMPLES[owner]}"
         names = option_names(self, self.model_in_use())
         last, first = name.split(".")[-1], name.split(".")[0]
         near = did_you_mean(first if last in names else last, names | {"model", "data", "trainer"}, cutoff=0.7)
-        return f"there is no option {full}{near}"
+        if near == f"; did you mean {last}?" == f"; did you mean {full.lstrip('-')}?":  # it is elsewhere
+            near = f"; {last} is an option of a part: write it below model, data or trainer"
+        return f"{f'{place.file}, line {place.line}: ' if place else ''}there is no option {full}{near}"
 
-    def as_typed(self, name: str) -> str:
-        """An option as it stands on the command line; by its own name where it stands in a YAML."""
-        return next((arg.split("=")[0] for arg in self.typed if arg.split("=")[0].endswith(name)), name)
+    @classmethod
+    def typed_option(cls, name: str) -> str | None:
+        """An option as it stands on the command line, if it does."""
+        given = (arg.split("=")[0] for arg in cls.typed)
+        return next((option for option in given if option.replace(".init_args", "").endswith(name)), None)
+
+    @classmethod
+    def as_typed(cls, name: str, value: str | None = None) -> str:
+        """An option as it stands on the command line, or its place in a config; by its own name where it is in none."""
+        return cls.typed_option(name) or str(place_of_option(cls.typed, name, value) or name)
 
 
 class Program(Parser):

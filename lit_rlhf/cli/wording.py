@@ -15,8 +15,8 @@ TYPES = {
     "NoneType": "null",
 }
 OPTION = re.compile(r'Parser key "([^"]+)"')
-GIVEN = re.compile(r"Given value: ([^\n]+)")
-GOT = re.compile(r"Got value: ([^\n]+)")
+GIVEN = re.compile(r"Given value: ([^\n]*)")
+GOT = re.compile(r"Got value: ([^\n]*)")
 EXPECTED = re.compile(
     r"Expected a (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<choices>[^\]]+)\]|\w+ with (?P<count>\d+) elements)"
     r"|Not a valid subclass of (?P<kind>\w+)|to a subclass of (?P<base>\w+)"
@@ -28,23 +28,26 @@ IN_ITS_CLASS = {"class_path", "init_args", "dict_kwargs"}
 MOST = 100  # characters of a value that are shown
 
 
-def wrong_value(message: str, as_typed: Callable[[str], str]) -> str | None:
+def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str | None:
     """One line for a value that is of no type that it may have; None for any other message.
 
     Args:
         message: of jsonargparse.
-        as_typed: an option as it stands on the command line.
+        as_typed: an option as it stands on the command line, or its place in a config; given its name and its value.
     """
     options = OPTION.findall(message)
     given = GIVEN.findall(message) or GOT.findall(message)
     if not options or not given:
         return None
-    option, value = as_typed(options[-1]), given[-1]
-    shown = value if len(value) <= MOST else f"{value[:MOST]}..."
+    value = given[-1]
+    option = as_typed(options[-1], value)
+    shown = "null" if value == "None" else (value if len(value) <= MOST else f"{value[:MOST]}...") or "empty text"
     if beside := keys_beside_a_class(value):
         return f"{option}: {', '.join(beside)} must stand below init_args, not beside class_path"
     words = list(dict.fromkeys(expectations(message)))
     words.sort(key=lambda word: word == "null")  # last, as an afterthought
+    if option.endswith(("model", "data")) and words[0].startswith("the import path of a subclass"):
+        words = words[:1]  # jsonargparse lets a class be null
     wanted = ", or ".join(words).format(value)
     missing = NO_MODULE.search(message)
     why = f"; there is no module {missing[1]} in the current folder or among what is installed" if missing else ""

@@ -235,16 +235,25 @@ class ResumableLoader(DataLoader):
         """The epoch, the micro-batches of it that were handed out, and what they were planned from."""
         assert isinstance(self.sampler, TokenBudgetSampler)
         epoch, taken = self._taken if self._resume is None else self._resume
-        return {"epoch": epoch, "taken": taken, "length": len(self), "plan": self.sampler.fingerprint()}
+        accumulate = self.sampler.accumulate_grad_batches or 1
+        plan = self.sampler.fingerprint()
+        return {"epoch": epoch, "taken": taken, "length": len(self), "plan": plan, "accumulate": accumulate}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where `state` was taken.
 
         Raises:
-            UserError: in mid-epoch, if data, budget or ranks are others now.
+            UserError: in mid-epoch, if data, budget, ranks or accumulation are others now.
         """
         sampler = self.sampler
         assert isinstance(sampler, TokenBudgetSampler)
+        before, now = state.get("accumulate"), sampler.accumulate_grad_batches or 1  # older checkpoints do not say
+        if 0 < state["taken"] < state["length"] and before not in (None, now):
+            raise UserError(
+                f"accumulate_grad_batches ({now}) was {before} when the checkpoint was taken in the middle of epoch "
+                f"{state['epoch']}: its next step would not be the mean of its rows; resume with {before}, or from a "
+                "checkpoint of an epoch's end"
+            )
         if 0 < state["taken"] < state["length"] and state["plan"] != sampler.fingerprint():
             raise UserError(
                 f"the checkpoint stopped after {state['taken']} micro-batches of epoch {state['epoch']}, but data, "

@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.data.formats import Kind, Sources
@@ -78,11 +84,55 @@ def check_trainer_options(trainer: Any) -> None:
             f"overfit_batches ({trainer.overfit_batches}) would replace the plan of the micro-batches; to learn from "
             "few rows again and again, name a file that holds no others as train"
         )
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-        raise UserError(
-            "GradientAccumulationScheduler changes the accumulation behind the loss's denominator; use "
-            "accumulate_grad_batches"
-        )
+    interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    never = "to leave validation out set trainer.limit_val_batches: 0"
+    require(interval != 0, "val_check_interval", interval, f"micro-batches, or a share of an epoch above 0; {never}")
+    require(epochs is None or epochs >= 1, "check_val_every_n_epoch", epochs, f"1 or more, or null; {never}")
+
+
+TOOLS = {  # of Lightning's, that change what is learnt in a way that these modules do not follow
+    GradientAccumulationScheduler: "changes the accumulation behind the loss's denominator; use "
+    "accumulate_grad_batches",
+    BatchSizeFinder: "finds a number of rows, and micro-batches are filled by tokens; choose data.max_tokens (halve "
+    "it where memory runs out), or data.num_slots on policy",
+    StochasticWeightAveraging: "averages what stands at the start of epochs, so that the last is not in the export; "
+    "use lightning.pytorch.callbacks.EMAWeightAveraging, which averages over steps",
+    BackboneFinetuning: "unfreezes a part named `backbone`, and these modules have none; freeze by a callback of "
+    "your own (lightning.pytorch.callbacks.BaseFinetuning)",
+}
+
+
+def check_tools(trainer: Any, stage: str) -> None:
+    """Refuse callbacks of Lightning's that would not do what they are for, and a training without a step.
+
+    Raises:
+        UserError: with what to use in their place.
+    """
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        nothing = stage == "fit" and getattr(trainer, name, None) == 0
+        require(not nothing, name, 0, "more than 0, or nothing is learnt; validate, test and predict train nothing")
+    for callback in trainer.callbacks:
+        for tool, reason in TOOLS.items():
+            if isinstance(callback, tool):
+                raise UserError(f"trainer.callbacks: {tool.__name__} {reason}")
+        if isinstance(callback, LearningRateFinder):
+            if getattr(trainer.lightning_module, "learns_from", None) == "prompts":
+                raise UserError(
+                    "trainer.callbacks: LearningRateFinder follows the fall of the loss, and a policy's loss does not "
+                    "fall as it learns; try a few values of model.learning_rate, and watch rollout/score and the KL"
+                )
+            if getattr(trainer.lightning_module, "cache_reference", False) or getattr(
+                trainer.lightning_module, "reference_update", None
+            ):
+                raise UserError(
+                    "trainer.callbacks: LearningRateFinder would take its trial steps before the reference is known; "
+                    "find the rate in a run without cache_reference and reference_update"
+                )
+            if trainer.ckpt_path is not None:
+                raise UserError(
+                    "trainer.callbacks: LearningRateFinder has nothing to find for a run that goes on at its own rate; "
+                    "leave it out, or leave ckpt_path out"
+                )
 
 
 def require_whole_epochs(trainer: Any) -> None:

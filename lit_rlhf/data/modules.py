@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
 from lit_rlhf.data.checks import (
+    check_tools,
     check_trainer_options,
     named_sources,
     require_held_out_rows,
@@ -120,6 +121,8 @@ class ExamplesDataModule(LightningDataModule):
         """
         if self.tokenizer is None:
             raise UserError(f"{type(self).__name__} needs the model's tokenizer: pass tokenizer=model.tokenizer")
+        if self.trainer is not None:
+            check_tools(self.trainer, stage)
         if stage != "predict":
             require_kind(self.trainer, self.kind)
         options = self.tokenization.of_examples(self.tokenizer)

@@ -1,5 +1,6 @@
 """Settings of the data modules that belong together, each a frozen dataclass that checks itself."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ class TokenizationSettings:
         prompt = self.max_prompt_length
         require(prompt is None or prompt >= 1, "max_prompt_length", prompt, "1 or more, or null")
         require(self.num_proc is None or self.num_proc >= 1, "num_proc", self.num_proc, "1 or more, or null")
+        require_processes(self.num_proc, "num_proc")
         check_template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
 
     def set_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -90,4 +92,11 @@ class BatchSettings:
         require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more, or null")
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more, or null")
         require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        require_processes(self.num_workers, "num_workers")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+def require_processes(number: int | None, name: str) -> None:
+    """Refuse a number of processes that no machine would start."""
+    most = 8 * (os.cpu_count() or 1)
+    require(number is None or number <= max(most, 64), name, number, f"at most {max(most, 64)} on this machine")

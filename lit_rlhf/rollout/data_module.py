@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data.batches import PromptBatch, RolloutBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.checks import (
+    check_tools,
     check_trainer_options,
     named_sources,
     require_held_out_rows,
@@ -122,6 +123,7 @@ class RolloutDataModule(LightningDataModule):
             raise UserError("RolloutDataModule needs the policy's tokenizer: pass tokenizer=model.tokenizer")
         trainer = self.trainer
         assert trainer is not None
+        check_tools(trainer, stage)
         require_kind(trainer, "prompts")
         require_rows(stage, self.sources)
         agent: Any = trainer.lightning_module

@@ -5,6 +5,12 @@ import re
 import pytest
 
 from lit_rlhf import PPO, KLPenalty, UserError
+from lit_rlhf.algorithms.kl_control import KLController
+
+
+def test_a_controller_without_a_coefficient_is_refused(folder):
+    with pytest.raises(UserError, match=r"model\.kl: KLController has no kl_coef; name FixedKL or AdaptiveKL"):
+        PPO(str(folder), kl=KLController())
 
 
 def test_defaults_are_those_of_the_checklist(folder):
@@ -35,6 +41,10 @@ def test_defaults_are_those_of_the_checklist(folder):
         ("weight_decay", -0.1),
         ("adam_betas", (0.9, 1.0)),
         ("adam_eps", -1e-8),
+        ("adam_eps", 1e30),
+        ("learning_rate", float("inf")),
+        ("weight_decay", float("inf")),
+        ("warmup_steps", float("inf")),
         ("temperature", 0.0),
         ("ppo_epochs", 0),
         ("num_minibatches", 0),

@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 import signal
@@ -12,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_rlhf import SFT
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.cli.main import AlignmentCLI, WholeConfig, users_mistake
+from lit_rlhf.cli.main import AlignmentCLI, WholeConfig
 from lit_rlhf.data import batching
 from lit_rlhf.files import NEW
 from tests.cli.command_line import QUICK, run
@@ -88,14 +87,6 @@ def test_a_run_that_a_signal_ends_before_it_trains_says_that_there_is_nothing_to
     assert capsys.readouterr().err.splitlines()[-1] == "SIGTERM ended the program before its work began"
 
 
-def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback():
-    full = OSError(errno.ENOSPC, "No space left on device", "runs/sft/last.ckpt")
-    wrapped = RuntimeError("while saving")
-    wrapped.__cause__ = full
-    assert str(users_mistake(wrapped)) == "runs/sft/last.ckpt: No space left on device"
-    assert users_mistake(RuntimeError("a mistake of ours")) is None
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(batching, "as_it_is", lambda batch: os.kill(os.getpid(), signal.SIGKILL))  # in a worker
@@ -120,13 +111,6 @@ def test_the_module_is_the_command_line():
     done = subprocess.run([sys.executable, "-m", "lit_rlhf", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "fit" in done.stdout
-
-
-def test_a_full_disk_that_a_library_does_not_name_is_told_with_the_folder_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(AlignmentCLI, "root", tmp_path)
-    told = str(users_mistake(OSError(errno.ENOSPC, "No space left on device")))
-    assert told.startswith(f"No space left on device, while files of {tmp_path} were written; ")
-    assert told.endswith(" MB are free there")
 
 
 @pytest.mark.filterwarnings("ignore")

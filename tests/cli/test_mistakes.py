@@ -1,14 +1,18 @@
 """What a user gets wrong is answered by one message."""
 
+import errno
 import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 
 from lit_rlhf import RewardModel
 from lit_rlhf.callbacks.export import export
+from lit_rlhf.cli.mistakes import one_line, refused_argument, users_mistake
 from lit_rlhf.engine.sharding import full_state_dict
 from tests.cli.command_line import QUICK, SMALL_PPO, run
 from tests.tiny import save_tiny
@@ -18,12 +22,45 @@ def nan_reward(prompts, responses, **columns):
     return [float("nan")] * len(responses)
 
 
+TOOLS = "lightning.pytorch.callbacks"
 NO_VALIDATION = "--data.validation=null"
 OWN_REWARD = ["--data.monitors=null", "--data.reward=lit_rlhf.TextReward"]
 MISTAKES = {  # what users get wrong -> config, options, and words that must be in the answer
     "unknown option": ("dpo", ["--model.betta=3"], "there is no option --model.betta; did you mean beta?"),
     "unknown option of the Trainer": ("sft", ["--trainer.max_stps=3"], "did you mean max_steps?"),
     "unknown option of an option": ("ppo", ["--model.kl.kl_coeff=3"], "did you mean kl_coef?"),
+    "option at the top": (
+        "sft",
+        ["--lr_scheduler=constant"],
+        "lr_scheduler is an option of a part: write it below model",
+    ),
+    "devices that are no number": ("sft", ["--trainer.devices=two"], "trainer.devices ('two'): `devices` selected"),
+    "devices without an end": ("sft", ["--trainer.devices=[0,1,2"], "trainer.devices ('[0,1,2'): `devices` selected"),
+    "no nodes": ("sft", ["--trainer.num_nodes=0"], "trainer.num_nodes (0): `num_nodes` must be"),
+    "time that is none": ("sft", ["--trainer.max_time=x"], "trainer.max_time ('x'): `Timer(duration='x')` is not"),
+    "accelerator that is not there": ("sft", ["--trainer.accelerator=tpu"], "is not installed: pip install 'torch_xla"),
+    "validation after no micro-batches": ("sft", ["--trainer.val_check_interval=0"], "val_check_interval (0) must be "),
+    "validation after more than an epoch": (
+        "sft",
+        ["--trainer.val_check_interval=9999"],
+        "`val_check_interval` (9999)",
+    ),
+    "validation after no epochs": ("sft", ["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch (0) must"),
+    "no steps": ("sft", ["--trainer.max_steps=0"], "max_steps (0) must be more than 0, or nothing is learnt"),
+    "no batches": ("sft", ["--trainer.limit_train_batches=0"], "limit_train_batches (0) must be more than 0"),
+    "rate without an end": ("sft", ["--model.learning_rate=1e999"], "learning_rate (inf) must be 0 or more and finite"),
+    "workers beyond all measure": ("sft", ["--data.num_workers=1000000"], "num_workers (1000000) must be at most "),
+    "finder of batch sizes": ("dpo", [f"--trainer.callbacks={TOOLS}.BatchSizeFinder"], "choose data.max_tokens"),
+    "finder of rates on policy": (
+        "ppo",
+        [f"--trainer.callbacks={TOOLS}.LearningRateFinder"],
+        "a policy's loss does not",
+    ),
+    "argument that the class does not have": (
+        "sft",
+        ["--model.dict_kwargs={x: 1}"],
+        "lit_rlhf.SFT: AlignmentModule.__init__() got an unexpected keyword argument 'x'",
+    ),
     "option of another algorithm": ("dpo", ["--model.kl=3"], "no option --model.kl\nFor all options: lit-rlhf fit"),
     "mistake in an option of PPO": ("ppo", ["--model.gamma=x"], "--model.help lit_rlhf.PPO, "),
     "loss without its module": ("dpo", ["--model.loss=ipo_loss"], "did you mean lit_rlhf.losses.ipo_loss?"),
@@ -148,7 +185,7 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
     said = capsys.readouterr().err
     answer = said[said.index("error: ") :]
     assert words in answer
-    assert len(answer.splitlines()) <= 6
+    assert len([line for line in answer.splitlines() if not line.startswith("For all options: ")]) == 1
     assert not any(noise in said for noise in ("Traceback", "Namespace", "Does not validate"))
     assert not Path("out/broken/model").exists()
 
@@ -163,7 +200,9 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
         (["fit"], "there is neither model nor data; name a config"),
         (["compare", "--policies=a,b"], "--policies: expected a list, '[a,b]', got a,b"),
         (["compare", "--max_prompts=0"], "max_prompts (0) must be 1 or more"),
-        (["comprae"], "did you mean compare?\nusage: lit-rlhf [-c CONFIG] {fit,validate,test,predict,compare,export}"),
+        (["x"], "there is no command 'x'; there are fit, validate, test, predict, compare, export"),
+        (["fit", "--config="], "Unexpected config"),
+        (["comprae"], "there is no command 'comprae'; did you mean compare?"),
         (["compare", "--polices=[sft]"], "there is no option --polices; did you mean policies?"),
         (["compare", "--policies=[]"], "policies is empty"),
         (["compare", "--root=nowhere"], "nowhere/sft/model"),
@@ -219,3 +258,35 @@ def test_a_logger_whose_package_is_missing_is_answered_in_one_line(logger, workd
     assert line.startswith(
         f"error: lightning.pytorch.loggers.{logger} needs a package that is not installed: pip install"
     )
+
+
+def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/sft/last.ckpt")
+    wrapped = RuntimeError("while saving")
+    wrapped.__cause__ = full
+    assert str(users_mistake(wrapped)) == "runs/sft/last.ckpt: No space left on device"
+    assert users_mistake(RuntimeError("a mistake of ours")) is None
+    told = str(users_mistake(OSError(errno.ENOSPC, "No space left on device"), tmp_path))  # a library does not name it
+    assert told.startswith(f"No space left on device, while files of {tmp_path} were written; ")
+    assert told.endswith(" MB are free there")
+
+
+def test_what_lightning_refuses_in_words_is_the_users_and_what_fails_in_it_is_not():
+    assert str(users_mistake(MisconfigurationException("one\n two"))) == "one two"
+    with pytest.raises(TypeError) as refused:
+        Trainer(accelerator="cpu", devices="two")
+    assert "`devices` selected" in str(users_mistake(refused.value))
+    with pytest.raises(ZeroDivisionError) as failed:
+        Trainer(accelerator="cpu", max_time={"days": 1 / 0} if True else None)
+    assert users_mistake(failed.value) is None
+
+
+def test_what_a_constructor_says_is_taken_out_of_the_wall_around_it():
+    wall = (
+        "Does not validate against any of the Union subtypes\nSubtypes: [<class 'A'>, <class 'NoneType'>]\nErrors:\n"
+        "  - the size (64) is not\n    a multiple of 7\n  - Expected a <class 'NoneType'>\n"
+        "Given value type: <class 'N'>\nGiven value: Namespace(class_path='lit_rlhf.SFT', init_args=Namespace(a=1))"
+    )
+    assert str(refused_argument(wall)) == "lit_rlhf.SFT: the size (64) is not a multiple of 7"
+    assert str(refused_argument("plain\nwords")) == "an argument: plain words"
+    assert one_line("a\n  b " + "x" * 600) == "a b " + "x" * 496 + "..."

@@ -33,11 +33,14 @@ SAID = {
     (*SFT, "--model.adam_betas=[0.9]"): "--model.adam_betas: expected a list of 2, got [0.9]",
     (*SFT, "--trainer.max_epochs=1.5"): "--trainer.max_epochs: expected a whole number, or null, got 1.5",
     (*SFT, "--seed_everything=1.5"): "--seed_everything: expected true or false, or a whole number, got 1.5",
+    (*SFT, "--data.loss_on="): "--data.loss_on: expected 'response' or 'all', got empty text",
+    (*SFT, "--trainer.max_steps=null"): "--trainer.max_steps: expected a whole number, got null",
+    (*SFT, "--samples=3"): "--samples: expected a mapping, or a YAML file that holds one, got 3",
     (*SFT, "--data.loss_on=foo"): "--data.loss_on: expected 'response' or 'all', got foo",
     (
         "fit",
         "--model=os.system",
-    ): "--model: expected the import path of a subclass of AlignmentModule, or null, got os.sys",
+    ): "--model: expected the import path of a subclass of AlignmentModule, got os.system",
 }
 
 
@@ -51,18 +54,16 @@ def test_a_value_of_no_type_that_it_may_have_is_answered_in_one_line(arguments, 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_key_beside_a_class_path_is_told_where_it_belongs(tmp_path, capsys):
-    yaml = tmp_path / "c.yaml"
-    yaml.write_text(
-        "model:\n  class_path: lit_rlhf.SFT\n  learning_rate: 1.0\n  beta: 2\n  init_args: {policy: demo}\n"
-    )
-    assert run("fit", "--config", yaml) == 2
+def test_a_key_beside_a_class_path_is_told_where_it_belongs(capsys):
+    model = "{class_path: lit_rlhf.SFT, learning_rate: 1.0, beta: 2, init_args: {policy: demo}}"
+    assert run("fit", f"--model={model}") == 2
     said = capsys.readouterr().err.split("error: ")[-1]
-    assert said.startswith("model: beta, learning_rate must stand below init_args, not beside class_path\n")
+    assert said.startswith("--model: beta, learning_rate must stand below init_args, not beside class_path\n")
 
 
 def test_long_values_are_shown_shortened_and_other_messages_are_left_alone():
     message = f"Parser key \"a\":\n  Expected a <class 'int'>. Got value: {'x' * 999}"
-    assert wrong_value(message, lambda name: f"--{name}") == f"--a: expected a whole number, got {'x' * 100}..."
-    assert wrong_value("the following arguments are required: function", str) is None
-    assert wrong_value('Parser key "a": something else. Got value: 3', str) is None
+    assert wrong_value(message, lambda name, value: f"--{name}") == f"--a: expected a whole number, got {'x' * 100}..."
+    as_it_is = lambda name, value: name  # noqa: E731
+    assert wrong_value("the following arguments are required: function", as_it_is) is None
+    assert wrong_value('Parser key "a": something else. Got value: 3', as_it_is) is None

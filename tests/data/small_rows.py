@@ -35,6 +35,8 @@ def attach(module, stage="fit", rank=0, ranks=1, **options):
         "limit_val_batches": None,
         "limit_test_batches": None,
         "gradient_clip_val": None,
+        "val_check_interval": 1.0,
+        "check_val_every_n_epoch": 1,
     }
     module.trainer = SimpleNamespace(
         world_size=ranks,

@@ -252,3 +252,16 @@ def test_other_data_in_mid_epoch_is_refused_and_at_an_epochs_end_is_said():
     with pytest.warns(UserWarning, match="comes from a run with other data, max_tokens"):
         other.load_state_dict({**state, "taken": state["length"]})
     assert SimpleNamespace(**other.state_dict()).epoch == 0
+
+
+def test_other_accumulation_in_mid_epoch_is_refused_and_at_an_epochs_end_is_taken():
+    state = {**make_loader(0).state_dict(), "taken": 2}
+    other = ResumableLoader(Squares(LENGTHS), TokenBudgetSampler(LENGTHS, max_tokens=90, accumulate_grad_batches=4))
+    state["plan"] = other.sampler.fingerprint()
+    with pytest.raises(
+        UserError, match=r"accumulate_grad_batches \(4\) was 1 when the checkpoint was taken in the mid"
+    ):
+        other.load_state_dict(state)
+    other.load_state_dict({**state, "taken": state["length"]})
+    other.load_state_dict({name: value for name, value in state.items() if name != "accumulate"})  # does not say
+    assert other.state_dict()["taken"] == 2 and other.state_dict()["accumulate"] == 4

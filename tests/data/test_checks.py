@@ -3,9 +3,17 @@
 from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 
 from lit_rlhf.data.checks import (
+    check_tools,
     check_trainer_options,
     require_held_out_rows,
     require_kind,
@@ -18,6 +26,7 @@ from lit_rlhf.errors import UserError
 def trainer(**options):
     """What the checks read of a Trainer, with its defaults."""
     defaults = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "overfit_batches": 0.0, "callbacks": []}
+    defaults |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "ckpt_path": None, "lightning_module": None}
     defaults |= {"reload_dataloaders_every_n_epochs": 0, "limit_train_batches": None, "fast_dev_run": False}
     return SimpleNamespace(**defaults | options)
 
@@ -60,13 +69,53 @@ def test_a_module_is_given_the_kind_of_rows_that_it_learns_from():
         ({"gradient_clip_val": -0.1}, r"gradient_clip_val \(-0.1\)"),
         ({"overfit_batches": 2}, r"overfit_batches \(2\) would replace the plan"),
         ({"overfit_batches": 0.5}, r"overfit_batches \(0.5\) would replace the plan"),
-        ({"callbacks": [GradientAccumulationScheduler({0: 1})]}, "GradientAccumulationScheduler changes"),
+        ({"val_check_interval": 0}, r"val_check_interval \(0\) must be micro-batches, or a share"),
+        ({"val_check_interval": 0.0}, r"val_check_interval \(0.0\) must be"),
+        ({"check_val_every_n_epoch": 0}, r"check_val_every_n_epoch \(0\) must be 1 or more"),
     ],
 )
 def test_what_would_change_the_planned_batches_is_refused_by_name(options, words):
     check_trainer_options(trainer(accumulate_grad_batches=4, gradient_clip_val=0.0))
     with pytest.raises(UserError, match=words):
         check_trainer_options(trainer(**options))
+
+
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        (GradientAccumulationScheduler({0: 1}), "changes the accumulation .* use accumulate_grad_batches"),
+        (BatchSizeFinder(), "choose data.max_tokens"),
+        (StochasticWeightAveraging(swa_lrs=1e-3), "the last is not in the export; use .*EMAWeightAveraging"),
+        (BackboneFinetuning(), "none; freeze by a callback of"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_tools_of_lightning_that_would_not_do_what_they_are_for_are_refused_with_what_to_use(callback, words, stage):
+    check_tools(trainer(callbacks=[EarlyStopping("val/loss")]), stage)
+    with pytest.raises(UserError, match=f"trainer.callbacks: {type(callback).__name__} .*{words}"):
+        check_tools(trainer(callbacks=[callback]), stage)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lightning_module": SimpleNamespace(learns_from="prompts")}, "a policy's loss does not fall"),
+        ({"lightning_module": SimpleNamespace(cache_reference=True)}, "before the reference is known"),
+        ({"lightning_module": SimpleNamespace(reference_update=1)}, "before the reference is known"),
+        ({"ckpt_path": "last.ckpt"}, "leave ckpt_path out"),
+    ],
+)
+def test_a_finder_of_rates_is_refused_where_it_could_find_none(options, words):
+    check_tools(trainer(callbacks=[LearningRateFinder()]), "fit")
+    with pytest.raises(UserError, match=f"LearningRateFinder .*{words}"):
+        check_tools(trainer(callbacks=[LearningRateFinder()], **options), "fit")
+
+
+@pytest.mark.parametrize("name", ["max_epochs", "max_steps", "limit_train_batches"])
+def test_a_training_without_a_step_is_refused_and_a_validation_is_not(name):
+    check_tools(trainer(**{name: 0}), "validate")
+    with pytest.raises(UserError, match=rf"{name} \(0\) must be more than 0, or nothing is learnt"):
+        check_tools(trainer(**{name: 0}), "fit")
 
 
 @pytest.mark.parametrize("limit", [None, 1.0])

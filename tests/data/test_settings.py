@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from lit_rlhf.data.settings import BatchSettings, TokenizationSettings
+from lit_rlhf.data.settings import BatchSettings, TokenizationSettings, require_processes
 from lit_rlhf.errors import UserError
 from tests.tiny_tokenizers import word_tokenizer
 
@@ -61,3 +61,10 @@ def test_prompts_that_are_played_leave_room_for_a_response():
     assert TokenizationSettings(max_prompt_length=2).of_prompts(tokenizer, 10).max_prompt_length == 2
     with pytest.raises(UserError, match=r"max_new_tokens \(16\) leaves no room for a prompt in the context of 16"):
         TokenizationSettings().of_prompts(tokenizer, 16)
+
+
+def test_a_number_of_processes_that_no_machine_would_start_is_refused():
+    require_processes(None, "num_proc")
+    require_processes(64, "num_proc")
+    with pytest.raises(UserError, match=r"num_workers \(1000000\) must be at most \d+ on this machine"):
+        require_processes(10**6, "num_workers")

@@ -1,0 +1,104 @@
+"""Where Lightning's own tools and these modules meet: rates that are found, metrics that are watched, low precision."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_rlhf.errors import UserError
+
+HELD_OUT = ("val/", "val_", "valid")
+MOST = 2**16  # weights of a tensor that are looked at
+ENOUGH = 0.9  # share of weights that a step should move
+
+
+def take_rate(optimizer: Any, schedule: Any, before: float, now: float) -> None:
+    """Have an optimiser and its schedule go on at a rate that was found after they were made.
+
+    LearningRateFinder sets the optimiser's rate alone, which the schedule puts back at its next step.
+
+    Args:
+        optimizer: its groups may have rates of their own, which keep their ratio.
+        schedule: a `LambdaLR`, whose share of the rate at this step stays.
+        before: the rate that both were made with.
+        now: the rate that was found.
+    """
+    schedule.base_lrs = [rate * now / before if before else now for rate in schedule.base_lrs]
+    shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+    for group, rate, share in zip(optimizer.param_groups, schedule.base_lrs, shares, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * share
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def require_monitors(trainer: Any, held_out: bool) -> None:
+    """Refuse callbacks that watch a metric which nothing logs, with the nearest that is logged.
+
+    Args:
+        trainer: has logged all that there is of the kind asked for.
+        held_out: whether metrics of validation are asked for, or all others.
+
+    Raises:
+        UserError: names callback and metric.
+    """
+    known = sorted(trainer.callback_metrics)
+    for callback in trainer.callbacks:
+        watched = getattr(callback, "monitor", None)
+        lenient = isinstance(callback, EarlyStopping) and not callback.strict
+        if not isinstance(watched, str) or watched in known or lenient or watched.startswith(HELD_OUT) != held_out:
+            continue
+        near = difflib.get_close_matches(watched, known, n=3, cutoff=0.5)
+        said = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"{type(callback).__name__}: nothing logs its monitor {watched!r}; {said}")
+
+
+def require_validation(trainer: Any) -> None:
+    """Refuse callbacks that watch a metric of validation in a run without any: they would never act."""
+    if trainer.enable_validation and sum(trainer.num_val_batches):
+        return
+    for callback in trainer.callbacks:
+        watched = getattr(callback, "monitor", None)
+        if isinstance(watched, str) and watched.startswith(HELD_OUT):
+            raise UserError(
+                f"{type(callback).__name__}: its monitor {watched!r} is measured on held-out rows, and this run has "
+                "none: name some by data.validation, or watch a metric of training"
+            )
+
+
+@torch.no_grad()
+def share_that_moves(parameters: Iterable[Tensor], rate: float) -> float:
+    """Share of weights that a step of about `rate`, as AdamW's are, changes at all in their own precision.
+
+    Args:
+        parameters: of any shapes; of large ones an even sample is looked at.
+        rate: size of the step.
+    """
+    moved = total = 0.0
+    for parameter in parameters:
+        values = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).flatten()
+        if not len(values):
+            continue
+        sample = values[:: max(len(values) // MOST, 1)]
+        stays = (sample + torch.tensor(rate, dtype=torch.float32, device=sample.device) == sample).float().mean()
+        moved += (1 - stays.item()) * parameter.numel()
+        total += parameter.numel()
+    return moved / total if total else 1.0
+
+
+def warn_of_rounding(parameters: Iterable[Tensor], rate: float, precision: str) -> None:
+    """Say so where most of what would be learnt is rounded away.
+
+    In bfloat16, neighbouring numbers around w are |w|/256 to |w|/128 apart: a smaller step than half of that is none.
+    """
+    low = [parameter for parameter in parameters if parameter.requires_grad and parameter.dtype.itemsize < 4]
+    share = share_that_moves(low, rate)
+    if share < ENOUGH:
+        rank_zero_warn(
+            f"trainer.precision {precision}: a step of the size of learning_rate ({rate:g}) moves {share:.1%} of the "
+            "weights; the others are rounded to where they were, and do not learn. Use trainer.precision: "
+            "bf16-mixed, which keeps the weights in float32, or 32-true"
+        )

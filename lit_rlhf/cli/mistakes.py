@@ -1,0 +1,115 @@
+"""What of an error a user can mend, in one line: our own words, and those of the libraries that a run stands on."""
+
+import errno
+import linecache
+import re
+import shutil
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lit_rlhf.errors import UserError
+from token_mdp import RewardError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR)
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by|exited)")
+LIGHTNING = str(Path(lightning.__file__).parent)
+SPOKEN_OF = {"Timer(duration": "max_time", "gpu backend": "accelerator", "MPSAccelerator": "accelerator"}
+WALL = ("Does not validate against", "Subtypes:", "Expected a <class 'NoneType'>")
+
+
+def users_mistake(error: BaseException | None, root: Path | None = None) -> BaseException | None:
+    """What the user can mend among an error and its causes: jsonargparse wraps what a constructor raises.
+
+    Args:
+        error: what ended the program.
+        root: folder of the run, which an error of the disk is about where it names no file.
+    """
+    while error is not None:
+        if isinstance(error, UserError | RewardError):
+            return error
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return UserError(disk_error(error, root or Path.cwd()))
+        if isinstance(error, RuntimeError) and (dead := DEAD_WORKER.search(str(error))):
+            return UserError(
+                f"process {dead[1]} of data.num_workers has died; is the memory full? The run goes on from its newest "
+                "checkpoint with --ckpt_path=last"
+            )
+        if isinstance(error, ModuleNotFoundError) and (told := missing_package(str(error))):
+            return told
+        if isinstance(error, MisconfigurationException) or refused_by_lightning(error):
+            return UserError(one_line(str(error)))
+        error = error.__cause__
+    return None
+
+
+def refused_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning says in words that it will not do what it is asked, rather than fail in the midst of it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not raised_in_lightning(error):
+        return False
+    return linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().startswith("raise ")
+
+
+def raised_in_lightning(error: BaseException) -> bool:
+    """Whether an error comes from Lightning's own code."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return last.filename.startswith(LIGHTNING)
+
+
+def refused_option(error: BaseException, options: Mapping[str, Any]) -> UserError:
+    """What the Trainer's constructor says, with the option that it is about and what was given for it.
+
+    Args:
+        error: of the constructor.
+        options: its arguments.
+    """
+    said = one_line(str(error))
+    if isinstance(error, UserError):
+        return error
+    about = [name for words, name in SPOKEN_OF.items() if words in said]
+    about += [name for name in options if re.search(rf"(?<![\w.]){name}\b", said)]
+    shown = f"{about[0]} ({options.get(about[0])!r:.80})" if about else type(error).__name__
+    return UserError(f"trainer.{shown}: {said}" if about else f"trainer: {said}")
+
+
+def refused_argument(message: str) -> UserError:
+    """What a constructor says of its arguments, out of all that jsonargparse says of that.
+
+    Args:
+        message: of jsonargparse, with a line for each type that the value could have been of, and then the value.
+    """
+    what = re.search(r"class_path='?([\w.]+)", message)
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    first = next((number for number, line in enumerate(lines) if line.startswith("Errors:")), -1) + 1
+    last = next((number for number, line in enumerate(lines) if line.startswith("Given value")), len(lines))
+    said = [line for line in lines[first:last] if line and not line.startswith(WALL)]
+    return UserError(f"{what[1] if what else 'an argument'}: {one_line(' '.join(said))}")
+
+
+def missing_package(message: str) -> UserError | None:
+    """What Lightning says of a package that an optional class needs; None if a message says no such thing."""
+    missing = re.search(r"Requirement '([^']+)' not met", message)
+    if missing is None:
+        return None
+    wanted = re.search(r"class_path '([\w.]+)'", message)
+    needs = f"{wanted[1]} needs a package that" if wanted else "a package"
+    return UserError(f"{needs} is not installed: pip install '{missing[1]}'")
+
+
+def disk_error(error: OSError, root: Path) -> str:
+    """What a disk would not do, and to which file; to those of which run, where a library leaves the file out."""
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    free = shutil.disk_usage(root).free / 2**20
+    return f"{error.strerror}, while files of {root.absolute()} were written; {free:.0f} MB are free there"
+
+
+def one_line(message: str, most: int = 500) -> str:
+    """A message in one line, cut where it is long."""
+    said = " ".join(message.split())
+    return said if len(said) <= most else f"{said[:most]}..."

@@ -1,0 +1,245 @@
+"""The YAML files that a command line names: refused by file and line, and asked for the line where an option stands."""
+
+import codecs
+import difflib
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yaml import MappingNode, Node, ScalarNode, SequenceNode
+
+from lit_rlhf.errors import UserError
+
+IN_ITS_CLASS = {"class_path", "init_args", "dict_kwargs"}
+PARTS = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}  # what is a class, with an example
+LARGEST = 2**20  # bytes of a config
+MOST = 10_000  # values of a config, what is repeated by aliases counted as often
+DEEPEST = 50  # levels of a config
+TAGS = {"str", "int", "float", "bool", "null", "seq", "map", "merge", "timestamp", "value"}
+UTF = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+EXAMPLE = "expected a mapping of options, such as 'trainer: {max_epochs: 1}'"
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Place(NamedTuple):
+    """Where an option stands."""
+
+    file: Path
+    line: int
+    option: str  # as on the command line, without `init_args`
+    value: str | None  # None of a mapping or a list
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}, {self.option}"
+
+
+def config_files(argv: Sequence[str]) -> list[Path]:
+    """The files that a command line names: configs, and YAML files in place of a part, as in `--trainer=t.yaml`.
+
+    A config that is written out on the command line is none.
+    """
+    files = []
+    for argument, following in pairwise([*argv, ""]):
+        option, _, value = argument.partition("=")
+        value = value or ("" if "=" in argument else following)
+        of_part = option.startswith("--") and "." not in option and value.endswith((".yaml", ".yml"))
+        if value and (option in ("-c", "--config") or (of_part and Path(value).exists())):
+            inline = "\n" in value or value.startswith("{")
+            files += [] if inline else [Path(value)]
+    return files
+
+
+def check_configs(argv: Sequence[str], commands: Sequence[str]) -> None:
+    """Refuse what is wrong with the configs of a command line, before anything is made of them.
+
+    Args:
+        argv: the command line.
+        commands: what it may do; a config before the command has its options below the command's name.
+
+    Raises:
+        UserError: with file and line.
+    """
+    command = next((number for number, argument in enumerate(argv) if argument in commands), len(argv))
+    ahead = config_files(argv[:command])
+    for file in config_files(argv):
+        tree = read_tree(file)
+        names = {key.value: key.start_mark.line + 1 for key, _ in tree.value}
+        misplaced = sorted(set(names) & set(commands))
+        if file not in ahead and misplaced:
+            name = misplaced[0]
+            raise UserError(
+                f"{file}, line {names[name]}: options stand at the top of the file, without '{name}:' above them"
+            )
+        if file in ahead and not misplaced:
+            raise UserError(
+                f"{file}: a config before the command has its options below the command's name; name it after the "
+                f"command, as in lit-rlhf {argv[command] if command < len(argv) else 'fit'} --config {file}"
+            )
+
+
+def places(argv: Sequence[str]) -> Iterator[Place]:
+    """Each option of the configs of a command line."""
+    for file in config_files(argv):
+        try:
+            tree = read_tree(file)
+        except UserError:
+            continue  # has been told, or is being told
+        yield from _places(tree, file, ())
+
+
+def place_of_option(argv: Sequence[str], name: str, value: str | None = None) -> Place | None:
+    """Where an option stands that a message calls by the end of its name.
+
+    Of several it is the one of that value, or the last, which is what holds.
+    """
+    found = [place for place in places(argv) if f".{place.option}".endswith(f".{name}")]
+    alike = [place for place in found if value is not None and place.value == value]
+    return (alike or found)[-1] if found else None
+
+
+def read_tree(file: Path) -> MappingNode:
+    """The mapping that a YAML file holds, with its lines.
+
+    Raises:
+        UserError: no file, no YAML, or YAML that means something else than it seems to.
+    """
+    text = _read_text(file)
+    try:
+        tree = yaml.compose(text, Loader=LOADER)
+    except RecursionError:
+        raise UserError(f"{file}: values stand more than {DEEPEST} levels deep in each other") from None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(_syntax_error(file, text, error)) from None
+    except yaml.reader.ReaderError as error:
+        place = f"line {1 + text[: error.position].count(chr(10))}"
+        raise UserError(
+            f"{file}, {place}: a config is text, and this is the control character {error.character!r:.12}"
+        ) from None
+    if not isinstance(tree, MappingNode) or not tree.value:
+        found = {SequenceNode: "a list", ScalarNode: "text"}.get(type(tree), "nothing")
+        found = "nothing" if isinstance(tree, ScalarNode) and tree.tag.endswith(":null") else found
+        raise UserError(f"{file}: {EXAMPLE}, found {found}")
+    _size(tree, file, {}, ())
+    _check(tree, file, ())
+    return tree
+
+
+def _read_text(file: Path) -> str:
+    if not file.exists():
+        near = difflib.get_close_matches(file.name, _beside(file), n=1)
+        raise UserError(
+            f"--config: there is no file {file}" + (f"; did you mean {file.with_name(near[0])}?" if near else "")
+        )
+    if not file.is_file():
+        raise UserError(f"--config: {file} is {'a folder' if file.is_dir() else 'a pipe or a device'}, not a file")
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"--config: {file} holds {file.stat().st_size / 1e6:.0f} MB, which is no config: is it data?")
+    content = file.read_bytes()
+    if content.startswith(UTF) or b"\0" in content:
+        raise UserError(f"{file} is not text in UTF-8 (it may be UTF-16, or no text); save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + content[: error.start].count(b"\n")
+        raise UserError(
+            f"{file}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def _beside(file: Path) -> list[str]:
+    folder = file.parent
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def _syntax_error(file: Path, text: str, error: yaml.MarkedYAMLError) -> str:
+    at, since = error.problem_mark or error.context_mark, error.context_mark
+    line = at.line + 1 if at else 1
+    if since and since.line + 1 < line:  # what was never closed is mended where it begins
+        return f"{file}, line {since.line + 1}: {error.context}: {error.problem} up to line {line}"
+    stands = (text.splitlines() or [""])[min(line, len(text.splitlines())) - 1]
+    hint = "; quote text that holds ': ' or begins with one of @ % ` * & [ {"
+    if "\t" in stands[: len(stands) - len(stands.lstrip())]:
+        hint = "; indent by spaces, not by tabs"
+    elif error.problem and "document" in error.problem:
+        hint = "; is it YAML, and one document?"
+    context = f"{error.context}: " if error.context else ""
+    return f"{file}, line {line}: {context}{error.problem}{hint}"
+
+
+def _size(node: Node, file: Path, sizes: dict[int, int], above: tuple[int, ...]) -> int:
+    """Values at and below a node, refused where they are too many, too deep, or below themselves."""
+    place = f"{file}, line {node.start_mark.line + 1}"
+    if id(node) in above:
+        raise UserError(f"{place}: an alias stands for what it is part of")
+    if len(above) > DEEPEST:
+        raise UserError(f"{place}: values stand more than {DEEPEST} levels deep in each other")
+    if id(node) not in sizes:
+        below = node.value if isinstance(node, SequenceNode) else []
+        below = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else below
+        sizes[id(node)] = 1 + sum(_size(part, file, sizes, (*above, id(node))) for part in below)
+    if sizes[id(node)] > MOST:
+        raise UserError(f"{place}: more than {MOST} values, aliases counted as what they stand for, which is no config")
+    return sizes[id(node)]
+
+
+def _check(node: Node, file: Path, path: tuple[str, ...]) -> None:
+    place = f"{file}, line {node.start_mark.line + 1}"
+    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.removeprefix("tag:yaml.org,2002:") not in TAGS:
+        raise UserError(f"{place}: the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} makes objects; leave it out")
+    if isinstance(node, SequenceNode):
+        for part in node.value:
+            _check(part, file, path)
+    if not isinstance(node, MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, ScalarNode) or (not path and not key.tag.endswith((":str", ":merge"))):
+            raise UserError(f"{file}, line {line}: the name of an option is text, found {_shown(key)}")
+        if key.value in lines:
+            raise UserError(f"{file}, line {line}: {key.value} stands in line {lines[key.value]} too; keep one of them")
+        lines[key.value] = line
+        _check(value, file, (*path, key.value))
+    if "class_path" in lines or (len(path) == 1 and path[0] in PARTS):
+        _check_class({key.value: value for key, value in node.value}, lines, file, path)
+
+
+def _check_class(given: dict[str, Node], lines: dict[str, int], file: Path, path: tuple[str, ...]) -> None:
+    """Of a class by its import path, with its arguments below `init_args`."""
+    option = ".".join(part for part in path if part != "init_args")
+    if beside := [name for name in given if name not in (*IN_ITS_CLASS, "<<")]:
+        example = "" if "class_path" in given else f", and class_path: {PARTS.get(option, 'its class')} above them"
+        raise UserError(
+            f"{file}, line {lines[beside[0]]}, {option}: {', '.join(beside)} must stand below init_args{example}"
+        )
+    named = given.get("class_path")
+    if named is not None and not (isinstance(named, ScalarNode) and named.tag.endswith(":str") and named.value):
+        raise UserError(
+            f"{file}, line {lines['class_path']}, {option}.class_path: expected the import path of a class, such as "
+            f"{PARTS.get(option, 'lit_rlhf.SFT')}, found {_shown(named)}"
+        )
+    for arguments in ("init_args", "dict_kwargs"):
+        if arguments in given and not isinstance(given[arguments], MappingNode):
+            raise UserError(
+                f"{file}, line {lines[arguments]}, {option}.{arguments}: expected a mapping of arguments, found "
+                f"{_shown(given[arguments])}"
+            )
+
+
+def _shown(node: Node) -> str:
+    kinds = {MappingNode: "a mapping", SequenceNode: "a list"}
+    return kinds.get(type(node)) or (str(node.value) or "empty text")[:80]  # type: ignore[arg-type]
+
+
+def _places(node: MappingNode, file: Path, path: tuple[str, ...]) -> Iterator[Place]:
+    for key, value in node.value:
+        here = path if key.value == "init_args" else (*path, key.value)
+        scalar = value.value if isinstance(value, ScalarNode) else None
+        if here != path:
+            yield Place(file, key.start_mark.line + 1, ".".join(here), scalar)
+        parts = value.value if isinstance(value, SequenceNode) else [value]
+        for part in parts:
+            if isinstance(part, MappingNode):
+                yield from _places(part, file, here)

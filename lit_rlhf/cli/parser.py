@@ -108,7 +108,7 @@ class Parser(LightningArgumentParser):
         names = option_names(self, self.model_in_use())
         last, first = name.split(".")[-1], name.split(".")[0]
         near = did_you_mean(first if last in names else last, names | {"model", "data", "trainer"}, cutoff=0.7)
-        if near == f"; did you mean {last}?" == f"; did you mean {full.lstrip('-')}?":  # it is elsewhere
+        if last == full.lstrip("-") and last in names:  # it is elsewhere
             near = f"; {last} is an option of a part: write it below model, data or trainer"
         return f"{f'{place.file}, line {place.line}: ' if place else ''}there is no option {full}{near}"
 

@@ -21,7 +21,6 @@ THINGS = {
     "benchmarks/": "of the folder benchmarks/",
     "callbacks/test_tensorboard.py": "whole runs",
     "cli/test_configs.py": "of the folder configs/",
-    "cli/test_mistakes.py": "what the user gets wrong, anywhere",
     "cli/test_predict.py": "whole runs",
     "envs/test_compatibility.py": "a table of the docs",
     "envs/test_equivalence.py": "two environments against each other",

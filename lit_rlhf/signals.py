@@ -28,12 +28,14 @@ class Stop(BaseException):
     """A signal ends the run here; no `Exception` and no `SystemExit`, which those catch who run code of users.
 
     Attributes:
+        number: of the signal.
         status: of the process, as a shell has it: 128 and the signal's number.
         told: for the user, once somebody knows what the run leaves.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
+        self.number = number
         self.status = 128 + number
         self.told: str | None = None
 
@@ -52,7 +54,7 @@ class Listener:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         if os.getpid() != self.process:
-            if number == signal.SIGTERM:  # before `let_go`
+            if number == signal.SIGTERM:  # before `Fork.child`
                 die_of(number)
         elif number in self.deferred:
             self.waiting.append(number)
@@ -134,17 +136,41 @@ def die_of(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def let_go() -> None:
-    """Have a process that was forked (a worker) die of SIGTERM, and leave Ctrl-C to its parent.
+class Fork(threading.local):
+    """Has processes that are forked (workers) die of SIGTERM, and leave Ctrl-C to their parent.
 
-    No handler does for the first: the system enters a lock again when one has returned, so that a worker that is sent
-    home as it begins to wait would wait for ever.
+    A handler would not do: Python forgets what meets the child before it is one, and a worker that is sent home as it
+    begins to wait for a lock would wait for ever. So the system keeps signals back until the child is ready.
     """
-    for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.SIG_IGN)):
-        if isinstance(listener := signal.getsignal(number), Listener):
-            signal.signal(number, handler)
-            listener.__dict__.update(vars(Listener()))
+
+    mask: set[Any] | None = None  # of this thread before it forked; None where nobody listens
+
+    def before(self) -> None:
+        """In the thread that forks."""
+        if any(isinstance(signal.getsignal(number), Listener) for number in ENDING):
+            self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+    def after(self) -> None:
+        """In parent and child."""
+        mask, self.mask = self.mask, None
+        if mask is None:
+            return
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        except Stop as stop:  # which nobody would hear of here
+            listener: Any = signal.getsignal(stop.number)
+            listener.received = 0
+            threading.Timer(0.05, os.kill, (os.getpid(), stop.number)).start()
+
+    def child(self) -> None:
+        """In the child."""
+        for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.SIG_IGN)):
+            if isinstance(listener := signal.getsignal(number), Listener):
+                signal.signal(number, handler)
+                listener.__dict__.update(vars(Listener()))
+        self.after()
 
 
-os.register_at_fork(after_in_child=let_go)
+fork = Fork()
+os.register_at_fork(before=fork.before, after_in_parent=fork.after, after_in_child=fork.child)
 SIGNALS = Listener()

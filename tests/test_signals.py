@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,26 @@ def test_a_process_that_was_forked_listens_no_longer_but_dies_of_sigterm_and_lea
         os._exit(handlers == [signal.SIG_DFL, signal.SIG_IGN] and not listener.deferring and listener.process is None)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert all(signal.getsignal(number) is listener for number in signals.ENDING)
+
+
+def test_a_signal_that_comes_while_a_process_is_forked_is_kept_for_afterwards(listener):
+    signals.fork.before()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert listener.received == 0
+    with pytest.raises(Stop, match="SIGTERM"):
+        signals.fork.after()  # which the system calls, deaf to errors
+        time.sleep(10)
+
+
+def test_a_child_that_is_sent_home_while_it_is_forked_dies(listener):
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, listener)  # as if it were not ready yet
+        signals.fork.before()
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.fork.child()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(("number", "dies"), [(signal.SIGTERM, True), (signal.SIGINT, False)])

@@ -3,20 +3,47 @@
 SFT, reward model, PPO and DPO as LightningModules; `token_mdp` is their environment.
 """
 
-from lit_rlhf.algorithms.dpo import DPO
-from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
-from lit_rlhf.algorithms.ppo import PPO
-from lit_rlhf.algorithms.preference_loss import LossTerm
-from lit_rlhf.algorithms.reference_update import ReferenceUpdate
-from lit_rlhf.algorithms.reward_model import RewardModel
-from lit_rlhf.algorithms.sft import SFT
-from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
-from lit_rlhf.errors import UserError
-from lit_rlhf.rollout.data_module import RolloutDataModule
-from lit_rlhf.rollout.play import GenerationSettings, RolloutBackend
-from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
-from lit_rlhf.rollout.shaping import RewardShaping
-from lit_rlhf.rollout.vllm_backend import VLLMBackend
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_rlhf.algorithms.dpo import DPO
+    from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
+    from lit_rlhf.algorithms.ppo import PPO
+    from lit_rlhf.algorithms.preference_loss import LossTerm
+    from lit_rlhf.algorithms.reference_update import ReferenceUpdate
+    from lit_rlhf.algorithms.reward_model import RewardModel
+    from lit_rlhf.algorithms.sft import SFT
+    from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
+    from lit_rlhf.errors import UserError
+    from lit_rlhf.rollout.data_module import RolloutDataModule
+    from lit_rlhf.rollout.play import GenerationSettings, RolloutBackend
+    from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
+    from lit_rlhf.rollout.shaping import RewardShaping
+    from lit_rlhf.rollout.vllm_backend import VLLMBackend
+
+HOMES = {  # of the public names: a file is read when one of its names is asked for, torch not before
+    "DPO": "algorithms.dpo",
+    "AdaptiveKL": "algorithms.kl_control",
+    "FixedKL": "algorithms.kl_control",
+    "KLPenalty": "algorithms.kl_control",
+    "PPO": "algorithms.ppo",
+    "LossTerm": "algorithms.preference_loss",
+    "ReferenceUpdate": "algorithms.reference_update",
+    "RewardModel": "algorithms.reward_model",
+    "SFT": "algorithms.sft",
+    "PreferenceDataModule": "data.modules",
+    "SFTDataModule": "data.modules",
+    "UserError": "errors",
+    "RolloutDataModule": "rollout.data_module",
+    "GenerationSettings": "rollout.play",
+    "RolloutBackend": "rollout.play",
+    "Reward": "rollout.rewards",
+    "RewardModelReward": "rollout.rewards",
+    "TextReward": "rollout.rewards",
+    "RewardShaping": "rollout.shaping",
+    "VLLMBackend": "rollout.vllm_backend",
+}
 
 __all__ = [
     "DPO",
@@ -40,3 +67,15 @@ __all__ = [
     "UserError",
     "VLLMBackend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its file."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, beside what is there."""
+    return sorted({*globals(), *HOMES})

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -197,9 +196,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def command(argv: list[str], from_shell: bool) -> None:
     """Do what the command line says."""
-    if argv == ["--version"]:
-        print(f"lit-rlhf {version('lit-rlhf')}")
-        return
     if not argv:
         raise UserError(f"no command is given; write lit-rlhf and one of {', '.join(COMMANDS)}")
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.engine.attention import as_mask
 from lit_rlhf.engine.logprobs import mask_, nll_sum, token_logprobs
@@ -131,18 +131,19 @@ class Policy(Network):
             (B, V) logits, and the cache for the next call.
         """
         name, taken = self.cache_argument, arguments_of(self.model)
-        attends = name in ATTENTION_CACHES  # else a state holds what was read, and a step has nothing to mask
-        if cache is None and attends:
-            cache = DynamicCache(config=self.model.config.get_text_config())
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         given = {"input_ids": input_ids, "position_ids": positions}
-        given |= {"attention_mask": attention_mask.long()} if attends or cache is None else {}
+        if cache is None or name in ATTENTION_CACHES:  # else a state holds what was read: a step has nothing to mask
+            given["attention_mask"] = attention_mask.long()
         outputs = backbone(self.model)(
             **{key: value for key, value in given.items() if key in taken},
             use_cache=True,
             **({} if cache is None else {name: cache}),
         )
-        return self.logits(outputs.last_hidden_state[:, -1]), outputs[name] if cache is None else cache
+        kept = [outputs[key] for key in CACHES if outputs.get(key) is not None]
+        if not kept:
+            raise LookupError("it hands out no cache")
+        return self.logits(outputs.last_hidden_state[:, -1]), kept[0]
 
     def recompute(self, input_ids: Tensor, layout: Layout, nodes: Tensor) -> Tensor:
         """(B, V) next-token logits at these nodes of a packed row, without any cache."""

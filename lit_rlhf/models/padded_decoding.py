@@ -48,7 +48,7 @@ class OwnCacheDecoder(Decoder):
     ) -> np.ndarray:
         extends = super()._extends(slots, input_ids, lengths, episode_ids)
         self._drop(slots[~extends])
-        crowded = self.policy.caching == "together" and len(self.cohorts) >= MOST_COHORTS
+        crowded = self.policy.caching != "alone" and len(self.cohorts) >= MOST_COHORTS
         return np.zeros_like(extends) if crowded and not extends.all() else extends
 
     def _keep(self, slots: np.ndarray) -> None:
@@ -61,8 +61,7 @@ class OwnCacheDecoder(Decoder):
 
     def _prefill(self, slots: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray) -> Tensor:
         self._drop(slots)
-        together = self.policy.caching == "together"
-        groups = [slots] if together else np.split(slots, len(slots))
+        groups = np.split(slots, len(slots)) if self.policy.caching == "alone" else [slots]
         parts = []
         for group in groups:
             cohort = Cohort(group.copy())

@@ -16,7 +16,6 @@ from lit_rlhf.engine.attention import as_mask
 from lit_rlhf.engine.logprobs import mask_, nll_sum, token_logprobs
 from lit_rlhf.engine.packing import Layout, PackedBatch
 from lit_rlhf.models.trunk import (
-    ATTENTION_CACHES,
     CACHES,
     arguments_of,
     backbone,
@@ -26,7 +25,9 @@ from lit_rlhf.models.trunk import (
 )
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-Caching = Literal["together", "alone"] | None  # rows left-padded to one length, each row by itself, or no cache
+# How rows in padded batches share a model's own cache: left-padded to one length, with a mask at each step or, where a
+# state holds what was read, at the first alone; or each row by itself. None = there is no cache that gives its numbers.
+Caching = Literal["together", "by state", "alone"] | None
 
 
 class Network(nn.Module):
@@ -133,7 +134,7 @@ class Policy(Network):
         name, taken = self.cache_argument, arguments_of(self.model)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         given = {"input_ids": input_ids, "position_ids": positions}
-        if cache is None or name in ATTENTION_CACHES:  # else a state holds what was read: a step has nothing to mask
+        if cache is None or self.caching == "together":
             given["attention_mask"] = attention_mask.long()
         outputs = backbone(self.model)(
             **{key: value for key, value in given.items() if key in taken},

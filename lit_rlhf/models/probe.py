@@ -175,7 +175,7 @@ def choose_caching(policy: Policy) -> str:
     """
     sample, faults = Sample(policy), []
     logits = policy.model(input_ids=sample.ids[None, : LENGTHS[0]], use_cache=False).logits[0]
-    ways: tuple[Caching, ...] = "together", "alone"
+    ways: tuple[Caching, ...] = "together", "by state", "alone"
     for policy.caching in ways:
         try:
             gap = cache_gap(policy, sample, logits)

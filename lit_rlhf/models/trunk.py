@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from lit_rlhf.engine.attention import IMPLEMENTATION, as_mask
 from lit_rlhf.engine.packing import Layout
 
-# What models call their keys and values of the tokens read so far. Transformers renamed `past_key_values` to `cache` in
-# release 5.24, and warns of the old name; code that comes with weights may go on with it.
-ATTENTION_CACHES = "cache", "past_key_values"
-CACHES = (*ATTENTION_CACHES, "cache_params", "state")  # Mamba and RWKV keep a state instead
+# What models call their keys and values, or states, of the tokens read so far. Transformers renamed them to `cache` in
+# release 5.24, and warns of the old names; code that comes with weights may go on with them.
+CACHES = "cache", "past_key_values", "cache_params", "state"
 
 
 def packed_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:

@@ -17,7 +17,7 @@ TINY = {"vocab_size": VOCABULARY, "hidden_size": 32}
 KINDS = {
     "keys": (SINKS, "together"),
     "positions by the mask": (BloomConfig(**TINY, n_layer=2, n_head=4), "together"),
-    "a state": (MambaConfig(**TINY, num_hidden_layers=2, state_size=8), "together"),
+    "a state": (MambaConfig(**TINY, num_hidden_layers=2, state_size=8), "by state"),
     "a state that padding would enter": (
         RwkvConfig(**TINY, num_hidden_layers=2, attention_hidden_size=32),
         "alone",

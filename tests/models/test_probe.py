@@ -85,7 +85,7 @@ FOUND = {  # what is special, whether it still runs in packed rows, and how it d
     ),
     "a state instead of keys": (
         MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8),
-        "together",
+        "by state",
     ),
     "a state that padding would enter": (
         RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),

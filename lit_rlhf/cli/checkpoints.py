@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and clear words about those that are not."""
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.files import clear, replacing
 
 KEYS = {"state_dict": dict, "loops": dict, "pytorch-lightning_version": str}  # every checkpoint of the Trainer's
+RESUMED = {"optimizer_states": list, "lr_schedulers": list, "callbacks": dict}  # and those that training goes on from
+VERSION = re.compile(r"\d+\.\d+")
 SHARDED = (".metadata", "meta.pt")  # what a folder of sharded weights gets last, from torch and from Lightning
 
 
@@ -98,7 +101,7 @@ def require_checkpoint(path: Path, training: bool = False) -> None:
         if not is_sharded(path):
             raise UserError(f"{not_ours}. Or it was cut short: then take an older one")
         return
-    if not zipfile.is_zipfile(path):
+    if not path.is_file() or not zipfile.is_zipfile(path):
         raise UserError(f"{not_ours}. Or it was cut short: then take an older one")
     damaged = f"ckpt_path: {path.absolute()} is damaged, or holds more than tensors and plain values; take an older one"
     checks = getattr(rank_zero_only, "rank", 0) == 0  # the sums take reading all of it; one rank is enough
@@ -110,7 +113,12 @@ def require_checkpoint(path: Path, training: bool = False) -> None:
         raise UserError(damaged) from error
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(key), kind) for key, kind in KEYS.items()):
         raise UserError(not_ours)
+    if not checkpoint["state_dict"] or not VERSION.match(checkpoint["pytorch-lightning_version"]):
+        raise UserError(damaged)
     if training and "optimizer_states" not in checkpoint:
         raise UserError(
             f"ckpt_path: {path.absolute()} holds weights alone (save_weights_only), so no training can go on from it"
         )
+    kinds = all(isinstance(checkpoint.get(key), kind) for key, kind in RESUMED.items())
+    if training and not (kinds and checkpoint["optimizer_states"] and "fit_loop" in checkpoint["loops"]):
+        raise UserError(f"{damaged}: it lacks what training goes on from")

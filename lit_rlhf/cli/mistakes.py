@@ -41,6 +41,11 @@ def users_mistake(error: BaseException | None, root: Path | None = None) -> Base
             )
         if isinstance(error, ModuleNotFoundError) and (told := missing_package(str(error))):
             return told
+        if while_restoring(error):
+            return UserError(
+                f"ckpt_path: the checkpoint does not fit this run, or is damaged ({one_line(str(error), 200)}); resume "
+                "the config that wrote it, or take an older one"
+            )
         if isinstance(error, MisconfigurationException) or refused_by_lightning(error):
             return UserError(one_line(str(error)))
         error = error.__cause__
@@ -53,6 +58,12 @@ def refused_by_lightning(error: BaseException) -> bool:
     if not frames or not raised_in_lightning(error):
         return False
     return linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().startswith("raise ")
+
+
+def while_restoring(error: BaseException) -> bool:
+    """Whether an error came up while Lightning took up a checkpoint."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename.endswith("checkpoint_connector.py") and "restore" in frame.name for frame in frames)
 
 
 def raised_in_lightning(error: BaseException) -> bool:

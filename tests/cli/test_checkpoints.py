@@ -126,3 +126,45 @@ def test_the_last_checkpoint_is_the_newest_of_the_run(workdir, monkeypatch):
     assert run("fit", "--config", config, *QUICK, *options, "--trainer.max_steps=3", "--ckpt_path=last") == 0
     assert json.loads(Path("out/last/summary.json").read_text())["steps"] == 3
     assert sorted(path.name for path in Path("out/last").rglob("*.ckpt"))[-1].endswith("step=3.ckpt")
+
+
+RESUMED = {"optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}, "loops": {"fit_loop": {}}}
+DAMAGED = {
+    "no weights": {"state_dict": {}},
+    "no version": {"pytorch-lightning_version": "x"},
+    "no state of the optimiser": {"optimizer_states": None},
+    "no optimiser": {"optimizer_states": []},
+    "no schedules": {"lr_schedulers": "x"},
+    "callbacks that are none": {"callbacks": 3},
+    "no loop": {"loops": {}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_checkpoint_that_lacks_what_training_goes_on_from_is_refused_before_a_model_is_read(damage, tmp_path):
+    torch.save(CHECKPOINT | RESUMED, tmp_path / "a.ckpt")
+    require_checkpoint(tmp_path / "a.ckpt", training=True)
+    torch.save(CHECKPOINT | RESUMED | DAMAGED[damage], tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"a\.ckpt is damaged"):
+        require_checkpoint(tmp_path / "a.ckpt", training=True)
+
+
+def test_a_pipe_is_no_checkpoint_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="is no checkpoint of the Trainer's"):
+        require_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_whose_optimiser_is_anothers_is_one_line(workdir, monkeypatch, capsys):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    options = ["--config", config, *QUICK, "--trainer.limit_val_batches=0", "--trainer.default_root_dir=out/other"]
+    assert run("fit", *options, "--trainer.max_steps=1") == 0
+    file = newest_checkpoint(Path("out/other"))
+    checkpoint = torch.load(file)
+    checkpoint["optimizer_states"][0]["param_groups"].pop()
+    torch.save(checkpoint, file)
+    assert run("fit", *options, "--trainer.max_steps=2", f"--ckpt_path={file}") == 2
+    said = capsys.readouterr().err
+    assert "error: ckpt_path: the checkpoint does not fit this run, or is damaged (loaded state dict has a diff" in said

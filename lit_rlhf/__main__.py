@@ -1,8 +1,12 @@
 """`python -m lit_rlhf` is `lit-rlhf`."""
 
+import os
 import signal
 import sys
 from importlib.metadata import version
+
+# What a launcher tells its ranks, and Lightning reads as it is imported.
+OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
 
 
 def start() -> None:
@@ -10,6 +14,13 @@ def start() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"lit-rlhf {version('lit-rlhf')}")
         return
+    for name in OF_LAUNCHERS:
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            print(
+                f"error: the environment variable {name} ({value!r}) must be a whole number; unset it", file=sys.stderr
+            )
+            raise SystemExit(2)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries are read, Ctrl-C has no traceback to show
     from lit_rlhf.cli.main import main

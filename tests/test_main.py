@@ -6,6 +6,8 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 from lit_rlhf.__main__ import start
 
 
@@ -15,6 +17,16 @@ def test_the_version_is_told_without_reading_torch():
     assert done.stdout == f"lit-rlhf {version('lit-rlhf')}\n"
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "lightning", "transformers", "datasets", "numpy"}
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS"])
+def test_a_rank_that_is_no_number_is_told_before_anything_is_read(name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(sys, "argv", ["lit-rlhf", "fit"])
+    with pytest.raises(SystemExit) as exit:
+        start()
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == f"error: the environment variable {name} ('x') must be a whole number; unset it\n"
 
 
 def test_the_script_is_the_module():

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.callbacks import (
@@ -150,6 +151,11 @@ class AlignmentCLI(LightningCLI):
             if missing_package(str(error)) or not raised_in_lightning(error):
                 raise
             raise refused_option(error, {**given, **kwargs}) from error
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise UserError(
+                f"trainer.strategy ({given.get('strategy')}) makes its ranks out of this process, with all that it has "
+                "read; use ddp, which starts the program anew for each"
+            )
         if isinstance(trainer.accelerator, CPUAccelerator):  # each would be a process that waits for all others
             most = max(os.cpu_count() or 1, 8)
             require(trainer.num_devices <= most, "trainer.devices", trainer.num_devices, f"at most {most} on this CPU")

@@ -46,6 +46,12 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
         "`val_check_interval` (9999)",
     ),
     "validation after no epochs": ("sft", ["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch (0) must"),
+    "ranks out of one process": (
+        "sft",
+        ["--trainer.strategy=ddp_spawn"],
+        "trainer.strategy (ddp_spawn) makes its ranks",
+    ),
+    "ranks out of a notebook": ("sft", ["--trainer.strategy=ddp_notebook"], "use ddp, which starts the program anew"),
     "no steps": ("sft", ["--trainer.max_steps=0"], "max_steps (0) must be more than 0, or nothing is learnt"),
     "no batches": ("sft", ["--trainer.limit_train_batches=0"], "limit_train_batches (0) must be more than 0"),
     "rate without an end": ("sft", ["--model.learning_rate=1e999"], "learning_rate (inf) must be 0 or more and finite"),

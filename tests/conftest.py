@@ -20,7 +20,8 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_signals():
     """A test leaves the handlers of signals as it found them; what is forked later would inherit them."""
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    others = signal.valid_signals() - {signal.SIGALRM}  # which is pytest-timeout's
+    before = {number: signal.getsignal(number) for number in others}
     yield
     changed = {number: found for number in before if (found := signal.getsignal(number)) != before[number]}
     for number in changed:

@@ -25,7 +25,7 @@ OPTIONS = {  # of losses that need some
     "conservative_dpo_loss": {"label_smoothing": 0.1},
     "robust_dpo_loss": {"label_smoothing": 0.1},
 }
-NOT_PREFERENCES = ("bradley_terry_loss", "ppo_policy_loss", "value_loss")
+NOT_PREFERENCES = ("bradley_terry_loss", "load_balancing_loss", "ppo_policy_loss", "value_loss")
 FAMILY = [name for name in losses.__all__ if name.endswith("_loss") and name not in NOT_PREFERENCES]
 
 

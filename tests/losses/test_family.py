@@ -40,7 +40,7 @@ every_loss = pytest.mark.parametrize("loss", [f for f, _ in FAMILY.values()], id
 
 def test_the_table_above_holds_every_preference_loss():
     tested = {getattr(loss, "func", loss) for loss, _ in FAMILY.values()}
-    others = {"bradley_terry_loss", "ppo_policy_loss", "value_loss"}
+    others = {"bradley_terry_loss", "load_balancing_loss", "ppo_policy_loss", "value_loss"}
     assert tested == {getattr(losses, name) for name in losses.__all__ if name.endswith("_loss") and name not in others}
 
 

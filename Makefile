@@ -7,7 +7,7 @@ NEW_ENOUGH := $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup demo test test-slow test-newest test-oldest check compatibility rllib format format-check lint types api
-.PHONY: figures build clean torture
+.PHONY: figures build clean torture audit
 .PHONY: bench bench-scaling bench-gpu
 
 setup: $(VENV)/.done
@@ -75,6 +75,10 @@ types: setup
 # Runs killed, starved and broken, an hour of them; the counts go into docs/reliability.md.
 torture: setup
 	$(BIN)/python -m tests.torture
+
+# Licences of what is needed, offline; known holes of what is installed, which asks pypi.org.
+audit: setup
+	$(BIN)/python tests/audit.py
 
 check: format-check lint types test
 

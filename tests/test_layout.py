@@ -35,9 +35,11 @@ THINGS = {
     "envs/test_wrappers.py": "another library",
     "losses/test_family.py": "what holds for every preference loss",
     "test_api.py": "of the docs",
+    "test_audit.py": "of a tool beside it",
     "test_docs.py": "of the docs",
     "test_layout.py": "of this folder",
     "torture/": "of the folder itself",
+    "test_security.py": "what strangers hand over, anywhere",
     "test_wheel.py": "the package that is built",
 }
 

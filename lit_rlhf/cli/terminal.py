@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import warnings
 
 from transformers.utils.logging import disable_progress_bar
@@ -28,6 +29,18 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")  # CompletionWriter goes without
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+
+
+def quiet_threads() -> None:
+    """Leave what a disk refuses TensorBoard's thread to the main one, which is handed the same error and tells it."""
+    told = threading.excepthook
+
+    def tell(failed: threading.ExceptHookArgs) -> None:
+        ours = isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")
+        if not ours:
+            told(failed)
+
+    threading.excepthook = tell
 
 
 def log_above_bars() -> None:

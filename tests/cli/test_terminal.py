@@ -1,10 +1,16 @@
 """What is logged while a bar is drawn stands above of it."""
 
+import errno
 import io
 import logging
 import sys
+import threading
 
-from lit_rlhf.cli.terminal import log_above_bars
+import pytest
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from lit_rlhf.cli.terminal import log_above_bars, quiet_threads
 
 
 def test_loggers_that_hold_the_terminal_write_to_what_stands_for_it_while_a_bar_is_drawn(monkeypatch):
@@ -17,3 +23,22 @@ def test_loggers_that_hold_the_terminal_write_to_what_stands_for_it_while_a_bar_
     monkeypatch.setattr(sys, "stderr", above)  # as rich does
     logger.warning("said")
     assert (terminal.getvalue(), above.getvalue(), file.getvalue()) == ("", "said\n", "said\n")
+
+
+def test_a_disk_that_fills_up_under_the_curves_is_told_by_the_main_thread_alone(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: told.append(failed.exc_type))
+    quiet_threads()
+    writer = EventFileWriter(str(tmp_path / "logs"))
+    monkeypatch.setattr(writer._general_file_writer, "write", full)
+    writer.add_event(event_pb2.Event(step=1))
+    with pytest.raises(OSError, match="No space left"):
+        writer.flush()
+    thread = threading.Thread(target=full, args=("of another",))
+    thread.start()
+    thread.join()
+    assert told == [OSError]
+
+
+def full(data):
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,7 +1,5 @@
 """PPO for long: without growth of memory, files or time; with a reward that fails once in a thousand answers."""
 
-import ctypes
-import gc
 import json
 import random
 import time
@@ -27,16 +25,14 @@ class Diary(Callback):
     """Writes down, once in a while, what the process holds."""
 
     def __init__(self) -> None:
-        self.since = time.perf_counter()
+        self.since = time.process_time()  # of the processor: others may be at work
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A line of JSON."""
         if (trainer.current_epoch + 1) % EVERY == 0:
-            process, now = psutil.Process(), time.perf_counter()
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # what is held counts, not what the allocator keeps for later
+            process, now = psutil.Process(), time.process_time()
             entry = {
-                "memory": process.memory_full_info().uss,
+                "memory": process.memory_info().rss,  # a forked process comes to own pages as it touches them
                 "handles": process.num_fds(),
                 "threads": process.num_threads(),
                 "files": sum(1 for _ in Path.cwd().rglob("*")),
@@ -44,7 +40,7 @@ class Diary(Callback):
             }
             with open("diary.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            self.since = time.perf_counter()
+            self.since = time.process_time()  # of the processor: others may be at work
 
 
 def fails_at_times(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:

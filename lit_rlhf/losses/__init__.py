@@ -22,20 +22,22 @@ from lit_rlhf.losses.divergences import (
     reverse_kl_link,
 )
 from lit_rlhf.losses.load_balancing import load_balancing_loss
+from lit_rlhf.losses.per_token import (
+    chosen_nll_loss,
+    length_normalized_dpo_loss,
+    length_normalized_ipo_loss,
+    rpo_loss,
+)
 from lit_rlhf.losses.policy_gradients import PolicyLoss, PolicyTokens, ppo_policy_loss, value_loss
 from lit_rlhf.losses.preference import (
-    chosen_nll_loss,
     conservative_dpo_loss,
     discopop_loss,
     dpo_loss,
     exo_pair_loss,
     hinge_loss,
     ipo_loss,
-    length_normalized_dpo_loss,
-    length_normalized_ipo_loss,
     offset_dpo_loss,
     robust_dpo_loss,
-    rpo_loss,
 )
 from lit_rlhf.losses.rating import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
 from lit_rlhf.losses.supervised import bradley_terry_loss, nll

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.sft import SFT
     from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
     from lit_rlhf.errors import UserError
+    from lit_rlhf.models.adapters import LoRA
     from lit_rlhf.rollout.data_module import RolloutDataModule
     from lit_rlhf.rollout.play import GenerationSettings, RolloutBackend
     from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
@@ -35,6 +36,7 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "PreferenceDataModule": "data.modules",
     "SFTDataModule": "data.modules",
     "UserError": "errors",
+    "LoRA": "models.adapters",
     "RolloutDataModule": "rollout.data_module",
     "GenerationSettings": "rollout.play",
     "RolloutBackend": "rollout.play",
@@ -53,6 +55,7 @@ __all__ = [
     "FixedKL",
     "GenerationSettings",
     "KLPenalty",
+    "LoRA",
     "LossTerm",
     "PreferenceDataModule",
     "ReferenceUpdate",

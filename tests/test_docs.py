@@ -53,13 +53,14 @@ SMALL = {  # appended to the commands of the README, so that they take seconds
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_command_lines_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/lora.md"])
+def test_the_command_lines_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     function = "def brief(prompts, responses):\n    return [-len(response.split()) for response in responses]\n"
     (tmp_path / "my_rewards.py").write_text(function)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)
     commands = [line.split() for block in blocks for line in block.splitlines() if line.startswith("lit-rlhf")]
     assert commands
     for _, subcommand, *options in commands:

@@ -14,11 +14,13 @@ from lit_rlhf.algorithms.reference_cache import ReferenceCache
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.algorithms.settings import ReferenceSettings
 from lit_rlhf.data.batches import PreferenceBatch
-from lit_rlhf.errors import named_by, require
+from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.losses import dpo_loss
+from lit_rlhf.models.adapter_folders import saved_adapter
+from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.loading import load_policy_with_tokenizer
-from lit_rlhf.models.policy import freeze, frozen_copy
-from lit_rlhf.models.tokens import check_same_tokens
+from lit_rlhf.models.roles import HoldReference, Reference, SameBase, own_reference, reference_of, shares_base
+from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings
 
 
@@ -37,6 +39,10 @@ class DPO(PreferenceModule):
             second model in memory and running it each step; later runs find them on disk.
         reference_free: no reference, as if it were uniform: the implicit reward is β log π.
         reference_update: TR-DPO: let the reference follow the policy, by `alpha` and `every`; null = it stays.
+        lora: train an adapter on frozen weights; null = all weights, or the adapter in policy's folder.
+        merge_start: fold the adapter in policy's folder into its base before anything else.
+        hold_reference: where the reference lives: "base" = on the policy's frozen base, the adapters that learn being
+            off; "copy" = a model of its own; "parked" = likewise, on the CPU between uses; null = base if there is one.
         trust_remote_code: run model code that comes with the weights.
         generation: how `predict` and the sample tables write completions.
         kwargs: the optimiser's settings, see `AlignmentModule`.
@@ -51,22 +57,36 @@ class DPO(PreferenceModule):
         cache_reference: bool = False,
         reference_free: bool = False,
         reference_update: ReferenceUpdate | None = None,
+        lora: LoRA | None = None,
+        merge_start: bool = False,
+        hold_reference: HoldReference | None = None,
         trust_remote_code: bool = False,
         generation: GenerationSettings = GenerationSettings(),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
-        ReferenceSettings(reference, cache_reference, reference_free, moves=reference_update is not None)
-        self.policy, self.tokenizer = load_policy_with_tokenizer(policy, trust_remote_code=trust_remote_code)
+        ReferenceSettings(reference, cache_reference, reference_free, reference_update is not None, hold_reference)
+        refuse_dropout(lora, "DPO")
+        self.policy, self.tokenizer = load_policy_with_tokenizer(
+            policy, trust_remote_code=trust_remote_code, lora=lora, merge_start=merge_start
+        )
+        if reference_update is not None and self.policy.adapters is not None:
+            raise UserError("reference_update moves whole weights, and here an adapter learns: drop one of them")
         self.loss = PreferenceLoss(loss, reference_free)
+        self.still_reference: Reference | None = None  # a reference that stays, unless its log-probs are cached
+        saved = None if reference is None else saved_adapter(reference)
+        shared = hold_reference in (None, "base") and shares_base(self.policy, saved)
         if reference is not None:
             with named_by("model.reference"):
-                loaded, theirs = load_policy_with_tokenizer(reference, trust_remote_code=trust_remote_code)
+                if shared:
+                    theirs = load_tokenizer(reference, self.policy.model.config, trust_remote_code)
+                else:
+                    loaded, theirs = load_policy_with_tokenizer(reference, trust_remote_code=trust_remote_code)
+                    self.still_reference = own_reference(loaded, self.policy, self.frozen, hold_reference)
             check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
-            self.frozen["reference"] = freeze(loaded)
-        elif not (cache_reference or reference_free):
-            self.frozen["reference"] = frozen_copy(self.policy)
+        if shared or (reference is None and (self.policy.adapters or not (cache_reference or reference_free))):
+            self.still_reference = reference_of(self.policy, self.frozen, hold_reference, saved)
         if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint
             self.reference = self.frozen.pop("reference").train()  # Lightning warns of eval mode; dropout is 0 anyway
         self.beta = beta
@@ -114,7 +134,8 @@ class DPO(PreferenceModule):
         if self.cache_reference:
             cached = self.reference_cache[split][batch.row_ids]
             return cached[:, 0], cached[:, 1]
-        return sequence_logprobs(self.frozen_network("reference"), batch.packed)
+        assert self.still_reference is not None
+        return sequence_logprobs(self.still_reference, batch.packed)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's step; then, where they are to, the state of the loss and the reference follow the policy."""
@@ -179,12 +200,15 @@ class DPO(PreferenceModule):
     def fill_cache(self, *splits: str) -> None:
         """Reference log-probs of every pair of these splits."""
         if self.cache_reference:
+            # With a frozen base it is there for good; else it is what the policy was.
+            here = SameBase(self.policy, ()) if self.still_reference is None else self.still_reference
+            assert isinstance(here, SameBase)
             self.reference_cache.fill(
                 self.trainer,
-                self.policy,
+                here,
                 splits,
-                lambda packed: sequence_logprobs(self.policy, packed),
-                is_reference=not self.has_learnt,
+                lambda packed: sequence_logprobs(here, packed),
+                is_reference=self.still_reference is not None or not self.has_learnt,
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

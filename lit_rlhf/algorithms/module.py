@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Literal, Self, cast
@@ -26,11 +26,11 @@ from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.formats import Kind
-from lit_rlhf.engine.sharding import shard, total_norm
+from lit_rlhf.engine.sharding import full_state_dict, shard, total_norm
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses.advantages import Moments, masked_moments
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.saving import Artefact, artefact
+from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
 from lit_rlhf.models.tokens import keep_to_tokens
 from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
 
@@ -116,14 +116,6 @@ class AlignmentModule(LightningModule):
         module.tokenizer.chat_template = facts.get("chat_template", module.tokenizer.chat_template)
         return module
 
-    def frozen_network(self, name: str) -> nn.Module:
-        """A frozen network, on this module's device and in its networks' dtype."""
-        network, trained = self.frozen[name], next(self.parameters())
-        held = next(network.parameters())
-        if held.device != self.device or held.dtype != trained.dtype:
-            network.to(device=self.device, dtype=trained.dtype)
-        return network
-
     def networks(self) -> Iterator[nn.Module]:
         """Every network, trained and frozen: the models held in memory."""
         yield from self.children()
@@ -159,18 +151,36 @@ class AlignmentModule(LightningModule):
         model: PreTrainedModel = getattr(self, self.exported).model
         return model
 
+    def exported_weights(self) -> dict[str, Tensor]:
+        """Its weights on the CPU, as of `full_state_dict`; where an adapter learns, what has learnt alone."""
+        network = getattr(self, self.exported)
+        if network.adapters is None:
+            return full_state_dict(network.model)
+        return {name.removeprefix("model."): w for name, w in full_state_dict(network).items() if name[:6] == "model."}
+
     def before_export(self) -> None:
         """Learn what the artefact needs besides training; called on all ranks where weights in memory are exported."""
 
-    def artefact(self, dtype: torch.dtype | None = None, facts: Mapping[str, Any] | None = None) -> Artefact:
+    def artefact(
+        self,
+        dtype: torch.dtype | None = None,
+        facts: Mapping[str, Any] | None = None,
+        merge: bool | None = None,
+    ) -> Artefact:
         """What stands beside the exported weights.
 
         Args:
             dtype: of the weights on disk; None = that of the folder they came from.
             facts: of the checkpoint that they are taken from; None = weights as they are.
+            merge: fold an adapter into its base; None = only where it could not be loaded elsewhere.
         """
-        model = self.exportable()
-        return artefact(model, self.tokenizer, stop_token_ids(self.tokenizer, model.generation_config), dtype)
+        network = getattr(self, self.exported)
+        stops = stop_token_ids(self.tokenizer, network.model.generation_config)
+        return artefact(network.model, self.tokenizer, stops, dtype, self.score_head(facts), network.origin, merge)
+
+    def score_head(self, facts: Mapping[str, Any] | None) -> ScoreHead | None:
+        """What becomes of a scalar head in an export, by the facts of a checkpoint or, for None, of this module."""
+        return None
 
     def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
         """Rows of text that show a person what the model does on these prompts.
@@ -226,18 +236,21 @@ class AlignmentModule(LightningModule):
         return self.decay_groups(self.parameters(), self.learning_rate)
 
     def decay_groups(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:
-        """Trained matrices, which decay, and trained vectors, which do not."""
+        """Trained matrices, which decay, and trained vectors, which do not; an adapter may have none of these."""
         trained = [p for p in parameters if p.requires_grad]
         matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-        return [
+        groups = [
             {"params": matrices, "lr": learning_rate, "weight_decay": self.optimizer_settings.weight_decay},
             {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
         ]
+        return [group for group in groups if group["params"]]  # torch's sharded checkpoints take no empty ones
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is, and what its export needs beside weights."""
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["exported"] = self.exported
+        origin = getattr(self, self.exported).origin
+        checkpoint["adapter"] = None if origin is None else asdict(origin)
         checkpoint["tokens"] = len(self.tokenizer)
         checkpoint["chat_template"] = self.tokenizer.chat_template  # may be the data's
 

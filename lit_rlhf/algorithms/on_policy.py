@@ -18,8 +18,9 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.losses import PolicyTokens, ScoredRollout, value_loss
 from lit_rlhf.losses.advantages import explained_variance, token_rewards, whiten
 from lit_rlhf.losses.kl import k1, k3
+from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.loading import load_policy_with_tokenizer
-from lit_rlhf.models.policy import Scorer, frozen_copy
+from lit_rlhf.models.roles import HoldReference, Reference, Values, policy_parameters, reference_of
 from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means, plan_minibatches
 from lit_rlhf.rollout.play import GenerationSettings, Play, complete, episode_rows
 from lit_rlhf.rollout.shaping import RewardShaping
@@ -54,6 +55,10 @@ class OnPolicyModule(AlignmentModule):
             rollout's policy, k3 over all ranks, beyond this; null = never.
         temperature: divides the logits in sampling and in training alike.
         seed: of sampling and of minibatches.
+        lora: train an adapter on frozen weights; null = all weights, or the adapter in policy's folder.
+        merge_start: fold the adapter in policy's folder into its base before anything else.
+        hold_reference: where the reference lives: "base" = on the policy's frozen base, the adapters that learn being
+            off; "copy" = a model of its own; "parked" = likewise, on the CPU between uses; null = base if there is one.
         trust_remote_code: run model code that comes with the weights.
         generation: how `predict` writes completions; the sample tables show the policy as it is trained.
         kwargs: the optimiser's settings, see `AlignmentModule`.
@@ -76,6 +81,9 @@ class OnPolicyModule(AlignmentModule):
         target_kl: float | None = None,
         temperature: float = 1.0,
         seed: int = 0,
+        lora: LoRA | None = None,
+        merge_start: bool = False,
+        hold_reference: HoldReference | None = None,
         trust_remote_code: bool = False,
         generation: GenerationSettings = GenerationSettings(),
         **kwargs: Any,
@@ -91,9 +99,12 @@ class OnPolicyModule(AlignmentModule):
         self.kl_penalty = kl_penalty
         self.shaping = RewardShaping() if shaping is None else shaping
         self.generation = generation
-        self.policy, self.tokenizer = load_policy_with_tokenizer(policy, trust_remote_code=trust_remote_code)
-        self.frozen["reference"] = frozen_copy(self.policy)
-        self.critic: Scorer | None = None
+        refuse_dropout(lora, type(self).__name__)
+        self.policy, self.tokenizer = load_policy_with_tokenizer(
+            policy, trust_remote_code=trust_remote_code, lora=lora, merge_start=merge_start
+        )
+        self.reference: Reference = reference_of(self.policy, self.frozen, hold_reference)
+        self.critic: Values | None = None
         self.critic_settings = CriticSettings(0.0, None, 0, None)
         self.rollout_metrics: dict[str, float] = {}  # of the rollout that is being learnt from
         self.step_kl: list[Tensor] = []  # approximate KL of the optimiser step's micro-batches so far
@@ -149,7 +160,8 @@ class OnPolicyModule(AlignmentModule):
         if self.stopped:
             optimizer.zero_grad()
         elif self.warming_up:
-            self.policy.zero_grad()
+            for parameter in policy_parameters(self.policy):
+                parameter.grad = None
         if self.critic_settings.critic_learning_rate is not None:
             self.log("train/critic_learning_rate", optimizer.param_groups[-1]["lr"])
         super().on_before_optimizer_step(optimizer)
@@ -161,7 +173,7 @@ class OnPolicyModule(AlignmentModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The critic's learning rate may be its own."""
-        groups = self.decay_groups(self.policy.parameters(), self.learning_rate)
+        groups = self.decay_groups(policy_parameters(self.policy), self.learning_rate)
         if self.critic is not None:
             own = self.critic_settings.critic_learning_rate
             groups += self.decay_groups(self.critic.parameters(), self.learning_rate if own is None else own)
@@ -208,7 +220,8 @@ class OnPolicyModule(AlignmentModule):
     @torch.no_grad()
     def forward_rollout(self, rollout: PlannedRollout) -> tuple[Tensor, Tensor, Tensor | None]:
         """Old log-probs, reference log-probs and, with a critic, values: (M,) each, on the CPU."""
-        parts = [self.forward_packed(packed) for packed in rollout.micro_batches()]
+        with self.reference.at_hand():
+            parts = [self.forward_packed(packed) for packed in rollout.micro_batches()]
         old_logprobs, ref_logprobs, *values = (torch.cat(column) for column in zip(*parts, strict=True))
         return old_logprobs, ref_logprobs, values[0] if values else None
 
@@ -216,7 +229,7 @@ class OnPolicyModule(AlignmentModule):
         """The same of one micro-batch."""
         batch, temperature = move_data_to_device(packed, self.device), self.sampling.temperature
         with self.trainer.precision_plugin.forward_context():
-            columns = [network(batch, temperature)[0] for network in (self.policy, self.frozen_network("reference"))]
+            columns = [network(batch, temperature)[0] for network in (self.policy, self.reference)]
             if self.critic is not None:
                 columns.append(self.critic(batch, batch.predictors))
         return [column.cpu() for column in columns]
@@ -251,7 +264,7 @@ class OnPolicyModule(AlignmentModule):
         episodes = self.play_prompts(prompts)
         batch = move_data_to_device(pack([Example(e.prompt_ids, (e.response_ids,)) for e in episodes]), self.device)
         logprobs, _ = self.policy(batch, self.sampling.temperature)
-        ref_logprobs, _ = self.frozen_network("reference")(batch, self.sampling.temperature)
+        ref_logprobs, _ = self.reference(batch, self.sampling.temperature)
         kl = batch.sum_by_sequence(k1(logprobs, ref_logprobs)).mean()
         self.log_mean(stage, {"kl": kl, **episode_means(episodes)}, weight=len(episodes))
 

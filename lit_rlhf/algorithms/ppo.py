@@ -9,7 +9,11 @@ from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.settings import CriticSettings
 from lit_rlhf.errors import named_by
 from lit_rlhf.losses import gae, ppo_policy_loss
+from lit_rlhf.models.adapter_folders import saved_adapter
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_scorer, scorer_from_policy
+from lit_rlhf.models.policy import Scorer
+from lit_rlhf.models.roles import HoldCritic, OnTrunk, add_critic, critic_place, without_head
 from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 
 
@@ -24,6 +28,12 @@ class PPO(OnPolicyModule):
     Args:
         policy: folder or hub name of the causal LM to start from, normally the SFT model; also the reference.
         critic: folder or hub name of a reward model to start the critic from; None = the policy's trunk, fresh head.
+        hold_critic: where the critic lives: "adapter" = one of its own on the policy's frozen base, with a head;
+            "head" = a head alone on what the policy's trunk gives, which learns from both; "model" = a model of its
+            own; null = adapter where the policy has a frozen base that is the critic's too, else model.
+        lora: train adapters on frozen weights, of policy and critic; null = all weights, or the adapter in policy's
+            folder.
+        merge_start: fold the adapter in policy's folder into its base before anything else.
         clip_range: ε of the clipped policy ratio.
         gamma: discount; 1 in RLHF.
         gae_lambda: λ of generalised advantage estimation.
@@ -45,6 +55,9 @@ class PPO(OnPolicyModule):
         self,
         policy: str = "demo",
         critic: str | None = None,
+        hold_critic: HoldCritic | None = None,
+        lora: LoRA | None = None,
+        merge_start: bool = False,
         clip_range: float = 0.2,
         gamma: float = 1.0,
         gae_lambda: float = 0.95,
@@ -65,14 +78,27 @@ class PPO(OnPolicyModule):
             advantages=with_settings(advantages, {"gamma": gamma, "gae_lambda": gae_lambda}, defaults),
             loss=with_settings(loss, {"clip_range": clip_range}, defaults),
             adam_eps=adam_eps,
+            lora=lora,
+            merge_start=merge_start,
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
         self.critic_settings = critic_settings
-        if critic is None:
-            self.critic = scorer_from_policy(self.policy, trust_remote_code)
-        else:
-            with named_by("model.critic"):
-                self.critic = load_scorer(critic, trust_remote_code=trust_remote_code)
-                theirs = load_tokenizer(critic, self.critic.model.config, trust_remote_code)
+        with named_by("model.critic"):
+            saved = None if critic is None else saved_adapter(critic)
+            hold = critic_place(self.policy, hold_critic, critic, saved)
+            made: Scorer | OnTrunk
+            if hold != "model":
+                made = add_critic(self.policy, hold, lora, saved)
+            elif critic is not None:
+                own = without_head(self.policy, lora)
+                made = load_scorer(critic, False, trust_remote_code, own, role="critic")
+            elif self.policy.adapters is not None:
+                own = without_head(self.policy, lora)
+                made = load_scorer(policy, True, trust_remote_code, own, merge_start, role="critic")
+            else:
+                made = scorer_from_policy(self.policy, trust_remote_code)
+            self.critic = made
+            theirs = None if critic is None else load_tokenizer(critic, made.model.config, trust_remote_code)
+        if theirs is not None:
             check_same_tokens(self.tokenizer, theirs, f"critic {critic}")

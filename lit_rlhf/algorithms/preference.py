@@ -8,6 +8,7 @@ from lit_rlhf.data.batches import PreferenceBatch
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.roles import Reference
 
 
 class PreferenceModule(AlignmentModule):
@@ -31,7 +32,7 @@ class PreferenceModule(AlignmentModule):
         self.log_mean(stage, means, weight=len(losses))
 
 
-def sequence_logprobs(policy: Policy | nn.Module, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+def sequence_logprobs(policy: Policy | Reference | nn.Module, packed: PackedBatch) -> tuple[Tensor, Tensor]:
     """(B,) log π(y|x) of chosen and of rejected responses, summed over their tokens."""
     token_logprobs, _ = policy(packed)
     chosen, rejected = packed.sum_by_sequence(token_logprobs).chunk(2)

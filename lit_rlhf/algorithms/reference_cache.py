@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import replacing
-from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.adapter_folders import own_weights, plain_config
+from lit_rlhf.models.roles import SameBase
 
 VERSION = 2  # raise it when the same key would no longer give the same numbers
 SECONDS_PER_PART = 60.0  # what a killed run loses at most
@@ -60,7 +62,7 @@ class ReferenceCache:
     def fill(
         self,
         trainer: Trainer,
-        policy: Policy,
+        reference: SameBase,
         splits: Sequence[str],
         pair_logprobs: PairLogprobs,
         is_reference: bool = True,
@@ -69,10 +71,10 @@ class ReferenceCache:
 
         Args:
             trainer: its data module deals the rows.
-            policy: the reference, as it is now.
+            reference: the policy, with the adapters on that make it the reference.
             splits: train, val or test; for one without rows nothing happens.
             pair_logprobs: (B,) log-probs of chosen and rejected responses of a packed batch.
-            is_reference: whether the policy still is the reference; it is not once it has learnt.
+            is_reference: whether it still is the reference; without adapters it is not once the policy has learnt.
 
         Raises:
             UserError: it is not, and rows are new.
@@ -91,7 +93,7 @@ class ReferenceCache:
                         "gave those of other rows has learnt since; set cache_reference: false and name the model that "
                         "the run started from as model.reference"
                     )
-                source = source or source_hash(policy, trainer)  # once: it reads all weights
+                source = source or source_hash(reference, trainer)  # once: it reads all weights
                 file = cache_folder() / f"{hashlib.sha256(f'{source} {rows}'.encode()).hexdigest()}.safetensors"
                 self.by_rows[rows] = self._find(trainer, split, loader, file, pair_logprobs)
             elif not are_whole(self.by_rows[rows], data.num_rows(split)):
@@ -194,16 +196,27 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "reference"
 
 
-def source_hash(policy: Policy, trainer: Trainer) -> str:
+def source_hash(reference: SameBase, trainer: Trainer) -> str:
     """Hash of all but the rows that the log-probs follow from; every rank must call it, and gets that of rank 0."""
-    weights = full_state_dict(policy.model)
+    policy = reference.policy
+    weights, adapters = reference_weights(full_state_dict(policy.model), reference.adapters), []
+    if reference.adapters:
+        adapters = [plain_config(policy.model.peft_config[name]) for name in reference.adapters] + [version("peft")]
     config = {name: value for name, value in policy.model.config.to_dict().items() if name not in NOT_WEIGHTS}
     code = inspect.getsource(sys.modules[type(policy.model).__module__])  # mended, or come with the weights
     unused = [] if policy.unused_ids is None else policy.unused_ids.tolist()
     made_by = [VERSION, config, unused, str(trainer.precision), torch.__version__, transformers.__version__, code]
+    made_by += adapters
     held = tensors_hash(weights) if trainer.is_global_zero else ""
     digest = hashlib.sha256(json.dumps([*made_by, held], default=str).encode())
     return str(trainer.strategy.broadcast(digest.hexdigest()))
+
+
+def reference_weights(weights: dict[str, Tensor], adapters: Sequence[str]) -> dict[str, Tensor]:
+    """Those that the reference computes with: the base by its own names, and of the adapters those that are on."""
+    base = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if ".lora_" not in name}
+    held = [own_weights(weights, name) for name in adapters]
+    return base | {f"{number}.{name}": w for number, one in enumerate(held) for name, w in one.items()}
 
 
 def are_whole(logprobs: Tensor, num_rows: int) -> bool:

@@ -13,13 +13,13 @@ from lit_rlhf.algorithms.calibration import Calibration, calibration
 from lit_rlhf.algorithms.preference import PreferenceModule, agreement
 from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.data.batching import ResumableLoader
-from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import bradley_terry_loss
 from lit_rlhf.losses.advantages import Moments
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_scorer
-from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
+from lit_rlhf.models.saving import ScoreHead
 from lit_rlhf.models.tokens import load_tokenizer
 from lit_rlhf.rollout.play import predicted_rows
 from lit_rlhf.rollout.rewards import scores
@@ -41,6 +41,8 @@ class RewardModel(PreferenceModule):
             there is no validation): "mean" 0, "mean_and_std" 0 and 1, or null = scores as learnt.
         fresh_head: draw the scalar head anew from N(0, 1/√(d+1)), or keep a reward model's; null = keep it where there
             is one.
+        lora: train an adapter on frozen weights; null = all weights, or the adapter in policy's folder.
+        merge_start: fold the adapter in policy's folder into its base before anything else.
         trust_remote_code: run model code that comes with the weights.
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
@@ -53,6 +55,8 @@ class RewardModel(PreferenceModule):
         policy: str = "demo",
         normalize: Literal["mean", "mean_and_std"] | None = "mean",
         fresh_head: bool | None = None,
+        lora: LoRA | None = None,
+        merge_start: bool = False,
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -60,7 +64,9 @@ class RewardModel(PreferenceModule):
         if normalize not in (None, "mean", "mean_and_std"):
             raise UserError(f"normalize ({normalize!r}) must be 'mean', 'mean_and_std' or null")
         self.normalize = normalize
-        self.reward_model = load_scorer(policy, fresh_head=fresh_head, trust_remote_code=trust_remote_code)
+        self.reward_model = load_scorer(
+            policy, fresh_head=fresh_head, trust_remote_code=trust_remote_code, lora=lora, merge_start=merge_start
+        )
         self.tokenizer = load_tokenizer(policy, self.reward_model.model.config, trust_remote_code)
         if self.reward_model.fresh_head:
             self.untrained = (
@@ -143,12 +149,9 @@ class RewardModel(PreferenceModule):
         moments = None if self.score_moments is None else [float(value) for value in self.score_moments]
         return {"normalize": self.normalize, "bias": self.reward_model.bias, "moments": moments}
 
-    def artefact(self, dtype: torch.dtype | None = None, facts: Mapping[str, Any] | None = None) -> Artefact:
-        """What stands beside the exported weights, the normalisation of their scores included."""
-        model = self.exportable()
-        stops = stop_token_ids(self.tokenizer, model.generation_config)
-        head = score_head(self.score_facts()) if facts is None else stored_score_head(facts)
-        return artefact(model, self.tokenizer, stops, dtype, head)
+    def score_head(self, facts: Mapping[str, Any] | None) -> ScoreHead:
+        """What the normalisation of scores comes to."""
+        return score_head(self.score_facts()) if facts is None else stored_score_head(facts)
 
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -95,6 +95,7 @@ class ReferenceSettings:
     cache_reference: bool
     reference_free: bool
     moves: bool
+    hold_reference: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse options that leave each other nothing to do."""
@@ -108,6 +109,10 @@ class ReferenceSettings:
                 f"reference_free leaves reference ({self.reference}) and cache_reference ({self.cache_reference}) "
                 "nothing to do; drop them, or set reference_free: false"
             )
+        if self.hold_reference is not None and (self.reference_free or self.cache_reference or self.moves):
+            others = {"reference_free": self.reference_free, "cache_reference": self.cache_reference}
+            other = next((name for name, is_set in others.items() if is_set), "reference_update")
+            raise UserError(f"hold_reference ({self.hold_reference}) and {other}: drop one, since no reference is held")
         if self.moves and (self.reference_free or self.cache_reference):
             other = "reference_free" if self.reference_free else "cache_reference"
             raise UserError(f"reference_update moves a reference in memory, {other} holds none; set {other}: false")

@@ -9,6 +9,7 @@ from lit_rlhf.algorithms.load_balance import find_load_balance
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.batches import SFTBatch
 from lit_rlhf.losses import load_balancing_loss, nll
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings
 
@@ -20,8 +21,10 @@ class SFT(AlignmentModule):
     load-balancing loss, the loss has that term, as in transformers; it weighs micro-batches by their response tokens.
 
     Args:
-        policy: folder or hub name of a Hugging Face causal LM; "demo" is the embedded one.
+        policy: folder or hub name of a Hugging Face causal LM, or of an adapter of PEFT; "demo" is the embedded one.
         from_scratch: start from random weights in the shape of that model's config.
+        lora: train an adapter on frozen weights; null = all weights, or the adapter in policy's folder.
+        merge_start: fold the adapter in policy's folder into its base before anything else.
         trust_remote_code: run model code that comes with the weights.
         generation: how `predict` and the sample tables write completions.
         kwargs: the optimiser's settings, see `AlignmentModule`.
@@ -34,12 +37,16 @@ class SFT(AlignmentModule):
         self,
         policy: str = "demo",
         from_scratch: bool = False,
+        lora: LoRA | None = None,
+        merge_start: bool = False,
         trust_remote_code: bool = False,
         generation: GenerationSettings = GenerationSettings(),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.policy, self.tokenizer = load_policy_with_tokenizer(policy, from_scratch, trust_remote_code)
+        self.policy, self.tokenizer = load_policy_with_tokenizer(
+            policy, from_scratch, trust_remote_code, lora, merge_start
+        )
         self.generation = generation
         self.load_balance = find_load_balance(self.policy, policy)
         if from_scratch:

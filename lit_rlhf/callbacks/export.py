@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, writing_into
 from lit_rlhf.models.saving import Artefact, write, write_settings
@@ -27,6 +26,8 @@ class HuggingFaceExport(Callback):
         which: "best" = the weights of the checkpoint that is best by the monitor of a ModelCheckpoint, "last" = those
             at the end; null = the best where there is a monitor.
         dtype: of the weights on disk; null = that of the folder which the model came from.
+        merge: where an adapter has learnt (`lora`), write whole weights with the adapter folded in; false = the adapter
+            alone, for PEFT; null = the adapter, unless its base is on no disk.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class HuggingFaceExport(Callback):
         folder: str | None = "model",
         which: Literal["best", "last"] | None = None,
         dtype: Dtype | None = None,
+        merge: bool | None = None,
     ) -> None:
         require(which in (None, "best", "last"), "export.which", which, "best, last or null")
         self.folder = folder
         self.which = which
         self.dtype = as_dtype(dtype, "export.dtype")
+        self.merge = merge
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the folder, and try all but the weights, before an hour of training."""
@@ -53,7 +56,7 @@ class HuggingFaceExport(Callback):
                 "export.which is best, but no ModelCheckpoint has a monitor, such as val/loss, to tell by: give "
                 "trainer.callbacks one that has, or set export.which: last"
             )
-        rehearse(pl_module.artefact(self.dtype), target)
+        rehearse(pl_module.artefact(self.dtype, merge=self.merge), target)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on rank 0, also where a checkpoint left nothing to train; all ranks join to collect the weights."""
@@ -63,14 +66,15 @@ class HuggingFaceExport(Callback):
         best: str | None = trainer.strategy.broadcast(best_checkpoint(trainer) if self.which != "last" else None)
         if best is None:
             pl_module.before_export()
-            weights = full_state_dict(pl_module.exportable())
+            weights = pl_module.exported_weights()
         if not trainer.is_global_zero:
             return
         target, which = Path(trainer.default_root_dir) / self.folder, ""
         if best is None:
-            made = pl_module.artefact(self.dtype)
+            made = pl_module.artefact(self.dtype, merge=self.merge)
         else:
-            made, weights = pl_module.artefact(self.dtype, read_facts(best)), read_weights(best, pl_module.exported)
+            made = pl_module.artefact(self.dtype, read_facts(best), self.merge)
+            weights = read_weights(best, pl_module.exported)
             which = f" as it was best: {best}"
         replace_export(made, weights, target)
         rank_zero_info(f"exported {type(pl_module).__name__} to {target}{which}")
@@ -102,9 +106,10 @@ def require_replaceable(target: Path, option: str = "export.folder") -> None:
     """Refuse to replace what is no export: a model's folder, once it is written, is deleted with all that is in it.
 
     Raises:
-        UserError: a file, or a folder that holds something and no config.json.
+        UserError: a file, or a folder that holds something and neither config.json nor adapter_config.json.
     """
-    if target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir())):
+    exports = [target / "config.json", target / "adapter_config.json"]
+    if target.is_dir() and (any(file.exists() for file in exports) or not any(target.iterdir())):
         return
     if target.exists():
         raise UserError(f"{option}: {target} is there and no export of a model; name a folder of its own")

@@ -19,9 +19,11 @@ from lit_rlhf.data.reader import Options
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import make_folder, write_json
+from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy, freeze
 from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
+from lit_rlhf.models.weights import load_config
 from lit_rlhf.rollout.play import GenerationSettings, complete
 from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
 from lit_rlhf.rollout.scoring import scored
@@ -168,8 +170,8 @@ def reward_model_results(folder: Path, prompts: str) -> dict[str, Any]:
 def run_folder(root: str | Path, name: str) -> Path:
     """The folder of a finished run."""
     folder = Path(root) / name
-    if not (folder / "model" / "config.json").exists():
-        finished = sorted(found.parent.parent.name for found in Path(root).glob("*/model/config.json"))
+    if not is_export(folder / "model"):
+        finished = sorted(found.parent.name for found in Path(root).glob("*/model") if is_export(found))
         there = f"finished runs in {root} are {', '.join(finished)}" if finished else f"{root} holds no finished run"
         raise UserError(
             f"no exported model in {(folder / 'model').absolute()}: has the run {name!r} finished its fit? {there}; "
@@ -178,11 +180,15 @@ def run_folder(root: str | Path, name: str) -> Path:
     return folder
 
 
-def model_and_config(folder: Path) -> tuple[Path, Any]:
-    """The exported model's folder and its config."""
-    from transformers import AutoConfig
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds a model or an adapter."""
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 
-    return folder / "model", AutoConfig.from_pretrained(folder / "model")
+
+def model_and_config(folder: Path) -> tuple[Path, Any]:
+    """The exported model's folder and its config, or that of the base of an adapter there."""
+    saved = saved_adapter(folder / "model")
+    return folder / "model", load_config(folder / "model" if saved is None else saved.base)
 
 
 def print_table(results: dict[str, dict[str, Any]], baseline: str) -> None:

@@ -1,6 +1,9 @@
 """Export a checkpoint by itself: no run goes on, no data are read."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -10,6 +13,8 @@ from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_r
 from lit_rlhf.cli.checkpoints import require_checkpoint
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapter_folders import Origin, named_base, saved_adapter
+from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.loading import load_shape
 from lit_rlhf.models.saving import artefact
 from lit_rlhf.models.tokens import load_tokenizer
@@ -20,6 +25,7 @@ def export(
     folder: str,
     policy: str | None = None,
     dtype: Dtype | None = None,
+    merge: bool | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Write the model that a checkpoint holds as a Hugging Face folder, as its run would have done at its end.
@@ -30,6 +36,8 @@ def export(
         policy: folder or hub name of the model that the run started from, which gives config and tokenizer; null = as
             the run named it.
         dtype: of the weights on disk; null = that of the model that the run started from.
+        merge: where an adapter has learnt, write whole weights with the adapter folded in; false = the adapter alone;
+            null = the adapter, unless its base is on no disk.
         trust_remote_code: run code that comes with that model.
 
     Raises:
@@ -46,7 +54,8 @@ def export(
     network = facts["exported"]
     head = stored_score_head(facts) if network == RewardModel.exported else None
     try:
-        model = load_shape(source, head is not None, trust_remote_code)
+        adapter = stored_origin(facts, policy)
+        model = load_shape(source if adapter is None else adapter.base, head is not None, trust_remote_code)
         tokenizer = load_tokenizer(source, model.config, trust_remote_code)
     except UserError as error:
         hint = "" if policy else f"; {source} is what the run started from: where is it now? Name it by --policy"
@@ -60,7 +69,27 @@ def export(
     weights = read_weights(ckpt_path, network)
     if not weights:
         raise UserError(f"ckpt_path: {ckpt_path} holds no weights of a {network}")
-    require_same_shapes(weights, model.state_dict())
+    if adapter is None:
+        require_same_shapes(weights, model.state_dict())
     stops = stop_token_ids(tokenizer, model.generation_config)
-    replace_export(artefact(model, tokenizer, stops, as_dtype(dtype, "dtype"), head), weights, Path(folder))
+    made = artefact(model, tokenizer, stops, as_dtype(dtype, "dtype"), head, adapter, merge)
+    replace_export(made, weights, Path(folder))
     rank_zero_info(f"exported {facts['algorithm']} of step {facts['global_step']} to {folder}")
+
+
+def stored_origin(facts: Mapping[str, Any], policy: str | None) -> Origin | None:
+    """What the adapter in a checkpoint stands on; None where all weights have learnt.
+
+    Args:
+        facts: of the checkpoint.
+        policy: where what the run started from is now; None = where it was.
+    """
+    if facts.get("adapter") is None:
+        return None
+    origin = Origin(**facts["adapter"])
+    if policy is None:
+        return origin
+    saved = saved_adapter(policy)
+    base = named_base(resolve(policy)) if saved is None else saved.base
+    settings = {**origin.settings, "base_model_name_or_path": base}
+    return replace(origin, base=base, settings=settings, start=None if origin.start is None else policy)

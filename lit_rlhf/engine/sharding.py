@@ -24,7 +24,7 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         if type(module).__name__ in block_names:
             fully_shard(module, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    for method in ("decode", "decode_padded", "recompute", "nll"):
+    for method in ("decode", "decode_padded", "recompute", "nll", "score"):
         if hasattr(network, method):
             register_fsdp_forward_method(network, method)
 

@@ -13,69 +13,103 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapter_folders import saved_adapter
+from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.policy import Policy, Scorer
 from lit_rlhf.models.probe import choose_attention, disable_dropout
+from lit_rlhf.models.starts import adapt
 from lit_rlhf.models.tokens import keep_to_tokens, load_tokenizer
 from lit_rlhf.models.trunk import backbone
 from lit_rlhf.models.weight_checks import has_score_head
 from lit_rlhf.models.weights import load_model, stored_architectures
 
 
-def load_policy(name: str | Path, from_scratch: bool = False, trust_remote_code: bool = False) -> Policy:
+def load_policy(
+    name: str | Path,
+    from_scratch: bool = False,
+    trust_remote_code: bool = False,
+    lora: LoRA | None = None,
+    merge_start: bool = False,
+) -> Policy:
     """Load a causal LM for packed batches.
 
     Args:
-        name: folder or hub name of a Hugging Face causal LM, or "demo" for the embedded model.
+        name: folder or hub name of a Hugging Face causal LM, or of an adapter of PEFT, which is put on its base; or
+            "demo" for the embedded model.
         from_scratch: random weights in the shape of its config instead of the stored weights.
         trust_remote_code: run model code that comes with the weights.
+        lora: a new adapter that shall learn; None = all weights, or the adapter in the folder.
+        merge_start: fold the adapter in the folder into its base.
 
     Raises:
         UserError: no such model, or one that gives other numbers by itself than in this library.
     """
-    model = load_model(AutoModelForCausalLM, name, from_scratch, trust_remote_code)
-    stored = stored_architectures(name, trust_remote_code)
-    if not from_scratch and has_score_head(stored):
+    if from_scratch and lora is not None:
+        raise UserError("lora trains an adapter beside frozen weights, and from_scratch draws these: drop one")
+    start = None if from_scratch else saved_adapter(name)
+    base = name if start is None else start.base
+    model = load_model(AutoModelForCausalLM, base, from_scratch, trust_remote_code)
+    stored = stored_architectures(base, trust_remote_code)
+    if not from_scratch and (has_score_head(stored) or (start is not None and start.scores)):
         raise UserError(f"{name} holds a reward model ({stored}), not a policy; name the folder of a causal LM")
     policy = Policy(model)
     choose_attention(policy, str(name))
+    adapt(policy, name, start, lora, merge_start, "policy")
     return policy
 
 
 def load_policy_with_tokenizer(
-    name: str | Path, from_scratch: bool = False, trust_remote_code: bool = False
+    name: str | Path,
+    from_scratch: bool = False,
+    trust_remote_code: bool = False,
+    lora: LoRA | None = None,
+    merge_start: bool = False,
 ) -> tuple[Policy, Any]:
     """A policy and the tokenizer beside it, whose tokens the policy keeps to; see the two functions for each."""
-    policy = load_policy(name, from_scratch, trust_remote_code)
+    policy = load_policy(name, from_scratch, trust_remote_code, lora, merge_start)
     tokenizer = load_tokenizer(name, policy.model.config, trust_remote_code)
     keep_to_tokens(policy, tokenizer, str(name))
     return policy, tokenizer
 
 
-def load_scorer(name: str | Path, fresh_head: bool | None = False, trust_remote_code: bool = False) -> Scorer:
+def load_scorer(
+    name: str | Path,
+    fresh_head: bool | None = False,
+    trust_remote_code: bool = False,
+    lora: LoRA | None = None,
+    merge_start: bool = False,
+    role: str = "reward_model",
+) -> Scorer:
     """Load a one-label sequence classifier, from a reward model's folder or on top of a causal LM.
 
     Args:
-        name: folder or hub name of a Hugging Face model, or "demo".
+        name: folder or hub name of a Hugging Face model, or of an adapter of PEFT; or "demo".
         fresh_head: draw the scalar head anew, N(0, 1/(d+1)) in variance (Stiennon et al. 2020,
             https://arxiv.org/abs/2009.01325; "N+ details", https://arxiv.org/abs/2403.17031), rather than load it;
             None = only where the folder holds none.
         trust_remote_code: run model code that comes with the weights.
+        lora: as in `load_policy`.
+        merge_start: as in `load_policy`.
+        role: names the adapter that learns, if one does.
 
     Raises:
         UserError: no such model, or no trained scalar head in it and `fresh_head` is off.
     """
-    model = load_model(AutoModelForSequenceClassification, name, False, trust_remote_code, 1, bool(fresh_head))
+    start = saved_adapter(name)
+    base = name if start is None else start.base
+    model = load_model(AutoModelForSequenceClassification, base, False, trust_remote_code, 1, bool(fresh_head))
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; its architecture is not supported")
-    architectures = stored_architectures(name, trust_remote_code)
-    trained = has_score_head(architectures)
+    architectures = stored_architectures(base, trust_remote_code)
+    trained = has_score_head(architectures) or (start is not None and start.scores)
     fresh_head = not trained if fresh_head is None else fresh_head
+    if not fresh_head and not trained:
+        raise UserError(f"{name} holds no trained reward head: its config names {architectures}")
     if fresh_head:
         initialize_score_head(model)
-    elif not trained:
-        raise UserError(f"{name} holds no trained reward head: its config names {architectures}")
     scorer = Scorer(model, fresh_head)
     choose_attention(scorer, str(name))
+    adapt(scorer, name, start, lora, merge_start, role)
     return scorer
 
 

@@ -5,8 +5,9 @@ FSDP2 and DDP see every parameter where they expect it. `loading.py` makes them 
 """
 
 import copy
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lit_rlhf.engine.attention import as_mask
 from lit_rlhf.engine.logprobs import mask_, nll_sum, token_logprobs
 from lit_rlhf.engine.packing import Layout, PackedBatch
+from lit_rlhf.models.network import AdaptedHead, Network, ScalarHead
 from lit_rlhf.models.trunk import (
     CACHES,
     arguments_of,
@@ -30,31 +32,14 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Caching = Literal["together", "by state", "alone"] | None
 
 
-class Network(nn.Module):
-    """A Hugging Face model in a role; what was found out about it when it was loaded stands here (see `probe.py`).
-
-    Args:
-        model: with its head.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        self.quiet = False  # stays in evaluation mode while it learns: training mode would draw random numbers
-
-    def train(self, mode: bool = True) -> Self:
-        """As of any module, but that a model which must be quiet never enters training mode."""
-        super().train(mode)
-        if self.quiet:
-            self.model.eval()
-        return self
-
-
 class Policy(Network):
     """A causal LM that gives the log-probs of response tokens; also the frozen reference.
 
     Its distribution is over the tokens that the tokenizer has: ids without one are left out of sampling and log-probs
     alike, whoever learns (see `tokens.keep_to_tokens`).
+
+    Other roles may stand on its trunk: with other adapters on it gives their log-probs, and through a scalar head their
+    scores. They are called through this network, which strategies wrap as a whole (`roles.py`).
     """
 
     unused_ids: Tensor | None  # (U,) ids without a token
@@ -64,15 +49,35 @@ class Policy(Network):
         self.scale = 1.0  # of the logits: Cohere and Granite multiply them by a number
         self.cap = cap_of(model.config.get_text_config())  # of the logits; None = they have none
         self.caching: Caching = "together"  # how its own cache serves padded batches
+        self.heads = nn.ModuleDict()  # scalar heads of other roles on this trunk, by role
         self.register_buffer("unused_ids", None, persistent=False)
 
     def forward(
-        self, batch: PackedBatch, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        batch: PackedBatch,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        adapters: Sequence[str] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(M,) float32 log-probs of the response tokens, and (M,) entropies if asked for."""
+        """(M,) float32 log-probs of the response tokens, and (M,) entropies if asked for.
+
+        Args:
+            batch: packed prompts and responses.
+            temperature: divides the logits.
+            with_entropy: also return entropies.
+            adapters: that are on; None = the policy's.
+        """
+        self.switch(adapters)
         hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
         taken = self.scaled(hidden[batch.predictors]), batch.target_ids
         return token_logprobs(self.head, *taken, temperature, with_entropy, unused_ids=self.unused_ids)
+
+    def score(self, batch: PackedBatch, nodes: Tensor, role: str) -> Tensor:
+        """Scores at each of the given nodes by another role's head, its adapters on: (len(nodes),) float32."""
+        head = cast(ScalarHead, self.heads[role])
+        self.switch(head.adapters)
+        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
+        return cast(Tensor, head(hidden[nodes]))
 
     def nll(self, batch: PackedBatch, with_router_logits: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
         """-Σ log π over all response tokens, for losses that weigh them alike, and what a load-balancing loss needs.
@@ -84,6 +89,7 @@ class Policy(Network):
         Returns:
             () float32 the sum, and (N, E) router logits of each layer with experts, or none.
         """
+        self.switch()
         asked = {"output_router_logits": True} if with_router_logits else {}
         hidden, routers = packed_outputs(self.model, batch.input_ids, batch.position_ids, batch.layout, **asked)
         states = self.scaled(hidden[batch.predictors])
@@ -111,6 +117,7 @@ class Policy(Network):
         Returns:
             (B, V) logits.
         """
+        self.switch()
         hidden = backbone(self.model)(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -131,6 +138,7 @@ class Policy(Network):
         Returns:
             (B, V) logits, and the cache for the next call.
         """
+        self.switch()
         name, taken = self.cache_argument, arguments_of(self.model)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         given = {"input_ids": input_ids, "position_ids": positions}
@@ -148,6 +156,7 @@ class Policy(Network):
 
     def recompute(self, input_ids: Tensor, layout: Layout, nodes: Tensor) -> Tensor:
         """(B, V) next-token logits at these nodes of a packed row, without any cache."""
+        self.switch()
         return self.logits(padded_outputs(self.model, input_ids, layout)[0][nodes])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -169,7 +178,10 @@ class Policy(Network):
     @property
     def head(self) -> Any:
         """Scaled hidden states to logits."""
-        linear = self.model.get_output_embeddings()
+        linear: Any = self.model.get_output_embeddings()
+        if self.adapters is not None and hasattr(linear, "base_layer"):
+            on = [name for name in (self.active if self.adapters.on is None else self.adapters.on) if name in linear.r]
+            linear = AdaptedHead(linear, self.adapters) if on else linear.base_layer
         return linear if self.cap is None else SoftCappedHead(linear, self.cap)
 
     @property
@@ -207,6 +219,7 @@ class Scorer(Network):
 
     def forward(self, batch: PackedBatch, nodes: Tensor) -> Tensor:
         """Score at each of the given nodes: (len(nodes),) float32."""
+        self.switch()
         hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
         return cast(Tensor, self.model.score(hidden[nodes]).squeeze(-1).float()) + self.bias  # type: ignore[operator]
 
@@ -234,6 +247,15 @@ def context_length(config: PretrainedConfig) -> int | None:
 def frozen_copy(policy: Policy) -> Policy:
     """The reference: a copy of the policy as it is in memory, without gradients, in eval mode for good."""
     return freeze(copy.deepcopy(policy))
+
+
+def merged_copy(policy: Policy) -> Policy:
+    """The policy without adapters, in weights of its own, those that are on folded in."""
+    copied = freeze(copy.deepcopy(policy))
+    assert copied.adapters is not None
+    copied.adapters.merge(copied.active)
+    copied.adapters = None
+    return copied
 
 
 def freeze(module: ModuleT) -> ModuleT:

@@ -12,6 +12,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.utils import cached_file
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapter_folders import SCORE, Origin, whole_adapter, without_dropout, write_adapter
+from lit_rlhf.models.adapters import Adapters
+from lit_rlhf.models.loading import load_policy, load_scorer
 from lit_rlhf.models.weights import stored_dtype
 
 LARGEST = 65504.0  # of float16, in which models are run as a matter of course: no sound weight lies beyond it
@@ -35,6 +38,8 @@ class Artefact(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype | None  # on disk; None = that of the source
     gain: float
+    adapter: Origin | None = None  # of the weights that learnt, where the rest is a frozen base
+    merge: bool = False  # write them folded into the base, not as an adapter
 
 
 def artefact(
@@ -43,6 +48,8 @@ def artefact(
     stops: Sequence[int],
     dtype: torch.dtype | None = None,
     head: ScoreHead | None = None,
+    adapter: Origin | None = None,
+    merge: bool | None = None,
 ) -> Artefact:
     """What stands beside a model's weights, so that transformers generates and scores as this library does.
 
@@ -52,13 +59,38 @@ def artefact(
         stops: the ids that end a response in the run; `generate` will stop at each.
         dtype: of the weights on disk; None = that of the folder the model came from.
         head: of a reward model, which pads with a token that ends no response.
+        adapter: of the model, where an adapter learnt on a frozen base.
+        merge: fold the adapter into the base; None = only where the base is on no disk.
+
+    Raises:
+        UserError: there is no adapter to merge, or one that could not be loaded elsewhere.
     """
     tokenizer, config = copy.deepcopy(tokenizer), copy.deepcopy(model.config)
+    whole = merges(adapter, merge)
     if head is None:
-        return Artefact(model, config, _generation_config(model, tokenizer, stops), tokenizer, dtype, 1.0)
+        generation = _generation_config(model, tokenizer, stops)
+        return Artefact(model, config, generation, tokenizer, dtype, 1.0, adapter, whole)
     config.score_bias = head.bias
+    count = len(tokenizer)
     set_scorer_padding(config, tokenizer, stops)
-    return Artefact(model, config, None, tokenizer, dtype, head.gain)
+    if adapter is not None and not whole and len(tokenizer) > count:
+        raise UserError(
+            f"every special token of {adapter.base} ends responses, so its reward model pads with a new one, for which "
+            "an adapter has no embedding: set export.merge: true"
+        )
+    return Artefact(model, config, None, tokenizer, dtype, head.gain, adapter, whole)
+
+
+def merges(adapter: Origin | None, merge: bool | None) -> bool:
+    """Whether an export is of whole weights, where `merge` asks for it or not."""
+    if adapter is None and merge:
+        raise UserError("export.merge is true, and the run trains no adapter to merge: drop it, or set model.lora")
+    if adapter is not None and adapter.merged and merge is False:
+        raise UserError(
+            f"export.merge is false, and merge_start makes a base of {adapter.start} that is on no disk: an adapter "
+            "would stand on nothing. Set export.merge: true, or merge_start: false"
+        )
+    return bool(merge) or (adapter is not None and adapter.merged)
 
 
 def write(made: Artefact, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -66,12 +98,17 @@ def write(made: Artefact, weights: Mapping[str, Tensor], folder: Path) -> None:
 
     Args:
         made: what stands beside the weights.
-        weights: the model's whole state dict, on the CPU.
+        weights: the model's whole state dict, on the CPU; of an adapter at least its own.
         folder: is there, and empty.
 
     Raises:
         UserError: the weights are ruined.
     """
+    if made.adapter is not None and not made.merge:
+        write_own(made, made.adapter, refuse_ruined(weights), folder)
+        return
+    if made.adapter is not None:
+        made, weights = merged(made, made.adapter, weights)
     model, sound = made.model, refuse_ruined(weights, made.model)
     tied: Mapping[str, str] = model.all_tied_weights_keys  # on a GPU, or sharded, they no longer share memory by now
     kept = {name: tensor for name, tensor in sound.items() if tied.get(name) not in sound}
@@ -89,16 +126,54 @@ def write(made: Artefact, weights: Mapping[str, Tensor], folder: Path) -> None:
         model.config, model.generation_config = held  # type: ignore[assignment]
     made.config.dtype = dtype  # transformers wrote that of the weights in memory
     write_settings(made, folder)
-    # safetensors leaves its files to their owner alone; config.json is as the umask, or the folder, has it.
-    mode = (folder / "config.json").stat().st_mode & 0o777
+    open_files(folder)
+
+
+def open_files(folder: Path) -> None:
+    """Let those read the weights who may read the rest: safetensors leaves its files to their owner alone."""
+    mode = (folder / "tokenizer_config.json").stat().st_mode & 0o777
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
 
 
+def write_own(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write an adapter's folder."""
+    settings, own = whole_adapter(adapter, weights)
+    if SCORE in own:
+        own[SCORE] = own[SCORE] * made.gain
+    cast = {name: tensor if made.dtype is None else _cast(tensor, made.dtype) for name, tensor in own.items()}
+    write_adapter(folder, settings, cast, float(getattr(made.config, "score_bias", 0.0)))
+    write_settings(made, folder)
+    open_files(folder)
+
+
+def merged(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor]) -> tuple[Artefact, dict[str, Tensor]]:
+    """The same of the whole model, which is loaded anew as the run loaded it, the adapter folded in by PEFT."""
+    settings, own = whole_adapter(adapter, weights)
+    source = adapter.start if adapter.merged and adapter.start is not None else adapter.base
+    trusted = type(made.model).__module__.startswith("transformers_modules")  # its code runs in this process already
+    if made.generation is None:
+        model: Any = load_scorer(source, None, trusted, merge_start=adapter.merged).model
+        with torch.no_grad():
+            model.score.weight.copy_(own.pop(SCORE))
+    else:
+        model = load_policy(source, False, trusted, merge_start=adapter.merged).model
+    from peft import LoraConfig
+
+    adapters = Adapters(model, adapter.base)
+    adapters.load(adapter.name, without_dropout(LoraConfig(**settings)), own)
+    adapters.merge([adapter.name])
+    if model.config.tie_word_embeddings != made.config.tie_word_embeddings:  # PEFT changed the one and not the other
+        for holder in (made.config, made.config.get_text_config()):
+            holder.tie_word_embeddings = False
+    return made._replace(model=model, adapter=None, merge=False), dict(model.state_dict())
+
+
 def write_settings(made: Artefact, folder: Path) -> None:
     """All but the weights: what can be tried before an hour of training."""
-    made.config.save_pretrained(folder)
+    if made.adapter is None or made.merge:  # transformers would take an adapter with a config.json for a whole model
+        made.config.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     if made.generation is not None:  # unchecked: transformers refuses to save sampling defaults that it has published
         made.generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
@@ -110,13 +185,17 @@ def write_settings(made: Artefact, folder: Path) -> None:
                 shutil.copyfile(file, folder / name)
 
 
-def refuse_ruined(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+def refuse_ruined(weights: Mapping[str, Tensor], model: PreTrainedModel | None = None) -> dict[str, Tensor]:
     """The weights, as they are.
+
+    Args:
+        weights: by name.
+        model: whose parameters alone are looked at, since masks among its buffers hold infinity; None = all.
 
     Raises:
         UserError: some are no numbers, or larger than any network's.
     """
-    learnt = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # masks among buffers hold infinity
+    learnt = set(weights) if model is None else {name for name, _ in model.named_parameters(remove_duplicate=False)}
     largest = {name: float(tensor.abs().max()) for name, tensor in weights.items() if name in learnt and tensor.numel()}
     ruined = {name: value for name, value in largest.items() if not value <= LARGEST}  # NaN is not
     if ruined:

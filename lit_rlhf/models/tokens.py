@@ -8,17 +8,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.hub import first_line, hint, hub_or_cache, resolve
 from lit_rlhf.models.policy import Policy, context_length
 
 
 def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model, its `model_max_length` cut to the model's context.
+    """The tokenizer beside a model or an adapter, or beside its base; `model_max_length` is cut to the model's context.
 
     Raises:
         UserError: no tokenizer there, no end-of-sequence token, or more tokens than the model has embeddings.
     """
-    source = resolve(name)
+    saved = saved_adapter(name)
+    alone = saved is not None and not (Path(saved.name) / "tokenizer_config.json").exists()
+    source = resolve(saved.base if saved is not None and alone else name)
     try:
         with hub_or_cache(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

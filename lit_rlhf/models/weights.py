@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import find_adapter_config_file
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import silent_transformers
@@ -48,14 +47,6 @@ def load_model(
     source = resolve(name)
     with hub_or_cache(source):
         try:
-            if (
-                not from_scratch and find_adapter_config_file(source) is not None
-            ):  # transformers would apply it, unasked
-                raise UserError(
-                    f"{name} holds an adapter of PEFT (adapter_config.json), which is no part of a model here: merge "
-                    "it into its model (merge_and_unload) and save that; or remove the adapter's files, to start "
-                    "without it"
-                )
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             if num_labels is not None:
                 if not fresh_head:
@@ -152,8 +143,13 @@ def _dtype_of(config: PretrainedConfig, source: str) -> torch.dtype:
     return named if named in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
-    """The classes that a folder's weights were saved from, by its config."""
+def load_config(name: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a whole model."""
     source = resolve(name)
     with hub_or_cache(source):
-        return list(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).architectures or [])
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
+
+
+def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
+    """The classes that a folder's weights were saved from, by its config."""
+    return list(load_config(name, trust_remote_code).architectures or [])

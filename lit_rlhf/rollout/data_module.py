@@ -138,6 +138,7 @@ class RolloutDataModule(LightningDataModule):
                 check_context(agent.policy, loaded.prompt_ids, self.settings.max_new_tokens)
         # Completions of `predict` are not scored.
         played = [self.prompts[split] for split in splits if split in self.prompts and split != "predict"]
+        self.rewards.share(agent.policy)
         self.rewards.bind(self.tokenizer, trainer.strategy.root_device, played)
 
     def train_dataloader(self) -> "RolloutLoader":

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.packing import Example, pack
+from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, named_by, require
+from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.loading import load_scorer
-from lit_rlhf.models.policy import Scorer, freeze
+from lit_rlhf.models.policy import Policy, Scorer, freeze
+from lit_rlhf.models.roles import OnTrunk, add_reward_model, shares_base
 from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
+from lit_rlhf.models.weights import load_config
 from lit_rlhf.rollout.time_limit import time_limit
 from token_mdp.columns import columns_for
 from token_mdp.rewards import bare
@@ -35,6 +40,9 @@ class Reward:
     def __str__(self) -> str:
         """What messages call it, beside the option that names it."""
         return path_of(self)
+
+    def share(self, policy: Policy) -> None:
+        """Called before `bind` in training, with the policy, on whose frozen base a reward model may stand."""
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         """Called once before the first score, with the policy's tokenizer and device."""
@@ -63,8 +71,11 @@ class Reward:
 class RewardModelReward(Reward):
     """Scores of a trained reward model, read at the last response token.
 
+    An adapter on the base that a policy holds frozen is put there beside the policy's: no second base is loaded.
+
     Args:
-        model: folder or hub name of a sequence classifier with one label, such as `RewardModel` exports.
+        model: folder or hub name of a sequence classifier with one label, or of its adapter, such as `RewardModel`
+            exports.
         max_tokens: tokens per forward pass; responses are scored in order of length.
         trust_remote_code: run model code that comes with the weights.
     """
@@ -72,9 +83,29 @@ class RewardModelReward(Reward):
     def __init__(self, model: str, max_tokens: int = 16_384, trust_remote_code: bool = False) -> None:
         self.name = model
         self.max_tokens = max_tokens
+        self.trust_remote_code = trust_remote_code
+        self.policy: Policy | None = None  # on whose base it stands
+        self.held: Scorer | OnTrunk | None = None
         with named_by("reward model"):
-            self.scorer = freeze(load_scorer(model, trust_remote_code=trust_remote_code))
-            self.tokenizer = load_tokenizer(model, self.scorer.model.config, trust_remote_code)
+            self.saved = saved_adapter(model)
+            if self.saved is None:
+                self.held = freeze(load_scorer(model, trust_remote_code=trust_remote_code))
+            config = load_config(model if self.saved is None else self.saved.base, trust_remote_code)
+            self.tokenizer = load_tokenizer(model, config, trust_remote_code)
+
+    @property
+    def scorer(self) -> "Scorer | OnTrunk":
+        """The reward model, loaded when it is first asked for, unless it stands on a policy's base."""
+        if self.held is None:
+            with named_by("reward model"):
+                self.held = freeze(load_scorer(self.name, trust_remote_code=self.trust_remote_code))
+        return self.held
+
+    def share(self, policy: Policy) -> None:
+        """Stand on the policy's base, where that is the adapter's own."""
+        if self.held is None and self.saved is not None and shares_base(policy, self.saved):
+            with named_by("reward model"):
+                self.held, self.policy = add_reward_model(policy, self.saved), policy
 
     def __str__(self) -> str:
         return self.name
@@ -86,20 +117,24 @@ class RewardModelReward(Reward):
             UserError: the two tokenizers differ.
         """
         check_same_tokens(tokenizer, self.tokenizer, f"reward model {self.name}")
-        self.scorer.to(device)
+        if isinstance(self.scorer, nn.Module):
+            self.scorer.to(device)
 
     def networks(self) -> Iterator[nn.Module]:
-        """The reward model."""
-        yield self.scorer
+        """The reward model, where it is a network of its own."""
+        if isinstance(self.scorer, nn.Module):
+            yield self.scorer
 
     def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
         """(n,) scores."""
-        return scores(self.scorer, prompts, responses, self.max_tokens)
+        # Of a sharded policy's base: ranks have different numbers of responses to score, and do not wait.
+        with nullcontext() if self.policy is None else gathered(self.policy):
+            return scores(self.scorer, prompts, responses, self.max_tokens)
 
 
 @torch.no_grad()
 def scores(
-    scorer: Scorer, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], max_tokens: int = 8192
+    scorer: Scorer | OnTrunk, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], max_tokens: int = 8192
 ) -> np.ndarray:
     """(n,) float64 scores of whole responses, in packed batches of like lengths and about `max_tokens` tokens."""
     lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.errors import UserError, named_by
+from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout import rewards, time_limit
 from lit_rlhf.rollout.rewards import Reward, TextReward, path_of
 from token_mdp import Episode, RewardError
@@ -128,6 +129,12 @@ class Rewards:
         """Models that the rewards hold in memory."""
         for term in self.terms:
             yield from term.reward.networks()
+
+    def share(self, policy: Policy) -> None:
+        """Let reward models stand on the policy's frozen base, where that is their own."""
+        for term in self.terms:
+            with named_by(term.option):
+                term.reward.share(policy)
 
     def bind(
         self, tokenizer: PreTrainedTokenizerBase, device: torch.device, prompts: Iterable[PromptBatch] = ()

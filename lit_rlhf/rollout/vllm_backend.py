@@ -16,7 +16,7 @@ import numpy as np
 from lit_rlhf.engine.logprobs import autocast_dtype
 from lit_rlhf.engine.sharding import full_state_dict, is_sharded
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.policy import Policy, merged_copy
 from lit_rlhf.rollout.play import GenerationSettings, Play, RolloutBackend
 from token_mdp import TokenVectorEnv
 
@@ -168,5 +168,6 @@ class VLLMBackend(RolloutBackend):
         memory = Path("/dev/shm")
         parent = self.exchange or (str(memory) if memory.is_dir() else None)
         folder = Path(tempfile.mkdtemp(prefix="lit-rlhf-weights-", dir=parent))
-        policy.model.save_pretrained(folder, state_dict=full_state_dict(policy.model))
+        model = policy.model if policy.adapters is None else merged_copy(policy).model
+        model.save_pretrained(folder, state_dict=full_state_dict(model))
         return folder

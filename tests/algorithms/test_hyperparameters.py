@@ -223,7 +223,7 @@ def test_a_checkpoint_does_not_ask_for_trust_or_for_another_way_of_being_made(ru
     monkeypatch.setattr(
         on_policy,
         "load_policy_with_tokenizer",
-        lambda *args, trust_remote_code: trusted.append(trust_remote_code) or real(*args),
+        lambda *args, trust_remote_code, **options: trusted.append(trust_remote_code) or real(*args, **options),
     )
     monkeypatch.setattr("lightning.pytorch.cli.instantiate_module", None)
     PPO.load_from_checkpoint(path)

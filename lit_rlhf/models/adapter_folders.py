@@ -1,0 +1,288 @@
+"""Folders of PEFT's adapters: what one holds, which base it is of, and how one is written.
+
+Such a folder has no config.json, since transformers would look for a whole model beside it.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.utils import cached_file, find_adapter_config_file
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import without_dropout
+from lit_rlhf.models.hub import HUB_NAME, hub_or_cache, resolve
+
+PREFIX = "base_model.model."  # of each weight in PEFT's files
+HEADS = ("score", "classifier")  # what PEFT saves as a whole for a classifier, if it is there
+SCORE = "score.weight"
+BIAS_FILE = "score_bias.json"  # what is added to scores: for a whole reward model, it stands in its config.json
+# Settings of an adapter that change nothing but its own layers.
+TAKEN = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "use_rslora"),
+    *("use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
+    *("lora_bias", "modules_to_save", "task_type", "peft_type", "inference_mode", "base_model_name_or_path"),
+    *("revision", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start that subtract from it
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter in a folder, or on the hub.
+
+    Args:
+        name: as the user gave it.
+        base: folder or hub name of the model that it stands on.
+        settings: what its adapter_config.json says.
+    """
+
+    name: str
+    base: str
+    settings: dict[str, Any]
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is a reward model's: it has a trained scalar head."""
+        return self.settings.get("task_type") == "SEQ_CLS"
+
+    def config(self) -> Any:
+        """PEFT's config of it, without dropout.
+
+        Raises:
+            UserError: it is more than LoRA on some layers and, perhaps, a scalar head.
+        """
+        from peft import LoraConfig
+
+        kind = self.settings.get("peft_type")
+        defaults = LoraConfig().to_dict()
+        further = sorted(
+            key
+            for key, value in self.settings.items()
+            if key not in TAKEN and value and value != defaults.get(key) and value != "none"
+        )
+        saved = [name for name in self.settings.get("modules_to_save") or () if name not in HEADS]
+        if kind != "LORA" or further or saved:
+            what = f"{kind}" if kind != "LORA" else f"LoRA with {', '.join(further or saved)}"
+            raise UserError(
+                f"{self.name} is an adapter of another kind ({what}) than is trained on here, LoRA of whole layers: "
+                "merge it by PEFT's merge_and_unload, and start from that"
+            )
+        if str(self.settings.get("init_lora_weights")).startswith(CHANGES_THE_BASE):
+            raise UserError(
+                f"{self.name} was made with init_lora_weights {self.settings['init_lora_weights']}, which changes the "
+                "base: merge it by PEFT's merge_and_unload, and start from that"
+            )
+        known = {key: value for key, value in self.settings.items() if key in TAKEN and key in defaults}
+        return without_dropout(LoraConfig(**{**known, "base_model_name_or_path": self.base}))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its weights by the names of its base's layers, the scalar head as `score.weight`.
+
+        Raises:
+            UserError: there is no whole file of them.
+        """
+        source = resolve(self.name)
+        try:
+            with hub_or_cache(source):
+                file = cached_file(source, "adapter_model.safetensors")
+            assert file is not None
+            held = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self.name}: no adapter could be loaded there ({str(error).splitlines()[0]}); expected "
+                "adapter_model.safetensors beside adapter_config.json"
+            ) from error
+        weights = {key.removeprefix(PREFIX): tensor for key, tensor in held.items()}
+        heads = [key for key in weights if re.fullmatch(rf"({'|'.join(HEADS)})\.(.*\.)?weight", key)]
+        return {SCORE if key in heads else key: tensor for key, tensor in weights.items()}
+
+    @property
+    def bias(self) -> float | None:
+        """Added to the scores of its head; None = as of its base."""
+        file = Path(self.name).expanduser() / BIAS_FILE
+        return float(json.loads(file.read_text())["score_bias"]) if file.exists() else None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter that learns here stands on: with its weights, all that an export needs.
+
+    Args:
+        base: folder or hub name of the frozen model.
+        start: folder of the adapter that the run started from and another one learns on top of; None = none.
+        merged: whether that one was merged into the base, which then is on no disk.
+        settings: of the adapter that learns, see `plain_config`.
+        name: of the adapter that learns.
+        fresh: whether it was new when the run started, and changed nothing yet.
+    """
+
+    base: str
+    start: str | None
+    merged: bool
+    settings: dict[str, Any]
+    name: str
+    fresh: bool
+
+
+def saved_adapter(name: str | Path) -> SavedAdapter | None:
+    """The adapter in a folder or on the hub; None where there is none.
+
+    Raises:
+        UserError: there is one beside a whole model, or its base is not to be found.
+    """
+    source = resolve(name)
+    try:
+        with hub_or_cache(source):
+            file = find_adapter_config_file(source)
+    except OSError:
+        return None  # nothing there at all: who loads a model says so
+    if file is None:
+        return None
+    if (Path(source) / "config.json").exists():
+        raise UserError(
+            f"{name} holds a whole model and an adapter of PEFT (adapter_config.json): move one of them into a folder "
+            "of its own, and name the one that you mean"
+        )
+    try:
+        settings = json.loads(Path(file).read_text())
+        base = settings["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: its adapter_config.json names no base_model_name_or_path ({error!r})") from error
+    return SavedAdapter(str(name), base_of(str(name), base), settings)
+
+
+def base_of(name: str, base: Any) -> str:
+    """Where the base of an adapter is: a folder, seen from the adapter's or from here; else a name on the hub."""
+    for folder in (Path(name).expanduser() / str(base), Path(str(base)).expanduser()):
+        if base and folder.is_dir():
+            return str(folder.resolve())
+    if not base or not HUB_NAME.fullmatch(str(base)) or str(base).startswith("."):
+        raise UserError(
+            f"{name}: its base, {base!r} in adapter_config.json (base_model_name_or_path), is not there; write where "
+            "it is now: an absolute path, or one as seen from the adapter's folder"
+        )
+    return str(base)
+
+
+def named_base(source: str) -> str:
+    """A base's name as it stands in an adapter's folder: a folder's whole path, so that it holds from everywhere."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """PEFT's config as plain values, which a checkpoint may hold."""
+    values = config.to_dict()
+    values.pop("runtime_config", None)
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.value if isinstance(value, Enum) else value
+
+
+def own_weights(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those of one adapter among the weights of a model, as PEFT names them less its prefix; and a scalar head."""
+    ends = re.compile(rf"\.{re.escape(name)}(?=\.|$)")
+    own = {key: w for key, w in weights.items() if ".lora_" in key and ends.search(key.rpartition(".lora_")[2])}
+    # DoRA's magnitudes by PEFT's older name, with `.weight`, which transformers finds as well.
+    named = {ends.sub("", key): tensor for key, tensor in own.items()}
+    return named | {SCORE: weights[SCORE]} if SCORE in weights else named
+
+
+def whole_adapter(origin: Origin, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights of one adapter that is all there is on top of the base.
+
+    Args:
+        origin: of the adapter that learnt.
+        weights: of the model that it learnt in, those of the adapter at least.
+    """
+    own = origin.settings, own_weights(weights, origin.name)
+    if origin.start is None or origin.merged:
+        return own
+    below = saved_adapter(origin.start)
+    if below is None:
+        raise UserError(f"{origin.start}, the adapter that the run started from, is no longer there")
+    held = {key: tensor for key, tensor in below.weights().items() if key != SCORE}
+    return stacked((plain_config(below.config()), held), own)
+
+
+def write_adapter(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, Tensor], bias: float) -> None:
+    """Write what PEFT and transformers load on the base that the settings name.
+
+    Args:
+        folder: is there.
+        settings: as `plain_config` gives them.
+        weights: by the names of the base's layers; with `score.weight`, it is a reward model's.
+        bias: added to scores; nothing is written of 0.
+    """
+    from peft import LoraConfig
+
+    saved = {"modules_to_save": ["score"]} if SCORE in weights else {}
+    LoraConfig(**{**settings, **saved, "inference_mode": True}).save_pretrained(str(folder))
+    whole = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
+    save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if bias:
+        (folder / BIAS_FILE).write_text(json.dumps({"score_bias": bias}))
+
+
+def stacked(
+    below: tuple[Mapping[str, Any], Mapping[str, Tensor]], above: tuple[Mapping[str, Any], Mapping[str, Tensor]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Two adapters on one base as one: s₁ B₁ A₁ + s₂ B₂ A₂ = [s₁ B₁, s₂ B₂] [A₁; A₂].
+
+    Args:
+        below: settings and weights of one; both of plain LoRA.
+        above: of the other; other weights that it holds, such as a head, are kept.
+
+    Returns:
+        Settings, with alpha = r in each layer, and weights of their sum.
+    """
+    parts = [scaled(*below), scaled(*above)]
+    layers = list(dict.fromkeys(layer for part in parts for layer in part))
+    weights = {key: tensor for key, tensor in above[1].items() if not layer_of(key)}
+    ranks = {}
+    for layer in layers:
+        held = [part[layer] for part in parts if layer in part]
+        a, b = torch.cat([a for a, _ in held], 0), torch.cat([b for _, b in held], 1)
+        embeds = any(f"{layer}.lora_embedding_A" in part[1] for part in (below, above))
+        names = ("lora_embedding_A", "lora_embedding_B") if embeds else ("lora_A.weight", "lora_B.weight")
+        weights |= {f"{layer}.{names[0]}": a, f"{layer}.{names[1]}": b}
+        ranks[layer] = len(a)
+    r = max(ranks.values())
+    others = {re.escape(layer): rank for layer, rank in ranks.items() if rank != r}
+    settings = {"r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": dict(others), "use_rslora": False}
+    return {**above[0], **settings, "target_modules": layers, "exclude_modules": None, "lora_dropout": 0.0}, weights
+
+
+def layer_of(key: str) -> str | None:
+    """The layer whose A or B a weight is; None for other weights."""
+    found = re.fullmatch(r"(.*)\.lora_(embedding_)?[AB](\.weight)?", key)
+    return found[1] if found else None
+
+
+def scaled(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A, and B with the factor of its layer, by layer."""
+    made = {}
+    for layer in dict.fromkeys(filter(None, map(layer_of, weights))):
+        a, b = (
+            next(weights[key] for key in (f"{layer}.lora_{x}.weight", f"{layer}.lora_embedding_{x}") if key in weights)
+            for x in "AB"
+        )
+        patterns = settings.get("alpha_pattern") or {}
+        own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+        alpha, rank = next(own, settings["lora_alpha"]), len(a)
+        made[layer] = a, b * (alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank)
+    return made

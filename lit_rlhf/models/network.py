@@ -1,0 +1,89 @@
+"""What networks in every role have in common: a model, what was found out about it, and the adapters on it."""
+
+from collections.abc import Sequence
+from typing import Any, Self, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_rlhf.models.adapter_folders import Origin
+from lit_rlhf.models.adapters import Adapters
+
+
+class Network(nn.Module):
+    """A Hugging Face model in a role; what was found out about it when it was loaded stands here (see `probe.py`).
+
+    Args:
+        model: with its head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.quiet = False  # stays in evaluation mode while it learns: training mode would draw random numbers
+        self.adapters: Adapters | None = None  # where its own weights are a frozen base
+        self.active: tuple[str, ...] = ()  # the adapters that are on in this network's own role
+        self.origin: Origin | None = None  # of the adapter that learns
+        self.register_state_dict_post_hook(without_base)
+        self.register_load_state_dict_pre_hook(with_base)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but that a model which must be quiet never enters training mode."""
+        super().train(mode)
+        if self.quiet:
+            self.model.eval()
+        return self
+
+    def switch(self, adapters: Sequence[str] | None = None) -> None:
+        """Let these adapters be on; None = those of the network's own role."""
+        if self.adapters is not None:
+            self.adapters.switch(self.active if adapters is None else adapters)
+
+
+def without_base(network: Network, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Leave weights that never learn out of a state dict: a frozen base, and other roles' frozen adapters and heads."""
+    if network.adapters is not None:
+        trained = {f"{prefix}{name}" for name, parameter in network.named_parameters() if parameter.requires_grad}
+        for name in [name for name in state if name.startswith(prefix) and name not in trained]:
+            del state[name]
+
+
+def with_base(network: Network, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Weights that a state dict leaves out, see `without_base`, stay as they are."""
+    if network.adapters is not None:
+        for part, child in network.named_children():
+            for name, tensor in child.state_dict(keep_vars=True).items():
+                if not tensor.requires_grad:
+                    state.setdefault(f"{prefix}{part}.{name}", tensor)
+
+
+class AdaptedHead:
+    """A head with adapters, which are those of its first pass whenever chunks of its logits are made anew."""
+
+    def __init__(self, layer: Any, adapters: Adapters) -> None:
+        self.layer, self.adapters, self.on = layer, adapters, adapters.on
+        self.out_features = layer.out_features
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(..., d) to (..., V)."""
+        assert self.on is not None
+        self.adapters.switch(self.on)
+        return cast(Tensor, self.layer(hidden))
+
+
+class ScalarHead(nn.Module):
+    """A scalar head on another network's trunk.
+
+    Args:
+        linear: hidden states to one score.
+        adapters: those that are on in the trunk when it is read.
+        bias: added to the scores.
+    """
+
+    def __init__(self, linear: nn.Linear, adapters: Sequence[str] = (), bias: float = 0.0) -> None:
+        super().__init__()
+        self.linear, self.adapters, self.bias = linear, tuple(adapters), bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(n, d) to (n,) float32."""
+        return cast(Tensor, self.linear(hidden).squeeze(-1).float()) + self.bias

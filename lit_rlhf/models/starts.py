@@ -1,0 +1,108 @@
+"""What a run starts from: a whole model, or an adapter on its base; and what learns then: all of it, or an adapter."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from lit_rlhf.errors import UserError, named_by
+from lit_rlhf.models.adapter_folders import SCORE, Origin, SavedAdapter, named_base, plain_config
+from lit_rlhf.models.adapters import Adapters, LoRA
+from lit_rlhf.models.hub import resolve
+from lit_rlhf.models.policy import Policy, Scorer
+
+START = "start"  # the adapter that a run started from, where another learns on top of it
+
+
+def adapt(
+    network: Policy | Scorer,
+    name: str | Path,
+    start: SavedAdapter | None,
+    lora: LoRA | None,
+    merge_start: bool,
+    role: str,
+) -> None:
+    """Put the adapters on a network that was loaded whole, from the folder or from the base of the one there.
+
+    Args:
+        network: its attention is chosen already.
+        name: folder or hub name that the run starts from.
+        start: the adapter there, if it holds one.
+        lora: what shall learn in place of the whole; None = the adapter there, or all weights.
+        merge_start: fold the adapter there into its base first.
+        role: names the adapter that learns.
+
+    Raises:
+        UserError: nothing to merge, an adapter that does not fit, or two that cannot be told from one sum.
+    """
+    if start is None and merge_start:
+        raise UserError(f"merge_start: {name} holds no adapter of PEFT (adapter_config.json) to merge; drop it")
+    if start is None and lora is None:
+        return
+    base = named_base(resolve(name) if start is None else start.base)
+    adapters = Adapters(network.model, base)
+    below: tuple[str, ...] = ()
+    if start is not None:
+        place = role if lora is None and not merge_start else START
+        load_start(network, adapters, start, place, trained=place == role)
+        if merge_start:
+            adapters.merge([START])
+            adapters = Adapters(network.model, base)
+        elif lora is not None:
+            below = (START,)
+            refuse_sum_of_dora(start, lora)
+    if lora is not None:
+        adapters.add(role, lora.config(base, scores=isinstance(network, Scorer)))
+    elif merge_start:
+        network.model.requires_grad_(True)
+        return
+    model: Any = network.model
+    if isinstance(network, Scorer):
+        model.score.requires_grad_(True)
+    network.adapters, network.active = adapters, (*below, role)
+    settings = plain_config(model.peft_config[role])
+    under = None
+    if start is not None and (lora is not None or merge_start):  # found again at the end, from wherever
+        under = named_base(resolve(name))
+    network.origin = Origin(base, under, merge_start, settings, role, fresh=lora is not None)
+
+
+def load_start(network: Policy | Scorer, adapters: Adapters, start: SavedAdapter, place: str, trained: bool) -> None:
+    """Put an adapter from a folder on its base, with its scalar head and its generation config."""
+    weights, config = start.weights(), start.config()
+    head = weights.pop(SCORE, None)
+    if isinstance(network, Scorer):
+        config.task_type = "SEQ_CLS"
+        if head is not None and not network.fresh_head:
+            set_head(network, head, start.bias)
+    with named_by(start.name):
+        adapters.load(place, config, weights, trained)
+    with suppress(OSError):  # there need not be one
+        network.model.generation_config = GenerationConfig.from_pretrained(resolve(start.name))
+
+
+def set_head(scorer: Scorer, weight: Tensor, bias: float | None) -> None:
+    """Give a scorer a trained scalar head."""
+    model: Any = scorer.model
+    if model.score.weight.shape != weight.shape:
+        raise UserError(
+            f"the adapter's scalar head is {tuple(weight.shape)}, that of its base {tuple(model.score.weight.shape)}: "
+            "it is of another base"
+        )
+    with torch.no_grad():
+        model.score.weight.copy_(weight)
+    if bias is not None:
+        model.config.score_bias = bias
+
+
+def refuse_sum_of_dora(start: SavedAdapter, lora: LoRA) -> None:
+    """Refuse an adapter on top of another where one scales the whole weight, which the other is no part of."""
+    if lora.use_dora or start.settings.get("use_dora"):
+        which = "lora.use_dora" if lora.use_dora else f"that of {start.name}"
+        raise UserError(
+            f"an adapter on top of {start.name} would not add up with it: DoRA ({which}) scales the whole weight; "
+            "set merge_start: true, or lora: null to train on the adapter that is there"
+        )

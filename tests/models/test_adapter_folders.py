@@ -1,0 +1,195 @@
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lit_rlhf import LoRA, UserError
+from lit_rlhf.engine.packing import pack
+from lit_rlhf.models.adapter_folders import (
+    SCORE,
+    base_of,
+    own_weights,
+    plain_config,
+    saved_adapter,
+    stacked,
+    whole_adapter,
+    write_adapter,
+)
+from lit_rlhf.models.loading import load_policy
+from tests.models.adapted import KINDS, linear_names, move, relative
+from tests.tiny import plain_logits, random_examples, save_tiny
+
+
+def save_adapter(folder, base, seed=1, task="CAUSAL_LM", spread=0.1, **options):
+    """A folder as PEFT itself writes it, of an adapter that has learnt."""
+    kind = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
+    model = kind.from_pretrained(base, **({"num_labels": 1} if task == "SEQ_CLS" else {}))
+    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": task} | options)
+    adapted = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data += spread * torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def logits(folder, base, ids):
+    """(S, V) as PEFT computes them."""
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    with torch.no_grad():
+        return model(torch.as_tensor(ids)[None]).logits[0]
+
+
+# What PEFT itself warns of, where a test calls it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:.*fan_in_fan_out.*"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated", "ignore:.*tied_target_modules.*"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+]
+IDS = [5, 9, 12, 7, 30]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+def test_an_adapter_that_peft_wrote_gives_the_numbers_of_peft(architecture, kind, tmp_path):
+    base = save_tiny(tmp_path / "base", architecture)
+    save_adapter(tmp_path / "adapter", base, **KINDS[kind], target_modules=linear_names(architecture))
+    policy = load_policy(tmp_path / "adapter")
+    with torch.no_grad():
+        assert relative(plain_logits(policy.model, IDS), logits(tmp_path / "adapter", base, IDS)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+def test_peft_loads_what_is_written_and_gives_the_same_numbers(architecture, kind, tmp_path):
+    base = save_tiny(tmp_path / "base", architecture)
+    lora = LoRA(r=4, target_modules=linear_names(architecture), rank_pattern={"0.*": 2}, **KINDS[kind])
+    policy = load_policy(base, lora=lora)
+    move(policy, "policy")
+    settings, weights = whole_adapter(policy.origin, policy.model.state_dict())
+    (tmp_path / "out").mkdir()
+    write_adapter(tmp_path / "out", json.loads(json.dumps(settings)), weights, 0.0)
+    with torch.no_grad():
+        expected = plain_logits(policy.model, IDS)
+    assert relative(logits(tmp_path / "out", base, IDS), expected) < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()  # transformers alone finds the base
+    with torch.no_grad():
+        assert relative(model(torch.tensor([IDS])).logits[0], expected) < 1e-5
+
+
+def test_only_the_named_adapters_weights_are_its_own():
+    held = {
+        "a.lora_A.policy.weight": 1,
+        "a.lora_A.policy_2.weight": 2,
+        "policy.b.lora_B.other.weight": 3,
+        "c.weight": 4,
+    }
+    held |= {"a.lora_magnitude_vector.policy.weight": 5, "e.lora_embedding_A.policy": 6}
+    own = {"a.lora_A.weight": 1, "a.lora_magnitude_vector.weight": 5, "e.lora_embedding_A": 6}
+    assert own_weights(held, "policy") == own
+    assert own_weights(held | {SCORE: 7}, "policy") == own | {SCORE: 7}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_two_adapters_as_one_give_the_numbers_of_their_sum(rslora, tmp_path):
+    base = save_tiny(tmp_path / "base")
+    below = save_adapter(tmp_path / "below", base, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 3})
+    lora = LoRA(r=2, alpha=5.0, target_modules=["v_proj", "o_proj", "embed_tokens"], use_rslora=rslora)
+    policy = load_policy(below, lora=lora)
+    move(policy, "policy")
+    with torch.no_grad():
+        policy.switch()
+        expected = plain_logits(policy.model, IDS)
+    settings, weights = whole_adapter(policy.origin, policy.model.state_dict())
+    assert settings["r"] == 5 and len(settings["rank_pattern"]) == 5  # q_proj and o_proj of two layers, the embeddings
+    (tmp_path / "sum").mkdir()
+    write_adapter(tmp_path / "sum", settings, weights, 0.0)
+    assert relative(logits(tmp_path / "sum", base, IDS), expected) < 1e-5
+    batch = pack(random_examples(4))
+    assert relative(load_policy(tmp_path / "sum")(batch)[0], policy(batch)[0]) < 1e-5
+
+
+def test_a_sum_keeps_what_else_the_upper_one_holds():
+    one = {"r": 1, "lora_alpha": 2}, {"a.lora_A.weight": torch.ones(1, 3), "a.lora_B.weight": torch.ones(2, 1)}
+    head = torch.ones(1, 3)
+    _, weights = stacked(one, (one[0], one[1] | {SCORE: head}))
+    assert weights[SCORE] is head
+    assert torch.equal(weights["a.lora_B.weight"] @ weights["a.lora_A.weight"], torch.full((2, 3), 4.0))
+
+
+def test_a_base_is_found_from_the_adapters_folder_and_from_here(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "runs" / "base")
+    (tmp_path / "runs" / "adapter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    whole = str(tmp_path / "runs" / "base")
+    assert base_of("runs/adapter", "../base") == whole
+    assert base_of("runs/adapter", "runs/base") == whole
+    assert base_of("elsewhere", whole) == whole
+    assert base_of("runs/adapter", "owner/name") == "owner/name"
+    for missing in ("../gone", "/no/such/folder", "", None):
+        with pytest.raises(UserError, match=r"runs/adapter: its base, .* is not there; write where it is now"):
+            base_of("runs/adapter", missing)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "IA3"}, r"another kind \(IA3\)"),
+        ({"modules_to_save": ["embed_tokens"]}, r"LoRA with embed_tokens"),
+        ({"bias": "all"}, r"LoRA with bias"),
+        ({"trainable_token_indices": [1]}, r"LoRA with trainable_token_indices"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"pissa_niter_4, which changes the base"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_by_what_it_is(settings, message, tmp_path):
+    folder = save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(UserError, match=message):
+        load_policy(folder)
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(tmp_path):
+    folder = save_adapter(save_tiny(tmp_path / "base"), tmp_path / "base")
+    with pytest.raises(UserError, match="holds a whole model and an adapter of PEFT"):
+        load_policy(folder)
+
+
+def test_an_adapter_without_a_base_or_without_weights_says_so(tmp_path):
+    folder = save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(weights[:1000])
+    (folder / "adapter_model.safetensors").unlink()
+    for broken in (folder, tmp_path / "cut"):
+        with pytest.raises(UserError, match=r"no adapter could be loaded there .* expected adapter_model.safetensors"):
+            load_policy(broken)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="names no base_model_name_or_path"):
+        load_policy(folder)
+
+
+def test_a_file_that_lacks_weights_is_refused(tmp_path):
+    folder = save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    file = folder / "adapter_model.safetensors"
+    held = load_file(file)
+    held.pop(next(iter(held)))
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="the adapter's file lacks 1 weights that its config names"):
+        load_policy(folder)
+
+
+def test_settings_as_plain_values_are_what_peft_reads(tmp_path):
+    config = LoRA(target_modules=["q_proj", "v_proj"]).config("base", scores=True)
+    plain = json.loads(json.dumps(plain_config(config)))
+    assert plain["target_modules"] == ["q_proj", "v_proj"] and plain["peft_type"] == "LORA"
+    assert peft.LoraConfig(**plain) == config
+
+
+def test_a_folder_without_an_adapter_has_none(folder):
+    assert saved_adapter(folder) is None and saved_adapter("demo") is None

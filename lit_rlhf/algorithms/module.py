@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -233,17 +233,7 @@ class AlignmentModule(LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What AdamW optimises, with learning rates and decay."""
-        return self.decay_groups(self.parameters(), self.learning_rate)
-
-    def decay_groups(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:
-        """Trained matrices, which decay, and trained vectors, which do not; an adapter may have none of these."""
-        trained = [p for p in parameters if p.requires_grad]
-        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-        groups = [
-            {"params": matrices, "lr": learning_rate, "weight_decay": self.optimizer_settings.weight_decay},
-            {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]  # torch's sharded checkpoints take no empty ones
+        return self.optimizer_settings.groups(self.parameters(), self.learning_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is, and what its export needs beside weights."""

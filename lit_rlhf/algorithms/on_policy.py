@@ -173,10 +173,11 @@ class OnPolicyModule(AlignmentModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The critic's learning rate may be its own."""
-        groups = self.decay_groups(policy_parameters(self.policy), self.learning_rate)
+        groups = self.optimizer_settings.groups(policy_parameters(self.policy), self.learning_rate)
         if self.critic is not None:
             own = self.critic_settings.critic_learning_rate
-            groups += self.decay_groups(self.critic.parameters(), self.learning_rate if own is None else own)
+            rate = self.learning_rate if own is None else own
+            groups += self.optimizer_settings.groups(self.critic.parameters(), rate)
         return groups
 
     def experience(self, played: Play) -> Experience:

@@ -1,8 +1,11 @@
 """Settings that belong together, each a frozen dataclass that checks itself: constructors only wire."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.rollout.play import GenerationSettings
@@ -29,6 +32,16 @@ class OptimizerSettings:
             require(0 <= value < math.inf, name, value, "0 or more and finite")
         decay = all(0 <= beta < 1 for beta in self.adam_betas)
         require(decay, "adam_betas", self.adam_betas, "two numbers in [0, 1)")
+
+    def groups(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:
+        """Trained matrices, which decay, and trained vectors, which do not; an adapter may have none of these."""
+        trained = [p for p in parameters if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+        groups = [
+            {"params": matrices, "lr": learning_rate, "weight_decay": self.weight_decay},
+            {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]  # torch's sharded checkpoints take no empty ones
 
 
 @dataclass(frozen=True)

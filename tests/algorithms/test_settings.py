@@ -3,9 +3,11 @@
 import re
 
 import pytest
+from torch import nn
 
 from lit_rlhf import PPO, KLPenalty, UserError
 from lit_rlhf.algorithms.kl_control import KLController
+from lit_rlhf.algorithms.settings import OptimizerSettings
 
 
 def test_a_controller_without_a_coefficient_is_refused(folder):
@@ -54,3 +56,14 @@ def test_defaults_are_those_of_the_checklist(folder):
 def test_an_option_out_of_its_range_is_refused_by_name_and_value(folder, option, value):
     with pytest.raises(UserError, match=re.escape(f"{option} ({value}) must be ")):
         PPO(str(folder), **{option: value})
+
+
+def test_matrices_decay_vectors_do_not_and_no_group_is_empty():
+    settings = OptimizerSettings(1e-3, 0.1, (0.9, 0.95), 1e-8, "constant", 0.0)
+    frozen, linear = nn.Linear(2, 3).requires_grad_(False), nn.Linear(2, 3)
+    both = settings.groups([*frozen.parameters(), *linear.parameters()], 1e-2)
+    assert [(group["params"], group["weight_decay"], group["lr"]) for group in both] == [
+        ([linear.weight], 0.1, 1e-2),
+        ([linear.bias], 0.0, 1e-2),
+    ]
+    assert len(settings.groups([linear.weight], 1e-2)) == 1 and settings.groups(frozen.parameters(), 1e-2) == []

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lit_rlhf import AdaptiveKL, KLPenalty, RewardShaping
+from lit_rlhf import AdaptiveKL, KLPenalty, LoRA, RewardShaping
 from lit_rlhf.algorithms import reference_cache
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
@@ -33,13 +33,14 @@ STOPPED_PPO = {  # in its second iteration, after the critic has warmed up: see 
 }
 MOVING_DPO = {"loss": bco_pair_loss, "reference_update": ReferenceUpdate(alpha=1.0, every=2)}
 # One step of the whole data set; a large epsilon keeps the size of the gradient in what AdamW does with it.
-WHOLE = {"lr_scheduler": "constant", "warmup_steps": 0, "adam_eps": 1.0}
+WHOLE = {"lr_scheduler": "constant", "warmup_steps": 0, "adam_eps": 0.5}
 WHOLE_TRAINER: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 100}
 WHOLE_DPO = WHOLE | {"reference_free": True}
 WHOLE_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole_sft": ("sft", WHOLE),
     "whole_reward_model": ("reward_model", WHOLE | {"normalize": None}),
     "whole_dpo": ("dpo", WHOLE_DPO),
+    "whole_lora": ("sft", WHOLE | {"lora": LoRA(r=4)}),
     "chunked_sft": ("sft", WHOLE),  # the head sees a few tokens at a time, as in a large batch
     "chunked_dpo": ("dpo", WHOLE_DPO),
 }
@@ -50,6 +51,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo_cached": ("dpo", {"cache_reference": True}),
     "dpo_moving": ("dpo", MOVING_DPO),
     "best_reward_model": ("reward_model", {}),
+    "lora_ppo": ("ppo", {"lora": LoRA(r=4)}),  # policy, reference and critic on one base
     **WHOLE_RUNS,
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -49,6 +49,8 @@ def require_monitors(trainer: Any, held_out: bool) -> None:
     for callback in trainer.callbacks:
         watched = getattr(callback, "monitor", None)
         lenient = isinstance(callback, EarlyStopping) and not callback.strict
+        if isinstance(callback, ModelCheckpoint) and watched in ("epoch", "step"):  # it counts these itself
+            continue
         if not isinstance(watched, str) or watched in known or lenient or watched.startswith(HELD_OUT) != held_out:
             continue
         near = difflib.get_close_matches(watched, known, n=3, cutoff=0.5)

@@ -78,6 +78,7 @@ def test_every_metric_of_a_run_can_be_watched(stage, inputs, tmp_path):
     watching = [
         ModelCheckpoint(tmp_path / "kept", filename=str(i), monitor=name) for i, name in enumerate(sorted(names))
     ]
+    watching += [ModelCheckpoint(tmp_path / "counted", filename=name, monitor=name) for name in ("epoch", "step")]
     watching.append(EarlyStopping("nowhere", strict=False))
     make_trainer(tmp_path, callbacks=watching, enable_checkpointing=True, **options).fit(module, data)
 

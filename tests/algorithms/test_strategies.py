@@ -39,7 +39,15 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
 
     results = json.loads((tmp_path / f"{strategy}.json").read_text())
-    assert set(results) == {*STAGES, "stopped_ppo", "dpo_cached", "dpo_moving", "best_reward_model", *WHOLE_RUNS}
+    assert set(results) == {
+        *STAGES,
+        "stopped_ppo",
+        "dpo_cached",
+        "dpo_moving",
+        "best_reward_model",
+        "lora_ppo",
+        *WHOLE_RUNS,
+    }
     for run, result in results.items():
         assert result["steps"] > 0
         assert all(math.isfinite(value) for value in result["metrics"].values()), (run, result)

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import DPO, PPO, SFT, LoRA, RewardModel, RewardModelReward, UserError
@@ -260,13 +261,17 @@ def test_dpo_caches_the_reference_by_its_own_weights(inputs, sft, tmp_path, monk
     quiet = {"trainer": {"max_epochs": 1, "enable_checkpointing": False, "callbacks": []}, "cache_reference": True}
     fit("dpo", inputs, tmp_path / "whole", **quiet)
     whole = files()
-    torch.manual_seed(5)
-    fit("dpo", inputs, tmp_path / "adapter", lora=ADAPTER, **quiet)
+    fit("dpo", inputs, tmp_path / "adapter", lora=ADAPTER, seed=5, **quiet)
     assert files() == whole and len(whole) == 1
     fit_from(sft, "dpo", inputs, tmp_path / "on", lora=ADAPTER, **quiet)
     module = fit_from(sft, "dpo", inputs, tmp_path / "further", **quiet)
     assert len(files()) == len(whole) * 2
     assert module.policy.adapters.names == ["policy", "reference"]
+    other = Path(shutil.copytree(sft, tmp_path / "other"))  # of the same settings, with other weights
+    file = other / "adapter_model.safetensors"
+    save_file({name: w * 1.5 for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    fit_from(other, "dpo", inputs, tmp_path / "of_other", **quiet)
+    assert len(files()) == len(whole) * 3
 
 
 def test_dropout_is_refused_in_dpo_and_ppo_and_taken_in_sft_and_by_reward_models(inputs):

@@ -105,7 +105,7 @@ def test_a_checkpoint_of_a_reward_model_that_no_validation_has_seen_is_exported_
         ({"tokens": 7}, [], "has 40 tokens and that of the run had 7"),
         ({}, ["--folder=notes"], "folder: notes is there and no export of a model"),
         ({}, ["--ckpt_path=gone.ckpt"], "ckpt_path: there is no checkpoint"),
-        ({"state_dict": {}}, [], "holds no weights of a policy"),
+        ({"state_dict": {"critic.model.weight": torch.ones(1)}}, [], "holds no weights of a policy"),
         ({"state_dict": {"policy.model.lm_head.weight": torch.full((40, 32), torch.nan)}}, [], "another model"),
     ],
 )

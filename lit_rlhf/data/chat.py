@@ -68,6 +68,11 @@ class Renderer:
     def prompt(self, messages: list[Row]) -> str:
         """What the model has read when it begins to write: its turn's header, or its turn as far as it is given."""
         if messages[-1]["role"] == "assistant":
+            if "content" not in messages[-1]:
+                raise UserError(
+                    "the prompt ends with a turn of the assistant that has no text to go on with; let it end with the "
+                    "turn before, or with the tool's answer"
+                )
             return self(messages, continue_final_message=True)
         return self(messages, add_generation_prompt=True)
 
@@ -85,6 +90,10 @@ class Renderer:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             roles = [message["role"] for message in messages]
             raise UserError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+        except RecursionError as error:
+            raise UserError(
+                "nested too deep for the chat template, or the template calls itself without end"
+            ) from error
         texts, spans = rendered
         return texts[0], [(start, end) for start, end in spans[0]] if spans else []
 

@@ -42,7 +42,11 @@ def check_row(row: Any, kind: Kind, place: str) -> Row:
         raise UserError(f"{place}: expected an object with {EXPECTED[kind]}, found {describe(row)}")
     columns = to_tokenize(row, kind, place)
     # Of prompts every column stays as it is: rewards read them, and `predict` writes them.
-    return row if kind in ("prompts", "scored") else columns
+    if kind in ("prompts", "scored"):
+        return row
+    if not any(isinstance(value, list) for value in columns.values()):
+        _require_no_template_columns(row, place)
+    return columns
 
 
 def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
@@ -84,6 +88,15 @@ def as_prompt(row: Row) -> Row | None:
     if "prompt" not in row:
         return None
     return {"prompt": row["prompt"], "completion": row["chosen"] if "chosen" in row else row["completion"], **template}
+
+
+def _require_no_template_columns(row: Row, place: str) -> None:
+    for name in ("tools", "chat_template_kwargs"):
+        if row.get(name) not in (None, [], {}, "", "[]", "{}", "null"):
+            raise UserError(
+                f"{place}, column '{name}': it goes to the chat template, which renders messages, and this row is "
+                f"text; give messages, or put the column aside by `columns: {{other_name: {name}}}`"
+            )
 
 
 def _with_answers(columns: Row, row: Row, place: str) -> Row:

@@ -97,9 +97,13 @@ def _turns(
         if turn == 0 and not prompt:
             start = _beginning(render, messages, text)
         else:
-            read = render.prompt(prompt if prompt and turn == first else messages[:turn])
+            # A turn of the assistant that another one follows is over; only a prompt's last turn is gone on with.
+            begun = prompt if prompt and turn == first else None
+            read = render.prompt(begun) if begun else render(messages[:turn], add_generation_prompt=True)
             _require_beginning(read, through, turn)
             start = len(read)
+        if start == len(through) and messages[turn].get("content", "").strip():
+            raise UserError(f"the chat template leaves out message {turn}, which is to be learnt; use one that writes it")
         spans.append((start, len(through)))
     return text, spans
 

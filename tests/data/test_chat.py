@@ -65,6 +65,16 @@ def test_whatever_a_template_stumbles_over_is_one_error_with_the_roles(template)
         Renderer(byte_tokenizer(template))([USER, ASSISTANT])
 
 
+@pytest.mark.parametrize("template", ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
+def test_a_template_that_calls_itself_without_end_is_one_error(template):
+    with pytest.raises(UserError, match="or the template calls itself without end"):
+        Renderer(byte_tokenizer(template))([USER, ASSISTANT])
+    with pytest.raises(UserError, match="no response ends"):  # and none when the end of a turn is looked for
+        tokenizer = byte_tokenizer(template)
+        tokenizer.eos_token = None
+        stop_token_ids(tokenizer)
+
+
 def test_what_the_template_would_ignore_is_refused_by_column_or_option():
     tokenizer = byte_tokenizer(CHATML)
     with pytest.raises(UserError, match="column 'tools': the chat template has no place for tools"):

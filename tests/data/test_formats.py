@@ -76,6 +76,13 @@ def test_a_row_keeps_the_columns_of_its_format(kind, row, kept):
             "column 'margin': expected a number, found text",
         ),
         ("prompts", {"text": "x"}, "expected the columns `prompt`; found \\['text'\\]"),
+        ("sft", {"text": "x", "tools": [{"name": "f"}]}, "column 'tools': .* this row is text; give messages"),
+        ("sft", {"prompt": "q", "completion": "a", "tools": "[{}]"}, "here, column 'tools': it goes to the chat"),
+        (
+            "preference",
+            {"chosen": "y", "rejected": "n", "chat_template_kwargs": {"enable_thinking": False}},
+            "column 'chat_template_kwargs': .*columns: {other_name: chat_template_kwargs}",
+        ),
     ],
 )
 def test_a_malformed_row_is_named_with_what_was_found_and_expected(kind, row, message):
@@ -106,13 +113,13 @@ RAIN, SUN = {"role": "tool", "content": "rain"}, {"role": "tool", "content": "su
             {"prompt": [ASK], "chosen": "yes", "rejected": [NO]},
             {"prompt": [ASK], "chosen": [YES], "rejected": [NO], "margin": 0.0},
         ),
-        # what the template is to be given stays beside messages, and goes from beside text
+        # what the template is to be given stays beside messages; beside text, only what is empty may stand
         (
             "sft",
             {"messages": [ASK, YES], "tools": '[{"name": "weather"}]', "chat_template_kwargs": {"a": 1}, "id": 3},
             {"messages": [ASK, YES], "tools": TOOLS, "chat_template_kwargs": {"a": 1}},
         ),
-        ("sft", {"text": "t", "tools": TOOLS}, {"text": "t"}),
+        ("sft", {"text": "t", "tools": [], "chat_template_kwargs": None}, {"text": "t"}),
         # the prompt in both conversations, as messages or as text, whatever fields are null
         (
             "preference",

@@ -74,6 +74,21 @@ def test_an_opening_whose_words_the_template_drops_is_refused():
     assert learnt({"messages": [assistant("x</think>Hi", weight=0), user("A")]}, R1) == []
 
 
+@pytest.mark.parametrize("template", [CHATML, QWEN25, LLAMA3])
+def test_of_turns_that_follow_each_other_each_is_learnt_without_its_header(template):
+    messages = [user("A"), assistant("B"), assistant("C"), assistant("D", weight=0), assistant("E")]
+    found = learnt({"messages": messages}, template)
+    assert found == ["B<|im_end|>", "C<|im_end|>", "E<|im_end|>"]
+
+
+def test_words_that_the_template_leaves_out_are_refused_rather_than_learnt_as_nothing():
+    row = {"prompt": [user("A")], "completion": [assistant("B")]}
+    for template in ("", "{{ messages[0].content }}"):
+        with pytest.raises(UserError, match="leaves out message 1, which is to be learnt"):
+            learnt(row, template)
+    assert learnt({**row, "completion": [assistant(" ")]}, CHATML) == [" <|im_end|>"]
+
+
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, QWEN25, LLAMA3])
 def test_turns_of_weight_zero_are_read_and_not_learnt(template):
     turns = [user("A"), assistant("BAD", weight=0), user("C"), assistant("D", weight=1), user("E"), assistant("F")]
@@ -175,6 +190,11 @@ def test_a_prompt_that_begins_the_answer_is_continued_in_every_format(template):
     assert begun.endswith("So") and "<|im_end|>" not in begun[begun.index("assistant") :]
     assert learnt(row, template) == [" be it<|im_end|>"]
     assert pair(row, template)[:3] == [begun, " be it<|im_end|>", " what<|im_end|>"]
+
+
+def test_a_turn_without_words_cannot_be_continued():
+    with pytest.raises(UserError, match="no text to go on with"):
+        tokenize_prompts([{"prompt": [user("q"), CALL]}], tokenizer_with(QWEN25), FREE)
 
 
 def test_a_template_that_writes_a_turn_whole_cannot_continue_it():

@@ -46,8 +46,12 @@ def checked_columns(columns: Mapping[str, Sequence[Any]], num_prompts: int) -> d
 
 def fresh(value: Any) -> Any:
     """A value with its lists and dicts copied, all the way down: a reward function may write into what it gets."""
-    if type(value) is list:
-        return [fresh(element) for element in value]
-    if type(value) is dict:
-        return {key: fresh(element) for key, element in value.items()}
-    return value
+    copied = [value]
+    unread: list[Any] = [copied]  # copies whose contents are still the original's; no recursion, however deep they lie
+    while unread:
+        parts = unread.pop()
+        for key, part in list(parts.items() if type(parts) is dict else enumerate(parts)):
+            if type(part) in (list, dict):
+                parts[key] = part.copy()
+                unread.append(parts[key])
+    return copied[0]

@@ -30,16 +30,18 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         return
     if threading.current_thread() is not threading.main_thread():
         raise UserError(f"timeout ({seconds}) works in the main thread alone; set it to null, or run the trainer there")
-    began, running = time.monotonic(), True
+    began, running = time.monotonic(), False
 
     def ring(number: int, frame: FrameType | None) -> None:
         if running:
             raise TimeIsUp
 
     handler = signal.signal(signal.SIGALRM, ring)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again, if the code catches it
+    # Again and again, if the code catches it; longer than a system's clock counts is as long as it takes.
+    left, interval = signal.setitimer(signal.ITIMER_REAL, min(seconds, threading.TIMEOUT_MAX), 1.0)
     try:
         try:
+            running = True  # from here on what rings is caught below
             yield
         finally:
             running = False

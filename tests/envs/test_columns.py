@@ -82,3 +82,17 @@ def test_what_a_function_writes_into_its_columns_reaches_no_later_call():
 def test_a_column_that_would_hide_an_argument_is_refused(name):
     with pytest.raises(ValueError, match=rf"columns\['{name}'\] would hide the argument '{name}'"):
         TokenVectorEnv(num_envs=1, **task(columns={name: [1, 2, 3]}))
+
+
+def test_columns_are_copied_however_deep_they_are_nested():
+    def reward(prompts, responses, deep):
+        deep[0][0].append("seen")
+        return [0.0] * len(responses)
+
+    nested = ["end"]
+    for _ in range(5000):
+        nested = [nested]
+    env = TokenVectorEnv(num_envs=1, **task(reward_fn=reward, columns={"deep": [nested] * 3}))
+    env.reset(seed=0)
+    env.step([7])
+    assert len(nested[0]) == 1

@@ -49,13 +49,22 @@ def test_what_takes_too_long_is_stopped(function):
     assert time.monotonic() - since < 5
 
 
+@pytest.mark.parametrize("seconds", [1e-9, 1e-6])
+def test_a_limit_that_is_over_at_once_is_the_same_error_and_rings_no_more(seconds):
+    before = signal.getsignal(signal.SIGALRM)
+    for _ in range(20):
+        with pytest.raises(TimeoutError, match="longer than timeout"), time_limit(seconds):
+            time.sleep(1e-4)
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[1] == 0.0
+
+
 def test_the_error_leads_to_where_the_function_was():
     with pytest.raises(TimeoutError) as error, time_limit(0.1):
         loop()
     assert "loop" in [frame.name for frame in traceback.extract_tb(error.value.__traceback__)]
 
 
-@pytest.mark.parametrize("seconds", [None, 30.0])
+@pytest.mark.parametrize("seconds", [None, 30.0, 1e30])
 def test_what_is_done_in_time_is_left_alone(seconds):
     before = signal.getsignal(signal.SIGALRM)
     with time_limit(seconds):

@@ -77,15 +77,14 @@ def killed(plan: Plan, number: int, base: Path, rng: random.Random) -> Iterable[
         (f"{plan.stage}: SIGTERM, SIGINT", list(kills.stopped(plan, number // 5, rng))),
     )
     for name, deaths in groups:
-        trials, count = [], 0
+        trials = []
         for i, death in enumerate(deaths):
             again = rng.uniform(0, plan.seconds) if i % 4 == 0 and plan.stage != PREDICT else None
             folder = base / f"{plan.stage}{i}"
             trials.append(kills.trial(plan, death, folder, two_steps=i % 2 == 0, again=again))
-            count += 1 if again is None else 2
             say(f"{name} {death.how}", trials[-1])
             shutil.rmtree(folder)
-        yield name, count, trials
+        yield name, sum(wrong.count("met: ") for wrong in trials), trials
 
 
 def filled(plan: Plan, number: int, base: Path, rng: random.Random) -> Iterable[Row]:

@@ -95,7 +95,8 @@ def trial(plan: Plan, death: Death, folder: Path, two_steps: bool, again: float 
     """End a run, and the one that goes on from it after `again` seconds, and hold what comes at last to the bits.
 
     Returns:
-        What is wrong, each with the column of the table that it belongs in before a colon.
+        What is wrong, each with the column of the table that it belongs in before a colon; and "met: " for each time
+        that a run was still alive to be ended, which is not wrong.
     """
     fresh(folder, plan.inputs, plan.stage)
     wrong: list[str] = []
@@ -105,6 +106,8 @@ def trial(plan: Plan, death: Death, folder: Path, two_steps: bool, again: float 
         how = resumption(folder, told)
         ended = end(plan, part, folder, how, two_steps)
         told = ended.told
+        if part is not None and ended.status in (-part.signal, 128 + part.signal, -signal.SIGXFSZ):
+            wrong.append("met: ")
         if ended.hung:
             return [*wrong, f"hung: {told[-500:]}"]
         wrong += [f"corrupt: {fault}" for fault in apart(faults, folder)]

@@ -16,8 +16,13 @@ from tests.torture.moments import changed, kind_of
 from tests.torture.remains import bits, faults, hash_of, leftovers
 
 ROOT = Path(__file__).parents[2]
-CHECKPOINT = {"state_dict": {"w": torch.ones(9)}, "loops": {}, "pytorch-lightning_version": "2.6", "global_step": 4}
-CHECKPOINT |= {"optimizer_states": [], "lr_schedulers": [], "callbacks": {}, "epoch": 1}
+CHECKPOINT = {
+    "state_dict": {"w": torch.ones(9)},
+    "loops": {"fit_loop": {}},
+    "pytorch-lightning_version": "2.6",
+    "global_step": 4,
+}
+CHECKPOINT |= {"optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}, "epoch": 1}
 
 
 def test_killed_runs_go_on_to_the_bits_of_a_run_never_killed():

@@ -103,7 +103,9 @@ def _turns(
             _require_beginning(read, through, turn)
             start = len(read)
         if start == len(through) and messages[turn].get("content", "").strip():
-            raise UserError(f"the chat template leaves out message {turn}, which is to be learnt; use one that writes it")
+            raise UserError(
+                f"the chat template leaves out message {turn}, which is to be learnt; use one that writes it"
+            )
         spans.append((start, len(through)))
     return text, spans
 

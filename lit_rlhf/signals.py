@@ -146,7 +146,7 @@ class Fork(threading.local):
     mask: set[Any] | None = None  # of this thread before it forked; None where nobody listens
 
     def before(self) -> None:
-        """In the thread that forks."""
+        """In the thread that forks; others may still meet a signal, which is the parent's then."""
         if any(isinstance(signal.getsignal(number), Listener) for number in ENDING):
             self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 

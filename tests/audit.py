@@ -16,6 +16,7 @@ PERMISSIVE = re.compile(
     r"Unlicense|LLVM-exception|OFL-1\.1)\b",
     re.IGNORECASE,
 )
+OF_NVIDIA = re.compile(r"(nvidia|cuda)-")  # under its own terms; they come with a build of torch for CUDA
 COPYLEFT = re.compile(r"\b(A?GPL|LGPL|GNU)", re.IGNORECASE)
 
 
@@ -57,7 +58,7 @@ def refused(licences: dict[str, str]) -> list[str]:
     return [
         f"{package}: {said or 'no licence is named'}"
         for package, said in sorted(licences.items())
-        if COPYLEFT.search(said) or not PERMISSIVE.search(said)
+        if not OF_NVIDIA.match(package) and (COPYLEFT.search(said) or not PERMISSIVE.search(said))
     ]
 
 
@@ -90,6 +91,8 @@ def main() -> int:
     licences = {package: said for package in all_needed("lit-rlhf") if (said := licence(package)) is not None}
     wrong = refused(licences)
     print(f"{len(licences)} packages that lit-rlhf needs, {len(wrong)} with a licence that asks for more than a notice")
+    if nvidia := sorted(package for package in licences if OF_NVIDIA.match(package)):
+        print(f"and with torch for CUDA, under NVIDIA's own terms: {', '.join(nvidia)}")
     print("\n".join(wrong), end="\n" if wrong else "")
     status, told = holes()
     print(told)

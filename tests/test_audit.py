@@ -19,6 +19,11 @@ def test_a_licence_that_asks_for_more_or_is_not_named_is_told(said):
     assert refused({"it": said, "other": "BSD 3-Clause License"}) == [f"it: {said or 'no licence is named'}"]
 
 
+def test_nvidias_own_terms_are_no_hindrance_to_it():
+    assert refused({"nvidia-cudnn-cu13": "LicenseRef-NVIDIA-Proprietary", "cuda-toolkit": ""}) == []
+    assert refused({"nvidian": "Own"}) == ["nvidian: Own"]
+
+
 def answer(**packages):
     """As pip-audit has it in JSON."""
     return json.dumps({"dependencies": [{"name": name} | about for name, about in packages.items()], "fixes": []})

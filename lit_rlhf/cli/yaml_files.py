@@ -111,6 +111,8 @@ def read_tree(file: Path) -> MappingNode:
     except RecursionError:
         raise UserError(f"{file}: values stand more than {DEEPEST} levels deep in each other") from None
     except yaml.MarkedYAMLError as error:
+        if "nesting depth" in str(error):  # as later versions of PyYAML answer
+            raise UserError(f"{file}: values stand more than {DEEPEST} levels deep in each other") from None
         raise UserError(_syntax_error(file, text, error)) from None
     except yaml.reader.ReaderError as error:
         place = f"line {1 + text[: error.position].count(chr(10))}"

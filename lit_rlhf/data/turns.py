@@ -98,8 +98,8 @@ def _turns(
             start = _beginning(render, messages, text)
         else:
             # A turn of the assistant that another one follows is over; only a prompt's last turn is gone on with.
-            begun = prompt if prompt and turn == first else None
-            read = render.prompt(begun) if begun else render(messages[:turn], add_generation_prompt=True)
+            goes_on = prompt if turn == first else None
+            read = render.prompt(goes_on) if goes_on else render(messages[:turn], add_generation_prompt=True)
             _require_beginning(read, through, turn)
             start = len(read)
         if start == len(through) and messages[turn].get("content", "").strip():

@@ -87,9 +87,14 @@ def test_a_run_that_a_signal_ends_before_it_trains_says_that_there_is_nothing_to
     assert capsys.readouterr().err.splitlines()[-1] == "SIGTERM ended the program before its work began"
 
 
+def die(batch):
+    """In a worker."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(batching, "as_it_is", lambda batch: os.kill(os.getpid(), signal.SIGKILL))  # in a worker
+    monkeypatch.setattr(batching, "as_it_is", die)
     monkeypatch.chdir(tmp_path)
     config = Path(__file__).parents[2] / "configs" / "sft.yaml"
     options = ["--data.num_workers=1", "--trainer.limit_val_batches=0", "--trainer.max_steps=2"]

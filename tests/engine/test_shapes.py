@@ -29,6 +29,7 @@ SIZES = {
     "C": TREE.num_completions,
     "U": 2,
     "V": 6,
+    "E": 3,
     "d": 5,
     "n": 4,
     "*shape": (2, 3),
@@ -42,6 +43,7 @@ OTHERS = {
     "num_sequences": 1,
     "ref_table": TABLE,
     "table": TABLE,
+    "top_k": 2,
     "tree": TREE,
 }
 

@@ -21,6 +21,7 @@ from token_mdp.sb3 import SB3VecEnv
 
 PAGE = (Path(__file__).parents[2] / "docs" / "agents.md").read_text()
 TINY = LlamaConfig(vocab_size=6, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+DROPPING = GPT2Config(vocab_size=6, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)  # 10 % dropout
 
 
 def policy_of_the_docs():
@@ -161,7 +162,7 @@ def test_keys_of_old_weights_are_forgotten():
     [
         lambda: LlamaForCausalLM(TINY),
         lambda: LlamaForCausalLM(TINY).bfloat16(),
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=6, n_embd=32, n_layer=2, n_head=4)),  # stored with dropout
+        lambda: GPT2LMHeadModel(DROPPING),
     ],
     ids=["float32", "bfloat16", "dropout"],
 )

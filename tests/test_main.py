@@ -19,7 +19,9 @@ def test_the_version_is_told_without_reading_torch():
     assert not imported & {"torch", "lightning", "transformers", "datasets", "numpy"}
 
 
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS"])
+@pytest.mark.parametrize(
+    "name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_LOCALID", "MASTER_PORT", "JSM_NAMESPACE_RANK"]
+)
 def test_a_rank_that_is_no_number_is_told_before_anything_is_read(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "x")
     monkeypatch.setattr(sys, "argv", ["lit-rlhf", "fit"])

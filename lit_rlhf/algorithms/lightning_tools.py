@@ -71,6 +71,15 @@ def require_validation(trainer: Any) -> None:
             )
 
 
+def require_steps(trainer: Any) -> None:
+    """Refuse to end well without a step of training, of this run or of those that it goes on from."""
+    if trainer.global_step == 0:
+        raise UserError(
+            "the run has ended before its first step, by trainer.max_time or a callback: nothing was learnt, and no "
+            "model is exported"
+        )
+
+
 @torch.no_grad()
 def share_that_moves(parameters: Iterable[Tensor], rate: float) -> float:
     """Share of weights that a step of about `rate`, as AdamW's are, changes at all in their own precision.

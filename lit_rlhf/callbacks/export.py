@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
+from lit_rlhf.algorithms.lightning_tools import require_steps
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, writing_into
@@ -60,6 +61,7 @@ class HuggingFaceExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on rank 0, also where a checkpoint left nothing to train; all ranks join to collect the weights."""
+        require_steps(trainer)
         if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, AlignmentModule)

@@ -14,7 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import clear, replacing
 
-KEYS = {"state_dict": dict, "loops": dict, "pytorch-lightning_version": str}  # every checkpoint of the Trainer's
+KEYS = {
+    "state_dict": dict,
+    "loops": dict,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}  # every checkpoint of the Trainer's
 RESUMED = {"optimizer_states": list, "lr_schedulers": list, "callbacks": dict}  # and those that training goes on from
 VERSION = re.compile(r"\d+\.\d+")
 SHARDED = (".metadata", "meta.pt")  # what a folder of sharded weights gets last, from torch and from Lightning
@@ -113,7 +119,8 @@ def require_checkpoint(path: Path, training: bool = False) -> None:
         raise UserError(damaged) from error
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(key), kind) for key, kind in KEYS.items()):
         raise UserError(not_ours)
-    if not checkpoint["state_dict"] or not VERSION.match(checkpoint["pytorch-lightning_version"]):
+    negative = checkpoint["epoch"] < 0 or checkpoint["global_step"] < 0
+    if negative or not checkpoint["state_dict"] or not VERSION.match(checkpoint["pytorch-lightning_version"]):
         raise UserError(damaged)
     if training and "optimizer_states" not in checkpoint:
         raise UserError(

@@ -30,7 +30,14 @@ from lit_rlhf.callbacks import (
 from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.callbacks.progress import draws_bars
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
-from lit_rlhf.cli.mistakes import missing_package, raised_in_lightning, refused_argument, refused_option, users_mistake
+from lit_rlhf.cli.mistakes import (
+    missing_package,
+    raised_in_lightning,
+    refused_argument,
+    refused_by_constructor,
+    refused_option,
+    users_mistake,
+)
 from lit_rlhf.cli.parser import Parser, Program, did_you_mean
 from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.cli.terminal import log_above_bars, quiet_libraries, quiet_threads
@@ -85,6 +92,7 @@ class AlignmentCLI(LightningCLI):
 
     root: ClassVar[Path | None] = None  # of the run that this process last set up
     ranks: ClassVar[Ranks | None] = None  # of that run
+    failed: Exception | None = None  # of a constructor
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of the callbacks that every run has."""
@@ -104,8 +112,23 @@ class AlignmentCLI(LightningCLI):
         except UserError:
             raise
         except ValueError as error:  # jsonargparse wraps our own errors in the whole of what was given
-            told = missing_package(str(error)) or users_mistake(error.__cause__ or error.__context__)
+            raised = self.failed or error.__cause__ or error.__context__
+            told = missing_package(str(error)) or users_mistake(raised)
+            if told is None and raised is not None and not refused_by_constructor(raised):
+                raise raised from None
             raise told or refused_argument(str(error)) from None
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.parser.add_instantiator(self.construct, object, subclasses=True)  # behind Lightning's, of model and data
+
+    def construct(self, kind: Any, *args: Any, **kwargs: Any) -> Any:
+        """An object that a config names; keeps its error, of which jsonargparse keeps the words alone."""
+        try:
+            return kind(*args, **kwargs)
+        except Exception as error:
+            self.failed = error
+            raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Look at the checkpoint before it, a model or any data is read."""

@@ -4,12 +4,12 @@ import errno
 import linecache
 import re
 import shutil
+import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_rlhf.errors import UserError
@@ -17,9 +17,10 @@ from token_mdp import RewardError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR)
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by|exited)")
-LIGHTNING = str(Path(lightning.__file__).parent)
+BETWEEN = {*sys.stdlib_module_names, "lightning", "torch", "jsonargparse"}  # packages that only do what a config says
+HANDED_BACK = ("estimated_stepping_batches", "clip_gradients")  # where our modules ask Lightning about a config
 SPOKEN_OF = {"Timer(duration": "max_time", "gpu backend": "accelerator", "MPSAccelerator": "accelerator"}
-WALL = ("Does not validate against", "Subtypes:", "Expected a <class 'NoneType'>")
+WALL = ("Does not validate against", "Subtypes:", "Expected a <class 'NoneType'>", "Expected a <class 'list'>")
 
 
 def users_mistake(error: BaseException | None, root: Path | None = None) -> BaseException | None:
@@ -41,35 +42,65 @@ def users_mistake(error: BaseException | None, root: Path | None = None) -> Base
             )
         if isinstance(error, ModuleNotFoundError) and (told := missing_package(str(error))):
             return told
-        if while_restoring(error):
-            return UserError(
-                f"ckpt_path: the checkpoint does not fit this run, or is damaged ({one_line(str(error), 200)}); resume "
-                "the config that wrote it, or take an older one"
-            )
-        if isinstance(error, MisconfigurationException) or refused_by_lightning(error):
-            return UserError(one_line(str(error)))
+        if not others_code(error):
+            if while_restoring(error):
+                return UserError(
+                    f"ckpt_path: the checkpoint does not fit this run, or is damaged ({type(error).__name__}: "
+                    f"{one_line(str(error), 200)}); resume the config that wrote it, or take an older one"
+                )
+            if isinstance(error, MisconfigurationException) or (raised_in_lightning(error) and on_purpose(error)):
+                return UserError(one_line(str(error)))
         error = error.__cause__
     return None
 
 
-def refused_by_lightning(error: BaseException) -> bool:
-    """Whether Lightning says in words that it will not do what it is asked, rather than fail in the midst of it."""
+def modules(error: BaseException) -> list[tuple[str, str]]:
+    """The modules and functions that an error came through, the one that raised it last."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in frames]
+
+
+def others_code(error: BaseException) -> bool:
+    """Whether an error came through code that is neither of the command line nor of what it hands a config to.
+
+    What goes wrong in or below a callback, ours or a user's, is a fault there and needs its traceback.
+    """
+    found = False
+    for module, function in modules(error):
+        if module.startswith("lightning.") and function in HANDED_BACK:
+            found = False
+        elif module.partition(".")[0] not in BETWEEN and not module.startswith("lit_rlhf.cli."):
+            found = True
+    return found
+
+
+def on_purpose(error: BaseException) -> bool:
+    """Whether an error was raised by a statement that says so, rather than by what failed there."""
     frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not raised_in_lightning(error):
-        return False
-    return linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().startswith("raise ")
+    return bool(frames) and linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().startswith("raise ")
+
+
+def refused_by_constructor(error: BaseException) -> bool:
+    """Whether an error says what is wrong with arguments; any other, of code that is not Lightning's, is a fault."""
+    called_wrongly = isinstance(error, TypeError) and "__init__() " in str(error)
+    return (
+        called_wrongly
+        or on_purpose(error)
+        or not modules(error)
+        or modules(error)[-1][0].startswith(("lightning.", "jsonargparse."))
+    )
 
 
 def while_restoring(error: BaseException) -> bool:
     """Whether an error came up while Lightning took up a checkpoint."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(frame.filename.endswith("checkpoint_connector.py") and "restore" in frame.name for frame in frames)
+    return any(
+        module.endswith(".checkpoint_connector") and "restore" in function for module, function in modules(error)
+    )
 
 
 def raised_in_lightning(error: BaseException) -> bool:
     """Whether an error comes from Lightning's own code."""
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return last.filename.startswith(LIGHTNING)
+    return any(module.startswith("lightning.") for module, _ in modules(error)[-1:])
 
 
 def refused_option(error: BaseException, options: Mapping[str, Any]) -> UserError:

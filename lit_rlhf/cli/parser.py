@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_rlhf.cli.mistakes import one_line
 from lit_rlhf.cli.ranks import tell
 from lit_rlhf.cli.wording import OPTION, wrong_value
-from lit_rlhf.cli.yaml_files import place_of_option
+from lit_rlhf.cli.yaml_files import place_of_option, places
 from lit_rlhf.errors import UserError
 
 # jsonargparse lists every type that a value failed to be, and repeats the whole value.
@@ -36,10 +36,12 @@ UNKNOWN = re.compile(
     r"Option '([^']+)' is not accepted|unrecognized arguments: --([^=\s]+)|does not accept option '([^']+)'"
 )
 REQUIRED = re.compile(r"arguments are required: ([\w.]+)")
+UNNAMED = 'in "<unicode string>", '  # of YAML that is written out on the command line
 NO_MAPPING = re.compile(r"Parser key \"([\w.]+)\":\s+Unable to load config '([^']*)'")
 NO_PATH = re.compile(r'Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]+)', re.S)
 NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 OURS = re.compile(r"lit_rlhf(?:\.\w+)+\.(\w+)")
+OF_LIGHTNING = ("lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")  # which names need not begin with
 CLASS_GIVEN = ("--config", "-c", "--model=", "--data=")
 EXAMPLES = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}
 
@@ -70,6 +72,8 @@ class Parser(LightningArgumentParser):
             option, given = no_mapping.groups()
             wanted = "expected a mapping, or a YAML file that holds one"
             said = f"{self.as_typed(option)}: {wanted}, got {given or 'empty text'}"
+        elif UNNAMED in message:
+            said = f"--config: {message.partition(': ')[2].replace(UNNAMED, 'in ')}; name a file, or write YAML"
         elif wrong := wrong_value(message, self.as_typed):
             said = wrong
         elif "No module named" in message:
@@ -77,7 +81,9 @@ class Parser(LightningArgumentParser):
         elif "fit.model" in message and "required" in message:
             said = "there is neither model nor data; name a config, such as --config configs/sft.yaml"
         elif required := REQUIRED.search(message):
-            said = f"{required[1].removeprefix('fit.')} is missing: give it by the option of that name, or in a config"
+            name = required[1].removeprefix("fit.")
+            owner = class_with(name, self.typed)
+            said = f"{owner}{name} is missing: give it by the option of that name, or in a config"
         tell(f"error: {one_line(said)}\n{self.hint}")
         raise SystemExit(2)
 
@@ -160,11 +166,22 @@ def moved_path(message: str) -> str | None:
     return None
 
 
+def class_with(argument: str, typed: Sequence[str]) -> str:
+    """The class that a command line names and that cannot do without an argument, as the start of a message."""
+    named = [word for arg in typed for word in arg.split("=")] + [str(place.value) for place in places(typed)]
+    for path in [f"{package}{name}" for name in named for package in ("", *OF_LIGHTNING) if name.isprintable()]:
+        kind = pkgutil.resolve_name(path) if leads_somewhere(path) else None
+        given = inspect.signature(kind).parameters.get(argument) if inspect.isclass(kind) else None
+        if given is not None and given.default is inspect.Parameter.empty:
+            return f"{path}: "
+    return ""
+
+
 def leads_somewhere(path: str) -> bool:
     """Whether an import path can be imported."""
     try:
         pkgutil.resolve_name(path)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, ValueError):
         return False
     return True
 

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities import rank_zero_warn
@@ -115,6 +116,11 @@ def check_tools(trainer: Any, stage: str) -> None:
         for tool, reason in TOOLS.items():
             if isinstance(callback, tool):
                 raise UserError(f"trainer.callbacks: {tool.__name__} {reason}")
+        if isinstance(callback, ModelPruning) and not callback._make_pruning_permanent:
+            raise UserError(
+                "trainer.callbacks: ModelPruning with make_pruning_permanent: false leaves masks beside the weights, "
+                "which no export can hold; leave it at true"
+            )
         if isinstance(callback, LearningRateFinder):
             if getattr(trainer.lightning_module, "learns_from", None) == "prompts":
                 raise UserError(

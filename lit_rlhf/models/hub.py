@@ -3,6 +3,7 @@
 import functools
 import re
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from lit_rlhf.files import heal
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 SECONDS = 5.0  # that the hub may take to answer
+LONGEST = 200  # characters of an error that are told
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what can be the name of something there
 
 
@@ -96,5 +98,17 @@ def hint(source: str, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first: further lines repeat it in other words."""
-    return str(error).strip().splitlines()[0].removesuffix(" from one of: ")  # what could be is in further lines
+    """What an error says first: further lines repeat it in other words, unless the first only announces them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["without a word"]
+    said = lines[0].removesuffix(" from one of:")  # what could be is in further lines
+    said = f"{said} {lines[1]}" if said.endswith(":") and len(lines) > 1 else said
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]}..."
+    return said if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
+
+
+def in_transformers(error: Exception) -> bool:
+    """Whether an error came up while transformers read the files of a model: whatever it is, it is about these."""
+    return any(
+        frame.f_globals.get("__name__", "").startswith("transformers.")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapter_folders import saved_adapter
-from lit_rlhf.models.hub import first_line, hint, hub_or_cache, resolve
+from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, resolve
 from lit_rlhf.models.policy import Policy, context_length
 
 
@@ -25,7 +25,9 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     try:
         with hub_or_cache(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file it may be any
+        if not isinstance(error, OSError | ValueError) and (trust_remote_code or not in_transformers(error)):
+            raise
         raise UserError(
             f"{name}: no tokenizer could be loaded there ({first_line(error)}){hint(source, error)}; "
             "save the model's own beside it (tokenizer.save_pretrained)"
@@ -33,9 +35,12 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, str(name))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float) or not longest > 0:
+        raise UserError(f"{name}: model_max_length ({longest!r:.80}) in tokenizer_config.json must be a number above 0")
     context = context_length(model_config)
     if context is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+        tokenizer.model_max_length = min(longest, context)
     return tokenizer
 
 

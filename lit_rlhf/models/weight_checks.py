@@ -12,6 +12,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.errors import UserError
 
+MOST_LAYERS = 10_000
+
 
 def check_labels(config: PretrainedConfig, num_labels: int, name: str | Path) -> None:
     """Refuse a classifier that was trained with another number of labels."""
@@ -21,6 +23,13 @@ def check_labels(config: PretrainedConfig, num_labels: int, name: str | Path) ->
             f"{name} is a classifier of {config.num_labels} labels ({labels}); a reward model or critic has a head of "
             f"{num_labels} label: its score"
         )
+
+
+def check_depth(config: PretrainedConfig, name: str | Path) -> None:
+    """Refuse a config without a layer, or with more than any model has, which would be made for hours."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
+        raise UserError(f"{name}: num_hidden_layers ({layers}) in config.json must be 1 to {MOST_LAYERS}")
 
 
 def check_special_tokens(config: PretrainedConfig, generation: GenerationConfig | None, name: str | Path) -> None:

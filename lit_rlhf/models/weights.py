@@ -11,9 +11,10 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import silent_transformers
-from lit_rlhf.models.hub import first_line, hint, hub_or_cache, resolve
+from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, resolve
 from lit_rlhf.models.probe import disable_dropout
 from lit_rlhf.models.weight_checks import (
+    check_depth,
     check_finite,
     check_labels,
     check_left_out,
@@ -56,6 +57,7 @@ def load_model(
             generation: GenerationConfig | None = None
             with suppress(OSError):  # there need not be one
                 generation = GenerationConfig.from_pretrained(source)
+            check_depth(config, name)
             check_special_tokens(config, generation, name)
             if from_scratch:
                 model = auto_class.from_config(
@@ -70,7 +72,9 @@ def load_model(
             raise UserError(
                 f"{name}: damaged or cut short, copy it anew: {', '.join(files) or 'weights'} ({error})"
             ) from error
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a damaged file it may be any
+            if not isinstance(error, OSError | ValueError) and (trust_remote_code or not in_transformers(error)):
+                raise
             raise UserError(
                 f"{name}: no model could be loaded there ({first_line(error)}). Expected a folder with config.json and "
                 f"model.safetensors, or a name on the Hugging Face hub{hint(source, error)}"
@@ -152,4 +156,7 @@ def load_config(name: str | Path, trust_remote_code: bool = False) -> Pretrained
 
 def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
     """The classes that a folder's weights were saved from, by its config."""
-    return list(load_config(name, trust_remote_code).architectures or [])
+    named = load_config(name, trust_remote_code).architectures or []
+    if not isinstance(named, list) or not all(isinstance(kind, str) for kind in named):
+        raise UserError(f"{name}: architectures ({named!r:.80}) in config.json must be a list of names")
+    return named

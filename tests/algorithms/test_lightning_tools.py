@@ -140,6 +140,19 @@ def test_pure_bfloat16_at_a_rate_that_it_rounds_away_is_told_with_what_to_use(st
         make_trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(module, data)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_share_that_is_told_is_what_moves_in_twenty_steps(inputs, tmp_path):
+    module, data = make_stage("sft", inputs, learning_rate=1e-5, lr_scheduler="constant")
+    module.bfloat16()
+    before = [weight.detach().clone() for weight in module.parameters()]
+    told = share_that_moves(before, 1e-5)
+    make_trainer(tmp_path, max_epochs=-1, max_steps=20, precision="bf16-true").fit(module, data)
+    after = list(module.parameters())
+    moved = sum(int((now != then).sum()) for now, then in zip(after, before, strict=True))
+    assert moved / sum(weight.numel() for weight in after) == pytest.approx(told, rel=0.3)
+    assert 0 < told < 0.2
+
+
 def test_a_rate_that_moves_the_weights_is_no_warning(recwarn):
     weights = torch.nn.Parameter(torch.full((8,), 0.1, dtype=torch.bfloat16))
     warn_of_rounding([weights], 1e-2, "bf16-true")

@@ -15,6 +15,7 @@ from lit_rlhf.files import NEW
 from tests.cli.command_line import QUICK, run
 
 CHECKPOINT = {"state_dict": {"weight": torch.ones(1000)}, "loops": {}, "pytorch-lightning_version": "2.6.6"}
+CHECKPOINT |= {"epoch": 0, "global_step": 3}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is full for certain")
@@ -98,6 +99,8 @@ OTHERS = {  # what torch reads, and is no checkpoint
     "loops that are none": CHECKPOINT | {"loops": [1]},
     "a version that is none": CHECKPOINT | {"pytorch-lightning_version": None},
     "a list": [CHECKPOINT],
+    "no step": {key: value for key, value in CHECKPOINT.items() if key != "global_step"},
+    "an epoch that is none": CHECKPOINT | {"epoch": "x"},
 }
 
 
@@ -105,6 +108,12 @@ OTHERS = {  # what torch reads, and is no checkpoint
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, name):
     torch.save(OTHERS[name], tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other.pt is no checkpoint of the Trainer's"):
+        require_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_checkpoint_of_less_than_no_step_is_refused_by_name(tmp_path):
+    torch.save(CHECKPOINT | {"global_step": -1}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other.pt is damaged"):
         require_checkpoint(tmp_path / "other.pt")
 
 
@@ -167,4 +176,4 @@ def test_a_checkpoint_whose_optimiser_is_anothers_is_one_line(workdir, monkeypat
     torch.save(checkpoint, file)
     assert run("fit", *options, "--trainer.max_steps=2", f"--ckpt_path={file}") == 2
     said = capsys.readouterr().err
-    assert "error: ckpt_path: the checkpoint does not fit this run, or is damaged (loaded state dict has a diff" in said
+    assert "error: ckpt_path: the checkpoint does not fit this run, or is damaged (ValueError: loaded" in said

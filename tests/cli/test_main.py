@@ -3,10 +3,12 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 
 from lit_rlhf import SFT
@@ -123,3 +125,63 @@ def test_the_module_is_the_command_line():
 def test_a_backend_is_named_like_all_else_also_where_it_is_not_installed(backend, capsys):
     assert run("fit", "--config", "configs/ppo.yaml", f"--data.backend=lit_rlhf.{backend}", "--print_config") == 0
     assert f"class_path: lit_rlhf.{backend}" in capsys.readouterr().out
+
+
+FAULTY = """
+from lightning.pytorch.callbacks import Callback
+
+class Building(Callback):
+    def __init__(self):
+        None.there
+
+class Logging(Callback):
+    def setup(self, trainer, pl_module, stage):
+        pl_module.log("x", 3.0)  # Lightning refuses it in words
+
+class Restoring(Callback):
+    def state_dict(self):
+        return {"a": 1}
+
+    def load_state_dict(self, state):
+        state["b"]
+
+class Refusing(Callback):
+    def __init__(self, size: int = 3):
+        raise ValueError("size (3) must be even")
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("callback", "raised", "frame"),
+    [
+        ("Building", AttributeError, "None.there"),
+        ("Logging", MisconfigurationException, "pl_module.log"),
+        ("Restoring", KeyError, 'state["b"]'),
+    ],
+)
+def test_a_fault_in_a_callback_keeps_its_traceback_on_every_road_to_lightning(
+    callback, raised, frame, workdir, monkeypatch
+):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    monkeypatch.syspath_prepend(str(workdir))
+    Path("faulty.py").write_text(FAULTY)
+    options = ["fit", "--config", config, *QUICK, "--trainer.max_steps=1", f"--trainer.callbacks+=faulty.{callback}"]
+    options += ["--data.validation=null", "--trainer.default_root_dir=out/faulty"]
+    if callback == "Restoring":
+        assert run(*options) == 0
+        options += ["--ckpt_path=last"]
+    with pytest.raises(raised) as fault:
+        run(*options)
+    assert any(frame in (line.line or "") for line in traceback.extract_tb(fault.value.__traceback__))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_argument_that_a_users_class_refuses_is_one_line_with_the_class(workdir, monkeypatch, capsys):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    monkeypatch.syspath_prepend(str(workdir))
+    Path("faulty.py").write_text(FAULTY)
+    assert run("fit", "--config", config, *QUICK, "--trainer.callbacks=faulty.Refusing") == 2
+    assert capsys.readouterr().err.endswith("error: faulty.Refusing: size (3) must be even\n")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MixtralConfig
 
 from lit_rlhf import PPO, RewardModelReward, UserError
-from lit_rlhf.models.loading import load_policy, load_scorer
+from lit_rlhf.models.loading import load_policy, load_policy_with_tokenizer, load_scorer
 from tests.tiny import CONFIGS, SHAPE, tiny_tokenizer
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -51,6 +51,33 @@ def test_a_config_of_more_layers_than_the_weights_hold_is_refused(changed):
 def test_a_config_of_fewer_layers_than_the_weights_hold_is_refused_in_every_role(load, changed):
     with pytest.raises(UserError, match=r"leaves out 9 tensors of the weights, like \['model.layers.1.*is 1 there"):
         load(changed(num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("layers", [-1, 0, 10**12])
+def test_a_config_without_a_layer_or_with_more_than_any_model_has_is_refused_at_once(layers, changed):
+    with pytest.raises(UserError, match=rf"model: num_hidden_layers \({layers}\) in config.json must be 1 to 10000"):
+        load_policy(changed(num_hidden_layers=layers))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("config.json", {"num_attention_heads": 7}, "no model could be loaded there .*attention heads"),
+        ("config.json", {"hidden_size": "x"}, "no model could be loaded there .*'hidden_size'"),
+        ("config.json", {"torch_dtype": "x", "dtype": "x"}, "no model could be loaded there "),
+        ("config.json", {"architectures": 7}, r"architectures \(7\) in config.json must be a list of names"),
+        ("tokenizer.json", {"added_tokens": None}, r"no tokenizer could be loaded there \(TypeError: "),
+        (
+            "tokenizer_config.json",
+            {"model_max_length": "x"},
+            r"model_max_length \('x'\) in tokenizer_config.json must be",
+        ),
+    ],
+)
+def test_a_value_that_transformers_stumbles_over_is_told_with_the_folder(file, values, words, changed):
+    folder = changed(file=file, **values)
+    with pytest.raises(UserError, match=rf"{folder}: {words}"):
+        load_policy_with_tokenizer(folder)
 
 
 @pytest.mark.parametrize("key", ["self_attn.q_proj.bias", "self_attn.q_norm.weight"])

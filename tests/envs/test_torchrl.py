@@ -1,5 +1,7 @@
 """TorchRL plays the env: its spec checker, its wrappers, and PPO with GAE from a collector."""
 
+import multiprocessing
+
 import gymnasium
 import pytest
 from token_tasks import VOCAB, task, toy_score, weighted_sum
@@ -18,6 +20,8 @@ from torchrl.envs.utils import check_env_specs
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
+
+multiprocessing.set_start_method(None, force=True)  # TorchRL sets it for the whole process, and so for all other tests
 
 ENVS = {
     "GymEnv": lambda: GymEnv("LitRLHF/Token-v0"),

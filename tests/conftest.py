@@ -7,6 +7,8 @@ import jaxtyping
 import pytest
 
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # Tianshou: compiling takes longer than its tests
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's `make test &` hands it on to all that runs there
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ import torch
 
 from lit_rlhf.cli.parser import command
 from lit_rlhf.errors import require
-from lit_rlhf.files import make_folder, write_lines
+from lit_rlhf.files import make_room, write_lines
 from lit_rlhf.losses import PolicyTokens, ppo_policy_loss, value_loss
 from lit_rlhf.losses.advantages import ScoredRollout, gae, whiten
 from token_mdp import TokenVectorEnv
@@ -141,7 +141,7 @@ def main(
     require(seeds >= 1, "seeds", seeds, "1 or more")
     require(max_samples >= 1, "max_samples", max_samples, "1 or more")
     if output is not None:
-        make_folder(Path(output).parent, "output")
+        make_room(Path(output), "output")
     torch.set_num_threads(1)
     lines = []
     for length in lengths:

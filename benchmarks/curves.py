@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_rlhf.cli.parser import command
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import make_folder, write_lines
+from lit_rlhf.files import make_room, write_lines
 
 CURVES = {"rollout/score": "proxy_reward", "rollout/gold": "gold_reward", "rollout/kl": "kl"}
 
@@ -32,7 +32,7 @@ def curves(run: str, output: str) -> None:
         )
     columns = [[point.value for point in events.Scalars(tag)] for tag in CURVES]
     rows = [dict(zip(CURVES.values(), values, strict=True)) for values in zip(*columns, strict=True)]
-    make_folder(Path(output).parent, "output")
+    make_room(Path(output), "output")
     write_lines((json.dumps({"iteration": number} | row) for number, row in enumerate(rows)), Path(output))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lit_rlhf.cli.parser import command
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import make_folder, write_lines
+from lit_rlhf.files import make_room, write_lines
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -46,7 +46,7 @@ def main(
         if not (folder / stage / "model").exists():
             raise UserError(f"{folder / stage / 'model'} is missing: run make demo first, or give its --root")
     if output is not None:
-        make_folder(Path(output).parent, "output")
+        make_room(Path(output), "output")
     runs: dict[str, tuple[str, float]] = {}
     for beta in ppo_betas:
         name = f"frontier_ppo_{beta:g}"

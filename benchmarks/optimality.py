@@ -47,7 +47,7 @@ from benchmarks.table_preferences import (
 from benchmarks.words import make_reference, measure_words
 from lit_rlhf.cli.parser import command
 from lit_rlhf.errors import UserError, require
-from lit_rlhf.files import make_folder, write_lines
+from lit_rlhf.files import make_room, write_lines
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.oracle import Oracle, Problem, TablePolicy, optimal_logprobs, small_problems
 
@@ -152,7 +152,7 @@ def main(
     require(len(betas) > 0 and min(betas) > 0, "betas", betas, "one at least, each more than 0")
     require(processes >= 1, "processes", processes, "1 or more")
     if output is not None:
-        make_folder(Path(output).parent, "output")
+        make_room(Path(output), "output")
     pythons = {"trl_ppo": peer_ppo_python, "trl_dpo": peer_python}
     playing = [name for name in ON_WORDS if name in algorithms and (name not in pythons or pythons[name])]
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -168,11 +169,50 @@ def make_folder(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option}: {folder.absolute()} cannot be made ({error})") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{option}: {folder.absolute()} may not be written to")
+
+
+def make_room(file: Path, option: str, inputs: Iterable[Path] = ()) -> None:
+    """Make the folder of a file that an option names, likewise.
+
+    Args:
+        file: to be written later on; an older one is replaced.
+        option: that names it.
+        inputs: files that are read for it, none of which it may replace.
+
+    Raises:
+        UserError: it is no file, one of the inputs, or cannot be written there.
+    """
+    if file.is_dir() or (file.exists() and not file.is_file()):  # a device would be replaced by a file
+        what = "a folder" if file.is_dir() else "a pipe or a device"
+        raise UserError(f"{option}: {file.absolute()} is {what}; name a file")
+    if any(file.exists() and file.samefile(one) for one in inputs):
+        raise UserError(f"{option}: {file.absolute()} is what is read for it, and would be replaced; name another file")
+    make_folder(file.parent, option)
 
 
 def write_json(content: Any, file: Path) -> None:
     """One value as JSON."""
-    write_lines([json.dumps(content, indent=2)], file)
+    write_lines([strict_json(content, indent=2)], file)
+
+
+def strict_json(value: Any, **how: Any) -> str:
+    """JSON that any reader takes, RFC 8259: NaN and infinities, which it has no words for, are null.
+
+    Args:
+        value: lists and objects of plain values.
+        how: options of `json.dumps`.
+    """
+    return json.dumps(_without_nan(value), allow_nan=False, **how)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_lines(lines: Iterable[str], file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import sys
 import threading
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_rlhf import files
-from lit_rlhf.files import NEW, OLD, SECONDS_TO_DOUBT, heal, replacing, write_json, write_lines
+from lit_rlhf import UserError, files
+from lit_rlhf.files import NEW, OLD, SECONDS_TO_DOUBT, heal, make_room, replacing, write_json, write_lines
 
 
 def failing(lines):
@@ -180,3 +181,16 @@ def test_writers_of_a_shared_file_do_not_meet(tmp_path):
         list(pool.map(write, ("a", "b")))
     assert file.read_text() in ("a", "b")
     assert names(tmp_path) == ["file"]
+
+
+def test_json_holds_null_where_a_metric_is_no_number(tmp_path):
+    write_json({"metrics": {"val/loss": float("nan")}}, tmp_path / "summary.json")
+    assert json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail) == {
+        "metrics": {"val/loss": None}
+    }
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests may be allowed everything
+    with pytest.raises(UserError, match=f"output: {tmp_path} may not be written to"):
+        make_room(tmp_path / "x.json", "output")

@@ -1,7 +1,6 @@
 """What `predict` made, as JSON Lines."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_rlhf.files import write_lines
+from lit_rlhf.data.locating import input_files
+from lit_rlhf.files import make_room, strict_json, write_lines
 
 
 class CompletionWriter(BasePredictionWriter):
@@ -25,6 +25,21 @@ class CompletionWriter(BasePredictionWriter):
         super().__init__(write_interval="epoch")
         self.file = file
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at the place of the file before anything is generated.
+
+        Raises:
+            UserError: a folder or a device is there, or what the prompts are read from.
+        """
+        if stage == "predict" and trainer.is_global_zero:
+            sources = getattr(trainer.datamodule, "sources", {})  # type: ignore[attr-defined]
+            prompts = sources.get("predict") or sources.get("validation") or []
+            make_room(self.target(trainer), "predictions.file", input_files(prompts, "predict"))
+
+    def target(self, trainer: Trainer) -> Path:
+        """Where the rows go."""
+        return Path(trainer.default_root_dir) / self.file
+
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
@@ -37,6 +52,6 @@ class CompletionWriter(BasePredictionWriter):
             # The k-th batch of rank r among n is batch k n + r of the data.
             batches = [batch for kth in itertools.zip_longest(*ranks, fillvalue=()) for batch in kth]
             rows = [row for batch in batches for row in batch]
-            target = Path(trainer.default_root_dir) / self.file
-            write_lines((json.dumps(row, ensure_ascii=False, default=str) for row in rows), target)
+            target = self.target(trainer)
+            write_lines((strict_json(row, ensure_ascii=False, default=str) for row in rows), target)
             rank_zero_info(f"wrote {len(rows)} rows to {target}")

@@ -14,11 +14,13 @@ from rich.table import Table
 
 from lit_rlhf.data.chat import set_template
 from lit_rlhf.data.control_tokens import ControlTokens
+from lit_rlhf.data.locating import input_files
+from lit_rlhf.data.naming import parse_sources
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.reader import Options
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError, require
-from lit_rlhf.files import make_folder, write_json
+from lit_rlhf.files import make_room, write_json
 from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy, freeze
@@ -40,6 +42,7 @@ FIGURES = {  # key in the JSON -> heading and format in the table
     "peak_memory_mb": ("peak memory [MB]", ".0f"),
     "seconds": ("training [s]", ".0f"),
 }
+COSTS = ("models_in_memory", "peak_memory_mb", "seconds")  # as a run's summary has them
 
 
 def compare(
@@ -83,14 +86,14 @@ def compare(
     tokenizer = tokenizers[baseline]
     for name, other in tokenizers.items():  # one's ids are what all play, judge and decode
         check_same_tokens(tokenizer, other, f"policy {name}")
-    costs = {name: read_json(folder / "summary.json") for name, folder in folders.items()}
+    costs = {name: read_summary(folder) for name, folder in folders.items()}
     room = tokenizer.model_max_length - generation.max_new_tokens
     require(room >= 1, "generation.max_new_tokens", generation.max_new_tokens, "less than the models' context")
     set_template(tokenizer, None, chat_template_kwargs or {})
     how = Options(None, "truncate", "response", room, control_tokens, chat_template_kwargs or {})
     loaded = load_prompts(prompts, "validation", tokenizer, how)
     require_same_template(tokenizers, loaded.columns["prompt"])
-    make_folder(results_file.parent, "output")
+    make_room(results_file, "output", input_files(parse_sources(prompts), "validation"))
     held_out = loaded.take(np.arange(min(max_prompts, len(loaded))))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if gold is None and prompts == "demo":
@@ -125,7 +128,7 @@ def compare(
             "kl": sequence_kl(policy, reference, episodes, generation.temperature) if generation.is_whole else None,
             "win_rate": float(((margin > 0) + 0.5 * (margin == 0)).mean()),
             "response_length": float(np.mean([len(response) for response in responses])),
-            **{key: costs[name][key] for key in ("models_in_memory", "peak_memory_mb", "seconds")},
+            **{key: costs[name][key] for key in COSTS},
         }
     print_table(results, baseline)
     if reward_model is not None:
@@ -159,7 +162,7 @@ def sequence_kl(policy: Policy, reference: Policy, episodes: list[Episode], temp
 
 def reward_model_results(folder: Path, prompts: str) -> dict[str, Any]:
     """Accuracy on held-out pairs as its run measured it; for the demo, the best that any model could reach."""
-    results: dict[str, Any] = {"val_accuracy": read_json(folder / "summary.json")["metrics"].get("val/accuracy")}
+    results: dict[str, Any] = {"val_accuracy": read_summary(folder)["metrics"].get("val/accuracy")}
     if prompts == "demo":
         from lit_rlhf.demo import bayes_accuracy, rows
 
@@ -206,9 +209,16 @@ def print_table(results: dict[str, dict[str, Any]], baseline: str) -> None:
     Console().print(table)
 
 
-def read_json(file: Path) -> Any:
-    """A JSON file that a run left behind."""
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a run says of itself in its folder."""
+    file = folder.absolute() / "summary.json"
     try:
-        return json.loads(file.read_text())
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        metrics, costs = summary["metrics"], [summary[name] for name in COSTS]
     except FileNotFoundError:
-        raise UserError(f"{file.absolute()} is missing: it is written when `fit` ends") from None
+        raise UserError(f"{file} is missing: it is written when `fit` ends") from None
+    except (ValueError, LookupError, TypeError):  # no JSON; no object with all of these
+        metrics, costs = None, []
+    if not isinstance(metrics, dict) or not all(isinstance(cost, int | float) for cost in costs):
+        raise UserError(f"{file} is damaged: expected an object with metrics, {', '.join(COSTS)}; run fit again")
+    return summary

@@ -105,6 +105,7 @@ class Parser(LightningArgumentParser):
 
     def unknown_option(self, name: str) -> str:
         """What to say of an option that is not there."""
+        name = name.replace(".init_args", "")
         typed = self.typed_option(name)
         place = None if typed else place_of_option(self.typed, name)
         full = typed or (place.option if place else name)

@@ -94,6 +94,7 @@ def place_of_option(argv: Sequence[str], name: str, value: str | None = None) ->
 
     Of several it is the one of that value, or the last, which is what holds.
     """
+    name = name.replace(".init_args", "")
     found = [place for place in places(argv) if f".{place.option}".endswith(f".{name}")]
     alike = [place for place in found if value is not None and place.value == value]
     return (alike or found)[-1] if found else None
@@ -204,6 +205,8 @@ def _check(node: Node, file: Path, path: tuple[str, ...]) -> None:
             raise UserError(f"{file}, line {line}: {key.value} stands in line {lines[key.value]} too; keep one of them")
         lines[key.value] = line
         _check(value, file, (*path, key.value))
+        if not path and isinstance(value, SequenceNode):  # options on the command line would take its place unseen
+            raise UserError(f"{file}, line {line}, {key.value}: expected a mapping or a value, found a list")
     if "class_path" in lines or (len(path) == 1 and path[0] in PARTS):
         _check_class({key.value: value for key, value in node.value}, lines, file, path)
 

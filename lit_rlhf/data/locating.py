@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -51,6 +52,11 @@ def fingerprint(source: Source, role: Role) -> str:
     return digest.hexdigest()
 
 
+def input_files(sources: Iterable[Source], role: Role) -> list[Path]:
+    """The files of a user's that rows of these sources come from."""
+    return [file for source in sources if source.name != DEMO for file in find_files(source, role) or ()]
+
+
 def find_files(source: Source, role: Role) -> list[Path] | None:
     """The files that a source stands for, or None where it is a saved dataset or a name for the `datasets` library.
 
@@ -68,8 +74,7 @@ def find_files(source: Source, role: Role) -> list[Path] | None:
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{source.name[:80]!r} cannot be the name of a file, a folder or a dataset ({why})") from error
     if mode is None:
-        if path.is_symlink():
-            raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there")
+        _require_target(path)
         of_a_hub = HUB_NAME.fullmatch(source.name) and source.name not in _PACKAGED_DATASETS_MODULES
         if source.name.lower().endswith(ENDINGS) or looks_like_a_path(source.name) or not of_a_hub:
             raise UserError(f"{path}: no such file or folder; expected {EXPECTED_FILES}, or a folder of them")
@@ -86,11 +91,16 @@ def find_files(source: Source, role: Role) -> list[Path] | None:
 
 
 def _files_of_folder(folder: Path, role: Role) -> list[Path]:
-    found = (file for file in folder.rglob("*") if file.name.lower().endswith(ENDINGS) and file.is_file())
-    # What editors, browsers and download tools keep beside the data.
-    files = sorted(file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts))
+    files = list(_files_below(folder, set()))
     if not files:
         raise UserError(f"{folder}: no data files in this folder; expected {EXPECTED_FILES}")
+    chosen = _of_role(folder, files, role)
+    for file in chosen:
+        _require_target(file)
+    return chosen
+
+
+def _of_role(folder: Path, files: list[Path], role: Role) -> list[Path]:
     words = {file: set(re.findall(r"[a-z]+", str(file.relative_to(folder)).lower())) for file in files}
     all_words = {word for role_words in SPLIT_WORDS.values() for word in role_words}
     if not any(words[file] & all_words for file in files):
@@ -99,6 +109,32 @@ def _files_of_folder(folder: Path, role: Role) -> list[Path]:
         if matching := [file for file in files if wanted in words[file]]:
             return matching
     raise UserError(f"{folder}: no file for {role} by its name; found {', '.join(file.name for file in files[:8])}")
+
+
+def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Files of rows in a folder and those below it, linked ones too, each folder once; links that lead nowhere too.
+
+    Hidden ones are what editors, browsers and download tools keep beside the data.
+
+    Raises:
+        UserError: a folder that may not be read: its rows would be missing.
+    """
+    seen.add(folder.resolve())
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: a folder that cannot be read ({error.strerror})") from error
+    for path in entries:
+        if path.is_dir():
+            if path.resolve() not in seen:
+                yield from _files_below(path, seen)
+        elif path.name.lower().endswith(ENDINGS) and (path.is_file() or path.is_symlink()):
+            yield path
+
+
+def _require_target(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there")
 
 
 def _is_saved_dataset(path: Path) -> bool:

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from lit_rlhf import UserError
 from lit_rlhf.callbacks import CompletionWriter
+from lit_rlhf.data.naming import parse_sources
 
 # Five prompts in batches of one or two, dealt in turn: batch 2 k + r goes to rank r.
 BATCHES_OF_RANK = [[[{"id": 0}, {"id": 1}], [{"id": 4}]], [[{"id": 2}, {"id": 3}]]]
@@ -55,3 +57,21 @@ def test_a_file_of_an_earlier_run_is_replaced_whole(tmp_path):
     write(tmp_path, [[{"id": 0}, {"id": 1}]], file="answers/a.jsonl")
     assert rows(write(tmp_path, [[{"id": 2}]], file="answers/a.jsonl")) == [{"id": 2}]
     assert [path.name for path in (tmp_path / "answers").iterdir()] == ["a.jsonl"]
+
+
+def test_numbers_that_json_cannot_say_are_null_so_that_any_reader_takes_the_file(tmp_path):
+    file = write(tmp_path, [[{"id": 1, "x": [float("nan"), {"y": -float("inf")}, 0.5]}]])
+    assert file.read_text() == '{"id": 1, "x": [null, {"y": null}, 0.5]}\n'
+
+
+def test_where_rows_cannot_go_is_told_before_any_is_made(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    data = SimpleNamespace(sources={"predict": parse_sources(str(prompts))})
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, datamodule=data)
+    for file, words in {".": "is a folder", "prompts.jsonl": "is what is read for it", "/dev/null": "a device"}.items():
+        with pytest.raises(UserError, match=rf"predictions\.file: .*{words}"):
+            CompletionWriter(file).setup(trainer, None, "predict")
+    CompletionWriter("new/answers.jsonl").setup(trainer, None, "predict")
+    assert (tmp_path / "new").is_dir()
+    CompletionWriter(".").setup(trainer, None, "fit")

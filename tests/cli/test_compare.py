@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_rlhf import RewardModelReward, UserError
 from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
-from lit_rlhf.cli.compare import FIGURES, compare
+from lit_rlhf.cli.compare import FIGURES, compare, read_summary
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.engine.attention import IMPLEMENTATION
 from lit_rlhf.rollout.play import GenerationSettings
@@ -143,3 +143,20 @@ def test_models_in_memory_are_those_that_the_stage_needs(results):
     models = {name: results[name]["models_in_memory"] for name in RUNS}
     # PPO: policy, critic, reference and reward model, learnt from or watched; DPO: policy and reference, if not cached.
     assert models == {"sft": 1, "ppo": 4, "ppo_monitored": 4, "dpo": 2, "dpo_cached": 1}
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"metrics": [], "models_in_memory": 1, "peak_memory_mb": 1, "seconds": 1}', "\xff"]
+)
+def test_a_damaged_summary_is_named(content, tmp_path):
+    (tmp_path / "summary.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"/summary\.json is damaged: expected an object with metrics, "):
+        read_summary(tmp_path)
+
+
+def test_results_replace_neither_a_folder_nor_the_prompts(root):
+    generation = GenerationSettings(max_new_tokens=4)
+    options = {"root": str(root), "policies": ("sft",), "reward_model": None, "gold": share_of_w9}
+    for output, words in {str(root): "is a folder", str(root / "prompts.jsonl"): "is what is read for it"}.items():
+        with pytest.raises(UserError, match=f"output: .* {words}"):
+            compare(**options, prompts=str(root / "prompts.jsonl"), generation=generation, output=output)

@@ -49,6 +49,8 @@ ACCIDENTS = {  # what a file holds -> what is said of it
     "model:\n  class_path: [a]\n": r"c.yaml, line 2, model.class_path: .* found a list",
     "model:\n  class_path: a.B\n  init_args: [1]\n": r"c.yaml, line 3, model.init_args: expected a mapping",
     "trainer:\n  logger:\n  - class_path: L\n    init_args: 3\n": r"line 4, trainer.logger.init_args: .* found 3",
+    "trainer: [1]\n": r"c.yaml, line 1, trainer: expected a mapping or a value, found a list",
+    f"{SFT}seed_everything: [1]\n": r"c.yaml, line 5, seed_everything: expected a mapping or a value, found a list",
     "fit:\n  trainer: {}\n": r"c.yaml, line 1: options stand at the top of the file, without 'fit:' above them",
     "x" * (2**20 + 1): r"c.yaml holds 1 MB, which is no config: is it data\?",
 }
@@ -140,3 +142,13 @@ def test_a_value_in_a_config_is_told_with_its_file_line_and_option(tmp_path, cap
     assert run("fit", "--config", file) == 2
     said = capsys.readouterr().err.split("error: ")[-1]
     assert said.startswith(f"{file}, line 8, data.max_tokens: expected a whole number, or null, got many\n")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["Model", "models", "optimizer"])
+def test_a_part_that_there_is_not_is_told_with_its_file_and_line(part, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{SFT}{part}:\n  class_path: lit_rlhf.SFT\n  init_args:\n    lr: 1\n")
+    assert run("fit", "--config", file) == 2
+    said = capsys.readouterr().err.split("error: ")[-1]
+    assert said.startswith(f"{file}, line 8: there is no option {part}.lr")

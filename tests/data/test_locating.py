@@ -1,6 +1,8 @@
+import errno
 import os
 import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import datasets
 import pytest
@@ -174,3 +176,36 @@ def test_the_fingerprint_is_of_the_content_whatever_its_name_and_time(tmp_path):
     (arrow,) = (tmp_path / "saved" / "train").glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes().replace(b" b", b" B"))
     assert of("saved") != whole
+
+
+def test_linked_folders_are_read_once_however_they_are_linked(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "a.jsonl", ROWS)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "part").symlink_to(tmp_path / "elsewhere")
+    (data / "same").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(data)
+    assert read(data) == ROWS
+
+
+def test_links_of_a_folder_that_lead_nowhere_are_named_where_their_rows_are_asked_for(tmp_path):
+    write(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "test.jsonl").symlink_to("gone.jsonl")
+    assert read(tmp_path, "train") == ROWS
+    with pytest.raises(UserError, match=r"test\.jsonl: a link to gone\.jsonl, which is not there"):
+        read(tmp_path, "test")
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_not_passed_over(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b").mkdir()
+
+    def iterdir(folder, known=Path.iterdir):  # whoever runs the tests may be allowed everything
+        if folder.name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return known(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match=r"/b: a folder that cannot be read \(Permission denied\)"):
+        read(tmp_path)

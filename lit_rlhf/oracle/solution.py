@@ -39,6 +39,7 @@ def optimal_values(tree: TokenTree, ref_table: Sequence[Tensor], rewards: Float[
         rewards: (C,) of the completions.
         beta: weight of the KL, more than 0.
     """
+    tree.check_table(ref_table, "ref_table")
     return _backward_induction(tree, rewards, lambda t, q: beta * torch.logsumexp(ref_table[t] + q / beta, dim=-1))
 
 
@@ -55,6 +56,8 @@ def policy_values(
         rewards: (C,) of the completions.
         beta: weight of the KL; 0 for the plain value.
     """
+    tree.check_table(table)
+    tree.check_table(ref_table, "ref_table")
     return _backward_induction(
         tree, rewards, lambda t, q: (table[t].exp() * q).sum(-1) - beta * kl_divergence(table[t], ref_table[t])
     )

@@ -1,7 +1,7 @@
 """A policy that is a table of logits: the smallest one that can be any policy at all, the optimum included."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lit_rlhf.engine.shapes import check_shapes
@@ -65,7 +65,8 @@ class TablePolicy(nn.Module):
             prefix = prefix * K + self.open_index[responses[:, level]]
         return torch.stack(columns, dim=1) + (prompt_numbers * self.states_per_prompt)[:, None]
 
-    def logprob_fn(self, prompt_ids: Tensor, prefixes: Tensor) -> Tensor:
+    @check_shapes
+    def logprob_fn(self, prompt_ids: Int[Tensor, " P"], prefixes: Int[Tensor, "n t"]) -> Float[Tensor, "n V"]:
         """The policy as the oracle takes it: (n, t) prefixes -> (n, V) log-probs of the next token."""
         prompt = tuple(prompt_ids.tolist())
         if prompt not in self.numbers:

@@ -65,7 +65,14 @@ class TokenTree:
         return self._stop_ids if level < self.max_new_tokens - 1 else self._all_ids
 
     def by_level(self, completion_values: Tensor) -> list[Tensor]:
-        """(C,) one value per completion -> for each level, (K^t, len(closing_ids)): by prefix and last token."""
+        """(C,) one value per completion -> for each level, (K^t, len(closing_ids)): by prefix and last token.
+
+        Raises:
+            ValueError: there are more or fewer values than completions.
+        """
+        if completion_values.shape != (self.num_completions,):
+            given = tuple(completion_values.shape)
+            raise ValueError(f"values of the completions must be ({self.num_completions},), got {given}")
         parts = enumerate(completion_values.split(self._sizes))
         return [part.view(self.num_prefixes(level), len(self.closing_ids(level))) for level, part in parts]
 
@@ -123,8 +130,28 @@ class TokenTree:
             table.append(logprobs)
         return table
 
+    def check_table(self, table: Sequence[Tensor], name: str = "table", of_states: bool = False) -> None:
+        """Refuse a table of another tree, or of another kind, which would broadcast.
+
+        Args:
+            table: (K^t, V) for each level t; or (K^t,), where it may be of states.
+            name: what the caller calls it.
+            of_states: whether it may.
+
+        Raises:
+            ValueError: names the first level that is wrong, its shape and the right one.
+        """
+        if len(table) != self.max_new_tokens:
+            raise ValueError(f"{name} must have {self.max_new_tokens} levels, one per token, got {len(table)}")
+        for level, given in enumerate(table):
+            shape = (self.num_prefixes(level), self.vocab_size)
+            if given.shape not in ((shape, shape[:1]) if of_states else (shape,)):
+                right = f"{shape} or {shape[:1]}" if of_states else shape
+                raise ValueError(f"{name} must be {right} at level {level}, got {tuple(given.shape)}")
+
     def completion_logprobs(self, table: Sequence[Tensor]) -> Tensor:
         """(C,) log π(y|x) of all completions, from the policy's table; their `exp` sums to one."""
+        self.check_table(table)
         closed, prefix_logprobs = [], torch.zeros(1, dtype=torch.float64)
         for level, logprobs in enumerate(table):
             joint = prefix_logprobs[:, None] + logprobs
@@ -134,6 +161,7 @@ class TokenTree:
 
     def along(self, table: Sequence[Tensor]) -> Tensor:
         """(C, T) what each completion meets on its way: the table at its states or actions, 0 past its end."""
+        self.check_table(table, of_states=True)
         rows, path = [], table[0].new_empty(1, 0)  # (K^t, t) along each prefix
         for level, step in enumerate(table):
             actions = step if step.ndim == 2 else step[:, None].expand(-1, self.vocab_size)

@@ -32,6 +32,8 @@ SIZES = {
     "E": 3,
     "d": 5,
     "n": 4,
+    "P": 2,
+    "t": 2,
     "*shape": (2, 3),
     "*rows": (2,),
 }
@@ -82,6 +84,7 @@ FUNCTIONS = {
     "KLPenalty.loss": KLPenalty().loss,
     "RewardShaping.scores": RewardShaping().scores,
     "TablePolicy.states": TablePolicy(TREE, [[1]]).states,
+    "TablePolicy.logprob_fn": TablePolicy(TREE, [[1] * SIZES["P"]]).logprob_fn,
 }
 ANY_SHAPE = {"nll", "reverse_kl_link", "forward_kl_link", "jensen_shannon_link"}  # of one tensor alone
 

@@ -131,6 +131,16 @@ class TestValues:
         actual = policy_values(tree, table, ref_table, rewards, 0.3).values
         assert all((b >= a).all() for b, a in zip(best, actual, strict=True))
 
+    def test_tables_that_would_broadcast_are_refused_by_name(self):
+        tree, ref_table, table, rewards = one_prompt(4, [0], 3)
+        narrow = [level[:1] for level in table]
+        with pytest.raises(ValueError, match=r"ref_table must be \(3, 4\) at level 1, got \(1, 4\)"):
+            optimal_values(tree, narrow, rewards, 0.3)
+        with pytest.raises(ValueError, match=r"^table must be \(3, 4\) at level 1, got \(1, 4\)"):
+            policy_values(tree, narrow, ref_table, rewards, 0.3)
+        with pytest.raises(ValueError, match=r"must be \(40,\), got \(39,\)"):
+            optimal_values(tree, ref_table, rewards[:-1], 0.3)
+
     @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
     def test_gae_of_the_optimal_policy_and_critic_is_zero_on_every_completion(self, gae_lambda):
         tree, ref_table, _, rewards = one_prompt(4, [0], 4)

@@ -111,3 +111,32 @@ class TestTokenTree:
     def test_another_vocabulary_is_refused(self):
         with pytest.raises(ValueError, match=r"gave \(1, 4\) for level 0, expected \(1, 3\)"):
             TokenTree(3, [0], 2).tabulate(random_policy(4, 0), PROMPT)
+
+    @pytest.mark.parametrize(
+        ("wrong", "told"),
+        {
+            "one row, which would broadcast": ([(1, 3), (1, 3)], r"must be \(2, 3\) at level 1, got \(1, 3\)"),
+            "another vocabulary": ([(1, 4), (2, 4)], r"must be \(1, 3\) at level 0, got \(1, 4\)"),
+            "too few levels": ([(1, 3)], "must have 2 levels, one per token, got 1"),
+            "too many levels": ([(1, 3), (2, 3), (4, 3)], "must have 2 levels, one per token, got 3"),
+        }.values(),
+    )
+    def test_the_table_of_another_tree_is_refused(self, wrong, told):
+        tree, table = TokenTree(3, [0], 2), [torch.zeros(shape) for shape in wrong]
+        for function in (tree.completion_logprobs, tree.along):
+            with pytest.raises(ValueError, match=f"table {told.replace(' at', '.* at')}"):
+                function(table)
+
+    def test_a_table_of_states_is_none_of_a_policy(self):
+        tree = TokenTree(3, [0], 2)
+        states = [torch.zeros(1), torch.zeros(2)]
+        assert tree.along(states).shape == (7, 2)
+        with pytest.raises(ValueError, match=r"table must be \(1, 3\) at level 0, got \(1,\)"):
+            tree.completion_logprobs(states)
+
+    @pytest.mark.parametrize("shape", [(7, 1), (6,), (8,), ()])
+    def test_values_of_more_or_fewer_completions_are_refused(self, shape):
+        tree = TokenTree(3, [0], 2)
+        assert [tuple(x.shape) for x in tree.by_level(torch.zeros(7))] == [(1, 1), (2, 3)]
+        with pytest.raises(ValueError, match=r"must be \(7,\), got \(" + ", ".join(map(str, shape))):
+            tree.by_level(torch.zeros(shape))

@@ -60,7 +60,7 @@ class Parser(LightningArgumentParser):
         said = "\n".join(lines)
         if unknown := UNKNOWN.search(message):
             said = self.unknown_option(next(filter(None, unknown.groups())))
-        elif moved := moved_path(message):
+        elif moved := moved_path(message, self.typed):
             said = moved
         elif absent := NOT_IN_MODULE.search(message):
             option = "".join(f"{self.as_typed(key, absent[0])}: " for key in OPTION.findall(message)[-1:])
@@ -155,15 +155,14 @@ def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def moved_path(message: str) -> str | None:
+def moved_path(message: str, typed: Sequence[str]) -> str | None:
     """What to say of an import path of ours that leads nowhere, but whose last name is known; None of any other."""
-    if "has no attribute" not in message and "No module named" not in message:
-        return None
     known = public_paths()
     for given in OURS.finditer(message):
         now = known.get(given[1])
         if now is not None and not leads_somewhere(given[0]):
-            return f"{given[0]} is not there; write {now}"
+            place = next((f"{place}: " for place in places(typed) if place.value == given[0]), "")
+            return f"{place}{given[0]} is not there; write {now}"
     return None
 
 

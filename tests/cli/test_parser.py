@@ -80,6 +80,10 @@ OLD_PATHS = {  # arguments -> what is said
         "--model=lit_rlhf.SFT",
         "--trainer.callbacks=lit_rlhf.compilation.CompileModel",
     ): "lit_rlhf.compilation.CompileModel is not there; write lit_rlhf.callbacks.CompileModel",
+    (
+        "--model=lit_rlhf.PPO",
+        "--model.kl_penalty={class_path: lit_rlhf.kl.KLPenalty}",
+    ): "lit_rlhf.kl.KLPenalty is not there; write lit_rlhf.KLPenalty",
 }
 
 
@@ -90,6 +94,27 @@ def test_an_import_path_of_ours_that_has_moved_is_answered_with_the_new_one(argu
         main()
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[0] == f"error: {OLD_PATHS[arguments]}"
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "old", "new"),
+    [
+        ("PPO", "advantages: {{function: {}}}", "lit_rlhf.advantages.gae", "lit_rlhf.losses.gae"),
+        ("PPO", "generation: {{class_path: {}}}", "lit_rlhf.rollout.GenerationSettings", "lit_rlhf.GenerationSettings"),
+        ("DPO", "loss: [{{function: {}}}]", "lit_rlhf.losses.pairs.ipo_loss", "lit_rlhf.losses.ipo_loss"),
+    ],
+)
+def test_an_import_path_that_has_moved_is_answered_with_its_place_in_the_config(
+    model, option, old, new, tmp_path, capsys, monkeypatch
+):
+    config = tmp_path / "old.yaml"
+    config.write_text(f"model:\n  class_path: lit_rlhf.{model}\n  init_args:\n    {option.format(old)}\n")
+    monkeypatch.setattr(sys, "argv", ["lit-rlhf", "fit", f"--config={config}"])
+    with pytest.raises(SystemExit):
+        main()
+    name, inner = option.split(":")[0], "function" if "function" in option else "class_path"
+    place = f"{config}, line 4, model.{name}.{inner}"
+    assert capsys.readouterr().err.splitlines()[0] == f"error: {place}: {old} is not there; write {new}"
 
 
 def test_a_path_of_ours_beside_a_wrong_one_of_the_users_is_not_blamed(capsys, monkeypatch):

@@ -6,15 +6,25 @@ import textwrap
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
-PACKAGES = ("lit_rlhf", "lit_rlhf.losses", "lit_rlhf.callbacks", "lit_rlhf.oracle", "token_mdp")
-ALIASES = {  # types of functions, which have no docstring
+PACKAGES = (
+    "lit_rlhf",
+    "lit_rlhf.losses",
+    "lit_rlhf.callbacks",
+    "lit_rlhf.oracle",
+    "lit_rlhf.demo",
+    "token_mdp",
+    "token_mdp.verifiable",
+)
+ALIASES = {  # types of functions and values, which have no docstring
+    "MODEL_DIR": "Folder of the tokenizer and the Llama configuration, without weights.",
     "LogprobFn": "A policy for the oracle: prompt (P,) and prefixes (n, t) to (n, V) log-probs of the next token.",
     "RewardFn": "A reward for the oracle: prompt (P,), completions (C, T) and their lengths (C,) to (C,) rewards.",
 }
 HEAD = """# Public names
 
-What a YAML or a script of yours may name, by the package that it is imported from; all else may move. A line is the
-first of the docstring; `help(name)` has the rest: shapes, units, errors, sources. `make api` writes this page.
+What a YAML or a script of yours may name, by the package that it is imported from; all else may move, also where the
+docs look into a room. A line is the first of the docstring; `help(name)` has the rest: shapes, units, errors, sources.
+`make api` writes this page.
 """
 
 

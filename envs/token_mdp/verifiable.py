@@ -19,6 +19,8 @@ import numpy as np
 from token_mdp.checks import check_flag
 from token_mdp.episodes import FloatArray
 
+__all__ = ["ExactAnswer", "PythonParses", "RegexMatch"]
+
 # A sign before or after the currency, as in -$5 and $-5; commas only where they group digits.
 NUMBER = re.compile(
     r"([+-]?)(?:[$€£]\s*)?([+-]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)"

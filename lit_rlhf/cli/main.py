@@ -63,9 +63,8 @@ OF_EVERY_RUN: dict[str, type[Callback]] = {
     "progress": ProgressLines,
 }
 USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
-DESCRIPTION = (
-    "Align language models: fit, validate, test and predict run a YAML; compare plays finished runs side by side, "
-    "export writes a checkpoint as a Hugging Face folder."
+DESCRIPTION = "Align language models: fit, validate, test and predict run a YAML. " + " ".join(
+    f"{name}: {said}" for name, said in PROGRAMS.items()
 )
 
 

@@ -174,13 +174,11 @@ def forward_flops(network: Policy | Scorer, batch: PackedBatch, weights: int) ->
         weights: as `matrix_weights` counts them.
     """
     config = network.model.config.get_text_config()
-    lengths = batch.layout.end_to_end.bounds.diff().double()
+    seen = batch.position_ids.double() + 1  # keys of each token's query; a shared prompt's tokens count once
     window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
     sliding = kinds.count("sliding_attention") if window else 0
-    seen = lengths.clamp(max=window or math.inf)  # by the last query; the seen - 1 first ones see fewer
-    pairs = (layers - sliding) * (lengths * (lengths + 1) / 2).sum()
-    pairs = pairs + sliding * (seen * (seen + 1) / 2 + (lengths - seen) * seen).sum()
+    pairs = (layers - sliding) * seen.sum() + sliding * seen.clamp(max=window or math.inf).sum()
     heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
     width = heads * config.head_dim if getattr(config, "head_dim", None) else config.hidden_size if heads else 0
     return 2.0 * weights * len(batch.input_ids) + 4.0 * width * pairs + head_flops(network, batch)

@@ -2,9 +2,10 @@
 
 A batch is N *nodes*, each a real token with its position. A *sequence* is a list of nodes; a node may belong to several
 sequences: a chosen and a rejected response both list the nodes of their prompt, so the prompt goes through every linear
-layer once. Only attention (`attention.py`) sees sequences, through the layout. No padding reaches a linear layer.
+layer once. Only attention (`attention.py`) sees sequences, through the layout (`layout.py`). No padding reaches linear
+layers.
 
-Axes: N nodes, B sequences, C cells of all sequences end to end (a shared node counts in each), M response tokens.
+Axes: N nodes, B sequences, M response tokens.
 """
 
 from collections.abc import Sequence
@@ -14,31 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Starting another bucket costs about as much as this many query-key pairs (measured on CPU, 6 heads of 64).
-BUCKET_OVERHEAD = 20_000
-
-
-class EndToEnd(NamedTuple):
-    """The sequences one after the other, for variable-length attention."""
-
-    nodes: Tensor  # (C,) int64: the nodes of each sequence in turn
-    bounds: Tensor  # (B+1,) int32: where each sequence begins, and the end of the last
-    longest: int  # tokens of the longest sequence
-    source: Tensor  # (N,) int64: where a node's output stands among the cells
-
-
-class Layout(NamedTuple):
-    """Which nodes form which sequence, ready for attention."""
-
-    buckets: tuple[
-        Tensor, ...
-    ]  # each (n, L) int64: the nodes of n sequences of similar length; cells past an end hold 0
-    source: Tensor  # (N,) int64: where a node's output stands among the cells of all buckets, laid end to end
-    end_to_end: EndToEnd
-
-    def padding_fraction(self) -> float:
-        """Share of the buckets' cells that hold no token; linear layers never meet them."""
-        return 1 - len(self.end_to_end.nodes) / sum(bucket.numel() for bucket in self.buckets)
+from lit_rlhf.engine.layout import Layout, make_layout
 
 
 class Example(NamedTuple):
@@ -81,35 +58,6 @@ class PackedBatch(NamedTuple):
         return sums.index_add(0, self.sequence_ids, token_values)
 
 
-def plan_buckets(lengths: Sequence[int], overhead: float = BUCKET_OVERHEAD) -> list[list[int]]:
-    """Partition sequences into buckets so that padded attention plus a fixed cost per bucket is least.
-
-    Dynamic programming over the sorted lengths: a bucket of n sequences, the longest of length L, costs
-    n L^2 + overhead. Optimal, since an optimal partition is contiguous in sorted order.
-
-    Args:
-        lengths: length of each sequence.
-        overhead: cost of one more bucket, in query-key pairs.
-
-    Returns:
-        Lists of sequence numbers, shortest bucket first; within a bucket, by length.
-    """
-    order = np.argsort(lengths, kind="stable")
-    squares = np.square(np.asarray(lengths, dtype=np.float64)[order])
-    n = len(order)
-    best = np.zeros(n + 1)
-    cut = np.zeros(n + 1, dtype=np.int64)
-    for end in range(1, n + 1):
-        costs = best[:end] + np.arange(end, 0, -1) * squares[end - 1] + overhead
-        cut[end] = costs.argmin()
-        best[end] = costs[cut[end]]
-    buckets = []
-    while n > 0:
-        buckets.append(order[cut[n] : n].tolist())
-        n = int(cut[n])
-    return buckets[::-1]
-
-
 def pack(examples: Sequence[Example]) -> PackedBatch:
     """Pack examples into one row of real tokens.
 
@@ -122,6 +70,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
     num_responses = len(examples[0].responses)
     nodes_of: list[np.ndarray] = [np.empty(0)] * (num_responses * len(examples))
     input_ids, position_ids = [], []
+    prompt_lengths = [0] * len(nodes_of)
     parts: list[list[np.ndarray]] = [[] for _ in nodes_of]
     start = 0
     for i, example in enumerate(examples):
@@ -145,45 +94,16 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
                 mask = np.asarray(example.loss_masks[k], dtype=bool)
                 predictors, targets = predictors[mask], targets[mask]
             sequence = k * len(examples) + i
-            nodes_of[sequence] = nodes
+            nodes_of[sequence], prompt_lengths[sequence] = nodes, P
             parts[sequence] = [predictors, targets, np.full(len(targets), sequence)]
 
     predictors, target_ids, sequence_ids = (np.concatenate(column) for column in zip(*parts, strict=True))
     return PackedBatch(
         input_ids=torch.as_tensor(np.concatenate(input_ids), dtype=torch.int64),
         position_ids=torch.as_tensor(np.concatenate(position_ids), dtype=torch.int64),
-        layout=make_layout(nodes_of, num_nodes=start),
+        layout=make_layout(nodes_of, start, prompt_lengths if num_responses > 1 else None),
         predictors=torch.as_tensor(predictors, dtype=torch.int64),
         target_ids=torch.as_tensor(target_ids, dtype=torch.int64),
         sequence_ids=torch.as_tensor(sequence_ids, dtype=torch.int64),
         last_nodes=torch.as_tensor(np.array([nodes[-1] for nodes in nodes_of]), dtype=torch.int64),
     )
-
-
-def make_layout(nodes_of: Sequence[np.ndarray], num_nodes: int) -> Layout:
-    """Layout of sequences given as node lists; every node must occur in at least one."""
-    buckets = []
-    source, source_end_to_end = np.zeros(num_nodes, dtype=np.int64), np.zeros(num_nodes, dtype=np.int64)
-    plan = plan_buckets([len(nodes) for nodes in nodes_of])
-    offset = 0
-    for members in plan:
-        L = len(nodes_of[members[-1]])
-        # Cells right of an end hold node 0. No real query sees them (attention is causal) and no output is read there.
-        cells = np.zeros((len(members), L), dtype=np.int64)
-        for row, sequence in enumerate(members):
-            nodes = nodes_of[sequence]
-            cells[row, : len(nodes)] = nodes
-            source[nodes] = offset + row * L + np.arange(len(nodes))
-        buckets.append(torch.from_numpy(cells))
-        offset += cells.size
-    ordered = [nodes_of[sequence] for members in plan for sequence in members]
-    all_nodes = np.concatenate(ordered)
-    source_end_to_end[all_nodes] = np.arange(len(all_nodes))
-    bounds = np.concatenate([[0], np.cumsum([len(nodes) for nodes in ordered])])
-    end_to_end = EndToEnd(
-        torch.from_numpy(all_nodes.astype(np.int64)),
-        torch.from_numpy(bounds.astype(np.int32)),
-        len(ordered[-1]),
-        torch.from_numpy(source_end_to_end),
-    )
-    return Layout(tuple(buckets), torch.from_numpy(source), end_to_end)

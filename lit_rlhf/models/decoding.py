@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from lit_rlhf.engine.packing import make_layout
+from lit_rlhf.engine.layout import make_layout
 from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.models.decoder import Decoder
 from lit_rlhf.models.graphs import GraphedStep, can_capture

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from lit_rlhf.engine.packing import make_layout
+from lit_rlhf.engine.layout import make_layout
 from lit_rlhf.models.decoder import Decoder, in_order
 from lit_rlhf.models.policy import Policy
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.engine.attention import as_mask
+from lit_rlhf.engine.layout import Layout
 from lit_rlhf.engine.logprobs import mask_, nll_sum, token_logprobs
-from lit_rlhf.engine.packing import Layout, PackedBatch
+from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.models.network import AdaptedHead, Network, ScalarHead
 from lit_rlhf.models.trunk import (
     CACHES,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.engine.attention import IMPLEMENTATION
-from lit_rlhf.engine.packing import Layout, make_layout
+from lit_rlhf.engine.layout import Layout, make_layout
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import TOLERANCE, difference, first_difference, said, silent_transformers, watched
 from lit_rlhf.models.decoding import make_decoder

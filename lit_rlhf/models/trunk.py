@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.engine.attention import IMPLEMENTATION, as_mask
-from lit_rlhf.engine.packing import Layout
+from lit_rlhf.engine.layout import Layout
 
 # What models call their keys and values, or states, of the tokens read so far. Transformers renamed them to `cache` in
 # release 5.24, and warns of the old names; code that comes with weights may go on with them.

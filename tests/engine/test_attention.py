@@ -1,13 +1,16 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 
-from lit_rlhf.engine import attention
-from lit_rlhf.engine.packing import pack
-from tests.tiny import ARCHITECTURES, plain_response_logprobs, random_examples, tiny_policy
+from lit_rlhf.engine import attention, layout
+from lit_rlhf.engine.packing import Example, pack
+from tests.tiny import ARCHITECTURES, VOCABULARY, plain_response_logprobs, random_examples, tiny_policy
+
+SIZES = (((20, 21), (1, 4)), ((30, 40), (2, 9)), ((1, 3), (8, 12)), ((6, 9), (1, 3)))  # of prompts and responses
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -33,6 +36,30 @@ def test_packed_logprobs_and_gradients_equal_separate_forwards(architecture):
     for name, parameter in policy.named_parameters():
         difference = (packed_gradients[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-8)
         assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize("responses", [2, 5])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prompts_that_are_attended_once_give_the_numbers_of_whole_sequences(architecture, responses, monkeypatch):
+    policy, rng = tiny_policy(architecture), np.random.default_rng(0)
+
+    def ids(shortest, longest):
+        return rng.integers(3, VOCABULARY, rng.integers(shortest, longest))
+
+    # Sliding windows end within prompts, at their end and within responses; one example stays whole.
+    examples = [Example(ids(*p), tuple(ids(*r) for _ in range(responses))) for p, r in SIZES]
+
+    def results(gain):
+        monkeypatch.setattr(layout, "SHARED_GAIN", gain)
+        batch = pack(examples)
+        assert (batch.layout.shared is not None) is (gain > 1)
+        policy.zero_grad()
+        logprobs, entropy = policy(batch, with_entropy=True)
+        (batch.sum_by_sequence(logprobs).square().sum() + entropy.sum()).backward()
+        return logprobs.detach(), entropy.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    for once, whole in zip(results(float("inf")), results(0), strict=True):
+        assert (once - whole).norm() < 1e-6 * whole.norm()
 
 
 def test_no_token_sees_a_neighbour_in_the_pack():

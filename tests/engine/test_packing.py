@@ -1,10 +1,8 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
 
-from lit_rlhf.engine.packing import Example, pack, plan_buckets
+from lit_rlhf.engine.packing import Example, pack
 from tests.tiny import random_examples, tiny_policy
 
 
@@ -41,49 +39,8 @@ def test_the_last_token_of_a_sequence_never_predicts_the_first_of_the_next():
     assert not set(batch.predictors.tolist()) & set(batch.last_nodes.tolist())
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_bucket_plan_is_the_cheapest_of_all_partitions(seed):
-    lengths = np.random.default_rng(seed).integers(1, 30, 6).tolist()
-    overhead = 150.0
-
-    def cost(buckets):
-        return sum(len(b) * max(lengths[i] for i in b) ** 2 + overhead for b in buckets)
-
-    def partitions(items):
-        if not items:
-            yield []
-            return
-        head, *rest = items
-        for partition in partitions(rest):
-            yield [[head], *partition]
-            for i, block in enumerate(partition):
-                yield [*partition[:i], [head, *block], *partition[i + 1 :]]
-
-    planned = plan_buckets(lengths, overhead)
-    assert sorted(itertools.chain.from_iterable(planned)) == list(range(6))
-    assert cost(planned) == min(cost(p) for p in partitions(list(range(6))))
-
-
 def test_packing_refuses_what_it_cannot_place():
     with pytest.raises(ValueError, match="example 1 has an empty prompt or response"):
         pack([Example(np.array([3]), (np.array([4]),)), Example(np.array([3]), (np.array([], dtype=int),))])
     with pytest.raises(ValueError, match="example 1 has 2 responses, the first has 1"):
         pack([Example(np.array([3]), (np.array([4]),)), Example(np.array([3]), (np.array([4]), np.array([4])))])
-
-
-def test_the_end_to_end_layout_lists_each_sequence_in_turn():
-    batch = pack(
-        [Example(np.array([5, 6]), (np.array([7]), np.array([8, 9]))), Example(np.array([3]), (np.array([4]),) * 2)]
-    )
-    nodes, bounds, longest, source = batch.layout.end_to_end
-    rows = [batch.input_ids[nodes[start:end]].tolist() for start, end in itertools.pairwise(bounds.tolist())]
-    assert sorted(rows) == [[3, 4], [3, 4], [5, 6, 7], [5, 6, 8, 9]]
-    assert longest == 4
-    assert bounds.dtype == torch.int32
-    assert torch.equal(nodes[source], torch.arange(len(batch.input_ids)))
-
-
-def test_the_padding_fraction_counts_cells_of_attention_without_a_token():
-    batch = pack([Example(np.array([3]), (np.array([4]),)), Example(np.array([3]), (np.array([4, 5, 6]),))])
-    assert len(batch.layout.buckets) == 1  # 2 + 4 tokens in a bucket of 2 x 4 cells
-    assert batch.layout.padding_fraction() == 0.25

@@ -24,8 +24,8 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Refuse what AdamW could not compute with."""
-        steps = "a number of steps, or a share of them below 1"
-        require(0 <= self.warmup_steps < math.inf, "warmup_steps", self.warmup_steps, steps)
+        steps, what = self.warmup_steps, "a whole number of steps, or a share of them below 1"
+        require(0 <= steps < 1 or (steps < math.inf and steps == int(steps)), "warmup_steps", steps, what)
         require(0 <= self.adam_eps < 1, "adam_eps", self.adam_eps, "0 or more, and below 1: steps are divided by it")
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_rlhf.data.messages import Row
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, named_by, require
 
 Span = tuple[int, int]  # first character, and one past the last
 
@@ -138,6 +138,8 @@ def set_template(
     if chat_template is not None:
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         tokenizer.chat_template = named.get(chat_template) or _read_template(chat_template)
+        with named_by("chat_template"):
+            _end_of_turn_id(tokenizer)  # refuses one that is not valid
     if template_kwargs:
         template = template_of(tokenizer)
         if ignored := [name for name in template_kwargs if not reads(template, name)]:
@@ -161,7 +163,8 @@ def stop_token_ids(
         UserError: there is none, or the template is not valid.
     """
     listed = generation_config.eos_token_id if generation_config is not None else None
-    candidates = [tokenizer.eos_token_id, _end_of_turn_id(tokenizer)]
+    with named_by(tokenizer.name_or_path or "tokenizer"):
+        candidates = [tokenizer.eos_token_id, _end_of_turn_id(tokenizer)]
     candidates += listed if isinstance(listed, list) else [listed]
     stops = tuple(dict.fromkeys(int(token) for token in candidates if token is not None))
     if not stops:
@@ -199,6 +202,8 @@ def _read_template(template: str) -> str:
     if not path.is_file():
         raise UserError(f"chat_template: neither a Jinja template nor a file ({path} is none)")
     try:
-        return path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin a file with
+        content = path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin a file with
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"chat_template: {path} cannot be read as UTF-8 text ({error})") from error
+    require(bool(content.strip()), "chat_template", path, "a file that holds a Jinja template; it is empty")
+    return content

@@ -80,6 +80,11 @@ def check_trainer_options(trainer: Any) -> None:
     require(accumulate >= 1, "accumulate_grad_batches", accumulate, "1 or more")
     clip = trainer.gradient_clip_val
     require(clip is None or clip >= 0, "gradient_clip_val", clip, "0 or more (0 = no clipping), or null")
+    for name in ("min_steps", "min_epochs", "log_every_n_steps"):
+        value = getattr(trainer, name)
+        require(value is None or value >= 0, name, value, "0 or more")
+    sanity = trainer.num_sanity_val_steps
+    require(sanity >= -1, "num_sanity_val_steps", sanity, "-1 (all) or more")
     if trainer.overfit_batches:
         raise UserError(
             f"overfit_batches ({trainer.overfit_batches}) would replace the plan of the micro-batches; to learn from "

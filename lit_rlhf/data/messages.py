@@ -75,6 +75,8 @@ def template_columns(row: Row, place: str) -> Row:
 
 def check_template_kwargs(given: Row, where: str) -> None:
     """Refuse arguments of the template that something else decides."""
+    if numbers := [name for name in given if not isinstance(name, str)]:
+        raise UserError(f"{where}: the name of a variable is text, found {numbers[0]!r}")
     if clash := sorted(set(given) & set(OURS)):
         raise UserError(f"{where}: {', '.join(clash)} cannot be set there; it holds variables of the template alone")
 

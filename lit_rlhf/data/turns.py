@@ -5,6 +5,7 @@ model has read when it begins to write.
 """
 
 import itertools
+import re
 
 from lit_rlhf.data.chat import Renderer, Span, Text
 from lit_rlhf.data.messages import REASONING, Row, learns
@@ -44,6 +45,8 @@ def completed(render: Renderer, prompt: list[Row], response: list[Row]) -> Text:
         text = render(messages)
         spans = [(len(before), len(text))]
     _require_beginning(before, text, first)
+    if len(response) == 1:
+        _require_words(response[0], text[len(before) :], first)
     return Text(text, len(before), spans, rendered=True)
 
 
@@ -102,10 +105,7 @@ def _turns(
             read = render.prompt(goes_on) if goes_on else render(messages[:turn], add_generation_prompt=True)
             _require_beginning(read, through, turn)
             start = len(read)
-        if start == len(through) and messages[turn].get("content", "").strip():
-            raise UserError(
-                f"the chat template leaves out message {turn}, which is to be learnt; use one that writes it"
-            )
+        _require_words(messages[turn], through[start:], turn)
         spans.append((start, len(through)))
     return text, spans
 
@@ -143,6 +143,13 @@ def _beginning(render: Renderer, messages: list[Row], text: str) -> int:
             "cannot be told from its header; give this turn weight: 0, or set loss_on: all"
         )
     return start
+
+
+def _require_words(message: Row, written: str, turn: int) -> None:
+    """Refuse a template that writes nothing of what a message says, though perhaps a header or an end of turn."""
+    words, written = re.findall(r"\w+", message.get("content", "").casefold()), written.casefold()
+    if not (any(word in written for word in words) if words else written or not message.get("content", "").strip()):
+        raise UserError(f"the chat template leaves out message {turn}, which is to be learnt; use one that writes it")
 
 
 def _require_beginning(read: str, text: str, turn: int) -> None:

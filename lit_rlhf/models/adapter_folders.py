@@ -4,6 +4,7 @@ Such a folder has no config.json, since transformers would look for a whole mode
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from torch import Tensor
 from transformers.utils import cached_file, find_adapter_config_file
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.adapters import without_dropout
-from lit_rlhf.models.hub import HUB_NAME, hub_or_cache, resolve
+from lit_rlhf.models.adapters import MOST_RANK, without_dropout
+from lit_rlhf.models.hub import HUB_NAME, hub_or_cache, require_json, resolve
+from lit_rlhf.models.weight_checks import check_score_bias
 
 PREFIX = "base_model.model."  # of each weight in PEFT's files
 HEADS = ("score", "classifier")  # what PEFT saves as a whole for a classifier, if it is there
@@ -82,6 +84,10 @@ class SavedAdapter:
                 "base: merge it by PEFT's merge_and_unload, and start from that"
             )
         known = {key: value for key, value in self.settings.items() if key in TAKEN and key in defaults}
+        for key, kinds, most in (("r", int, MOST_RANK), ("lora_alpha", int | float, math.inf)):
+            value = known.get(key, defaults[key])
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most or value == math.inf:
+                raise UserError(f"{self.name}: {key} ({value!r:.80}) in adapter_config.json must be a number above 0")
         return without_dropout(LoraConfig(**{**known, "base_model_name_or_path": self.base}))
 
     def weights(self) -> dict[str, Tensor]:
@@ -101,6 +107,11 @@ class SavedAdapter:
                 f"{self.name}: no adapter could be loaded there ({str(error).splitlines()[0]}); expected "
                 "adapter_model.safetensors beside adapter_config.json"
             ) from error
+        if ruined := [key for key, tensor in held.items() if not torch.isfinite(tensor).all()]:
+            raise UserError(
+                f"{self.name}: {len(ruined)} tensors of its adapter_model.safetensors hold NaN or infinity, like "
+                f"{ruined[0]}; take an earlier checkpoint of it, or copy it anew"
+            )
         weights = {key.removeprefix(PREFIX): tensor for key, tensor in held.items()}
         heads = [key for key in weights if re.fullmatch(rf"({'|'.join(HEADS)})\.(.*\.)?weight", key)]
         return {SCORE if key in heads else key: tensor for key, tensor in weights.items()}
@@ -109,7 +120,10 @@ class SavedAdapter:
     def bias(self) -> float | None:
         """Added to the scores of its head; None = as of its base."""
         file = Path(self.name).expanduser() / BIAS_FILE
-        return float(json.loads(file.read_text())["score_bias"]) if file.exists() else None
+        if not file.exists():
+            return None
+        require_json(str(file.parent), self.name, BIAS_FILE)
+        return check_score_bias(json.loads(file.read_text()).get("score_bias"), self.name, BIAS_FILE)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_rlhf.errors import UserError, require
 
 ALL_LINEAR = "all-linear"
+MOST_RANK = 2**16  # no layer is as wide
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,20 @@ class LoRA:
 
     def __post_init__(self) -> None:
         """Refuse what is no adapter."""
-        require(self.r >= 1, "lora.r", self.r, "1 or more")
+        require(1 <= self.r <= MOST_RANK, "lora.r", self.r, f"1 to {MOST_RANK}")
         require(0 < self.alpha < float("inf"), "lora.alpha", self.alpha, "more than 0 and finite")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         require(bool(self.target_modules), "lora.target_modules", self.target_modules, "all-linear, or names of layers")
         require(self.init in ("default", "gaussian"), "lora.init", self.init, "default or gaussian")
-        require(all(r >= 1 for r in self.rank_pattern.values()), "lora.rank_pattern", self.rank_pattern, "1 or more")
+        ranks = all(1 <= r <= MOST_RANK for r in self.rank_pattern.values())
+        require(ranks, "lora.rank_pattern", self.rank_pattern, f"1 to {MOST_RANK}")
         positive = all(0 < alpha < float("inf") for alpha in self.alpha_pattern.values())
         require(positive, "lora.alpha_pattern", self.alpha_pattern, "more than 0 and finite")
+        for option in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            given = getattr(self, option)
+            for pattern in [given] if isinstance(given, str) else given or ():
+                fault = regex_fault(pattern)
+                require(fault is None, f"lora.{option}", pattern, f"a name or a regular expression ({fault})")
 
     def config(self, base: str, scores: bool) -> Any:
         """The same as PEFT's `LoraConfig`.
@@ -88,6 +95,15 @@ class LoRA:
             base_model_name_or_path=base,
             task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         )
+
+
+def regex_fault(pattern: str) -> str | None:
+    """What is wrong with a regular expression, if anything is."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 def refuse_dropout(lora: LoRA | None, stage: str) -> None:
@@ -160,7 +176,10 @@ class Adapters:
                 "export it merged (export.merge: true) and start from that"
             )
         self.require_same_base({key: tensor for key, tensor in weights.items() if key not in own})
-        self._inject(name, config, trained)
+        try:
+            self._inject(name, config, trained)
+        except ValueError as error:  # of layers that are not there
+            raise UserError(f"adapter_config.json: {str(error).splitlines()[0]}") from error
         try:
             with quiet_peft():
                 result: Any = set_peft_model_state_dict(self.model, own, adapter_name=name)

@@ -1,6 +1,7 @@
 """The Hugging Face hub where it answers; where it does not, what it gave before, without a minute of retries."""
 
 import functools
+import json
 import re
 import time
 import traceback
@@ -84,6 +85,29 @@ def resolve(name: str | Path) -> str:
     if not is_there and (looks_like_a_path(str(name)) or not HUB_NAME.fullmatch(str(name))):
         raise UserError(f"{name}: no model could be loaded there: there is no folder {path.absolute()}")
     return str(path) if is_there else str(name)
+
+
+def require_json(source: str, name: str | Path, *files: str) -> None:
+    """Refuse a folder with damaged settings: transformers passes over some, and stumbles over others unnamed.
+
+    Args:
+        source: folder, or a hub name, of which nothing is looked at.
+        name: for messages.
+        files: that hold an object in JSON where they are there.
+
+    Raises:
+        UserError: one of them does not.
+    """
+    for file in files:
+        path = Path(source) / file
+        if not path.is_file():
+            continue
+        try:
+            held, why = json.loads(path.read_bytes()), "it is another value"
+        except (ValueError, RecursionError) as error:
+            held, why = None, str(error)
+        if not isinstance(held, dict):
+            raise UserError(f"{name}: {file} is damaged, copy it anew: expected an object in JSON ({why})")
 
 
 def hint(source: str, error: Exception) -> str:

@@ -61,6 +61,8 @@ def choose_attention(network: Policy | Scorer, name: str) -> None:
             caching = choose_caching(network)
     network.train(was_training)
     kind = type(model).__name__
+    if padded_fault is not None and padded_fault == fault:
+        raise UserError(f"{name}: {kind} is not supported: {fault}")
     if padded_fault is not None:
         raise UserError(f"{name}: {kind} is not supported. Packed rows: {fault}. Padded batches: {padded_fault}")
     if fault is not None:
@@ -120,9 +122,13 @@ def find_fault(network: Policy | Scorer, packed: bool) -> str | None:
         sample = Sample(network)
         with watched(model) as own_outputs:
             hidden = sample.own(model, packed)
+        if not torch.isfinite(hidden).all():
+            return "its hidden states are not finite; a number in config.json is wrong, or its weights are"
         logits: Any = None
         if isinstance(network, Policy):
             logits = model(**{k: v for k, v in sample.parts[0].items() if packed or k != "position_ids"}).logits[0]
+            if not logits.any():
+                return "its logits are all 0; the weights of its output embeddings, or before them, are"
             network.scale = find_scale(network, hidden[: LENGTHS[0]], logits)
             if not difference(network.logits(hidden[: LENGTHS[0]]), logits) <= TOLERANCE:
                 return "its head does more than multiply hidden states by the output embeddings, scale and cap them"

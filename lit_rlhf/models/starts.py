@@ -13,6 +13,7 @@ from lit_rlhf.models.adapter_folders import SCORE, Origin, SavedAdapter, named_b
 from lit_rlhf.models.adapters import Adapters, LoRA
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.policy import Policy, Scorer
+from lit_rlhf.models.weight_checks import has_score_head
 
 START = "start"  # the adapter that a run started from, where another learns on top of it
 
@@ -78,6 +79,8 @@ def load_start(network: Policy | Scorer, adapters: Adapters, start: SavedAdapter
         config.task_type = "SEQ_CLS"
         if head is not None and not network.fresh_head:
             set_head(network, head, start.bias)
+        elif not network.fresh_head and not has_score_head(list(network.model.config.architectures or [])):
+            raise UserError(f"{start.name}: its adapter_model.safetensors holds no scalar head; copy it anew")
     with named_by(start.name):
         adapters.load(place, config, weights, trained)
     with suppress(OSError):  # there need not be one

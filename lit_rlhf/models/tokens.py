@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapter_folders import saved_adapter
-from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, resolve
+from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, resolve
 from lit_rlhf.models.policy import Policy, context_length
 
 
@@ -22,12 +22,15 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     saved = saved_adapter(name)
     alone = saved is not None and not (Path(saved.name) / "tokenizer_config.json").exists()
     source = resolve(saved.base if saved is not None and alone else name)
+    require_json(source, name, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    require_utf8(Path(source) / "chat_template.jinja", name)
     try:
         with hub_or_cache(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a damaged file it may be any
         if not isinstance(error, OSError | ValueError) and (trust_remote_code or not in_transformers(error)):
             raise
+        require_json(source, name, "tokenizer.json")  # megabytes, which are read once more where they are at fault
         raise UserError(
             f"{name}: no tokenizer could be loaded there ({first_line(error)}){hint(source, error)}; "
             "save the model's own beside it (tokenizer.save_pretrained)"
@@ -42,6 +45,15 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     if context is not None:
         tokenizer.model_max_length = min(longest, context)
     return tokenizer
+
+
+def require_utf8(file: Path, name: str | Path) -> None:
+    """Refuse a file of a model's that is there and no text in UTF-8."""
+    try:
+        if file.is_file():
+            file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: {file.name} is no text in UTF-8 ({error}); save it as UTF-8") from error
 
 
 def keep_to_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -1,5 +1,6 @@
 """Whether weights, config and role fit together: refused by the name of what does not, before anything is trained."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ MOST_LAYERS = 10_000
 
 
 def check_labels(config: PretrainedConfig, num_labels: int, name: str | Path) -> None:
-    """Refuse a classifier that was trained with another number of labels."""
-    if has_score_head(list(config.architectures or [])) and config.num_labels != num_labels:
+    """Refuse a classifier that was trained with another number of labels, or whose scores are shifted by no number."""
+    check_score_bias(getattr(config, "score_bias", 0.0), name)
+    if has_score_head(architectures_of(config, name)) and config.num_labels != num_labels:
         labels = ", ".join(map(str, list((config.id2label or {}).values())[:3]))
         raise UserError(
             f"{name} is a classifier of {config.num_labels} labels ({labels}); a reward model or critic has a head of "
@@ -25,11 +27,21 @@ def check_labels(config: PretrainedConfig, num_labels: int, name: str | Path) ->
         )
 
 
-def check_depth(config: PretrainedConfig, name: str | Path) -> None:
-    """Refuse a config without a layer, or with more than any model has, which would be made for hours."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+def check_score_bias(bias: object, name: str | Path, file: str = "config.json") -> float:
+    """What is added to a reward model's scores, refused where it is no finite number."""
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
+        raise UserError(f"{name}: score_bias ({bias!r:.80}) in {file} must be a finite number")
+    return float(bias)
+
+
+def check_sizes(config: PretrainedConfig, name: str | Path) -> None:
+    """Refuse a config without a layer, with more than any model has, which would be made for hours, or no context."""
+    text = config.get_text_config()
+    layers, positions = (getattr(text, key, None) for key in ("num_hidden_layers", "max_position_embeddings"))
     if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
         raise UserError(f"{name}: num_hidden_layers ({layers}) in config.json must be 1 to {MOST_LAYERS}")
+    if isinstance(positions, int) and positions < 2:
+        raise UserError(f"{name}: max_position_embeddings ({positions}) in config.json must be 2 or more")
 
 
 def check_special_tokens(config: PretrainedConfig, generation: GenerationConfig | None, name: str | Path) -> None:
@@ -39,7 +51,8 @@ def check_special_tokens(config: PretrainedConfig, generation: GenerationConfig 
         for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
             given = getattr(holder, key, None)
             ids = given if isinstance(given, list | tuple) else [given]
-            beyond = [token for token in ids if isinstance(token, int) and token >= text.vocab_size]
+            least = 0 if key == "eos_token_id" else -1  # some write -1 for a pad token that is none
+            beyond = [token for token in ids if isinstance(token, int) and not least <= token < text.vocab_size]
             if beyond:
                 raise UserError(
                     f"{name}: {key} {beyond[0]} in {file} is no id of the model, which embeds {text.vocab_size} (0 to "
@@ -58,9 +71,11 @@ def check_shapes(mismatched: Iterable[tuple[str, Any, Any]], name: str | Path, d
         )
 
 
-def check_missing(missing: Iterable[str], model: PreTrainedModel, name: str | Path) -> None:
-    """Refuse a folder without some of the model's weights, which would be left random; the head is its own affair."""
-    keys = sorted(key for key in missing if not key.startswith("score."))
+def check_missing(
+    missing: Iterable[str], model: PreTrainedModel, name: str | Path, drawn: tuple[str, ...] = ()
+) -> None:
+    """Refuse a folder without some of the model's weights, which would be left random, but for what is drawn anew."""
+    keys = sorted(key for key in missing if not key.startswith(drawn))
     if keys:
         raise UserError(
             f"{name}: its weights lack {len(keys)} tensors of {type(model).__name__}, like {keys[:3]}; they would be "
@@ -128,6 +143,14 @@ def _ruined_in_files(source: str) -> Iterator[str]:
             for key in weights.keys():  # noqa: SIM118 (it is no mapping)
                 if not torch.isfinite(weights.get_tensor(key)).all():
                     yield f"{key} in {file.name}"
+
+
+def architectures_of(config: PretrainedConfig, name: str | Path) -> list[str]:
+    """The classes that weights were saved from, by their config."""
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(kind, str) for kind in named):
+        raise UserError(f"{name}: architectures ({named!r:.80}) in config.json must be a list of names")
+    return named
 
 
 def has_score_head(architectures: list[str]) -> bool:

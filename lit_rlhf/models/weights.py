@@ -1,6 +1,8 @@
 """The weights of a folder or hub name, read whole or refused by the names of their tensors."""
 
-from contextlib import suppress
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,16 +13,18 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import silent_transformers
-from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, resolve
+from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, resolve
 from lit_rlhf.models.probe import disable_dropout
 from lit_rlhf.models.weight_checks import (
-    check_depth,
+    architectures_of,
     check_finite,
     check_labels,
     check_left_out,
     check_missing,
     check_shapes,
+    check_sizes,
     check_special_tokens,
+    has_score_head,
 )
 
 
@@ -46,39 +50,24 @@ def load_model(
         UserError: no model there, or one whose weights are not those of its config.
     """
     source = resolve(name)
-    with hub_or_cache(source):
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            if num_labels is not None:
-                if not fresh_head:
-                    check_labels(config, num_labels, name)
-                config.num_labels = num_labels
-            dtype = _dtype_of(config, source)
-            generation: GenerationConfig | None = None
-            with suppress(OSError):  # there need not be one
-                generation = GenerationConfig.from_pretrained(source)
-            check_depth(config, name)
-            check_special_tokens(config, generation, name)
-            if from_scratch:
-                model = auto_class.from_config(
-                    config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=trust_remote_code
-                )
-            else:
-                model = _read(auto_class, source, config, trust_remote_code, name, fresh_head)
-        except UserError:
-            raise
-        except SafetensorError as error:
-            files = sorted(path.name for path in Path(source).glob("*.safetensors"))
-            raise UserError(
-                f"{name}: damaged or cut short, copy it anew: {', '.join(files) or 'weights'} ({error})"
-            ) from error
-        except Exception as error:  # of a damaged file it may be any
-            if not isinstance(error, OSError | ValueError) and (trust_remote_code or not in_transformers(error)):
-                raise
-            raise UserError(
-                f"{name}: no model could be loaded there ({first_line(error)}). Expected a folder with config.json and "
-                f"model.safetensors, or a name on the Hugging Face hub{hint(source, error)}"
-            ) from error
+    with hub_or_cache(source), _reading(source, name, trust_remote_code):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if num_labels is not None:
+            if not fresh_head:
+                check_labels(config, num_labels, name)
+            config.num_labels = num_labels
+        dtype = _dtype_of(config, source)
+        generation: GenerationConfig | None = None
+        with suppress(OSError):  # there need not be one
+            generation = GenerationConfig.from_pretrained(source)
+        check_sizes(config, name)
+        check_special_tokens(config, generation, name)
+        if from_scratch:
+            model = auto_class.from_config(
+                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+        else:
+            model = _read(auto_class, source, config, trust_remote_code, name, fresh_head)
     if type(model.config) is not type(config):
         rank_zero_warn(
             f"{name} is a model of text and more; what is loaded, trained and exported is its {type(model).__name__} "
@@ -89,6 +78,39 @@ def load_model(
     model.__dict__["stored_dtype"] = dtype
     disable_dropout(model)
     return model.train()  # from_pretrained leaves it in eval mode
+
+
+@contextmanager
+def _reading(source: str, name: str | Path, trust_remote_code: bool) -> Iterator[None]:
+    """Whatever transformers stumbles over in the files of a model, as an error that names it."""
+    require_json(source, name, "config.json", "generation_config.json", "model.safetensors.index.json")
+    try:
+        yield
+    except UserError:
+        raise
+    except SafetensorError as error:
+        files = sorted(path.name for path in Path(source).glob("*.safetensors"))
+        raise UserError(
+            f"{name}: damaged or cut short, copy it anew: {', '.join(files) or 'weights'} ({error})"
+        ) from error
+    except Exception as error:  # of a damaged file it may be any
+        if not isinstance(error, OSError | ValueError) and (trust_remote_code or not in_transformers(error)):
+            raise
+        raise UserError(
+            f"{name}: no model could be loaded there ({first_line(error)}{_in_config(source, error)}). Expected a "
+            f"folder with config.json and model.safetensors, or a name on the Hugging Face hub{hint(source, error)}"
+        ) from error
+
+
+def _in_config(source: str, error: Exception) -> str:
+    """Which option of config.json has the value that transformers does not know; empty of any other error."""
+    if not isinstance(error, KeyError) or not (file := Path(source) / "config.json").is_file():
+        return ""
+    parts = [json.loads(file.read_bytes())]
+    for part in parts:  # grows by those within
+        parts += [value for value in part.values() if isinstance(value, dict)]
+    names = [key for part in parts for key, value in part.items() if error.args and value == error.args[0]]
+    return f": what {names[0]} in config.json names is not known" if names else ""
 
 
 def _read(
@@ -112,13 +134,16 @@ def _read(
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except RuntimeError as error:
+        if "allocate memory" in str(error):
+            raise UserError(f"{name}: memory does not hold a model of the sizes in config.json ({error})") from error
         raise UserError(
             f"{name}: its weights do not fit together ({first_line(error)}): tensors that belong together, such as "
             "those of the experts of a layer, are missing or differ in shape; copy the folder anew"
         ) from error
     head = ("score.",) if fresh_head else ()
     check_shapes(report["mismatched_keys"], name, head)
-    check_missing(report["missing_keys"], model, name)
+    stored_head = has_score_head(architectures_of(config, name)) and not fresh_head
+    check_missing(report["missing_keys"], model, name, () if stored_head else ("score.",))
     check_left_out(report["unexpected_keys"], model, name, whole=type(model.config) is type(config))
     check_finite(model, source, name, head)
     untie(model)
@@ -150,13 +175,10 @@ def _dtype_of(config: PretrainedConfig, source: str) -> torch.dtype:
 def load_config(name: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a whole model."""
     source = resolve(name)
-    with hub_or_cache(source):
+    with hub_or_cache(source), _reading(source, name, trust_remote_code):
         return cast(PretrainedConfig, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
 
 
 def stored_architectures(name: str | Path, trust_remote_code: bool = False) -> list[str]:
     """The classes that a folder's weights were saved from, by its config."""
-    named = load_config(name, trust_remote_code).architectures or []
-    if not isinstance(named, list) or not all(isinstance(kind, str) for kind in named):
-        raise UserError(f"{name}: architectures ({named!r:.80}) in config.json must be a list of names")
-    return named
+    return architectures_of(load_config(name, trust_remote_code), name)

@@ -47,6 +47,8 @@ def test_defaults_are_those_of_the_checklist(folder):
         ("learning_rate", float("inf")),
         ("weight_decay", float("inf")),
         ("warmup_steps", float("inf")),
+        ("warmup_steps", float("nan")),
+        ("warmup_steps", 1.5),
         ("temperature", 0.0),
         ("ppo_epochs", 0),
         ("num_minibatches", 0),

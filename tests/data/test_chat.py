@@ -48,6 +48,11 @@ def test_a_template_is_read_from_a_file_without_the_mark_that_editors_begin_it_w
     (tmp_path / "latin.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
     with pytest.raises(UserError, match=r"chat_template: .*latin\.jinja cannot be read as UTF-8"):
         set_template(tokenizer, str(tmp_path / "latin.jinja"), {})
+    (tmp_path / "empty.jinja").write_text(" \n")
+    with pytest.raises(UserError, match=r"chat_template \(.*empty\.jinja\) must be a file that holds a Jinja template"):
+        set_template(tokenizer, str(tmp_path / "empty.jinja"), {})
+    with pytest.raises(UserError, match=r"^chat_template: the chat template is not valid Jinja"):
+        set_template(tokenizer, "{% for", {})
     with pytest.raises(UserError, match="neither a Jinja template nor a file"):
         set_template(tokenizer, str(tmp_path / "gone.jinja"), {})
 

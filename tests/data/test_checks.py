@@ -28,6 +28,7 @@ def trainer(**options):
     defaults = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "overfit_batches": 0.0, "callbacks": []}
     defaults |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "ckpt_path": None, "lightning_module": None}
     defaults |= {"reload_dataloaders_every_n_epochs": 0, "limit_train_batches": None, "fast_dev_run": False}
+    defaults |= {"min_steps": None, "min_epochs": None, "log_every_n_steps": 50, "num_sanity_val_steps": 2}
     return SimpleNamespace(**defaults | options)
 
 
@@ -71,6 +72,10 @@ def test_a_module_is_given_the_kind_of_rows_that_it_learns_from():
         ({"overfit_batches": 0.5}, r"overfit_batches \(0.5\) would replace the plan"),
         ({"val_check_interval": 0}, r"val_check_interval \(0\) must be micro-batches, or a share"),
         ({"val_check_interval": 0.0}, r"val_check_interval \(0.0\) must be"),
+        ({"min_steps": -1}, r"min_steps \(-1\) must be 0 or more"),
+        ({"min_epochs": -1}, r"min_epochs \(-1\) must be 0 or more"),
+        ({"log_every_n_steps": -1}, r"log_every_n_steps \(-1\) must be 0 or more"),
+        ({"num_sanity_val_steps": -5}, r"num_sanity_val_steps \(-5\) must be -1 \(all\) or more"),
         ({"check_val_every_n_epoch": 0}, r"check_val_every_n_epoch \(0\) must be 1 or more"),
     ],
 )

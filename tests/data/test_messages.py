@@ -71,6 +71,7 @@ def test_tools_and_arguments_may_be_json_and_null_or_empty_ones_are_none():
         ({"tools": "[f"}, "column 'tools': not valid JSON"),
         ({"tools": "[" * 100_000}, "column 'tools': nested too deep"),
         ({"tools": "[" + "9" * 5000 + "]"}, "column 'tools': an integer of thousands of digits"),
+        ({"chat_template_kwargs": {1: 2}}, "column 'chat_template_kwargs': the name of a variable is text, found 1"),
         ({"chat_template_kwargs": [1]}, "column 'chat_template_kwargs': expected an object, found a list"),
         ({"chat_template_kwargs": {"tools": []}}, "column 'chat_template_kwargs': tools cannot be set there"),
         (

@@ -83,7 +83,10 @@ def test_of_turns_that_follow_each_other_each_is_learnt_without_its_header(templ
 
 def test_words_that_the_template_leaves_out_are_refused_rather_than_learnt_as_nothing():
     row = {"prompt": [user("A")], "completion": [assistant("B")]}
-    for template in ("", "{{ messages[0].content }}"):
+    header = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.text }}{{ eos_token }}{% endfor %}"  # text, where content is meant
+    )
+    for template in ("", "{{ messages[0].content }}", header):
         with pytest.raises(UserError, match="leaves out message 1, which is to be learnt"):
             learnt(row, template)
     assert learnt({**row, "completion": [assistant(" ")]}, CHATML) == [" <|im_end|>"]

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_rlhf import LoRA, UserError
 from lit_rlhf.engine.packing import pack
 from lit_rlhf.models.adapter_folders import (
+    BIAS_FILE,
     SCORE,
     base_of,
     own_weights,
@@ -19,7 +20,7 @@ from lit_rlhf.models.adapter_folders import (
     whole_adapter,
     write_adapter,
 )
-from lit_rlhf.models.loading import load_policy
+from lit_rlhf.models.loading import load_policy, load_scorer
 from tests.models.adapted import KINDS, linear_names, move, relative
 from tests.tiny import plain_logits, random_examples, save_tiny
 
@@ -144,6 +145,10 @@ def test_a_base_is_found_from_the_adapters_folder_and_from_here(tmp_path, monkey
         ({"bias": "all"}, r"LoRA with bias"),
         ({"trainable_token_indices": [1]}, r"LoRA with trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_4"}, r"pissa_niter_4, which changes the base"),
+        ({"r": "eight"}, r"adapter: r \('eight'\) in adapter_config.json must be a number above 0"),
+        ({"r": 10**9}, r"adapter: r \(1000000000\) in adapter_config.json"),
+        ({"lora_alpha": None}, r"adapter: lora_alpha \(None\) in adapter_config.json must be a number above 0"),
+        ({"target_modules": ["nope"]}, r"adapter: adapter_config.json: Target modules \{'nope'\} not found"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused_by_what_it_is(settings, message, tmp_path):
@@ -182,6 +187,33 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path):
     save_file(held, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="the adapter's file lacks 1 weights that its config names"):
         load_policy(folder)
+
+
+def test_weights_of_an_adapter_that_are_not_finite_are_refused(tmp_path):
+    folder = save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    file = folder / "adapter_model.safetensors"
+    held = load_file(file)
+    next(iter(held.values()))[0, 0] = torch.nan
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors of its adapter_model.safetensors hold NaN or infinity, like base"):
+        load_policy(folder)
+
+
+def test_a_reward_models_adapter_without_its_head_is_refused_and_not_drawn_at_random(tmp_path):
+    folder = save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "SEQ_CLS"}))
+    with pytest.raises(UserError, match=r"adapter: its adapter_model.safetensors holds no scalar head"):
+        load_scorer(folder)
+    load_scorer(folder, fresh_head=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"score_bias": "x"}'])
+def test_a_damaged_shift_of_scores_is_named(content, tmp_path):
+    folder = save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    (folder / BIAS_FILE).write_text(content)
+    with pytest.raises(UserError, match=r"adapter: .*score_bias"):
+        _ = saved_adapter(folder).bias
 
 
 def test_settings_as_plain_values_are_what_peft_reads(tmp_path):

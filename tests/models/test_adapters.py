@@ -133,6 +133,11 @@ def test_dropout_is_refused_where_two_passes_must_agree():
         ("init", "pissa"),
         ("rank_pattern", {"q_proj": 0}),
         ("alpha_pattern", {"q_proj": -1.0}),
+        ("alpha_pattern", {"(q_proj": 1.0}),
+        ("r", 10**9),
+        ("rank_pattern", {"q_proj": 10**9}),
+        ("target_modules", "[q_proj"),
+        ("exclude_modules", "*"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_by_their_name(option, value):

@@ -276,7 +276,7 @@ def test_a_model_that_is_random_in_every_mode_is_refused():
 def test_a_model_that_fails_altogether_is_refused_with_its_own_words():
     policy = tiny_policy()
     policy.model.model.forward = None
-    with pytest.raises(UserError, match="Padded batches: TypeError in LlamaModel: 'NoneType' object is not callable"):
+    with pytest.raises(UserError, match="is not supported: TypeError in LlamaModel: 'NoneType' object is not callable"):
         choose_attention(policy, "broken")
 
 

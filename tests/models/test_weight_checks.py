@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MixtralConfig
 
 from lit_rlhf import PPO, RewardModelReward, UserError
+from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.models.loading import load_policy, load_policy_with_tokenizer, load_scorer
 from tests.tiny import CONFIGS, SHAPE, tiny_tokenizer
 
@@ -65,6 +66,10 @@ def test_a_config_without_a_layer_or_with_more_than_any_model_has_is_refused_at_
         ("config.json", {"num_attention_heads": 7}, "no model could be loaded there .*attention heads"),
         ("config.json", {"hidden_size": "x"}, "no model could be loaded there .*'hidden_size'"),
         ("config.json", {"torch_dtype": "x", "dtype": "x"}, "no model could be loaded there "),
+        ("config.json", {"hidden_act": "magic"}, r"no model could .*KeyError: 'magic': what hidden_act in config.json"),
+        ("config.json", {"vocab_size": 10**12}, "memory does not hold a model of the sizes in config.json"),
+        ("config.json", {"max_position_embeddings": 1}, r"max_position_embeddings \(1\) in config.json must be 2 or"),
+        ("generation_config.json", {"eos_token_id": [2, -7]}, "eos_token_id -7 in generation_config.json is no id"),
         ("config.json", {"architectures": 7}, r"architectures \(7\) in config.json must be a list of names"),
         ("tokenizer.json", {"added_tokens": None}, r"no tokenizer could be loaded there \(TypeError: "),
         (
@@ -191,3 +196,62 @@ def test_no_pad_token_as_llama_says_it_is_none(changed):
 def test_a_config_with_defaults_of_its_kind_alone_is_taken(tmp_path):
     AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
     load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_damaged_file_of_settings_is_named_even_where_transformers_would_pass_over_it(file, content, changed):
+    folder = changed()
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{folder}: {file} is damaged, copy it anew: expected an object in JSON"):
+        load_policy_with_tokenizer(folder)
+
+
+def test_a_template_that_is_no_text_or_no_jinja_is_told_with_its_folder(changed):
+    folder = changed()
+    (folder / "chat_template.jinja").write_bytes(b"{{ '\xe9' }}")
+    with pytest.raises(UserError, match=rf"{folder}: chat_template\.jinja is no text in UTF-8"):
+        load_policy_with_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text("{% for")
+    tokenizer = load_policy_with_tokenizer(folder)[1]
+    with pytest.raises(UserError, match=f"{folder}: the chat template is not valid Jinja"):
+        stop_token_ids(tokenizer)
+
+
+def test_a_reward_model_whose_file_lacks_its_head_is_refused_and_not_drawn_at_random(changed):
+    trunk = changed(lambda weights: None, architectures=["LlamaForSequenceClassification"], id2label={"0": "LABEL_0"})
+    for load in (load_scorer, lambda name: load_scorer(name, fresh_head=None)):
+        with pytest.raises(
+            UserError, match=r"lack 1 tensors of LlamaForSequenceClassification, like \['score.weight'\]"
+        ):
+            load(trunk)
+    load_scorer(trunk, fresh_head=True)
+
+
+@pytest.mark.parametrize("bias", ["high", float("nan"), True, None])
+def test_a_shift_of_scores_that_is_no_number_is_refused_at_load(bias, changed):
+    shifted = changed(
+        lambda weights: weights.update(SCORE),
+        architectures=["LlamaForSequenceClassification"],
+        id2label={"0": "LABEL_0"},
+        score_bias=bias,
+    )
+    with pytest.raises(UserError, match=r"score_bias \(.*\) in config.json must be a finite number"):
+        load_scorer(shifted)
+
+
+def test_numbers_that_are_none_and_heads_of_zeros_are_told_as_such(changed, tmp_path):
+    with pytest.raises(UserError, match="LlamaForCausalLM is not supported: its hidden states are not finite"):
+        load_policy(changed(rope_parameters={"rope_type": "default", "rope_theta": 0}))
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(UserError, match="is not supported: its logits are all 0"):
+        load_policy(changed(lambda weights: [weight.zero_() for weight in weights.values()]))

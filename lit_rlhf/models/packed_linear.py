@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_rlhf.engine.logprobs import autocast_dtype, is_plain_linear
+from lit_rlhf.engine.linear_head import autocast_dtype, is_plain_linear
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.engine.attention import as_mask
 from lit_rlhf.engine.layout import Layout
-from lit_rlhf.engine.logprobs import mask_, nll_sum, token_logprobs
+from lit_rlhf.engine.linear_head import mask_
+from lit_rlhf.engine.logprobs import nll_sum, token_logprobs
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.models.network import AdaptedHead, Network, ScalarHead
 from lit_rlhf.models.trunk import (

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_rlhf.engine.logprobs import autocast_dtype
+from lit_rlhf.engine.linear_head import autocast_dtype
 from lit_rlhf.engine.sharding import full_state_dict, is_sharded
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy, merged_copy

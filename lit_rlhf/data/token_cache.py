@@ -8,7 +8,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lit_rlhf.data.locating import fingerprint
 from lit_rlhf.data.naming import Role, Source
 from lit_rlhf.data.plain import as_json
 from lit_rlhf.data.reader import Options
+from lit_rlhf.data.row_map import RowMap
 from lit_rlhf.data.sources import place_of, placed_rows
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import clear, writing_into
@@ -97,22 +98,21 @@ def tokenized_rows(
     """
     how = json.dumps(options._asdict(), sort_keys=True, default=str)
     key = hash_of([rows._fingerprint, kind, how, *_tokenizer_key(tokenizer)])
-    tokenize_all = functools.partial(
-        rows.map,
+    row_map = RowMap(
         functools.partial(_tokenize_json, function=FUNCTIONS[kind], place=place, tokenizer=tokenizer, options=options),
-        input_columns="row",
-        with_indices=True,
-        batched=True,
-        num_proc=None if num_proc is None else min(num_proc, len(rows)),
-        remove_columns=["row"],
-        features=FEATURES[kind],
-        new_fingerprint=key,
-        desc="Tokenizing",
+        FEATURES[kind],
+        Path(rows.cache_files[0]["filename"]).with_name(f"cache-{key}.arrow"),
+        place,
     )
-    beside = [Path(file["filename"]).parent for file in rows.cache_files]
-    is_held = any(any(folder.glob(f"cache-{key}*.arrow")) for folder in beside)
-    with _writing_into(beside):
-        return _found_or_made(is_held, tokenize_all, functools.partial(tokenize_all, load_from_cache_file=False))
+    tokenize_all = functools.partial(row_map, rows, None if num_proc is None else min(num_proc, len(rows)))
+
+    def tokenize_anew() -> datasets.Dataset:
+        for file in row_map.files:
+            file.unlink()
+        return tokenize_all()
+
+    with _writing_into(row_map.file.parent):
+        return _found_or_made(bool(row_map.files), tokenize_all, tokenize_anew)
 
 
 def cached_rows(rows: Callable[[], Iterator[str]], key: str) -> datasets.Dataset:
@@ -141,16 +141,13 @@ def cached_rows(rows: Callable[[], Iterator[str]], key: str) -> datasets.Dataset
 
 
 @contextmanager
-def _writing_into(folders: Sequence[Path]) -> Iterator[None]:
-    """Clear folders of the cache of what a dead process left half written there, and, if it fails, of what this has."""
+def _writing_into(folder: Path) -> Iterator[None]:
+    """Clear a folder of the cache of what a dead process left half written, and, if it fails, of what this one has."""
     try:
-        with ExitStack() as held:
-            for folder in folders:
-                held.enter_context(writing_into(folder, UNDER_WAY))
+        with writing_into(folder, UNDER_WAY):
             yield
     except BaseException:
-        for folder in folders:
-            clear(folder, UNDER_WAY)
+        clear(folder, UNDER_WAY)
         raise
 
 

@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 from lit_rlhf.errors import UserError
 
@@ -52,8 +52,7 @@ def in_processes(work: Callable[[int, Send], None], number: int) -> Iterator[tup
             writer.close()  # now that process alone holds it, so that its end is the pipe's
             working[reader] = (i, process)
         while working:
-            for reader in wait(list(working)):
-                assert isinstance(reader, Connection)
+            for reader in cast(list[Connection], wait(list(working))):
                 i, process = working[reader]
                 try:
                     kind, content = reader.recv()

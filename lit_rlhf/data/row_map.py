@@ -37,7 +37,7 @@ class RowMap(NamedTuple):
         of = Counter(file.stem.rpartition("_of_")[2] for file in self.files)
         return self.file.exists() or any(parts == int(number) for number, parts in of.items())
 
-    def __call__(self, rows: datasets.Dataset, num_proc: int | None) -> datasets.Dataset:
+    def find_or_make(self, rows: datasets.Dataset, num_proc: int | None) -> datasets.Dataset:
         """The rows mapped, or found where they are kept.
 
         Raises:

@@ -104,7 +104,7 @@ def tokenized_rows(
         Path(rows.cache_files[0]["filename"]).with_name(f"cache-{key}.arrow"),
         place,
     )
-    tokenize_all = functools.partial(row_map, rows, None if num_proc is None else min(num_proc, len(rows)))
+    tokenize_all = functools.partial(row_map.find_or_make, rows, None if num_proc is None else min(num_proc, len(rows)))
 
     def tokenize_anew() -> datasets.Dataset:
         for file in row_map.files:

@@ -70,17 +70,48 @@ def read_weights(path: str | Path, network: str) -> dict[str, Tensor]:
 
 def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose tensors are not those of this module."""
-    differing = [
-        f"{name} ({tuple(given[name].shape) if name in given else 'missing'} there, "
-        f"{tuple(mine[name].shape) if name in mine else 'missing'} here)"
-        for name in sorted(given.keys() | mine.keys())
-        if name not in given or name not in mine or given[name].shape != mine[name].shape
-    ]
+    shapes = {name: (_shape(given, name), _shape(mine, name)) for name in sorted(given.keys() | mine.keys())}
+    differing = [f"{name} ({theirs} there, {ours} here)" for name, (theirs, ours) in shapes.items() if theirs != ours]
     if given and differing:
         raise UserError(
             f"ckpt_path: the checkpoint is of another model, {len(differing)} tensors differ, like {differing[0]}; "
             "give the model settings of its run"
         )
+
+
+def _shape(tensors: Mapping[str, Any], name: str) -> str:
+    if name not in tensors:
+        return "missing"
+    held = tensors[name]
+    return str(tuple(held.shape)) if isinstance(held, Tensor) else f"a {type(held).__name__}"
+
+
+def require_state(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that training would go on from with a new optimiser or schedule, or from no known place.
+
+    Lightning takes up what is there, and begins the rest anew.
+    """
+    loop = checkpoint["loops"].get("fit_loop")
+    parts = {"loops": isinstance(loop, Mapping) and isinstance(loop.get("state_dict"), Mapping)}
+    if "optimizer_states" in checkpoint:  # not in weights alone
+        states, schedules = checkpoint["optimizer_states"], checkpoint.get("lr_schedulers", ())
+        parts["lr_schedulers"] = len(schedules) == len(states)
+        parts["optimizer_states"] = all(state.get("state") for state in states) or not checkpoint["global_step"]
+    if lacking := [name for name, whole in parts.items() if not whole]:
+        raise UserError(
+            f"ckpt_path: the checkpoint is damaged: its {lacking[0]} is not what a run writes; take an older one"
+        )
+
+
+def moments_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of the optimiser, by names that say so."""
+    return {
+        f"{key} of parameter {number} in optimizer_states": value
+        for held in checkpoint.get("optimizer_states", ())
+        for number, state in held.get("state", {}).items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def require_finite(weights: Mapping[str, Tensor]) -> None:

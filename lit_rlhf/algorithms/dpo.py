@@ -73,9 +73,11 @@ class DPO(PreferenceModule):
         )
         if reference_update is not None and self.policy.adapters is not None:
             raise UserError("reference_update moves whole weights, and here an adapter learns: drop one of them")
-        self.loss = PreferenceLoss(loss, reference_free)
+        with named_by("model.loss"):
+            self.loss = PreferenceLoss(loss, reference_free)
         self.still_reference: Reference | None = None  # a reference that stays, unless its log-probs are cached
-        saved = None if reference is None else saved_adapter(reference)
+        with named_by("model.reference"):
+            saved = None if reference is None else saved_adapter(reference)
         shared = hold_reference in (None, "base") and shares_base(self.policy, saved)
         if reference is not None:
             with named_by("model.reference"):

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from lit_rlhf.algorithms.checkpoint import require_facts, require_finite, require_same_shapes
+from lit_rlhf.algorithms.checkpoint import (
+    moments_of,
+    require_facts,
+    require_finite,
+    require_same_shapes,
+    require_state,
+)
 from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_arguments
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, take_rate, warn_of_rounding
 from lit_rlhf.algorithms.load_balance import name_untrained
@@ -254,7 +260,8 @@ class AlignmentModule(LightningModule):
             )
         weights = checkpoint.get("state_dict", {})  # none where each rank reads its own shard
         require_same_shapes(weights, self.state_dict())
-        require_finite(weights)
+        require_state(checkpoint)
+        require_finite({**weights, **moments_of(checkpoint)})
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self.untrained = None
 

@@ -14,7 +14,7 @@ from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, UpdateSettings
 from lit_rlhf.data.batches import PromptBatch, RolloutBatch
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, named_by
 from lit_rlhf.losses import PolicyTokens, ScoredRollout, value_loss
 from lit_rlhf.losses.advantages import explained_variance, token_rewards, whiten
 from lit_rlhf.losses.kl import k1, k3
@@ -91,8 +91,10 @@ class OnPolicyModule(AlignmentModule):
         super().__init__(**kwargs)
         self.updates = UpdateSettings(ppo_epochs, num_minibatches, target_kl, entropy_coef)
         self.sampling = SamplingSettings(temperature, seed)
-        self.advantages = chosen_estimator(advantages)
-        self.loss = chosen_loss(loss)
+        with named_by("model.advantages"):
+            self.advantages = chosen_estimator(advantages)
+        with named_by("model.loss"):
+            self.loss = chosen_loss(loss)
         self.kl = FixedKL() if kl is None else kl
         if not hasattr(self.kl, "kl_coef"):
             raise UserError(f"model.kl: {type(kl).__name__} has no kl_coef; name FixedKL or AdaptiveKL, or null")

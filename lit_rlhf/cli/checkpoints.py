@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and clear words about those that are not."""
 
+import os
 import pickle
 import re
 import zipfile
@@ -61,6 +62,8 @@ def choose_checkpoint(name: str, root: Path, training: bool) -> str:
     Raises:
         UserError: there is none, or one that cannot be gone on from.
     """
+    if "://" in name:
+        raise UserError(f"ckpt_path: {name} is an address; download the file")
     if name == "best":
         raise UserError("ckpt_path: best is known to the run that found it alone; name its file")
     if name == "last":  # Lightning would start anew where it finds none, and replace the export
@@ -103,6 +106,8 @@ def require_checkpoint(path: Path, training: bool = False) -> None:
     )
     if not path.exists():
         raise UserError(f"ckpt_path: there is no checkpoint {path.absolute()}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"ckpt_path: {path.absolute()} may not be read")
     if path.is_dir():
         if not is_sharded(path):
             raise UserError(f"{not_ours}. Or it was cut short: then take an older one")

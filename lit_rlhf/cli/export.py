@@ -46,10 +46,16 @@ def export(
     require_checkpoint(Path(ckpt_path))
     require_replaceable(Path(folder), "folder")
     facts = read_facts(ckpt_path)
-    source = policy or facts.get("hyper_parameters", {}).get("policy")
-    if source is None or "exported" not in facts:
+    parameters = facts.get("hyper_parameters")
+    source = policy or (parameters.get("policy") if isinstance(parameters, Mapping) else None)
+    if any(name not in facts for name in ("exported", "algorithm", "tokens", "chat_template")):
         raise UserError(
             f"ckpt_path: {ckpt_path} does not say what to export; its run does so, resumed by fit --ckpt_path"
+        )
+    if source is None:
+        raise UserError(
+            f"ckpt_path: {ckpt_path} does not say what its run started from, which gives config and tokenizer; name "
+            "that model by --policy"
         )
     network = facts["exported"]
     head = stored_score_head(facts) if network == RewardModel.exported else None

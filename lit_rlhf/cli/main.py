@@ -30,6 +30,7 @@ from lit_rlhf.callbacks import (
 from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.callbacks.progress import draws_bars
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
+from lit_rlhf.cli.imports import left_while_imported
 from lit_rlhf.cli.mistakes import (
     missing_package,
     raised_in_lightning,
@@ -210,6 +211,11 @@ def main(args: Sequence[str] | None = None) -> None:
             if rank() == 0:
                 print(stop.told or f"{stop} ended the program before its work began", file=sys.stderr)
             raise SystemExit(stop.status) from None
+        except SystemExit as left:
+            if told := left_while_imported(left):
+                tell(f"error: {told}")
+                raise SystemExit(2) from None
+            raise
         except Exception as error:
             mistake = users_mistake(error, AlignmentCLI.root)
             if mistake is not None:

@@ -19,7 +19,12 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EAC
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by|exited)")
 BETWEEN = {*sys.stdlib_module_names, "lightning", "torch", "jsonargparse"}  # packages that only do what a config says
 HANDED_BACK = ("estimated_stepping_batches", "clip_gradients")  # where our modules ask Lightning about a config
-SPOKEN_OF = {"Timer(duration": "max_time", "gpu backend": "accelerator", "MPSAccelerator": "accelerator"}
+SPOKEN_OF = {
+    "Timer(duration": "max_time",
+    "for __new__()": "max_time",
+    "gpu backend": "accelerator",
+    "MPSAccelerator": "accelerator",
+}
 WALL = ("Does not validate against", "Subtypes:", "Expected a <class 'NoneType'>", "Expected a <class 'list'>")
 
 

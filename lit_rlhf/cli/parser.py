@@ -74,6 +74,9 @@ class Parser(LightningArgumentParser):
             said = f"{self.as_typed(option)}: {wanted}, got {given or 'empty text'}"
         elif UNNAMED in message:
             said = f"--config: {message.partition(': ')[2].replace(UNNAMED, 'in ')}; name a file, or write YAML"
+        elif file := self.python_file(message):
+            option, name = file
+            said = f"{option}: expected an import path, such as {Path(name).stem}.score, got the file {name}"
         elif wrong := wrong_value(message, self.as_typed):
             said = wrong
         elif "No module named" in message:
@@ -118,6 +121,16 @@ class Parser(LightningArgumentParser):
         if last == full.lstrip("-") and last in names:  # it is elsewhere
             near = f"; {last} is an option of a part: write it below model, data or trainer"
         return f"{f'{place.file}, line {place.line}: ' if place else ''}there is no option {full}{near}"
+
+    def python_file(self, message: str) -> tuple[str, str] | None:
+        """The option that was given a file of Python, which jsonargparse reads as a config, and the file; else None."""
+        for key in OPTION.findall(message):
+            typed, place = self.typed_option(key), place_of_option(self.typed, key)
+            given = [arg.partition("=")[2] for arg in self.typed if typed and arg.startswith(f"{typed}=")]
+            value = given[-1] if given else place.value if place else None
+            if value is not None and value.endswith(".py"):
+                return self.as_typed(key), value
+        return None
 
     @classmethod
     def typed_option(cls, name: str) -> str | None:

@@ -4,6 +4,8 @@ import ast
 import re
 from collections.abc import Callable
 
+from lit_rlhf.cli.imports import failed_import
+
 TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -17,6 +19,7 @@ TYPES = {
 OPTION = re.compile(r'Parser key "([^"]+)"')
 GIVEN = re.compile(r"Given value: ([^\n]*)")
 GOT = re.compile(r"Got value: ([^\n]*)")
+NESTED = re.compile(r"NestedArg\(key='([\w.]+)', val='?(.*?)'?\)")
 EXPECTED = re.compile(
     r"Expected a (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<choices>[^\]]+)\]|\w+ with (?P<count>\d+) elements)"
     r"|Not a valid subclass of (?P<kind>\w+)|to a subclass of (?P<base>\w+)"
@@ -39,11 +42,15 @@ def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str
     given = GIVEN.findall(message) or GOT.findall(message)
     if not options or not given:
         return None
-    value = given[-1]
-    option = as_typed(options[-1], value)
+    value, option = given[-1], options[-1]
+    if nested := NESTED.fullmatch(value):  # an argument of a class, given by itself
+        option, value = f"{option}.{nested[1]}", nested[2]
+    option = as_typed(option, value)
     shown = "null" if value == "None" else (value if len(value) <= MOST else f"{value[:MOST]}...") or "empty text"
     if beside := keys_beside_a_class(value):
         return f"{option}: {', '.join(beside)} must stand below init_args, not beside class_path"
+    if fault := failed_import(value):
+        return f"{option}: {fault}"
     words = list(dict.fromkeys(expectations(message)))
     words.sort(key=lambda word: word == "null")  # last, as an afterthought
     if option.endswith(("model", "data")) and words[0].startswith("the import path of a subclass"):

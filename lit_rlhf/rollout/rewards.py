@@ -81,6 +81,7 @@ class RewardModelReward(Reward):
     """
 
     def __init__(self, model: str, max_tokens: int = 16_384, trust_remote_code: bool = False) -> None:
+        require(max_tokens >= 1, "max_tokens", max_tokens, "1 or more")
         self.name = model
         self.max_tokens = max_tokens
         self.trust_remote_code = trust_remote_code

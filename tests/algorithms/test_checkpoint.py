@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as sharded
 
-from lit_rlhf.algorithms.checkpoint import META, read_facts, read_weights
+from lit_rlhf import UserError
+from lit_rlhf.algorithms.checkpoint import (
+    META,
+    moments_of,
+    read_facts,
+    read_weights,
+    require_finite,
+    require_same_shapes,
+    require_state,
+)
 
 FACTS = {"global_step": 7, "epoch": 2, "reward_model": {"shift": 0.25}}
 WEIGHTS = {
@@ -52,3 +61,38 @@ def test_the_weights_of_one_network_have_the_names_values_and_precision_of_its_m
 @KINDS
 def test_a_network_that_is_not_there_has_no_weights(write, tmp_path):
     assert read_weights(write(tmp_path), "reference") == {}
+
+
+def test_what_is_no_tensor_differs_from_one():
+    with pytest.raises(UserError, match=r"1 tensors differ, like a \(a str there, \(2,\) here\)"):
+        require_same_shapes({"a": "x"}, {"a": torch.zeros(2)})
+
+
+WHOLE = {
+    "loops": {"fit_loop": {"state_dict": {}}},
+    "global_step": 3,
+    "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2), "step": torch.tensor(3.0)}}}],
+    "lr_schedulers": [{}],
+}
+DAMAGED = {  # which part -> what stands there
+    "loops": {"fit_loop": "x"},
+    "lr_schedulers": [],
+    "optimizer_states": [{"state": {}}],
+}
+
+
+@pytest.mark.parametrize("part", DAMAGED)
+def test_a_checkpoint_that_training_would_go_on_from_with_something_new_is_refused(part):
+    require_state(WHOLE)
+    require_state(WHOLE | {"global_step": 0, "optimizer_states": [{"state": {}}]})  # before the first step
+    require_state({"loops": WHOLE["loops"], "global_step": 3})  # weights alone
+    with pytest.raises(UserError, match=f"its {part} is not what a run writes"):
+        require_state(WHOLE | {part: DAMAGED[part]})
+
+
+def test_moments_of_the_optimiser_that_are_not_finite_are_named():
+    moments = moments_of(WHOLE)
+    require_finite(moments)
+    moments["exp_avg of parameter 0 in optimizer_states"][0] = torch.inf
+    with pytest.raises(UserError, match=r"1 of 2 tensors .* like exp_avg of parameter 0 in optimizer_states"):
+        require_finite(moments)

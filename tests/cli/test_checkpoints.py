@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_rlhf import UserError
-from lit_rlhf.cli.checkpoints import WholeCheckpointIO, newest_checkpoint, require_checkpoint
+from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint, newest_checkpoint, require_checkpoint
 from lit_rlhf.files import NEW
 from tests.cli.command_line import QUICK, run
 
@@ -177,3 +177,12 @@ def test_a_checkpoint_whose_optimiser_is_anothers_is_one_line(workdir, monkeypat
     assert run("fit", *options, "--trainer.max_steps=2", f"--ckpt_path={file}") == 2
     said = capsys.readouterr().err
     assert "error: ckpt_path: the checkpoint does not fit this run, or is damaged (ValueError: loaded" in said
+
+
+def test_an_address_and_a_file_that_may_not_be_read_are_told_as_such(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"ckpt_path: s3://a/b\.ckpt is an address; download the file"):
+        choose_checkpoint("s3://a/b.ckpt", tmp_path, training=True)
+    torch.save(CHECKPOINT, tmp_path / "a.ckpt")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests may be allowed everything
+    with pytest.raises(UserError, match=r"a\.ckpt may not be read"):
+        require_checkpoint(tmp_path / "a.ckpt")

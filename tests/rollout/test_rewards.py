@@ -136,6 +136,12 @@ def test_text_is_what_predict_writes_and_special_tokens_are_an_option(special):
     assert seen == [(["def f():\n"], ["    return 1\n<eos>" if special else "    return 1\n"])]
 
 
+@pytest.mark.parametrize("budget", [0, -7])
+def test_a_budget_without_a_token_is_refused(budget):
+    with pytest.raises(UserError, match=rf"max_tokens \({budget}\) must be 1 or more"):
+        RewardModelReward("model", max_tokens=budget)
+
+
 def test_special_tokens_of_words_are_left_out():
     seen = []
     bound(lambda p, r: seen.append((p, r)) or [0.0])([np.array([1, 5])], [np.array([6, 7, EOS])])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 
@@ -18,7 +19,13 @@ from lit_rlhf.signals import Stop
 
 SECONDS_BEHIND = 2.0  # that a rank gives the first one to tell what ends both
 SECONDS_TO_END = 15.0  # that a rank waits for its end, once it is without a connection to another
-LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused|aborted)|broken pipe|by peer", re.IGNORECASE)
+SECONDS_TO_MEET = 60.0  # after which a rank says that it waits for the others
+STARTED_BY = "LIT_RLHF_STARTED_BY"  # variable with the process that starts the ranks, for those that it starts
+NEVER_MET = re.compile(r"waiting for clients|while trying to connect")
+LOST = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused|aborted)|broken pipe|by peer|" + NEVER_MET.pattern,
+    re.IGNORECASE,
+)
 
 
 class Ranks(threading.Thread):
@@ -31,14 +38,31 @@ class Ranks(threading.Thread):
         super().__init__(daemon=True, name="ranks")
         self.alone = trainer.world_size == 1
         self.launcher: Any = trainer.strategy.launcher
+        self.timeout = getattr(trainer.strategy, "_timeout", None)
         self.children: list[subprocess.Popen] = []
         self.over = threading.Event()
+        self.parent = 0  # that started this rank
+        if "LOCAL_RANK" in os.environ:
+            self.parent = int(os.environ.get(STARTED_BY, 0))
+        else:
+            os.environ[STARTED_BY] = str(os.getpid())
         if hasattr(self.launcher, "procs"):
             self.start()
 
     def run(self) -> None:
-        """End this process too, some time after a child has failed: it may be waiting for it where no signal comes."""
+        """End this process too, some time after a child has failed: it may be waiting for it where no signal comes.
+
+        At once, if the rank is gone that started this one. If the ranks do not meet, say so.
+        """
+        until = time.monotonic() + SECONDS_TO_MEET
         while not self.failed:
+            if self.parent and os.getppid() != self.parent:
+                print(f"error: rank {rank()} has lost rank 0, which was killed; is the memory full?", file=sys.stderr)
+                os._exit(1)
+            if not self.alone and time.monotonic() > until and not torch.distributed.is_initialized():
+                most = f"; it does for {self.timeout} at most (timeout of trainer.strategy)" if self.timeout else ""
+                print(f"rank {rank()} waits for the other ranks to be there{most}", file=sys.stderr)
+                until = float("inf")
             if self.launcher.procs:  # the observer's own list
                 self.children, self.launcher.procs[:] = self.launcher.procs[:], []
             if self.over.wait(0.2):
@@ -95,6 +119,13 @@ class Ranks(threading.Thread):
                 time.sleep(0.1)
         except Stop as stop:  # torchrun ends the others
             return stop.status
+        if NEVER_MET.search(str(error)):
+            address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            tell(
+                f"error: rank {rank()} has not met the other ranks at {address} within {self.timeout} (timeout of "
+                "trainer.strategy); has one of them ended, or been given another address?"
+            )
+            return 1
         tell(f"error: rank {rank()} is without a connection to another rank, which has ended: {first_line(error)}")
         return 1
 

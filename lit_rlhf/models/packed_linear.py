@@ -4,7 +4,7 @@ A product of a few rows with a large weight spends most of its time on the weigh
 so what each step would do is done once for all steps of a rollout. Under autocast they are cast to half precision: read
 in two bytes a step, not in four that are written in two and read again. In float32 on a CPU they are brought into
 oneDNN's blocked layout, with which 5 to 16 rows take half the time (`docs/performance.md`). The price is the memory of
-such a copy until the rollout ends.
+such a copy until the rollout ends, and of the kernels that oneDNN keeps for good: one for each number of rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.engine.linear_head import autocast_dtype, is_plain_linear
+
+MOST_ROWS = (
+    32  # more are no faster by oneDNN; prefill has any number, and a kernel takes 0.4 MB for each shape of layer
+)
 
 
 @contextmanager
@@ -71,10 +75,12 @@ def can_pack(network: nn.Module) -> bool:
 
 def packed_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """X W^T + b with the weights as they are now."""
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     def forward(x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        if x.numel() > MOST_ROWS * x.shape[-1]:
+            return F.linear(x, weight, bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return product
 
     return forward

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ LOST = RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer
 def impatient(monkeypatch):
     monkeypatch.setattr(ranks, "SECONDS_BEHIND", 0.3)
     monkeypatch.setattr(ranks, "SECONDS_TO_END", 5.0)
+    monkeypatch.setenv(ranks.STARTED_BY, "0")  # and as it was before, afterwards
 
 
 @pytest.fixture
@@ -70,6 +72,56 @@ def test_a_rank_that_nobody_ends_says_what_it_knows(capsys, monkeypatch):
     alone = Ranks(SimpleNamespace(world_size=2, strategy=SimpleNamespace(launcher=None)))
     assert alone.follow(LOST) == 1
     assert "is without a connection to another rank, which has ended: [/gloo/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Timed out after 11 seconds waiting for clients. 1/2 clients joined.",
+        "The client socket has timed out after 10000ms while trying to connect to (127.0.0.1, 29555).",
+    ],
+)
+def test_ranks_that_never_met_name_the_address_and_the_option_that_bounds_it(said, capsys, monkeypatch):
+    monkeypatch.setattr(ranks, "SECONDS_TO_END", 0.0)
+    monkeypatch.setenv("MASTER_ADDR", "there")
+    monkeypatch.setenv("MASTER_PORT", "29555")
+    error, strategy = RuntimeError(said), SimpleNamespace(launcher=None, _timeout=timedelta(minutes=30))
+    watching = Ranks(SimpleNamespace(world_size=2, strategy=strategy))
+    assert watching.lost(error) and watching.follow(error) == 1
+    assert (
+        "not met the other ranks at there:29555 within 0:30:00 (timeout of trainer.strategy)" in capsys.readouterr().err
+    )
+
+
+def test_a_rank_that_waits_for_others_to_start_says_so(monkeypatch, capfd):
+    monkeypatch.setattr(ranks, "SECONDS_TO_MEET", 0.0)
+    strategy = SimpleNamespace(launcher=SimpleNamespace(procs=[]), _timeout=timedelta(minutes=30))
+    watching, told = Ranks(SimpleNamespace(world_size=2, strategy=strategy)), ""
+    while "\n" not in told:
+        time.sleep(0.01)
+        told += capfd.readouterr().err
+    watching.end()
+    assert (
+        told
+        == "rank 0 waits for the other ranks to be there; it does for 0:30:00 at most (timeout of trainer.strategy)\n"
+    )
+
+
+ORPHAN = """
+import time
+from types import SimpleNamespace
+from lit_rlhf.cli.ranks import Ranks
+Ranks(SimpleNamespace(world_size=2, strategy=SimpleNamespace(launcher=SimpleNamespace(procs=[]))))
+time.sleep(60)
+"""
+
+
+def test_a_rank_ends_with_the_one_that_started_it():
+    environment = os.environ | {"LOCAL_RANK": "1", ranks.STARTED_BY: "1"}  # a process that is not its parent any more
+    orphan = subprocess.run(
+        [sys.executable, "-c", ORPHAN], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "has lost rank 0, which was killed; is the memory full?" in orphan.stderr and orphan.returncode == 1
 
 
 def test_a_mistake_of_our_own_is_no_lost_connection():

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.engine.packing import pack
 from lit_rlhf.models import packed_linear
-from lit_rlhf.models.packed_linear import can_pack, packed_linears
+from lit_rlhf.models.packed_linear import MOST_ROWS, can_pack, packed_linears
 from lit_rlhf.rollout.play import GenerationSettings, play
 from tests.rollout.test_play import make_env
 from tests.tiny import random_examples, tiny_policy
@@ -23,6 +23,28 @@ def test_packed_layers_give_the_same_products(rows, layer):
     x = torch.randn(*rows, 24)
     with torch.no_grad(), packed_linears(layer):
         assert "forward" in vars(layer)
+        packed = layer(x)
+    torch.testing.assert_close(packed, layer(x), rtol=1e-5, atol=1e-5)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the products by oneDNN's own kernels."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.mkldnn._linear_pointwise.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(24, 70), Conv1D(70, 24)], ids=str)
+def test_no_kernel_is_made_and_kept_for_each_number_of_rows_of_a_prefill(layer):
+    with torch.no_grad(), packed_linears(layer), Kernels() as kernels:
+        for rows in ((MOST_ROWS,), (MOST_ROWS // 2, 2), (1, MOST_ROWS + 1), (MOST_ROWS, 9)):
+            layer(torch.randn(*rows, 24))
+    assert kernels.count == 2
+    x = torch.randn(MOST_ROWS + 1, 24)
+    with torch.no_grad(), packed_linears(layer):
         packed = layer(x)
     torch.testing.assert_close(packed, layer(x), rtol=1e-5, atol=1e-5)
 

@@ -23,7 +23,12 @@ def load_balancing_loss(router_logits: Float[Tensor, "N E"], top_k: int) -> Floa
 
     Returns:
         () float32; `top_k` where all experts are equally busy, E where the same `top_k` do all the work.
+
+    Raises:
+        ValueError: there are fewer experts than a token is sent to.
     """
+    if not 1 <= top_k <= router_logits.shape[-1]:
+        raise ValueError(f"top_k is {top_k} of {router_logits.shape[-1]} experts; expected from 1 to all of them")
     probs = torch.softmax(router_logits.float(), dim=-1)
     sent = torch.zeros_like(probs).scatter(-1, probs.topk(top_k, dim=-1).indices, 1.0)
     return probs.shape[-1] * (sent.mean(0) * probs.mean(0)).sum()

@@ -56,7 +56,13 @@ class TablePolicy(nn.Module):
 
         Returns:
             (B, T) int64; past an end some state, which a mask leaves out.
+
+        Raises:
+            ValueError: responses longer than those of the tree.
         """
+        if responses.shape[1] > self.tree.max_new_tokens:
+            longest = self.tree.max_new_tokens
+            raise ValueError(f"responses of {responses.shape[1]} tokens; expected at most {longest}, as of the tree")
         K = len(self.tree.open_ids)
         prefix = torch.zeros(len(responses), dtype=torch.int64)
         columns = []

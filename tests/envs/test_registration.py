@@ -1,9 +1,11 @@
+import ast
 import copy
 import doctest
 import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -15,6 +17,8 @@ import token_mdp
 from token_mdp import Shared, TokenEnv, TokenVectorEnv
 from token_mdp.registration import IDS
 
+OPTIONAL = {"sb3.py": {"stable_baselines3"}, "pictures.py": {"PIL"}}  # asked for by name, by those who have it
+
 
 def test_importing_the_package_loads_neither_torch_nor_lit_rlhf():
     code = "import sys, json, token_mdp; print(json.dumps(sorted(name.split('.')[0] for name in sys.modules)))"
@@ -25,6 +29,19 @@ def test_importing_the_package_loads_neither_torch_nor_lit_rlhf():
     loaded = set(json.loads(done.stdout))
     assert {"token_mdp", "gymnasium", "numpy"} <= loaded
     assert not {"torch", "lit_rlhf", "transformers", "lightning", "stable_baselines3"} & loaded
+
+
+def test_its_files_import_gymnasium_and_numpy_alone():
+    package = Path(token_mdp.__file__).parent
+    for file in package.glob("*.py"):
+        own = OPTIONAL.get(file.name, set())
+        nodes = [
+            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        others = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+        assert others <= {"token_mdp", "gymnasium", "numpy"} | own, file.name
 
 
 @pytest.mark.plays("gymnasium", "`make` without arguments; `token_mdp:` in place of an import", "single, Dict and flat")

@@ -32,3 +32,9 @@ def test_its_gradient_takes_work_from_the_expert_that_has_most():
     logits = torch.tensor([[1.0, 0.0, 0.0]] * 4, requires_grad=True)
     load_balancing_loss(logits, 1).backward()
     assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_more_experts_than_there_are_cannot_be_sent_to(top_k):
+    with pytest.raises(ValueError, match=f"top_k is {top_k} of 3 experts"):
+        load_balancing_loss(torch.zeros(2, 3), top_k)

@@ -31,6 +31,11 @@ class TestTablePolicy:
             expected = self.tree.completion_logprobs(self.tree.tabulate(random_policy(4, 0), prompt))
             assert torch.allclose((steps * mask).sum(1), expected)
 
+    def test_no_state_is_beyond_the_longest_response(self):
+        policy = TablePolicy(self.tree, self.prompts)
+        with pytest.raises(ValueError, match="responses of 4 tokens; expected at most 3"):
+            policy.states(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
+
     def test_without_a_start_it_is_uniform_and_its_gradient_is_exact(self):
         policy = TablePolicy(self.tree, self.prompts)
         assert torch.allclose(policy(torch.arange(4)), torch.tensor(0.25, dtype=torch.float64).log())

@@ -40,7 +40,7 @@ WHOLE_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole_sft": ("sft", WHOLE),
     "whole_reward_model": ("reward_model", WHOLE | {"normalize": None}),
     "whole_dpo": ("dpo", WHOLE_DPO),
-    "whole_lora": ("sft", WHOLE | {"lora": LoRA(r=4)}),
+    "whole_lora": ("sft", WHOLE | {"lora": LoRA(r=4), "activation_checkpointing": True}),
     "chunked_sft": ("sft", WHOLE),  # the head sees a few tokens at a time, as in a large batch
     "chunked_dpo": ("dpo", WHOLE_DPO),
 }
@@ -51,7 +51,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo_cached": ("dpo", {"cache_reference": True}),
     "dpo_moving": ("dpo", MOVING_DPO),
     "best_reward_model": ("reward_model", {}),
-    "lora_ppo": ("ppo", {"lora": LoRA(r=4)}),  # policy, reference and critic on one base
+    # Policy, reference and critic on one base, which is held in another dtype than what learns.
+    "lora_ppo": ("ppo", {"lora": LoRA(r=4), "frozen_dtype": "bfloat16", "activation_checkpointing": True}),
     **WHOLE_RUNS,
 }
 

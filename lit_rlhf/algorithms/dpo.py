@@ -69,10 +69,12 @@ class DPO(PreferenceModule):
         ReferenceSettings(reference, cache_reference, reference_free, reference_update is not None, hold_reference)
         refuse_dropout(lora, "DPO")
         self.policy, self.tokenizer = load_policy_with_tokenizer(
-            policy, trust_remote_code=trust_remote_code, lora=lora, merge_start=merge_start
+            policy, False, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
         if reference_update is not None and self.policy.adapters is not None:
             raise UserError("reference_update moves whole weights, and here an adapter learns: drop one of them")
+        if reference_update is not None and self.frozen_dtype is not None:
+            raise UserError("reference_update moves the reference, and frozen_dtype is of weights that stay: drop one")
         with named_by("model.loss"):
             self.loss = PreferenceLoss(loss, reference_free)
         self.still_reference: Reference | None = None  # a reference that stays, unless its log-probs are cached
@@ -84,11 +86,15 @@ class DPO(PreferenceModule):
                 if shared:
                     theirs = load_tokenizer(reference, self.policy.model.config, trust_remote_code)
                 else:
-                    loaded, theirs = load_policy_with_tokenizer(reference, trust_remote_code=trust_remote_code)
-                    self.still_reference = own_reference(loaded, self.policy, self.frozen, hold_reference)
+                    loaded, theirs = load_policy_with_tokenizer(
+                        reference, False, trust_remote_code, frozen_dtype=self.frozen_dtype, learns=False
+                    )
+                    self.still_reference = own_reference(
+                        loaded, self.policy, self.frozen, hold_reference, self.frozen_dtype
+                    )
             check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
         if shared or (reference is None and (self.policy.adapters or not (cache_reference or reference_free))):
-            self.still_reference = reference_of(self.policy, self.frozen, hold_reference, saved)
+            self.still_reference = reference_of(self.policy, self.frozen, hold_reference, saved, self.frozen_dtype)
         if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint
             self.reference = self.frozen.pop("reference").train()  # Lightning warns of eval mode; dropout is 0 anyway
         self.beta = beta

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard, total_norm
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses.advantages import Moments, masked_moments
+from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
+from lit_rlhf.models.network import Network
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
 from lit_rlhf.models.tokens import keep_to_tokens
@@ -53,6 +56,10 @@ class AlignmentModule(LightningModule):
         adam_eps: AdamW's epsilon.
         lr_scheduler: what follows the warm-up: constant, or a cosine or linear fall to 0 at the last step.
         warmup_steps: optimiser steps of linear warm-up; below 1, that share of all steps.
+        frozen_dtype: what weights that never learn are held in: float32, bfloat16, or nf4 (4 bits, by bitsandbytes; of
+            a base under an adapter, or of a reference that is named); null = as the trainer's precision holds all.
+        activation_checkpointing: keep the inputs of blocks alone for the backward pass, and compute each block again
+            there: a third more work, and a fraction of the memory of activations.
     """
 
     learns_from: ClassVar[Kind]  # what the rows of its data are
@@ -71,6 +78,8 @@ class AlignmentModule(LightningModule):
         adam_eps: float = 1e-8,
         lr_scheduler: Literal["constant", "cosine", "linear"] = "cosine",
         warmup_steps: float = 0.0,
+        frozen_dtype: FrozenDtype | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         # What the constructor that was called got: bases may get arguments that are made of these.
@@ -79,6 +88,9 @@ class AlignmentModule(LightningModule):
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps
         )
+        require_frozen_dtype(frozen_dtype)
+        self.frozen_dtype = frozen_dtype
+        self.activation_checkpointing = activation_checkpointing
         # Apart: Lightning's LearningRateFinder sets the first of these; optimisers are made with the second.
         self.learning_rate = self.rate_in_use = learning_rate
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
@@ -132,6 +144,22 @@ class AlignmentModule(LightningModule):
         for network in self.networks():
             if isinstance(network, Policy):
                 keep_to_tokens(network, self.tokenizer, "model.tokenizer")
+        if self.frozen_dtype is not None:
+            require_precision(self.frozen_dtype, str(self.trainer.precision))
+            sharded = isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy)
+            if self.frozen_dtype == "nf4" and sharded:
+                raise UserError(
+                    "frozen_dtype: nf4 cannot be held in pieces, as trainer.strategy would have it: use ddp, or "
+                    "frozen_dtype: bfloat16"
+                )
+            if all(p.requires_grad for network in self.networks() for p in network.parameters()):
+                raise UserError(
+                    f"frozen_dtype ({self.frozen_dtype}) is of weights that never learn, and here all do: set lora, or "
+                    "drop it; trainer.precision says what weights that learn are held in"
+                )
+        for network in self.children() if stage == "fit" and self.activation_checkpointing else ():
+            if isinstance(network, Network):
+                network.checkpoint_activations()
         if stage == "fit" and not self.balances_experts:
             name_untrained(self.exportable(), type(self).__name__)
 

@@ -103,9 +103,11 @@ class OnPolicyModule(AlignmentModule):
         self.generation = generation
         refuse_dropout(lora, type(self).__name__)
         self.policy, self.tokenizer = load_policy_with_tokenizer(
-            policy, trust_remote_code=trust_remote_code, lora=lora, merge_start=merge_start
+            policy, False, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
-        self.reference: Reference = reference_of(self.policy, self.frozen, hold_reference)
+        self.reference: Reference = reference_of(
+            self.policy, self.frozen, hold_reference, frozen_dtype=self.frozen_dtype
+        )
         self.critic: Values | None = None
         self.critic_settings = CriticSettings(0.0, None, 0, None)
         self.rollout_metrics: dict[str, float] = {}  # of the rollout that is being learnt from

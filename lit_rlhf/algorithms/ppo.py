@@ -92,10 +92,12 @@ class PPO(OnPolicyModule):
                 made = add_critic(self.policy, hold, lora, saved)
             elif critic is not None:
                 own = without_head(self.policy, lora)
-                made = load_scorer(critic, False, trust_remote_code, own, role="critic")
+                made = load_scorer(critic, False, trust_remote_code, own, role="critic", frozen_dtype=self.frozen_dtype)
             elif self.policy.adapters is not None:
                 own = without_head(self.policy, lora)
-                made = load_scorer(policy, True, trust_remote_code, own, merge_start, role="critic")
+                made = load_scorer(
+                    policy, True, trust_remote_code, own, merge_start, "critic", frozen_dtype=self.frozen_dtype
+                )
             else:
                 made = scorer_from_policy(self.policy, trust_remote_code)
             self.critic = made

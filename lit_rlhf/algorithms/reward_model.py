@@ -65,7 +65,7 @@ class RewardModel(PreferenceModule):
             raise UserError(f"normalize ({normalize!r}) must be 'mean', 'mean_and_std' or null")
         self.normalize = normalize
         self.reward_model = load_scorer(
-            policy, fresh_head=fresh_head, trust_remote_code=trust_remote_code, lora=lora, merge_start=merge_start
+            policy, fresh_head, trust_remote_code, lora, merge_start, frozen_dtype=self.frozen_dtype
         )
         self.tokenizer = load_tokenizer(policy, self.reward_model.model.config, trust_remote_code)
         if self.reward_model.fresh_head:

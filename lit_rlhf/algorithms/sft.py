@@ -45,7 +45,7 @@ class SFT(AlignmentModule):
     ) -> None:
         super().__init__(**kwargs)
         self.policy, self.tokenizer = load_policy_with_tokenizer(
-            policy, from_scratch, trust_remote_code, lora, merge_start
+            policy, from_scratch, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
         self.generation = generation
         self.load_balance = find_load_balance(self.policy, policy)

@@ -46,6 +46,7 @@ from lit_rlhf.cli.values import wrong_values
 from lit_rlhf.cli.yaml_files import PARTS, check_configs
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import clear, make_folder, write_lines
+from lit_rlhf.models.holding import dtype_by, reading_in
 from lit_rlhf.signals import SIGNALS, Stop
 
 # Commands that are no LightningCLI run: a function in the file of that name, under `lit_rlhf.cli`.
@@ -107,8 +108,11 @@ class AlignmentCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """A value that a constructor refuses is the user's to mend, whoever wrote the constructor."""
+        subcommand = self.config.get("subcommand")
+        given = self.config if subcommand is None else self.config[subcommand]
         try:
-            super().instantiate_classes()
+            with reading_in(dtype_by(given.trainer.precision)):  # else they would be there in float32 first
+                super().instantiate_classes()
         except UserError:
             raise
         except ValueError as error:  # jsonargparse wraps our own errors in the whole of what was given

@@ -20,6 +20,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import MOST_RANK, without_dropout
+from lit_rlhf.models.holding import FrozenDtype
 from lit_rlhf.models.hub import HUB_NAME, hub_or_cache, require_json, resolve
 from lit_rlhf.models.weight_checks import check_score_bias
 
@@ -137,6 +138,7 @@ class Origin:
         settings: of the adapter that learns, see `plain_config`.
         name: of the adapter that learns.
         fresh: whether it was new when the run started, and changed nothing yet.
+        held: the dtype that the base was held in, if one was asked for.
     """
 
     base: str
@@ -145,6 +147,7 @@ class Origin:
     settings: dict[str, Any]
     name: str
     fresh: bool
+    held: FrozenDtype | None = None
 
 
 def saved_adapter(name: str | Path) -> SavedAdapter | None:

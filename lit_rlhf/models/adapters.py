@@ -149,6 +149,8 @@ class Adapters:
         self.layers = dict(lora_layers(self.model))
         self.trained |= {name} if trained else set()
         self.on = None
+        for parameter in self.parameters(name):  # in half precision, most of what it learns would be rounded away
+            parameter.data = parameter.data.float()
         for other in self.names:  # PEFT lets the last alone learn
             for parameter in self.parameters(other):
                 parameter.requires_grad_(other in self.trained)

@@ -1,7 +1,7 @@
 """Models from folders or hub names in their roles, checked before they are used.
 
-Weights are loaded in float32; the Trainer's `precision` decides what is computed in, and an export goes back to the
-dtype that they came in.
+Weights that learn are read in torch's default dtype, float32 unless Lightning or the command line says otherwise, those
+that never learn in one of their own if asked for (`holding.py`); an export goes back to the dtype that they came in.
 """
 
 import copy
@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.adapter_folders import saved_adapter
+from lit_rlhf.models.adapter_folders import SavedAdapter, saved_adapter
 from lit_rlhf.models.adapters import LoRA
+from lit_rlhf.models.holding import FrozenDtype, reading_in, require_frozen_dtype
 from lit_rlhf.models.policy import Policy, Scorer
 from lit_rlhf.models.probe import choose_attention, disable_dropout
 from lit_rlhf.models.starts import adapt
@@ -30,6 +31,8 @@ def load_policy(
     trust_remote_code: bool = False,
     lora: LoRA | None = None,
     merge_start: bool = False,
+    frozen_dtype: FrozenDtype | None = None,
+    learns: bool = True,
 ) -> Policy:
     """Load a causal LM for packed batches.
 
@@ -40,6 +43,8 @@ def load_policy(
         trust_remote_code: run model code that comes with the weights.
         lora: a new adapter that shall learn; None = all weights, or the adapter in the folder.
         merge_start: fold the adapter in the folder into its base.
+        frozen_dtype: of the weights that never learn: the base of an adapter, or all of them; None = torch's default.
+        learns: whether anything here will.
 
     Raises:
         UserError: no such model, or one that gives other numbers by itself than in this library.
@@ -48,13 +53,16 @@ def load_policy(
         raise UserError("lora trains an adapter beside frozen weights, and from_scratch draws these: drop one")
     start = None if from_scratch else saved_adapter(name)
     base = name if start is None else start.base
-    model = load_model(AutoModelForCausalLM, base, from_scratch, trust_remote_code)
+    held = frozen_base(start, lora, merge_start, frozen_dtype, learns)
+    with reading_in(torch.float32 if merge_start else torch.get_default_dtype()):  # sums are made before they are cast
+        read_as = None if merge_start else held
+        model = load_model(AutoModelForCausalLM, base, from_scratch, trust_remote_code, held=read_as)
     stored = stored_architectures(base, trust_remote_code)
     if not from_scratch and (has_score_head(stored) or (start is not None and start.scores)):
         raise UserError(f"{name} holds a reward model ({stored}), not a policy; name the folder of a causal LM")
     policy = Policy(model)
     choose_attention(policy, str(name))
-    adapt(policy, name, start, lora, merge_start, "policy")
+    adapt(policy, name, start, lora, merge_start, "policy", held)
     return policy
 
 
@@ -64,9 +72,11 @@ def load_policy_with_tokenizer(
     trust_remote_code: bool = False,
     lora: LoRA | None = None,
     merge_start: bool = False,
+    frozen_dtype: FrozenDtype | None = None,
+    learns: bool = True,
 ) -> tuple[Policy, Any]:
     """A policy and the tokenizer beside it, whose tokens the policy keeps to; see the two functions for each."""
-    policy = load_policy(name, from_scratch, trust_remote_code, lora, merge_start)
+    policy = load_policy(name, from_scratch, trust_remote_code, lora, merge_start, frozen_dtype, learns)
     tokenizer = load_tokenizer(name, policy.model.config, trust_remote_code)
     keep_to_tokens(policy, tokenizer, str(name))
     return policy, tokenizer
@@ -79,6 +89,8 @@ def load_scorer(
     lora: LoRA | None = None,
     merge_start: bool = False,
     role: str = "reward_model",
+    frozen_dtype: FrozenDtype | None = None,
+    learns: bool = True,
 ) -> Scorer:
     """Load a one-label sequence classifier, from a reward model's folder or on top of a causal LM.
 
@@ -91,13 +103,18 @@ def load_scorer(
         lora: as in `load_policy`.
         merge_start: as in `load_policy`.
         role: names the adapter that learns, if one does.
+        frozen_dtype: as in `load_policy`.
+        learns: as in `load_policy`.
 
     Raises:
         UserError: no such model, or no trained scalar head in it and `fresh_head` is off.
     """
     start = saved_adapter(name)
     base = name if start is None else start.base
-    model = load_model(AutoModelForSequenceClassification, base, False, trust_remote_code, 1, bool(fresh_head))
+    held = frozen_base(start, lora, merge_start, frozen_dtype, learns)
+    with reading_in(torch.float32 if merge_start else torch.get_default_dtype()):
+        kind, read_as = AutoModelForSequenceClassification, None if merge_start else held
+        model = load_model(kind, base, False, trust_remote_code, 1, bool(fresh_head), read_as)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; its architecture is not supported")
     architectures = stored_architectures(base, trust_remote_code)
@@ -109,8 +126,26 @@ def load_scorer(
         initialize_score_head(model)
     scorer = Scorer(model, fresh_head)
     choose_attention(scorer, str(name))
-    adapt(scorer, name, start, lora, merge_start, role)
+    adapt(scorer, name, start, lora, merge_start, role, held)
     return scorer
+
+
+def frozen_base(
+    start: SavedAdapter | None,
+    lora: LoRA | None,
+    merge_start: bool,
+    frozen_dtype: FrozenDtype | None,
+    learns: bool,
+) -> FrozenDtype | None:
+    """The dtype asked for where the weights of a folder stay as they are; None where they learn."""
+    require_frozen_dtype(frozen_dtype)
+    if merge_start and frozen_dtype == "nf4":
+        raise UserError(
+            "frozen_dtype: nf4 is made of weights as they are in a folder, and merge_start changes them first: export "
+            "merged weights (export.merge: true), and start from those"
+        )
+    stays = not learns or lora is not None or (start is not None and not merge_start)
+    return frozen_dtype if stays else None
 
 
 def load_shape(name: str | Path, classifies: bool, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.models.adapter_folders import Origin
 from lit_rlhf.models.adapters import Adapters
+from lit_rlhf.models.checkpointing import Checkpointing
 
 
 class Network(nn.Module):
@@ -24,6 +25,7 @@ class Network(nn.Module):
         self.adapters: Adapters | None = None  # where its own weights are a frozen base
         self.active: tuple[str, ...] = ()  # the adapters that are on in this network's own role
         self.origin: Origin | None = None  # of the adapter that learns
+        self.checkpointing: Checkpointing | None = None  # of activations
         self.register_state_dict_post_hook(without_base)
         self.register_load_state_dict_pre_hook(with_base)
 
@@ -34,10 +36,33 @@ class Network(nn.Module):
             self.model.eval()
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As of any module, but that buffers which no folder holds keep their dtype, as where transformers loads them.
+
+        Of rotary frequencies in bfloat16, every position past a few hundred would be another one.
+        """
+        held = [
+            (module, name, module._buffers[name])
+            for module in self.modules()
+            for name in module._non_persistent_buffers_set
+        ]
+        super()._apply(fn, recurse)
+        for module, name, before in held:
+            after = module._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                module._buffers[name] = before.to(after.device)
+        return self
+
     def switch(self, adapters: Sequence[str] | None = None) -> None:
-        """Let these adapters be on; None = those of the network's own role."""
+        """Start a pass: let these adapters be on; None = those of the network's own role."""
         if self.adapters is not None:
             self.adapters.switch(self.active if adapters is None else adapters)
+        if self.checkpointing is not None:
+            self.checkpointing.switch()
+
+    def checkpoint_activations(self) -> None:
+        """Compute blocks twice from now on, rather than keep what their gradients are made of."""
+        self.checkpointing = Checkpointing(self.model, self.adapters, self.quiet)
 
 
 def without_base(network: Network, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -51,9 +76,9 @@ def without_base(network: Network, state: dict[str, Any], prefix: str, local_met
 def with_base(network: Network, state: dict[str, Any], prefix: str, *args: Any) -> None:
     """Weights that a state dict leaves out, see `without_base`, stay as they are."""
     if network.adapters is not None:
-        for part, child in network.named_children():
-            for name, tensor in child.state_dict(keep_vars=True).items():
-                if not tensor.requires_grad:
+        for part, module in network.named_modules(remove_duplicate=False):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and not tensor.requires_grad and name not in module._non_persistent_buffers_set:
                     state.setdefault(f"{prefix}{part}.{name}", tensor)
 
 
@@ -71,6 +96,11 @@ class AdaptedHead:
         return cast(Tensor, self.layer(hidden))
 
 
+def scalar(linear: nn.Linear, hidden: Tensor) -> Tensor:
+    """(n, d) to (n,) float32, by a head that learns in float32 on whatever the trunk is held in."""
+    return cast(Tensor, linear(hidden.to(linear.weight.dtype)).squeeze(-1).float())
+
+
 class ScalarHead(nn.Module):
     """A scalar head on another network's trunk.
 
@@ -86,4 +116,4 @@ class ScalarHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n, d) to (n,) float32."""
-        return cast(Tensor, self.linear(hidden).squeeze(-1).float()) + self.bias
+        return scalar(self.linear, hidden) + self.bias

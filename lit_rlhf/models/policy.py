@@ -18,7 +18,7 @@ from lit_rlhf.engine.layout import Layout
 from lit_rlhf.engine.linear_head import mask_
 from lit_rlhf.engine.logprobs import nll_sum, token_logprobs
 from lit_rlhf.engine.packing import PackedBatch
-from lit_rlhf.models.network import AdaptedHead, Network, ScalarHead
+from lit_rlhf.models.network import AdaptedHead, Network, ScalarHead, scalar
 from lit_rlhf.models.trunk import (
     CACHES,
     arguments_of,
@@ -223,7 +223,7 @@ class Scorer(Network):
         """Score at each of the given nodes: (len(nodes),) float32."""
         self.switch()
         hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
-        return cast(Tensor, self.model.score(hidden[nodes]).squeeze(-1).float()) + self.bias  # type: ignore[operator]
+        return scalar(cast(nn.Linear, self.model.score), hidden[nodes]) + self.bias
 
     @property
     def bias(self) -> float:
@@ -246,9 +246,15 @@ def context_length(config: PretrainedConfig) -> int | None:
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
-def frozen_copy(policy: Policy) -> Policy:
-    """The reference: a copy of the policy as it is in memory, without gradients, in eval mode for good."""
-    return freeze(copy.deepcopy(policy))
+def frozen_copy(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
+    """The reference: a copy of the policy as it is in memory, without gradients, in eval mode for good.
+
+    Args:
+        policy: as it is.
+        dtype: of its weights; None = those of the policy.
+    """
+    cast = {} if dtype is None else {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in policy.parameters()}
+    return freeze(copy.deepcopy(policy, cast))  # what is there already is not copied in float32 first
 
 
 def merged_copy(policy: Policy) -> Policy:

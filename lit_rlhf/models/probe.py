@@ -2,7 +2,7 @@
 
 A few tokens go through the model's own eager attention in eval mode, one sequence at a time, and in training mode
 through what training and generation will do with them. Windows of attention are cut short meanwhile, so that few tokens
-meet their ends.
+meet their ends, and weights in half precision are cast, so that numbers are exact enough to be compared.
 """
 
 import math
@@ -21,6 +21,7 @@ from lit_rlhf.engine.layout import Layout, make_layout
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import TOLERANCE, difference, first_difference, said, silent_transformers, watched
 from lit_rlhf.models.decoding import make_decoder
+from lit_rlhf.models.holding import in_float32, is_half
 from lit_rlhf.models.policy import Caching, Policy, Scorer, context_length
 from lit_rlhf.models.trunk import backbone, packed_hidden_states, runs_packed
 
@@ -54,11 +55,14 @@ def choose_attention(network: Policy | Scorer, name: str) -> None:
     """
     model, was_training = network.model, network.training
     caching = ""
-    with torch.no_grad(), short_windows(model), silent_transformers():
-        fault = find_fault(network, packed=True)
-        padded_fault = None if fault is None else find_fault(network, packed=False)
-        if fault is not None and padded_fault is None and isinstance(network, Policy):
-            caching = choose_caching(network)
+    for whole in [False, True] if is_half(model) else [False]:
+        with torch.no_grad(), short_windows(model), silent_transformers(), in_float32(model, whole):
+            fault = find_fault(network, packed=True)
+            padded_fault = None if fault is None else find_fault(network, packed=False)
+            if fault is not None and padded_fault is None and isinstance(network, Policy):
+                caching = choose_caching(network)
+        if fault is None:
+            break
     network.train(was_training)
     kind = type(model).__name__
     if padded_fault is not None and padded_fault == fault:

@@ -18,6 +18,7 @@ from lit_rlhf.engine.sharding import is_sharded
 from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.models.adapter_folders import SCORE, SavedAdapter
 from lit_rlhf.models.adapters import LoRA
+from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.network import ScalarHead
 from lit_rlhf.models.policy import Policy, freeze, frozen_copy
 
@@ -63,16 +64,17 @@ class SameBase:
 
 
 class OwnModel:
-    """A frozen network of its own, on the policy's device and in its dtype.
+    """A frozen network of its own, on the policy's device and in its dtype, unless it has one of its own.
 
     Args:
         network: outside of the module tree, so that no strategy or optimiser moves it.
         policy: that it follows.
         parked: on the CPU between uses.
+        held: the dtype of its own.
     """
 
-    def __init__(self, network: Policy, policy: Policy, parked: bool = False) -> None:
-        self.network, self.policy, self.parked = network, policy, parked
+    def __init__(self, network: Policy, policy: Policy, parked: bool = False, held: FrozenDtype | None = None) -> None:
+        self.network, self.policy, self.parked, self.held = network, policy, parked, held
 
     def __call__(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """(M,) float32 log π_ref of the response tokens, and no entropies."""
@@ -90,8 +92,9 @@ class OwnModel:
                 "hold_reference: copy, or offload by the strategy"
             )
         came = held.device != wanted.device
-        if came or held.dtype != wanted.dtype:
-            self.network.to(device=wanted.device, dtype=wanted.dtype)
+        follows = self.held is None and held.dtype != wanted.dtype
+        if came or follows:
+            self.network.to(device=wanted.device, dtype=wanted.dtype if follows else None)
         try:
             yield
         finally:
@@ -137,7 +140,11 @@ def policy_parameters(policy: Policy) -> Iterator[nn.Parameter]:
 
 
 def reference_of(
-    policy: Policy, frozen: dict[str, nn.Module], hold: HoldReference | None, saved: SavedAdapter | None = None
+    policy: Policy,
+    frozen: dict[str, nn.Module],
+    hold: HoldReference | None,
+    saved: SavedAdapter | None = None,
+    frozen_dtype: FrozenDtype | None = None,
 ) -> Reference:
     """The policy as it is now, for good.
 
@@ -147,9 +154,10 @@ def reference_of(
         hold: "base": on the policy's frozen base, with the adapters on that the run started from; "copy": a network of
             its own; "parked": likewise, on the CPU between uses; None = base where there is one.
         saved: another adapter on the policy's base that is the reference instead.
+        frozen_dtype: of a copy of weights that learn; one of a frozen base is as that.
 
     Raises:
-        UserError: there is no frozen base.
+        UserError: there is no frozen base, or no such copy.
     """
     require(hold in (None, "base", "copy", "parked"), "hold_reference", hold, "base, copy, parked or null")
     adapters = policy.adapters
@@ -159,8 +167,14 @@ def reference_of(
             "hold_reference: copy"
         )
     if adapters is None or hold in ("copy", "parked"):
-        copied = frozen["reference"] = frozen_copy(policy)
-        return OwnModel(copied, policy, parked=hold == "parked")
+        if adapters is None and frozen_dtype == "nf4":
+            raise UserError(
+                "frozen_dtype: nf4 is made of weights as they are read, and this reference is a copy of weights that "
+                "learn: set lora, name the model as reference, or set frozen_dtype: bfloat16"
+            )
+        narrow = adapters is None and frozen_dtype is not None
+        copied = frozen["reference"] = frozen_copy(policy, dtype_of(frozen_dtype) if narrow else None)
+        return OwnModel(copied, policy, hold == "parked", frozen_dtype)
     if saved is not None:
         weights = saved.weights()
         weights.pop(SCORE, None)
@@ -176,9 +190,13 @@ def reference_of(
 
 
 def own_reference(
-    network: Policy, policy: Policy, frozen: dict[str, nn.Module], hold: HoldReference | None
+    network: Policy,
+    policy: Policy,
+    frozen: dict[str, nn.Module],
+    hold: HoldReference | None,
+    frozen_dtype: FrozenDtype | None = None,
 ) -> Reference:
-    """Another model as the reference.
+    """Another model as the reference, held as it was loaded where `frozen_dtype` is given.
 
     Raises:
         UserError: it was to live on the policy's base, which is not its own.
@@ -186,7 +204,7 @@ def own_reference(
     if hold == "base":
         raise UserError("hold_reference: base is for an adapter on the very base of the policy, and reference is none")
     frozen["reference"] = freeze(network)
-    return OwnModel(network, policy, parked=hold == "parked")
+    return OwnModel(network, policy, hold == "parked", frozen_dtype)
 
 
 def shares_base(policy: Policy, saved: SavedAdapter | None) -> bool:
@@ -285,7 +303,7 @@ def scalar_layer(policy: Policy) -> nn.Linear:
     """A fresh scalar head for the policy's trunk, N(0, 1/√(d+1)) as that of a `Scorer`."""
     like = next(policy.model.parameters())
     width = policy.model.config.get_text_config().hidden_size
-    linear = nn.Linear(width, 1, bias=False, device=like.device, dtype=like.dtype)
+    linear = nn.Linear(width, 1, bias=False, device=like.device, dtype=torch.float32)
     nn.init.normal_(linear.weight, std=(width + 1) ** -0.5)
     return linear
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapter_folders import SCORE, Origin, whole_adapter, without_dropout, write_adapter
 from lit_rlhf.models.adapters import Adapters
+from lit_rlhf.models.causes import silent_transformers
+from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.loading import load_policy, load_scorer
 from lit_rlhf.models.weights import stored_dtype
 
@@ -67,6 +69,8 @@ def artefact(
     """
     tokenizer, config = copy.deepcopy(tokenizer), copy.deepcopy(model.config)
     whole = merges(adapter, merge)
+    if adapter is not None and adapter.held == "nf4" and hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the run: what is merged is written in whole numbers
     if head is None:
         generation = _generation_config(model, tokenizer, stops)
         return Artefact(model, config, generation, tokenizer, dtype, 1.0, adapter, whole)
@@ -149,16 +153,23 @@ def write_own(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor], fo
 
 
 def merged(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor]) -> tuple[Artefact, dict[str, Tensor]]:
-    """The same of the whole model, which is loaded anew as the run loaded it, the adapter folded in by PEFT."""
+    """The same of the whole model, which is loaded anew as the run loaded it, the adapter folded in by PEFT.
+
+    A base that was held in less than float32 is what the adapter has learnt on: it is rounded alike, and added to in
+    float32.
+    """
     settings, own = whole_adapter(adapter, weights)
     source = adapter.start if adapter.merged and adapter.start is not None else adapter.base
     trusted = type(made.model).__module__.startswith("transformers_modules")  # its code runs in this process already
+    held: dict[str, Any] = {"merge_start": adapter.merged, "frozen_dtype": adapter.held, "learns": False}
     if made.generation is None:
-        model: Any = load_scorer(source, None, trusted, merge_start=adapter.merged).model
+        model: Any = load_scorer(source, None, trusted, **held).model
+        widen(model, adapter.held)
         with torch.no_grad():
             model.score.weight.copy_(own.pop(SCORE))
     else:
-        model = load_policy(source, False, trusted, merge_start=adapter.merged).model
+        model = load_policy(source, False, trusted, **held).model
+        widen(model, adapter.held)
     from peft import LoraConfig
 
     adapters = Adapters(model, adapter.base)
@@ -168,6 +179,16 @@ def merged(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor]) -> tu
         for holder in (made.config, made.config.get_text_config()):
             holder.tie_word_embeddings = False
     return made._replace(model=model, adapter=None, merge=False), dict(model.state_dict())
+
+
+def widen(model: PreTrainedModel, held: FrozenDtype | None) -> None:
+    """Hold in float32 what a base was when it was held otherwise."""
+    if held == "nf4":
+        with silent_transformers():
+            model.dequantize(torch.float32)
+    elif held is not None:
+        nn.Module.to(model, dtype_of(held))  # not yet, where an adapter was merged into it
+    nn.Module.to(model, torch.float32)
 
 
 def write_settings(made: Artefact, folder: Path) -> None:

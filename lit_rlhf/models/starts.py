@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from lit_rlhf.errors import UserError, named_by
 from lit_rlhf.models.adapter_folders import SCORE, Origin, SavedAdapter, named_base, plain_config
 from lit_rlhf.models.adapters import Adapters, LoRA
+from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.policy import Policy, Scorer
 from lit_rlhf.models.weight_checks import has_score_head
@@ -25,6 +26,7 @@ def adapt(
     lora: LoRA | None,
     merge_start: bool,
     role: str,
+    held: FrozenDtype | None = None,
 ) -> None:
     """Put the adapters on a network that was loaded whole, from the folder or from the base of the one there.
 
@@ -35,6 +37,7 @@ def adapt(
         lora: what shall learn in place of the whole; None = the adapter there, or all weights.
         merge_start: fold the adapter there into its base first.
         role: names the adapter that learns.
+        held: the dtype of weights that never learn, if one is asked for.
 
     Raises:
         UserError: nothing to merge, an adapter that does not fit, or two that cannot be told from one sum.
@@ -51,6 +54,8 @@ def adapt(
         load_start(network, adapters, start, place, trained=place == role)
         if merge_start:
             adapters.merge([START])
+            if lora is not None:
+                nn.Module.to(network.model, dtype_of(held))
             adapters = Adapters(network.model, base)
         elif lora is not None:
             below = (START,)
@@ -62,13 +67,13 @@ def adapt(
         return
     model: Any = network.model
     if isinstance(network, Scorer):
-        model.score.requires_grad_(True)
+        model.score.float().requires_grad_(True)  # it learns, and so is held as adapters are
     network.adapters, network.active = adapters, (*below, role)
     settings = plain_config(model.peft_config[role])
     under = None
     if start is not None and (lora is not None or merge_start):  # found again at the end, from wherever
         under = named_base(resolve(name))
-    network.origin = Origin(base, under, merge_start, settings, role, fresh=lora is not None)
+    network.origin = Origin(base, under, merge_start, settings, role, fresh=lora is not None, held=held)
 
 
 def load_start(network: Policy | Scorer, adapters: Adapters, start: SavedAdapter, place: str, trained: bool) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import silent_transformers
+from lit_rlhf.models.holding import FrozenDtype, dtype_of, quantization
 from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, resolve
 from lit_rlhf.models.probe import disable_dropout
 from lit_rlhf.models.weight_checks import (
@@ -35,8 +36,9 @@ def load_model(
     trust_remote_code: bool,
     num_labels: int | None = None,
     fresh_head: bool = False,
+    held: FrozenDtype | None = None,
 ) -> Any:
-    """A model in float32 and training mode, without dropout.
+    """A model in training mode, without dropout.
 
     Args:
         auto_class: of transformers, which says what kind of model.
@@ -45,6 +47,7 @@ def load_model(
         trust_remote_code: run model code that comes with the weights.
         num_labels: of a classifier.
         fresh_head: its head will be drawn anew, so that the stored one is not asked for.
+        held: the dtype of its weights; None = torch's default.
 
     Raises:
         UserError: no model there, or one whose weights are not those of its config.
@@ -64,10 +67,10 @@ def load_model(
         check_special_tokens(config, generation, name)
         if from_scratch:
             model = auto_class.from_config(
-                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=trust_remote_code
+                config, attn_implementation="eager", dtype=dtype_of(held), trust_remote_code=trust_remote_code
             )
         else:
-            model = _read(auto_class, source, config, trust_remote_code, name, fresh_head)
+            model = _read(auto_class, source, config, trust_remote_code, name, fresh_head, held)
     if type(model.config) is not type(config):
         rank_zero_warn(
             f"{name} is a model of text and more; what is loaded, trained and exported is its {type(model).__name__} "
@@ -120,6 +123,7 @@ def _read(
     trust_remote_code: bool,
     name: str | Path,
     fresh_head: bool,
+    held: FrozenDtype | None,
 ) -> PreTrainedModel:
     try:
         with silent_transformers():  # its report of weights that do not fit is our error, below
@@ -127,11 +131,12 @@ def _read(
                 source,
                 config=config,
                 attn_implementation="eager",  # `choose_attention` sees to ours
-                dtype=torch.float32,
+                dtype=dtype_of(held),
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                **quantization(held),
             )
     except RuntimeError as error:
         if "allocate memory" in str(error):
@@ -159,7 +164,7 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def stored_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of a model's weights where they came from; in memory they are float32."""
+    """The dtype of a model's weights where they came from, which need not be that in memory."""
     return cast(torch.dtype, model.__dict__.get("stored_dtype", torch.float32))
 
 

@@ -22,6 +22,7 @@ from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.models.adapter_folders import saved_adapter
+from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype
 from lit_rlhf.models.loading import load_scorer
 from lit_rlhf.models.policy import Policy, Scorer, freeze
 from lit_rlhf.models.roles import OnTrunk, add_reward_model, shares_base
@@ -77,20 +78,30 @@ class RewardModelReward(Reward):
         model: folder or hub name of a sequence classifier with one label, or of its adapter, such as `RewardModel`
             exports.
         max_tokens: tokens per forward pass; responses are scored in order of length.
+        frozen_dtype: what its weights are held in: float32, bfloat16, or nf4 (4 bits, by bitsandbytes); null = float32,
+            or the trainer's precision where that holds all weights in its own.
         trust_remote_code: run model code that comes with the weights.
     """
 
-    def __init__(self, model: str, max_tokens: int = 16_384, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        max_tokens: int = 16_384,
+        frozen_dtype: FrozenDtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        require_frozen_dtype(frozen_dtype)
         require(max_tokens >= 1, "max_tokens", max_tokens, "1 or more")
         self.name = model
         self.max_tokens = max_tokens
+        self.frozen_dtype = frozen_dtype
         self.trust_remote_code = trust_remote_code
         self.policy: Policy | None = None  # on whose base it stands
         self.held: Scorer | OnTrunk | None = None
         with named_by("reward model"):
             self.saved = saved_adapter(model)
             if self.saved is None:
-                self.held = freeze(load_scorer(model, trust_remote_code=trust_remote_code))
+                self.held = self.load()
             config = load_config(model if self.saved is None else self.saved.base, trust_remote_code)
             self.tokenizer = load_tokenizer(model, config, trust_remote_code)
 
@@ -99,12 +110,22 @@ class RewardModelReward(Reward):
         """The reward model, loaded when it is first asked for, unless it stands on a policy's base."""
         if self.held is None:
             with named_by("reward model"):
-                self.held = freeze(load_scorer(self.name, trust_remote_code=self.trust_remote_code))
+                self.held = self.load()
         return self.held
+
+    def load(self) -> Scorer:
+        """The reward model as a network of its own."""
+        trusted, frozen_dtype = self.trust_remote_code, self.frozen_dtype
+        return freeze(load_scorer(self.name, False, trusted, frozen_dtype=frozen_dtype, learns=False))
 
     def share(self, policy: Policy) -> None:
         """Stand on the policy's base, where that is the adapter's own."""
         if self.held is None and self.saved is not None and shares_base(policy, self.saved):
+            if self.frozen_dtype is not None:
+                raise UserError(
+                    f"reward model {self.name}: frozen_dtype ({self.frozen_dtype}) has nothing to say, since it stands "
+                    "on the policy's base: drop it, and set model.frozen_dtype"
+                )
             with named_by("reward model"):
                 self.held, self.policy = add_reward_model(policy, self.saved), policy
 

@@ -71,6 +71,18 @@ def fit_from(start, stage, inputs, folder, **options):
     return fit(stage, folder / "inputs", folder, **options)
 
 
+def whole_and_resumed(stage, inputs, folder, **options):
+    """The module of a run, and of one that went on from its first epoch."""
+    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = {"max_epochs": 3, "callbacks": [keep], "enable_checkpointing": True}
+    whole = fit(stage, inputs, folder / "whole", trainer=trainer, **options)
+    again = ModelCheckpoint(folder, filename="{epoch}-again", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = {"max_epochs": 3, "callbacks": [again], "enable_checkpointing": True}
+    # What a module draws at its start, here by another seed, is not what the run goes on with.
+    path = folder / "epoch=0.ckpt"
+    return whole, fit(stage, inputs, folder / "resumed", trainer=trainer, ckpt_path=path, seed=11, **options)
+
+
 def base_weights(module):
     """The frozen weights of a module's networks by name, copied."""
     named = itertools.chain.from_iterable(network.named_parameters() for network in module.networks())
@@ -103,16 +115,9 @@ def test_each_stage_learns_by_an_adapter_and_leaves_the_base_as_it_was(stage, in
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_holds_what_learns_alone_and_a_resumed_run_ends_the_same_to_the_bit(stage, inputs, tmp_path):
-    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    options = {"max_epochs": 3, "callbacks": [keep], "enable_checkpointing": True}
-    whole = fit(stage, inputs, tmp_path / "whole", lora=ADAPTER, trainer=options)
+    whole, module = whole_and_resumed(stage, inputs, tmp_path, lora=ADAPTER)
     trained = {name for name, p in whole.named_parameters() if p.requires_grad}
-    path = tmp_path / "epoch=0.ckpt"
-    assert torch.load(path, weights_only=True)["state_dict"].keys() == trained
-    again = ModelCheckpoint(tmp_path, filename="{epoch}-again", save_top_k=-1, save_on_train_epoch_end=True)
-    options = {"max_epochs": 3, "callbacks": [again], "enable_checkpointing": True}
-    # What a module draws at its start, here by another seed, is not what the run goes on with.
-    module = fit(stage, inputs, tmp_path / "resumed", lora=ADAPTER, trainer=options, ckpt_path=path, seed=11)
+    assert torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"].keys() == trained
     for name in trained:
         assert torch.equal(whole.get_parameter(name), module.get_parameter(name)), name
 

@@ -8,14 +8,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_rlhf import SFT, UserError
+from lit_rlhf import SFT, LoRA, UserError
 from lit_rlhf.callbacks.export import HuggingFaceExport
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.engine.sharding import total_norm
+from lit_rlhf.models.checkpointing import Checkpointing
 from lit_rlhf.rollout.play import GenerationSettings
 from tests.algorithms.watched import watch
 from tests.ppo_runs import make, record
-from tests.stages import make_stage, make_trainer
+from tests.stages import STAGES, make_stage, make_trainer
 from tests.tiny import VOCABULARY, save_padded
 
 UNUSED = [20, *range(VOCABULARY, 56)]
@@ -145,3 +146,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_we
     with pytest.raises(UserError, match="no step was taken"):
         trainer.fit(module, data)
     assert torch.equal(module.policy.head.weight, before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("lora", [None, LoRA(r=4)])
+def test_a_run_that_computes_activations_twice_ends_with_the_same_bits(stage, lora, inputs, tmp_path, monkeypatch):
+    """Adapters that are on differ from pass to pass of PPO and DPO; rollouts and the reference need no second pass."""
+    blocks, weights = [], []
+    run = Checkpointing.run
+    monkeypatch.setattr(
+        Checkpointing, "run", lambda self, *args, **kwargs: blocks.append(1) or run(self, *args, **kwargs)
+    )
+    for twice in (False, True):
+        torch.manual_seed(0)  # of what is drawn: adapters, heads
+        module, data = make_stage(stage, inputs, lora=lora, activation_checkpointing=twice)
+        trainer = make_trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
+        trainer.fit(module, data)
+        assert bool(blocks) == twice
+        weights.append(module.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

@@ -30,6 +30,20 @@ def test_each_config_runs_two_steps_and_exports_a_model_that_transformers_loads(
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", ["reward_model", "ppo"])
+def test_the_overlays_for_little_memory_run_two_steps(stage, workdir, monkeypatch):
+    configs = [
+        Path("configs", f"{stage}.yaml"),
+        *(Path("configs/overlays", f"{o}.yaml") for o in ("lora", "low_memory")),
+    ]
+    given = [word for config in configs for word in ("--config", config.absolute())]
+    monkeypatch.chdir(workdir)
+    small = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", f"--trainer.default_root_dir=out/low_{stage}"]
+    assert run("fit", *given, *QUICK, *small, *(SMALL_PPO if stage == "ppo" else [])) == 0
+    assert (Path("out") / f"low_{stage}" / "model" / "adapter_model.safetensors").exists()
+
+
 REWARDS = """
 data:
   init_args:

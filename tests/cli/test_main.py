@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 
@@ -16,6 +17,7 @@ from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.cli.main import AlignmentCLI, WholeConfig
 from lit_rlhf.data import batching
 from lit_rlhf.files import NEW
+from lit_rlhf.models import loading
 from tests.cli.command_line import QUICK, run
 
 
@@ -185,3 +187,22 @@ def test_an_argument_that_a_users_class_refuses_is_one_line_with_the_class(workd
     Path("faulty.py").write_text(FAULTY)
     assert run("fit", "--config", config, *QUICK, "--trainer.callbacks=faulty.Refusing") == 2
     assert capsys.readouterr().err.endswith("error: faulty.Refusing: size (3) must be even\n")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)])
+def test_weights_are_read_in_what_the_precision_holds_and_never_in_float32_first(
+    precision, dtype, tmp_path, monkeypatch
+):
+    read = []
+    load = loading.load_model
+
+    def watched(*args, **kwargs):
+        model = load(*args, **kwargs)
+        read.append({parameter.dtype for parameter in model.parameters()})
+        return model
+
+    monkeypatch.setattr(loading, "load_model", watched)
+    once = [f"--trainer.default_root_dir={tmp_path}", "--trainer.fast_dev_run=true", f"--trainer.precision={precision}"]
+    assert run("fit", "--config", "configs/sft.yaml", *QUICK, *once) == 0
+    assert read == [{dtype}] and torch.get_default_dtype() == torch.float32

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lit_rlhf import LoRA
 from lit_rlhf.models.loading import load_policy
@@ -47,3 +48,17 @@ def test_state_dicts_hold_what_learns_and_load_without_the_rest(runs):
     state.pop(next(iter(state)))
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict(state)
+
+
+def test_positions_stay_exact_when_a_network_is_cast(runs):
+    """Rotary frequencies in bfloat16 put position 60 elsewhere; transformers keeps them in float32, and so do we."""
+    cast = load_policy(runs / "base").to(torch.bfloat16)
+    exact = AutoModelForCausalLM.from_pretrained(runs / "base", dtype=torch.bfloat16)
+    ours, theirs = cast.model.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq
+    assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+    cast.model.set_attn_implementation("eager")
+    exact.set_attn_implementation("eager")
+    ids = torch.arange(60)[None] % 40
+    with torch.no_grad():
+        assert torch.equal(cast.model.eval()(ids).logits, exact.eval()(ids).logits)
+    assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}

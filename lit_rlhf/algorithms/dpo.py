@@ -105,6 +105,13 @@ class DPO(PreferenceModule):
         self.has_learnt = False  # whether the policy has moved away from the reference
         self.generation = generation
 
+    def views(self) -> dict[str, Any]:
+        """Policy and reference."""
+        moving = None if self.reference_update is None else self.reference
+        cached = "none" if self.reference_free else "log-probs, cached"
+        held = cached if self.cache_reference or self.reference_free else moving or self.still_reference
+        return {**super().views(), "reference": held}
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the preference loss of its pairs."""
         return self.pair_losses(batch, "train").sum() / batch.denominator

@@ -139,6 +139,10 @@ class AlignmentModule(LightningModule):
         yield from self.children()
         yield from self.frozen.values()
 
+    def views(self) -> dict[str, Any]:
+        """The roles and where they live: networks, views of `roles.py`, or a word for what is neither."""
+        return {self.exported: getattr(self, self.exported)}
+
     def setup(self, stage: str) -> None:
         """Every policy keeps to the tokens that the tokenizer has now: some may have been added since it was loaded."""
         for network in self.networks():

@@ -114,6 +114,11 @@ class OnPolicyModule(AlignmentModule):
         self.step_kl: list[Tensor] = []  # approximate KL of the optimiser step's micro-batches so far
         self.stopped = False  # by target_kl, for the rest of this iteration
 
+    def views(self) -> dict[str, Any]:
+        """Policy, reference and, where there is one, critic."""
+        critic = {} if self.critic is None else {"critic": self.critic}
+        return {**super().views(), "reference": self.reference, **critic}
+
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         """One micro-batch of the current rollout: Σ weight · term, a mean over the tokens of the global minibatch."""
         tokens, updates = batch.packed, self.updates

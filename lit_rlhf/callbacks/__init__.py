@@ -3,6 +3,7 @@
 from lit_rlhf.callbacks.compilation import CompileModel
 from lit_rlhf.callbacks.completions import CompletionWriter
 from lit_rlhf.callbacks.export import HuggingFaceExport
+from lit_rlhf.callbacks.memory import MemoryTable
 from lit_rlhf.callbacks.performance import Performance
 from lit_rlhf.callbacks.progress import ProgressLines
 from lit_rlhf.callbacks.samples import SampleTable
@@ -14,6 +15,7 @@ __all__ = [
     "CompletionWriter",
     "GracefulStop",
     "HuggingFaceExport",
+    "MemoryTable",
     "Performance",
     "ProgressLines",
     "RunSummary",

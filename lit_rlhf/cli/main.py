@@ -23,6 +23,7 @@ from lit_rlhf.callbacks import (
     CompletionWriter,
     GracefulStop,
     HuggingFaceExport,
+    MemoryTable,
     ProgressLines,
     RunSummary,
     SampleTable,
@@ -62,6 +63,7 @@ OF_EVERY_RUN: dict[str, type[Callback]] = {
     "predictions": CompletionWriter,
     "performance": Performance,
     "summary": RunSummary,
+    "roles": MemoryTable,
     "progress": ProgressLines,
 }
 USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."

@@ -160,6 +160,15 @@ class SlotDecoder(Decoder):
             self.rows[slot], self.rows[dropped] = target, source
 
 
+def cache_bytes(policy: Policy, num_slots: int, max_length: int, dtype: torch.dtype) -> int:
+    """What the slot cache will take, by the model's config; arguments as of `SlotDecoder`, and the cache's dtype."""
+    config = policy.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return int(2 * config.num_hidden_layers * num_slots * shared * max_length * width * dtype.itemsize)
+
+
 def make_decoder(policy: Policy, num_slots: int, max_length: int, cuda_graphs: bool = True) -> Decoder:
     """What a policy decodes with; arguments as of `SlotDecoder`."""
     if runs_packed(policy.model):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.engine.linear_head import autocast_dtype, is_plain_linear
+from lit_rlhf.engine.memory import has_numbers
 
 MOST_ROWS = (
     32  # more are no faster by oneDNN; prefill has any number, and a kernel takes 0.4 MB for each shape of layer
@@ -75,6 +76,9 @@ def can_pack(network: nn.Module) -> bool:
 
 def packed_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """X W^T + b with the weights as they are now."""
+    if not has_numbers(weight):  # there is no such kernel for shapes; the copy takes as much
+        copied = weight.clone()
+        return lambda x: F.linear(x, copied, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     def forward(x: Tensor) -> Tensor:

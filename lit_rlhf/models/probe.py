@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.engine.attention import IMPLEMENTATION
 from lit_rlhf.engine.layout import Layout, make_layout
+from lit_rlhf.engine.memory import only_shapes
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import TOLERANCE, difference, first_difference, said, silent_transformers, watched
 from lit_rlhf.models.decoding import make_decoder
@@ -54,6 +55,9 @@ def choose_attention(network: Policy | Scorer, name: str) -> None:
         UserError: neither gives its numbers.
     """
     model, was_training = network.model, network.training
+    if only_shapes():
+        model.set_attn_implementation(IMPLEMENTATION)
+        return
     caching = ""
     for whole in [False, True] if is_half(model) else [False]:
         with torch.no_grad(), short_windows(model), silent_transformers(), in_float32(model, whole):

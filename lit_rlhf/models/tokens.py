@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -71,9 +72,9 @@ def keep_to_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase, name: str
         UserError: the tokenizer has ids that the policy does not embed.
     """
     check_vocabulary(tokenizer, policy.vocabulary_size, name)
-    unused = torch.ones(policy.vocabulary_size, dtype=torch.bool)
+    unused = np.ones(policy.vocabulary_size, dtype=bool)
     unused[list(tokenizer.get_vocab().values())] = False
-    ids = unused.nonzero()[:, 0]
+    ids = torch.from_numpy(np.flatnonzero(unused))
     if len(ids) and policy.unused_ids is None:
         rank_zero_info(
             f"{name}: {len(ids)} of {len(unused)} ids stand for no token of its tokenizer; none of them is sampled, "

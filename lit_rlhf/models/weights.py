@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from lit_rlhf.engine.memory import only_shapes
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import silent_transformers
 from lit_rlhf.models.holding import FrozenDtype, dtype_of, quantization
@@ -65,7 +66,7 @@ def load_model(
             generation = GenerationConfig.from_pretrained(source)
         check_sizes(config, name)
         check_special_tokens(config, generation, name)
-        if from_scratch:
+        if from_scratch or only_shapes():
             model = auto_class.from_config(
                 config, attn_implementation="eager", dtype=dtype_of(held), trust_remote_code=trust_remote_code
             )

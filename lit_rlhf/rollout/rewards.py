@@ -55,6 +55,10 @@ class Reward:
         """Models that this reward holds in memory."""
         yield from ()
 
+    def view(self) -> Any:
+        """Where it lives: a network, a view on the policy's, or a word for what is neither."""
+        return "Python"
+
     def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> Any:
         """Score n responses.
 
@@ -139,8 +143,12 @@ class RewardModelReward(Reward):
             UserError: the two tokenizers differ.
         """
         check_same_tokens(tokenizer, self.tokenizer, f"reward model {self.name}")
-        if isinstance(self.scorer, nn.Module):
+        if isinstance(self.scorer, nn.Module) and self.scorer.model.device != device:
             self.scorer.to(device)
+
+    def view(self) -> "Scorer | OnTrunk":
+        """The reward model."""
+        return self.scorer
 
     def networks(self) -> Iterator[nn.Module]:
         """The reward model, where it is a network of its own."""

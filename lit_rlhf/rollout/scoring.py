@@ -130,6 +130,10 @@ class Rewards:
         for term in self.terms:
             yield from term.reward.networks()
 
+    def views(self) -> dict[str, Any]:
+        """Where each of them lives, by name."""
+        return {term.name: term.reward.view() for term in self.terms}
+
     def share(self, policy: Policy) -> None:
         """Let reward models stand on the policy's frozen base, where that is their own."""
         for term in self.terms:

@@ -1,0 +1,115 @@
+"""What tensors take: storages counted once, while they are alive; and shapes without numbers, to count before a run.
+
+A FakeTensor of torch has shape, dtype and storage size and no numbers. Ops on it give others, so real code runs on it
+and allocates nothing: what is counted on the way is what the code would take.
+"""
+
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+SHAPES = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def shapes() -> Iterator[None]:
+    """While inside, tensors that are made get no numbers."""
+    with warnings.catch_warnings(), SHAPES:
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # in torch's own deepcopy
+        yield
+
+
+def only_shapes() -> bool:
+    """Whether tensors that are made now get no numbers."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor has any."""
+    return not isinstance(tensor, FakeTensor)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of their storages, each counted once."""
+    storages = {storage._cdata: storage for storage in map(storage_of, tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    """What holds its numbers on this rank."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts, while it is on, the bytes of all storages that ops make, from then until nothing holds them.
+
+    What is asked of a number that is not there is answered by 1 or True.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.phase = ""
+        self.peaks: dict[str, int] = {}  # by phase
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do what was asked, and count what it made."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            with unset_fake_temporarily():
+                number = torch.ones((), dtype=args[0].dtype) if isinstance(args[0], FakeTensor) else args[0]
+                return func(number)
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        return made
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._held:
+            self._held[key] = storage.nbytes()
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self._free, key)
+
+    def add(self, size: int) -> None:
+        """So many bytes more."""
+        self.now += size
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._held.pop(key)
+
+
+class Numbers(TorchFunctionMode):
+    """Gives zeros for tensors without numbers to what leaves for the host: all to NumPy, vectors to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what asks for numbers; all else goes on."""
+        name = getattr(func, "__name__", "")
+        if name in ("cpu", "numpy") and isinstance(args[0], FakeTensor):
+            with unset_fake_temporarily():
+                if name == "numpy":
+                    return torch.zeros(args[0].shape, dtype=args[0].dtype).numpy()
+                if args[0].ndim <= 1:
+                    return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting(memory: LiveMemory) -> Iterator[None]:
+    """While inside, code runs on tensors with or without numbers, and what they take is counted."""
+    with Numbers(), memory:
+        yield

@@ -141,11 +141,14 @@ def call_batched(
 
     Raises:
         RewardError: `fn` raised or left the program, or returned None, another shape, or what is no finite real number.
+        KeyboardInterrupt: Ctrl-C, which is no fault of the function's.
     """
     indices = [int(index) for index in prompt_indices]
     try:
         returned = fn(*arguments, **columns)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # as of event loops that were cancelled, and of code in Rust that panicked
         raise failed(role, f"raised {told(error)}", indices) from error
     try:
         values, answered = as_numbers(returned, len(indices), abstain)

@@ -247,7 +247,9 @@ class TokenTask:
         arguments = self._arguments(indices, responses)
         try:
             allowed = as_array(without_torch(self.action_mask(*arguments, **self._rows("action_mask", indices))))
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise ValueError(f"action_mask raised {told(error)} ({name_prompts(indices)})") from error
         if allowed.dtype != np.bool_:  # logits to add, 0 for yes and -inf for no, would mean the contrary
             strange = allowed[~((allowed == 0) | (allowed == 1))] if allowed.dtype.kind in "iuf" else allowed.ravel()
@@ -283,7 +285,9 @@ class TokenTask:
             return prompts, [response.copy() for response in responses]
         try:
             return [self._text(prompt) for prompt in prompts], [self._text(response) for response in responses]
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise failed("tokenizer.decode", f"raised {told(error)}", indices) from error
 
     def _check_decoding(self) -> None:

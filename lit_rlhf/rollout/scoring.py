@@ -17,6 +17,7 @@ from lit_rlhf.errors import UserError, named_by
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout import rewards, time_limit
 from lit_rlhf.rollout.rewards import Reward, TextReward, path_of
+from lit_rlhf.signals import Stop
 from token_mdp import Episode, RewardError
 from token_mdp import rewards as calling
 from token_mdp.answers import told
@@ -166,6 +167,8 @@ class Rewards:
         try:
             yield
         except RewardError as error:
+            if isinstance(error.__cause__, Stop):  # a signal met the function, whose fault it is not
+                raise error.__cause__ from None
             role = {f"reward_fn[{term.name!r}]": term for term in self.terms} | {"reward_fn": self.terms[0]}
             term = role.get(error.role)
             raise UserError(explain(error, term, prompts)) from error
@@ -174,22 +177,26 @@ class Rewards:
         """Episodes whose rewards can be learnt from; a reward that abstained is 0 in them, and counted apart.
 
         Raises:
-            UserError: a reward is too large to compute with.
+            UserError: a reward is too large to compute with, whether or not others make up for it.
         """
         for episode in episodes:
-            if not abs(episode.reward) <= LARGEST:
-                values = episode.components or {self.terms[0].name: episode.reward}
-                largest = max(self.terms, key=lambda term: abs(np.nan_to_num(values[term.name]) * term.weight))
-                weighs = f", which weighs {largest.weight:g}," if largest.weight != 1 else ""
-                raise UserError(
-                    f"{largest.option} ({largest.reward}){weighs} gave {values[largest.name]:g} for "
-                    f"{prompts.place(episode.prompt_index)}: beyond ±{LARGEST:g}, rewards cannot be computed with in "
-                    "float32"
-                )
+            values = episode.components or {self.terms[0].name: episode.reward}
+            for term in self.terms:
+                require_computable(term, values[term.name], prompts, episode.prompt_index)
         if not self.abstain:
             return episodes
         silent = [term.name for term in self.terms if term.reward.abstain]
         return [episode._replace(components=counted(episode.components, silent)) for episode in episodes]
+
+
+def require_computable(term: Term, value: float, prompts: PromptBatch, index: int) -> None:
+    """Refuse a reward, as it is given or as it weighs, whose mean and variance over a rollout could overflow."""
+    if math.isfinite(value) and abs(value) * max(abs(term.weight), 1.0) > LARGEST:
+        weighs = f", which weighs {term.weight:g}," if term.weight not in (0.0, 1.0) else ""
+        raise UserError(
+            f"{term.option} ({term.reward}){weighs} gave {value:g} for {prompts.place(index)}: beyond ±{LARGEST:g}, "
+            "rewards cannot be computed with in float32"
+        )
 
 
 def counted(components: Mapping[str, float], silent: Sequence[str]) -> dict[str, float]:
@@ -281,4 +288,7 @@ def scored(judge: Reward, option: str, prompts: PromptBatch, responses: Sequence
     judges.terms = [judges.terms[0]._replace(option=option)]
     columns = {name: list(values) for name, values in prompts.columns.items()}
     with judges.naming(prompts):
-        return call_batched("reward_fn", judge, range(len(responses)), (prompts.prompt_ids, list(responses)), columns)
+        values = call_batched("reward_fn", judge, range(len(responses)), (prompts.prompt_ids, list(responses)), columns)
+    for number, value in enumerate(values.tolist()):
+        require_computable(judges.terms[0], value, prompts, number)
+    return values

@@ -1,3 +1,4 @@
+import asyncio
 import copy
 import pickle
 
@@ -49,24 +50,30 @@ def test_a_bad_reward_names_the_function_the_fault_and_the_prompts(reward_fn, me
         ends_of_all_slots(reward_fn=reward_fn)
 
 
-def leaving(prompts, responses):
-    raise SystemExit(0)
+class Panic(BaseException):
+    """As code in Rust raises it."""
 
 
-@pytest.mark.parametrize("reward_fn", [leaving, {"style": leaving}])
-def test_a_reward_that_leaves_the_program_is_an_error_and_the_program_goes_on(reward_fn):
-    with pytest.raises(RewardError, match=r"reward_fn.* raised SystemExit: 0 \(prompt indices \[0, 1, 2\]\)"):
-        ends_of_all_slots(reward_fn=reward_fn)
-    with pytest.raises(ValueError, match=r"action_mask raised SystemExit: 0"):
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, GeneratorExit, Panic])
+def test_a_reward_that_leaves_the_program_is_an_error_and_the_program_goes_on(error):
+    def leaving(prompts, responses):
+        raise error(0)
+
+    said = rf"raised {error.__name__}: 0 \(prompt indices \[0, 1, 2\]\)"
+    for reward_fn in (leaving, {"style": leaving}):
+        with pytest.raises(RewardError, match=rf"reward_fn.* {said}"):
+            ends_of_all_slots(reward_fn=reward_fn)
+    with pytest.raises(ValueError, match=rf"action_mask {said}"):
         ends_of_all_slots(action_mask=leaving)
 
 
-def test_ctrl_c_in_a_reward_is_no_error_of_the_reward():
+@pytest.mark.parametrize("function", ["reward_fn", "action_mask"])
+def test_ctrl_c_in_a_reward_is_no_error_of_the_reward(function):
     def interrupted(prompts, responses):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ends_of_all_slots(reward_fn=interrupted)
+        ends_of_all_slots(**{function: interrupted})
 
 
 @pytest.mark.parametrize("abstain", [False, True])

@@ -1,3 +1,7 @@
+import asyncio
+import re
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +10,7 @@ from lit_rlhf import Reward, RewardModelReward, RolloutDataModule, TextReward, U
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.rollout.play import GenerationSettings, complete
 from lit_rlhf.rollout.scoring import Rewards, scored
+from lit_rlhf.signals import Stop
 from tests.ppo_runs import Rollouts, make
 from tests.stages import make_trainer
 from tests.tiny import save_tiny, tiny_policy, tiny_tokenizer
@@ -111,6 +116,17 @@ def returning(value):
     return lambda prompts, responses: [value] * len(responses)
 
 
+def raising(error):
+    def function(prompts, responses):
+        raise error
+
+    return function
+
+
+class Panic(BaseException):
+    """As code in Rust raises it."""
+
+
 FAULTS = {
     "None": (returning(None), r"got \[None, .*None, for a response of which there is nothing to say, .*abstain=True"),
     "nan": (returning(float("nan")), "returned values that are not finite: nan"),
@@ -130,6 +146,9 @@ FAULTS = {
         r"raised ZeroDivisionError: division by zero, in .*test_scoring.py:\d+ \(prompt 11; ",
     ),
     "leaves": (lambda p, r: exit(3), r"raised SystemExit: 3"),
+    "is cancelled": (raising(asyncio.CancelledError("late")), r"raised CancelledError: late, in .*test_scoring.py:\d+"),
+    "ends a generator": (raising(GeneratorExit()), r"raised GeneratorExit, in "),
+    "panics": (raising(Panic("in Rust")), r"raised Panic: in Rust, in "),
     "lines": (lambda p, r: int(r[0] + "\n" + "x"), "raised ValueError: invalid literal"),
     "inside": (lambda p, r: length(p, [1]), r"raised AttributeError: 'int' .* in .*test_scoring.py:\d+"),
 }
@@ -139,7 +158,7 @@ FAULTS = {
 @pytest.mark.parametrize(("function", "said"), FAULTS.values(), ids=FAULTS)
 def test_a_reward_that_fails_is_named_with_its_option_and_the_prompts(function, said, several):
     option = r"data\.rewards\.mine" if several else r"data\.reward"
-    with pytest.raises(UserError, match=rf"^{option} \(tests\..*<lambda>\).*{said}") as error:
+    with pytest.raises(UserError, match=rf"^{option} \(tests\..*<(lambda|locals)>.*{said}") as error:
         played({"other": half, "mine": function} if several else function)
     assert "\n" not in str(error.value) and "prompt 1" in str(error.value) and len(str(error.value)) < 600
 
@@ -158,6 +177,16 @@ def test_only_the_prompts_at_fault_are_named():
         played({"half": half}, {"half": 1e18})
     with pytest.raises(UserError, match=r"the weighted sum of data\.rewards has values that are not finite"):
         played({"half": (half, 1e308), "tokens": (Tokens(), 1e308)})
+
+
+@pytest.mark.parametrize(("size", "weight"), [(1e308, -1), (2e15, -1), (-1e300, 0)])
+def test_a_reward_too_large_to_average_is_refused_though_another_makes_up_for_it_or_it_weighs_nothing(size, weight):
+    huge, plain = returning(size), {"half": half}
+    rewards = {"mine": (huge, 1.0), "other": (huge, weight)} if weight else plain
+    with pytest.raises(
+        UserError, match=rf"^data\.(rewards|monitors)\.mine .*gave {re.escape(f'{size:g}')} for prompt 11:"
+    ):
+        played(rewards, monitors={} if weight else {"mine": huge})
 
 
 def test_a_reward_of_your_own_class_is_named_too():
@@ -275,6 +304,16 @@ def test_scores_outside_of_an_environment_are_checked_alike():
     judge.function = returning("x")
     with pytest.raises(UserError, match=r"^gold \(.*\) must return one number per response.*\(prompt 11; "):
         scored(judge, "gold", PROMPTS, responses)
+    judge.function = returning(1e300)
+    with pytest.raises(UserError, match=r"^gold \(.*\) gave 1e\+300 for prompt 11: beyond"):
+        scored(judge, "gold", PROMPTS, responses)
+
+
+@pytest.mark.parametrize("stop", [Stop(signal.SIGTERM), KeyboardInterrupt(), type("Ctrl", (KeyboardInterrupt,), {})()])
+def test_a_signal_that_meets_a_reward_ends_the_run_as_elsewhere(stop):
+    with pytest.raises(type(stop)) as raised:
+        played(raising(stop))
+    assert raised.value is stop
 
 
 def test_a_reward_model_is_a_reward_among_others(tmp_path):

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,26 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_rlhf.data.messages import describe
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import clear, replacing
 
-KEYS = {
-    "state_dict": dict,
-    "loops": dict,
-    "epoch": int,
-    "global_step": int,
-    "pytorch-lightning_version": str,
-}  # every checkpoint of the Trainer's
-RESUMED = {"optimizer_states": list, "lr_schedulers": list, "callbacks": dict}  # and those that training goes on from
-VERSION = re.compile(r"\d+\.\d+")
+VERSION, OPTIMIZERS, LOOPS = "pytorch-lightning_version", "optimizer_states", "loops"
+# What every checkpoint of the Trainer's has, and what is right of it.
+KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    VERSION: (lambda value: isinstance(value, str) and re.match(r"\d+\.\d+", value) is not None, "a version"),
+    "state_dict": (lambda value: isinstance(value, dict) and len(value) > 0, "weights by their names"),
+    LOOPS: (lambda value: isinstance(value, dict), "the state of the loops"),
+    "epoch": (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number from 0 on"),
+    "global_step": (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number from 0 on"),
+}
+# And what those have that training goes on from.
+RESUMED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    OPTIMIZERS: (lambda value: _states(value), "a list of states"),
+    "lr_schedulers": (lambda value: _states(value), "a list of states"),
+    "callbacks": (lambda value: isinstance(value, dict), "states by callback"),
+    LOOPS: (lambda value: _of_training(value.get("fit_loop")), "the state of fit_loop among others"),
+}
 SHARDED = (".metadata", "meta.pt")  # what a folder of sharded weights gets last, from torch and from Lightning
 
 
@@ -122,15 +131,32 @@ def require_checkpoint(path: Path, training: bool = False) -> None:
         checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="meta")
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:  # as torch and Python report
         raise UserError(damaged) from error
-    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(key), kind) for key, kind in KEYS.items()):
+    if not isinstance(checkpoint, dict) or VERSION not in checkpoint:
         raise UserError(not_ours)
-    negative = checkpoint["epoch"] < 0 or checkpoint["global_step"] < 0
-    if negative or not checkpoint["state_dict"] or not VERSION.match(checkpoint["pytorch-lightning_version"]):
-        raise UserError(damaged)
-    if training and "optimizer_states" not in checkpoint:
+    _require_keys(checkpoint, KEYS, path)
+    if training and OPTIMIZERS not in checkpoint:
         raise UserError(
             f"ckpt_path: {path.absolute()} holds weights alone (save_weights_only), so no training can go on from it"
         )
-    kinds = all(isinstance(checkpoint.get(key), kind) for key, kind in RESUMED.items())
-    if training and not (kinds and checkpoint["optimizer_states"] and "fit_loop" in checkpoint["loops"]):
-        raise UserError(f"{damaged}: it lacks what training goes on from")
+    if training:
+        _require_keys(checkpoint, RESUMED, path)
+
+
+def _require_keys(
+    checkpoint: Mapping[str, Any], keys: Mapping[str, tuple[Callable[[Any], bool], str]], path: Path
+) -> None:
+    for key, (is_right, expected) in keys.items():
+        if key not in checkpoint or not is_right(checkpoint[key]):
+            found = describe(checkpoint[key]) if key in checkpoint else "nothing"
+            raise UserError(
+                f"ckpt_path: {path.absolute()} is damaged: expected {expected} as its {key!r}, found {found}; take an "
+                "older one"
+            )
+
+
+def _of_training(loop: Any) -> bool:
+    return isinstance(loop, dict) and isinstance(loop.get("state_dict"), dict)
+
+
+def _states(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(state, dict) for state in value)

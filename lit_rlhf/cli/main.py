@@ -14,7 +14,7 @@ from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -172,7 +172,10 @@ class AlignmentCLI(LightningCLI):
         given = self._get(self.config_init, "trainer", default={})
         if given.get("precision") is None and given.get("plugins") is None:
             kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
-        if given.get("enable_progress_bar") is None and not draws_bars():
+        callbacks = given.get("callbacks")
+        several = callbacks if isinstance(callbacks, list) else [callbacks]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in several)
+        if given.get("enable_progress_bar") is None and not draws_bars() and not has_bar:
             kwargs["enable_progress_bar"] = False
         try:
             trainer = super().instantiate_trainer(**kwargs)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import yaml
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.enums import LightningEnum
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -42,8 +44,13 @@ NO_PATH = re.compile(r'Parser key "([^"]+)":.*Expected a dot import path string:
 NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 OURS = re.compile(r"lit_rlhf(?:\.\w+)+\.(\w+)")
 OF_LIGHTNING = ("lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")  # which names need not begin with
+CLASS_NAME = re.compile(r"(?<![\w.])(?:\w+\.)*[A-Z]\w*(?![\w.])")
 CLASS_GIVEN = ("--config", "-c", "--model=", "--data=")
 EXAMPLES = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}
+
+
+# Defaults of Lightning's that stand for a text, such as that of Timer's interval, are written as this text.
+yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, member: dumper.represent_str(member.value))
 
 
 class Parser(LightningArgumentParser):
@@ -181,8 +188,9 @@ def moved_path(message: str, typed: Sequence[str]) -> str | None:
 
 def class_with(argument: str, typed: Sequence[str]) -> str:
     """The class that a command line names and that cannot do without an argument, as the start of a message."""
-    named = [word for arg in typed for word in arg.split("=")] + [str(place.value) for place in places(typed)]
-    for path in [f"{package}{name}" for name in named for package in ("", *OF_LIGHTNING) if name.isprintable()]:
+    words = [*typed, *(str(place.value) for place in places(typed))]
+    named = [name for word in words for name in CLASS_NAME.findall(word)]
+    for path in [f"{package}{name}" for name in named for package in ("", *OF_LIGHTNING)]:
         kind = pkgutil.resolve_name(path) if leads_somewhere(path) else None
         given = inspect.signature(kind).parameters.get(argument) if inspect.isclass(kind) else None
         if given is not None and given.default is inspect.Parameter.empty:

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+)
 from transformers import get_scheduler
 
 from lit_rlhf import UserError
@@ -117,6 +124,19 @@ def test_averaged_weights_are_what_is_exported(stage, inputs, tmp_path):
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(after[name], last[name]) and not torch.equal(after[name], before[name])
     assert (after[name] - before[name]).norm() < (last[name] - before[name]).norm()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_pruned_weights_are_what_is_exported(stage, which, inputs, tmp_path):
+    module, data = make_stage(stage, inputs)
+    saver = ModelCheckpoint(dirpath=tmp_path, monitor="epoch", save_on_train_epoch_end=True)
+    callbacks = [ModelPruning("l1_unstructured", amount=0.5), saver, HuggingFaceExport(which=which)]
+    make_trainer(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=callbacks).fit(module, data)
+    layer = type(module.exportable()).from_pretrained(tmp_path / "model").model.layers[0].mlp.down_proj.weight
+    assert torch.equal(layer, module.exportable().model.layers[0].mlp.down_proj.weight)
+    assert 0.3 < (layer == 0).float().mean().item() < 0.7
 
 
 def test_the_share_of_weights_that_a_step_moves_is_counted_in_their_own_precision():

@@ -96,11 +96,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, words):
 OTHERS = {  # what torch reads, and is no checkpoint
     "weights": CHECKPOINT["state_dict"],
     "without a version": {key: CHECKPOINT[key] for key in ("state_dict", "loops")},
-    "loops that are none": CHECKPOINT | {"loops": [1]},
-    "a version that is none": CHECKPOINT | {"pytorch-lightning_version": None},
     "a list": [CHECKPOINT],
-    "no step": {key: value for key, value in CHECKPOINT.items() if key != "global_step"},
-    "an epoch that is none": CHECKPOINT | {"epoch": "x"},
 }
 
 
@@ -111,10 +107,34 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, name):
         require_checkpoint(tmp_path / "other.pt")
 
 
-def test_a_checkpoint_of_less_than_no_step_is_refused_by_name(tmp_path):
-    torch.save(CHECKPOINT | {"global_step": -1}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other.pt is damaged"):
-        require_checkpoint(tmp_path / "other.pt")
+COUNTS = [
+    (-1, r"int \(-1\)"),
+    ("3", "text"),
+    (1.5, r"float \(1.5\)"),
+    (True, "bool"),
+    (10**30, "int"),
+    (None, "nothing"),
+]
+WRONG = [
+    *[(key, *count) for key in ("epoch", "global_step") for count in COUNTS],
+    ("loops", [1], "a list"),
+    ("state_dict", {}, r"an object \({}\)"),
+    ("pytorch-lightning_version", None, "nothing"),
+    ("pytorch-lightning_version", "x", "text"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "found"), WRONG)
+def test_a_checkpoint_with_an_odd_value_is_refused_by_file_and_key(tmp_path, key, value, found):
+    torch.save(CHECKPOINT | {key: value}, tmp_path / "a.ckpt")
+    with pytest.raises(
+        UserError, match=rf"a\.ckpt is damaged: expected .* as its '{key}', found {found}.*take an older"
+    ):
+        require_checkpoint(tmp_path / "a.ckpt")
+    if key != "pytorch-lightning_version":
+        torch.save({name: part for name, part in CHECKPOINT.items() if name != key}, tmp_path / "a.ckpt")
+        with pytest.raises(UserError, match=rf"a\.ckpt is damaged: expected .* as its '{key}', found nothing"):
+            require_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_an_exported_model_and_an_empty_folder_are_no_checkpoint(tmp_path):
@@ -137,25 +157,31 @@ def test_the_last_checkpoint_is_the_newest_of_the_run(workdir, monkeypatch):
     assert sorted(path.name for path in Path("out/last").rglob("*.ckpt"))[-1].endswith("step=3.ckpt")
 
 
-RESUMED = {"optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}, "loops": {"fit_loop": {}}}
-DAMAGED = {
-    "no weights": {"state_dict": {}},
-    "no version": {"pytorch-lightning_version": "x"},
-    "no state of the optimiser": {"optimizer_states": None},
-    "no optimiser": {"optimizer_states": []},
-    "no schedules": {"lr_schedulers": "x"},
-    "callbacks that are none": {"callbacks": 3},
-    "no loop": {"loops": {}},
-}
+RESUMED = {"optimizer_states": [{}], "lr_schedulers": [{}], "callbacks": {}, "loops": {"fit_loop": {"state_dict": {}}}}
+DAMAGED = [
+    ("optimizer_states", None),
+    ("optimizer_states", []),
+    ("optimizer_states", [3]),
+    ("lr_schedulers", "x"),
+    ("lr_schedulers", []),
+    ("lr_schedulers", [None]),
+    ("callbacks", 3),
+    ("callbacks", None),
+    ("loops", {}),
+    ("loops", {"fit_loop": 3}),
+    ("loops", {"fit_loop": {}}),
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_a_checkpoint_that_lacks_what_training_goes_on_from_is_refused_before_a_model_is_read(damage, tmp_path):
+@pytest.mark.parametrize(("key", "value"), DAMAGED)
+def test_a_checkpoint_that_lacks_what_training_goes_on_from_is_refused_before_a_model_is_read(key, value, tmp_path):
     torch.save(CHECKPOINT | RESUMED, tmp_path / "a.ckpt")
     require_checkpoint(tmp_path / "a.ckpt", training=True)
-    torch.save(CHECKPOINT | RESUMED | DAMAGED[damage], tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"a\.ckpt is damaged"):
+    torch.save(CHECKPOINT | RESUMED | {key: value}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=rf"a\.ckpt is damaged: expected .* as its '{key}', found "):
         require_checkpoint(tmp_path / "a.ckpt", training=True)
+    if value is None:
+        require_checkpoint(tmp_path / "a.ckpt")  # weights are there to be exported
 
 
 def test_a_pipe_is_no_checkpoint_and_is_not_waited_for(tmp_path):

@@ -116,6 +116,20 @@ def test_what_a_killed_run_left_of_its_config_goes_with_the_next(tmp_path):
     assert [path.name for path in tmp_path.rglob("*config*")] == ["config.yaml"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_timer_and_a_bar_of_ones_own_are_taken_from_a_config_also_without_a_terminal(workdir, monkeypatch):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    package = "lightning.pytorch.callbacks"
+    timer = f"{{class_path: {package}.Timer, init_args: {{duration: '00:01:00:00'}}}}"
+    bar = f"{{class_path: {package}.RichProgressBar}}"
+    options = ["--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    callbacks = f"--trainer.callbacks=[{timer}, {bar}]"
+    assert run("fit", "--config", config, *options, callbacks, "--trainer.default_root_dir=out/timed") == 0
+    (written,) = Path("out/timed").rglob("config.yaml")
+    assert "interval: step" in written.read_text()
+
+
 def test_the_module_is_the_command_line():
     done = subprocess.run([sys.executable, "-m", "lit_rlhf", "--help"], capture_output=True, text=True)
     assert done.returncode == 0

@@ -59,6 +59,16 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
         ["--trainer.logger=CSVLogger"],
         "lightning.pytorch.loggers.CSVLogger: save_dir is missing",
     ),
+    "callback without its argument": (
+        "sft",
+        [f"--trainer.callbacks=[{{class_path: {TOOLS}.EarlyStopping}}]"],
+        "lightning.pytorch.callbacks.EarlyStopping: monitor is missing",
+    ),
+    "plugin without its argument": (
+        "sft",
+        ["--trainer.plugins=[{class_path: lightning.pytorch.plugins.MixedPrecision}]"],
+        "lightning.pytorch.plugins.MixedPrecision: precision is missing",
+    ),
     "masks beside weights": (
         "sft",
         [f"--trainer.callbacks={TOOLS}.ModelPruning", *PRUNING],

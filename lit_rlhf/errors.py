@@ -1,9 +1,24 @@
 """The error that a user can mend (the CLI prints its message alone, without a traceback), and what it is raised for."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+# Types of single values: what is of them, and how they are called.
+PLAIN: dict[Any, tuple[Any, str]] = {
+    bool: ((bool, np.bool_), "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: ((str, PathLike), "text"),
+    NoneType: (NoneType, "null"),
+}
 
 
 class UserError(ValueError):
@@ -20,6 +35,31 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Refuse an option whose value does not hold to what is expected of it."""
     if not holds:
         raise UserError(f"{name} ({value}) must be {expected}")
+
+
+def require_types(owner: Any, given: Mapping[str, Any]) -> None:
+    """Refuse arguments that are of other types than their owner names, of those that are flags, numbers, texts or null.
+
+    Args:
+        owner: a constructor, or a dataclass.
+        given: its arguments by name, perhaps among others.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    try:
+        hints = get_type_hints(owner)
+    except (NameError, TypeError, AttributeError):  # types that are imported for type checkers alone
+        return
+    for name, hint in hints.items():
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if name in given and all(kind in PLAIN for kind in kinds):
+            fits = any(_is(given[name], kind) for kind in kinds)
+            require(fits, name, repr(given[name])[:80], " or ".join(PLAIN[kind][1] for kind in kinds))
+
+
+def _is(value: object, kind: Any) -> bool:
+    return isinstance(value, PLAIN[kind][0]) and (kind is bool or not isinstance(value, bool))
 
 
 @contextmanager

@@ -1,6 +1,13 @@
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 import pytest
 
-from lit_rlhf.errors import UserError, looks_like_a_path, place_of, require
+import lit_rlhf
+from lit_rlhf.errors import UserError, looks_like_a_path, place_of, require, require_types
 
 
 @pytest.mark.parametrize("name", ["./model", "../model", "/nowhere/model", "~/model", "a/b/c", r"runs\sft", ".hidden"])
@@ -24,6 +31,73 @@ def test_what_does_not_hold_is_refused_with_name_value_and_what_is_expected():
     require(True, "beta", 0.0, "more than 0")
     with pytest.raises(UserError, match=r"^beta \(0\.0\) must be more than 0$"):
         require(False, "beta", 0.0, "more than 0")
+
+
+def taking(flag: bool, count: int | None, rate: float, name: str | Path = "x", kind: Literal["a"] = "a", **others: Any):
+    """What a constructor may take."""
+
+
+GIVEN = [
+    ("flag", [True, np.False_], ["yes", 1, None], "true or false"),
+    ("count", [None, 3, np.int32(3)], ["3", 3.0, True], "a whole number or null"),
+    ("rate", [1, 0.5, np.float32(1), math.nan], ["1", None, False, 1j], "a number"),
+    ("name", ["x", Path("x")], [], "any"),
+    ("kind", ["a", 3], [], "any: choices are told by who has them"),
+    ("others", [{}], [], "any"),
+    ("unknown", [object()], [], "any"),
+]
+
+
+@pytest.mark.parametrize(("name", "right", "wrong", "expected"), GIVEN)
+def test_flags_numbers_and_texts_of_another_type_are_refused_and_all_else_is_left_alone(name, right, wrong, expected):
+    for value in right:
+        require_types(taking, {name: value})
+    for value in wrong:
+        with pytest.raises(UserError, match=rf"^{name} \({re.escape(repr(value))}\) must be {expected}$"):
+            require_types(taking, {name: value})
+
+
+def test_types_that_only_a_type_checker_can_read_are_left_alone():
+    require_types(type("T", (), {"__annotations__": {"rate": "Missing"}}), {"rate": "x"})
+
+
+def ones(prompts, responses):
+    return [1.0] * len(responses)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("TextReward", {"function": ones, "timeout": "1"}),
+        ("TextReward", {"function": ones, "abstain": "yes"}),
+        ("TextReward", {"function": ones, "special_tokens": 1}),
+        ("RewardModelReward", {"model": "x", "max_tokens": "9"}),
+        ("RewardModelReward", {"model": 3}),
+        ("RewardShaping", {"whiten": "no"}),
+        ("RewardShaping", {"clip": "1"}),
+        ("FixedKL", {"kl_coef": "0.1"}),
+        ("AdaptiveKL", {"target": None}),
+        ("GenerationSettings", {"max_new_tokens": "8"}),
+        ("LoRA", {"r": "16"}),
+        ("LoRA", {"use_dora": "yes"}),
+        ("LossTerm", {"function": ones, "weight": "1"}),
+        ("ReferenceUpdate", {"every": 1.5}),
+        ("SFT", {"learning_rate": "1e-5"}),
+        ("SFT", {"from_scratch": "yes"}),
+        ("RewardModel", {"fresh_head": "yes"}),
+        ("DPO", {"beta": "0.1"}),
+        ("DPO", {"cache_reference": "no"}),
+        ("PPO", {"policy": "demo", "ppo_epochs": "4"}),
+        ("PPO", {"policy": "demo", "critic_warmup": "1"}),
+        ("SFTDataModule", {"max_tokens": "100"}),
+        ("PreferenceDataModule", {"shuffle": "yes"}),
+        ("RolloutDataModule", {"reward": ones, "rollout_size": "16"}),
+    ],
+)
+def test_a_constructor_names_the_argument_that_is_of_another_type(name, arguments):
+    *_, (argument, value) = arguments.items()
+    with pytest.raises(UserError, match=rf"{argument} \({re.escape(repr(value))}\) must be [^\n]+$"):
+        getattr(lit_rlhf, name)(**arguments)
 
 
 def raised_by(call):

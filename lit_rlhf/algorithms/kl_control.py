@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.losses.kl import ESTIMATORS, clamped_logratio, with_k2_gradient
 
 
@@ -96,6 +96,7 @@ class FixedKL(KLController):
     """
 
     def __init__(self, kl_coef: float = 0.05) -> None:
+        require_types(FixedKL.__init__, locals())
         require(0 <= kl_coef < math.inf, "kl_coef", kl_coef, "0 or more and finite")
         self.kl_coef = kl_coef
 
@@ -116,6 +117,7 @@ class AdaptiveKL(KLController):
     """
 
     def __init__(self, init_kl_coef: float = 0.05, target: float = 6.0, horizon: int = 10_000) -> None:
+        require_types(AdaptiveKL.__init__, locals())
         grows = "more than 0 and finite; for no KL penalty use FixedKL(0)"
         require(0 < init_kl_coef < math.inf, "init_kl_coef", init_kl_coef, grows)
         require(0 < target < math.inf, "target", target, "more than 0 and finite: the error is kl / target - 1")

@@ -34,7 +34,7 @@ from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard, total_norm
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.losses.advantages import Moments, masked_moments
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
 from lit_rlhf.models.network import Network
@@ -84,6 +84,7 @@ class AlignmentModule(LightningModule):
         super().__init__()
         # What the constructor that was called got: bases may get arguments that are made of these.
         *_, given = collect_init_args(cast(FrameType, inspect.currentframe()), [], classes=(AlignmentModule,))
+        require_types(type(self).__init__, given)
         self.save_hyperparameters(plain_arguments(given))
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps

@@ -21,7 +21,7 @@ from lit_rlhf import losses
 from lit_rlhf.algorithms.chosen import arguments_of, check_options, name_of, tried, unbound
 from lit_rlhf.algorithms.reward_shift import RewardShift
 from lit_rlhf.data.batches import PreferenceBatch
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, require, require_types
 
 PAIR = 5  # chosen, rejected and reference log-probs, and β: what every loss of the family takes
 FROM_BATCH = ("chosen_lengths", "rejected_lengths", "margin", "reward_shift")
@@ -61,6 +61,10 @@ class LossTerm:
     function: Callable[..., Any]
     weight: float = 1.0
     options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a weight that is no number."""
+        require_types(type(self), vars(self))
 
 
 class PreferenceLoss:

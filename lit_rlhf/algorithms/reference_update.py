@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_types
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ReferenceUpdate:
 
     def __post_init__(self) -> None:
         """Refuse what would never move the reference, or past the policy."""
+        require_types(type(self), vars(self))
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha ({self.alpha}) of the reference's update must be in (0, 1]; 1 copies the policy")
         if self.every < 1:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.rollout.play import GenerationSettings
 
 
@@ -24,6 +24,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Refuse what AdamW could not compute with."""
+        require_types(type(self), vars(self))
         steps, what = self.warmup_steps, "a whole number of steps, or a share of them below 1"
         require(0 <= steps < 1 or (steps < math.inf and steps == int(steps)), "warmup_steps", steps, what)
         require(0 <= self.adam_eps < 1, "adam_eps", self.adam_eps, "0 or more, and below 1: steps are divided by it")
@@ -55,6 +56,7 @@ class UpdateSettings:
 
     def __post_init__(self) -> None:
         """Refuse counts below 1 and coefficients that are none."""
+        require_types(type(self), vars(self))
         require(self.ppo_epochs >= 1, "ppo_epochs", self.ppo_epochs, "1 or more")
         require(self.num_minibatches >= 1, "num_minibatches", self.num_minibatches, "1 or more")
         stops = self.target_kl is None or self.target_kl > 0
@@ -71,6 +73,7 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         """Refuse greedy rollouts, which hold nothing to learn from."""
+        require_types(type(self), vars(self))
         sampled = 0 < self.temperature < math.inf
         require(sampled, "temperature", self.temperature, "more than 0 (sampled responses are learnt from) and finite")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
@@ -92,6 +95,7 @@ class CriticSettings:
 
     def __post_init__(self) -> None:
         """Refuse coefficients that are none."""
+        require_types(type(self), vars(self))
         clips = self.value_clip_range is None or 0 < self.value_clip_range < math.inf
         require(clips, "value_clip_range", self.value_clip_range, "more than 0 and finite, or null for no clipping")
         require(0 <= self.value_coef < math.inf, "value_coef", self.value_coef, "0 or more and finite")
@@ -112,6 +116,7 @@ class ReferenceSettings:
 
     def __post_init__(self) -> None:
         """Refuse options that leave each other nothing to do."""
+        require_types(type(self), vars(self))
         if self.cache_reference and self.reference is not None:
             raise UserError(
                 f"cache_reference computes log-probs with the policy before its first step; drop reference "

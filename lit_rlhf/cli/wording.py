@@ -5,16 +5,12 @@ import re
 from collections.abc import Callable
 
 from lit_rlhf.cli.imports import failed_import
+from lit_rlhf.errors import PLAIN
 
-TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
+TYPES = {kind.__name__: words for kind, (_, words) in PLAIN.items()} | {
     "dict": "a mapping, '{{name: value}}'",
     "list": "a list, '[{}]'",
     "tuple": "a list, '[{}]'",
-    "NoneType": "null",
 }
 OPTION = re.compile(r'Parser key "([^"]+)"')
 GIVEN = re.compile(r"Given value: ([^\n]*)")

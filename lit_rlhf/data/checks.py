@@ -14,23 +14,26 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.data.formats import Kind, Sources
-from lit_rlhf.data.mapping import Format
+from lit_rlhf.data.mapping import Format, require_read
 from lit_rlhf.data.naming import DEMO, Source, parse_sources
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, named_by, require
 
 
 def named_sources(
-    given: Mapping[str, Sources | None], format: Format | None, columns: Mapping[str, str] | None
+    given: Mapping[str, Sources | None], format: Format | None, columns: Mapping[str, str] | None, kind: Kind
 ) -> dict[str, list[Source] | None]:
     """The sources of each role as they are used, None where none are given; `format` and `columns` are the default.
 
     Raises:
-        UserError: a form that is none of `parse_sources`, by the option that names it.
+        UserError: a form that is none of `parse_sources`, or a column that nothing reads, by the option that names it.
     """
-    return {
-        role: None if sources is None else parse_sources(sources, format, columns, f"data.{role}")
-        for role, sources in given.items()
-    }
+    named: dict[str, list[Source] | None] = {}
+    for role, sources in given.items():
+        named[role] = None if sources is None else parse_sources(sources, format, columns, f"data.{role}")
+        for source in named[role] or []:
+            with named_by(f"data.{role}"):
+                require_read(source.columns, "prompts" if role == "predict" else kind, source.format)
+    return named
 
 
 def require_rows(stage: str, sources: Mapping[str, Any]) -> None:

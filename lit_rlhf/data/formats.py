@@ -19,6 +19,11 @@ Sources = str | list[Any] | dict[str, Any]
 
 LARGEST = 3.4e38  # of a margin: batches hold float32
 
+# What rows that are learnt from are read for; of prompts every column may be, by a reward.
+READ: dict[Kind, tuple[str, ...]] = {
+    "sft": ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"),
+    "preference": ("prompt", "chosen", "rejected", "margin", "tools", "chat_template_kwargs"),
+}
 EXPECTED = {
     "sft": "`messages`, or `prompt` and `completion`, or `text`",
     "preference": "`chosen` and `rejected`, and `prompt` unless both repeat it",
@@ -135,7 +140,9 @@ def _margin(value: Any, place: str) -> float:
     if value is None:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
-        raise UserError(f"{place}: expected a number, found {describe(value)}")
+        raise UserError(
+            f"{place}: expected a number, found {describe(value)}{f' {value!r:.40}' * isinstance(value, str)}"
+        )
     try:
         margin = float(value)
     except (OverflowError, ValueError):  # an integer beyond all floats; a decimal that is no number

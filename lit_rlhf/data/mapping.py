@@ -1,14 +1,20 @@
 """Rows of other shapes, by a small declared mapping: columns of other names, the shapes of Alpaca and ShareGPT."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lit_rlhf.data.formats import Kind
+from lit_rlhf.data.formats import READ, Kind
 from lit_rlhf.data.messages import Row, describe, listed
 from lit_rlhf.errors import UserError
 
 Format = Literal["alpaca", "sharegpt"]
 
+OF_SHAPE: dict[Format | None, tuple[str, ...]] = {  # the columns that it is read for, beside ours
+    None: (),
+    "alpaca": ("instruction", "input", "system", "history", "output"),
+    "sharegpt": ("conversations", "system"),
+}
 # Who speaks in ShareGPT's conversations, in our words.
 SPEAKERS = {
     "system": "system",
@@ -21,6 +27,30 @@ SPEAKERS = {
     "tool": "tool",
     "observation": "tool",
 }
+
+
+def require_read(columns: Mapping[str, str], kind: Kind, shape: Format | None) -> None:
+    """Refuse a name that no column of this kind is read by, unless the mapping puts aside one that would be.
+
+    Args:
+        columns: our name -> the row's.
+        kind: what is made of the rows.
+        shape: the rows'.
+
+    Raises:
+        UserError: names it, and those that there are.
+    """
+    if kind not in READ:
+        return
+    known = dict.fromkeys((*OF_SHAPE[shape], *READ[kind]))
+    for ours, theirs in columns.items():
+        if ours not in known and theirs not in known:
+            near = difflib.get_close_matches(ours, known, n=1)
+            said = f"; did you mean {near[0]}?" if near else "."
+            raise UserError(
+                f"columns names {theirs!r} as {ours!r}, which nothing reads{said} Rows of this kind are read for "
+                f"{', '.join(known)}"
+            )
 
 
 def renamed(row: Any, columns: Mapping[str, str], place: str) -> Any:

@@ -93,7 +93,7 @@ class ExamplesDataModule(LightningDataModule):
         super().__init__()
         require_held_out_rows(train, validation)
         given = {"train": train, "validation": validation, "test": test or validation, "predict": predict}
-        self.sources = named_sources(given, format, columns)
+        self.sources = named_sources(given, format, columns, self.kind)
         self.tokenization = TokenizationSettings(
             max_length,
             truncation,

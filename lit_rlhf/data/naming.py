@@ -70,7 +70,7 @@ def _parse_source(entry: Any, defaults: dict[str, Any], option: str) -> Source:
         raise UserError(f"{option}: expected the name of a file, a folder or a dataset, or {DEMO!r}; got {entry!r}")
     fields = {**defaults, **{key: value for key, value in given.items() if key != "source"}}
     try:
-        weight = math.nan if isinstance(fields["weight"], bool) else float(fields["weight"])
+        weight = math.nan if isinstance(fields["weight"], bool | str) else float(fields["weight"])
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0 < weight < math.inf:

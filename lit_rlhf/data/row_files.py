@@ -27,6 +27,8 @@ ENDINGS = (*(ending + packed for ending in (*LINES, *TABLES) for packed in ("", 
 EXPECTED_FILES = (
     f"JSON Lines, JSON, CSV or Parquet ({', '.join((*LINES, *TABLES))}, plain or .gz, .zst, .bz2; .parquet)"
 )
+# As other programs read it; Python's own would take 1_0 for 10, and digits of all scripts.
+NUMBER = re.compile(r"\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)\s*", re.ASCII | re.IGNORECASE)
 PARQUET_BATCH = 1024  # rows that Python holds at once
 
 # What a file begins with whose name should end in something else, and what is to be done then.
@@ -198,10 +200,7 @@ def _table(
 
 
 def _number(text: str) -> Any:
-    try:
-        return float(text) if text.strip() else None
-    except ValueError:
-        return text
+    return float(text) if NUMBER.fullmatch(text) else text if text.strip() else None
 
 
 @contextmanager

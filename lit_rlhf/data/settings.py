@@ -10,7 +10,7 @@ from lit_rlhf.data.chat import set_template
 from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.messages import check_template_kwargs
 from lit_rlhf.data.reader import LossOn, Options, Truncation
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, require, require_types
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class TokenizationSettings:
 
     def __post_init__(self) -> None:
         """Refuse lengths that leave no token, and variables of the template that it has for itself."""
+        require_types(type(self), vars(self))
         length = self.max_length
         require(length is None or length >= 2, "max_length", length, "2 or more: a prompt and a response")
         prompt = self.max_prompt_length
@@ -87,6 +88,7 @@ class BatchSettings:
 
     def __post_init__(self) -> None:
         """Refuse micro-batches without a limit, and counts that are none."""
+        require_types(type(self), vars(self))
         if self.max_tokens is None and self.batch_size is None:
             raise UserError("max_tokens and batch_size are both null: one of them must limit a micro-batch")
         require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more, or null")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, named_by, require, require_types
 
 ALL_LINEAR = "all-linear"
 MOST_RANK = 2**16  # no layer is as wide
@@ -57,6 +57,8 @@ class LoRA:
 
     def __post_init__(self) -> None:
         """Refuse what is no adapter."""
+        with named_by("lora"):
+            require_types(type(self), vars(self))
         require(1 <= self.r <= MOST_RANK, "lora.r", self.r, f"1 to {MOST_RANK}")
         require(0 < self.alpha < float("inf"), "lora.alpha", self.alpha, "more than 0 and finite")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")

@@ -97,7 +97,7 @@ class RolloutDataModule(LightningDataModule):
         require_held_out_rows(train, validation)
         self.rewards = Rewards.given(reward, rewards, reward_weights, monitors)
         held_out = {"validation": validation, "test": test or validation, "predict": predict or validation}
-        self.sources = named_sources({"train": train, **held_out}, format, columns)
+        self.sources = named_sources({"train": train, **held_out}, format, columns, "prompts")
         self.settings = RolloutSettings(
             rollout_size, num_slots, max_new_tokens, tuple(stop_strings), max_validation_prompts, seed
         )

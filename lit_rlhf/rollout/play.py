@@ -14,7 +14,7 @@ from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_strings_of, stop_token_ids
 from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.sharding import gathered
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.models.decoding import make_decoder, sample
 from lit_rlhf.models.packed_linear import packed_linears
 from lit_rlhf.models.policy import Policy, context_length
@@ -50,6 +50,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
+        require_types(type(self), vars(self))
         if self.max_new_tokens < 1 or self.num_slots < 1:
             raise UserError(f"max_new_tokens ({self.max_new_tokens}) and num_slots ({self.num_slots}) must be positive")
         sampled = self.temperature == 0 or 1e-6 <= self.temperature < math.inf  # below, logits overflow float32

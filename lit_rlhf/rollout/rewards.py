@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.engine.sharding import gathered
-from lit_rlhf.errors import UserError, named_by, require
+from lit_rlhf.errors import UserError, named_by, require, require_types
 from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype
 from lit_rlhf.models.loading import load_scorer
@@ -95,6 +95,7 @@ class RewardModelReward(Reward):
         trust_remote_code: bool = False,
     ) -> None:
         require_frozen_dtype(frozen_dtype)
+        require_types(RewardModelReward.__init__, locals())
         require(max_tokens >= 1, "max_tokens", max_tokens, "1 or more")
         self.name = model
         self.max_tokens = max_tokens
@@ -201,6 +202,7 @@ class TextReward(Reward):
             raise UserError(f"{function!r:.80} is no function (prompts, responses, **columns){hint}")
         if any(map(inspect.iscoroutinefunction, (bare(function), getattr(function, "__call__", None)))):  # noqa: B004
             raise UserError(f"{path_of(function)} is async; give a plain function that runs it, as by asyncio.run")
+        require_types(TextReward.__init__, locals())
         require(timeout is None or 0 < timeout < math.inf, "timeout", timeout, "seconds above 0 and finite, or null")
         self.function = function
         self.special_tokens = special_tokens

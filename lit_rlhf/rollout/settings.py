@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.rollout.play import GenerationSettings
 
 
@@ -19,6 +19,7 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         """Refuse counts below 1, and an empty text, which every response holds."""
+        require_types(type(self), vars(self))
         if min(self.rollout_size, self.num_slots, self.max_new_tokens, self.max_validation_prompts) < 1:
             raise UserError(
                 f"rollout_size ({self.rollout_size}), num_slots ({self.num_slots}), max_new_tokens "

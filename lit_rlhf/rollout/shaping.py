@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.losses.advantages import Moments
 
 
@@ -73,6 +73,7 @@ class RewardShaping:
         missing_end_score: float | None = None,
         whiten: bool = False,
     ) -> None:
+        require_types(RewardShaping.__init__, locals())
         self.settings = ShapingSettings(
             normalize, clip, length_penalty, length_budget, missing_end_penalty, missing_end_score
         )

@@ -1,7 +1,7 @@
 import pytest
 
 from lit_rlhf.data.formats import check_row
-from lit_rlhf.data.mapping import renamed, reshaped
+from lit_rlhf.data.mapping import renamed, require_read, reshaped
 from lit_rlhf.errors import UserError
 
 
@@ -34,6 +34,50 @@ def test_columns_get_our_names_and_the_others_keep_theirs():
 def test_a_column_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(UserError, match=r"here: there is no column 'quest', .* 'prompt' from; found \['question'\]"):
         renamed({"question": "q"}, {"prompt": "quest"}, "here")
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "columns"),
+    [
+        ("sft", None, {"text": "a", "completion": "b", "tools": "c"}),
+        ("sft", None, {"other": "tools"}),  # puts it aside
+        ("sft", "alpaca", {"instruction": "q", "output": "a"}),
+        ("sft", "sharegpt", {"conversations": "c", "system": "s"}),
+        ("preference", None, {"chosen": "a", "rejected": "b", "margin": "c"}),
+        ("preference", "alpaca", {"instruction": "q", "chosen": "a"}),
+        ("prompts", None, {"solution": "a", "prompt": "b"}),  # a reward's
+        ("scored", None, {"mine": "a"}),  # stands beside the score
+    ],
+)
+def test_names_that_rows_of_a_kind_are_read_by_may_be_given_to_their_columns(kind, shape, columns):
+    require_read(columns, kind, shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "columns", "said"),
+    [
+        (
+            "sft",
+            None,
+            {"texts": "a"},
+            r"names 'a' as 'texts', which nothing reads; did you mean text\? .* messages, prom",
+        ),
+        ("sft", None, {"prompt": "q", "answer": "a"}, "names 'a' as 'answer', which nothing reads. Rows"),
+        (
+            "sft",
+            None,
+            {"chosen": "a"},
+            "'chosen'.* read for messages, prompt, completion, text, tools, chat_template_kwargs$",
+        ),
+        ("sft", None, {"instruction": "a"}, "'instruction'"),
+        ("sft", "alpaca", {"instructions": "a"}, r"did you mean instruction\? .*read for instruction, input, "),
+        ("sft", "sharegpt", {"conversation": "a"}, r"did you mean conversations\?"),
+        ("preference", None, {"margins": "a"}, r"did you mean margin\? .* prompt, chosen, rejected, margin, tools"),
+    ],
+)
+def test_a_name_that_nothing_reads_is_refused_with_those_that_there_are(kind, shape, columns, said):
+    with pytest.raises(UserError, match=said):
+        require_read(columns, kind, shape)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,15 @@ def test_a_slip_in_a_source_is_told_with_its_option(option):
         SFTDataModule(**given)
 
 
+def test_columns_under_names_that_nothing_reads_are_refused_by_the_option_that_names_them():
+    said = r"^data\.train: columns names 'a' as 'texts', which nothing reads; did you mean text\?"
+    with pytest.raises(UserError, match=said):
+        SFTDataModule("rows.jsonl", None, columns={"texts": "a"})
+    with pytest.raises(UserError, match=said.replace("train", "test")):
+        SFTDataModule(test=[{"source": "rows.jsonl", "columns": {"texts": "a"}}])
+    SFTDataModule(predict=[{"source": "rows.jsonl", "columns": {"texts": "a"}}])  # stands in what is written
+
+
 def test_predict_plays_prompts_in_their_order_with_their_columns(tmp_path):
     source = write(tmp_path / "prompts.jsonl", [{"prompt": "how" + " so" * i, "id": i} for i in range(5)])
     module = SFTDataModule(sft_file(tmp_path), None, predict=source, max_prompt_length=3)

@@ -80,6 +80,30 @@ def test_columns_of_csv_that_hold_numbers_are_numbers_or_null_where_they_can_be(
     ]
 
 
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        ("1", 1.0),
+        ("-1.", -1.0),
+        ("+.5e-3", 5e-4),
+        (" 2E2\t", 200.0),
+        ("inf", float("inf")),
+        ("-Infinity", float("-inf")),
+    ],
+)
+def test_a_cell_is_the_number_that_json_and_c_read(tmp_path, cell, value):
+    rows = read_rows(file_of(tmp_path, "a.csv", f"a,margin\n1,{cell}\n".encode()), numbers=["margin"])
+    assert [row["margin"] for _, row in rows] == [value]
+
+
+@pytest.mark.parametrize(
+    "cell", ["1_0", "1_000.5", "١", "１", "1e1_0", "0x10", "1\N{NO-BREAK SPACE}", ".", "e5", "1 0", "½"]
+)
+def test_a_cell_that_python_alone_reads_as_a_number_stays_text(tmp_path, cell):
+    rows = read_rows(file_of(tmp_path, "a.csv", f"a,margin\n1,{cell}\n".encode()), numbers=["margin"])
+    assert [row["margin"] for _, row in rows] == [cell]
+
+
 BROKEN_LINES = [
     (b'{"a": 1', r"line 2: not valid JSON \(Expecting ',' delimiter at column 8\)"),
     (b"{'a': 1}", r"line 2: not valid JSON \(Expecting property name .* at column 2\)"),

@@ -17,6 +17,7 @@ from tests.torture.process import Ended, Run, apart
 from tests.torture.remains import bits, faults, steps
 from tests.torture.stages import arguments
 
+TO_MEET = "0:00:30"  # that a rank waits for another, which may have died before they met
 WORKERS = {"DataLoader": {"data.num_workers": 2}, "tokenising": {"data.num_proc": 2}}
 
 
@@ -74,7 +75,7 @@ def ranks(plan: Plan, folder: Path, how: list[str]) -> list[Run]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    options = {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    options = {"trainer.devices": 2, "trainer.strategy": "DDPStrategy", "trainer.strategy.timeout": TO_MEET}
     command = [*arguments(plan.stage, plan.inputs, **options), *how]
     return [Run(folder, command, environment=shared | {"LOCAL_RANK": str(rank)}) for rank in (0, 1)]
 

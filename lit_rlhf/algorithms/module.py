@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.algorithms.checkpoint import (
@@ -29,6 +29,7 @@ from lit_rlhf.algorithms.checkpoint import (
 from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_arguments
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, take_rate, warn_of_rounding
 from lit_rlhf.algorithms.load_balance import name_untrained
+from lit_rlhf.algorithms.optimizers import make_optimizer
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
@@ -56,6 +57,7 @@ class AlignmentModule(LightningModule):
         adam_eps: AdamW's epsilon.
         lr_scheduler: what follows the warm-up: constant, or a cosine or linear fall to 0 at the last step.
         warmup_steps: optimiser steps of linear warm-up; below 1, that share of all steps.
+        optimizer: adamw, or adamw_8bit: moments of one byte each, but for embeddings, by bitsandbytes.
         frozen_dtype: what weights that never learn are held in: float32, bfloat16, or nf4 (4 bits, by bitsandbytes; of
             a base under an adapter, or of a reference that is named); null = as the trainer's precision holds all.
         activation_checkpointing: keep the inputs of blocks alone for the backward pass, and compute each block again
@@ -78,6 +80,7 @@ class AlignmentModule(LightningModule):
         adam_eps: float = 1e-8,
         lr_scheduler: Literal["constant", "cosine", "linear"] = "cosine",
         warmup_steps: float = 0.0,
+        optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
         frozen_dtype: FrozenDtype | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -87,7 +90,7 @@ class AlignmentModule(LightningModule):
         require_types(type(self).__init__, given)
         self.save_hyperparameters(plain_arguments(given))
         self.optimizer_settings = OptimizerSettings(
-            learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps
+            learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps, optimizer
         )
         require_frozen_dtype(frozen_dtype)
         self.frozen_dtype = frozen_dtype
@@ -149,14 +152,13 @@ class AlignmentModule(LightningModule):
         for network in self.networks():
             if isinstance(network, Policy):
                 keep_to_tokens(network, self.tokenizer, "model.tokenizer")
+        quantized = {"frozen_dtype: nf4": self.frozen_dtype, "optimizer: adamw_8bit": self.optimizer_settings.optimizer}
+        if isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+            for option, value in quantized.items():
+                if option.endswith(f": {value}"):
+                    raise UserError(f"{option} cannot be held in pieces, as trainer.strategy would have it: use ddp")
         if self.frozen_dtype is not None:
             require_precision(self.frozen_dtype, str(self.trainer.precision))
-            sharded = isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy)
-            if self.frozen_dtype == "nf4" and sharded:
-                raise UserError(
-                    "frozen_dtype: nf4 cannot be held in pieces, as trainer.strategy would have it: use ddp, or "
-                    "frozen_dtype: bfloat16"
-                )
             if all(p.requires_grad for network in self.networks() for p in network.parameters()):
                 raise UserError(
                     f"frozen_dtype ({self.frozen_dtype}) is of weights that never learn, and here all do: set lora, or "
@@ -242,7 +244,7 @@ class AlignmentModule(LightningModule):
         # One kernel for the whole step. Lightning clips fp16 gradients before a fused step would unscale them.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         settings = self.optimizer_settings
-        optimizer = AdamW(self.parameter_groups(), betas=settings.adam_betas, eps=settings.adam_eps, fused=fused)
+        optimizer = make_optimizer(settings, self.parameter_groups(), self.modules(), fused)
         self.rate_in_use = self.learning_rate
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):

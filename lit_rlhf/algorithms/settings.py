@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lit_rlhf.errors import UserError, require, require_types
+from lit_rlhf.models.holding import require_bitsandbytes
 from lit_rlhf.rollout.play import GenerationSettings
 
 
@@ -21,10 +22,14 @@ class OptimizerSettings:
     adam_eps: float
     lr_scheduler: Literal["constant", "cosine", "linear"]
     warmup_steps: float
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
 
     def __post_init__(self) -> None:
-        """Refuse what AdamW could not compute with."""
+        """Refuse what AdamW could not compute with, and what is not installed."""
         require_types(type(self), vars(self))
+        require(self.optimizer in ("adamw", "adamw_8bit"), "optimizer", self.optimizer, "adamw or adamw_8bit")
+        if self.optimizer == "adamw_8bit":
+            require_bitsandbytes("optimizer: adamw_8bit")
         steps, what = self.warmup_steps, "a whole number of steps, or a share of them below 1"
         require(0 <= steps < 1 or (steps < math.inf and steps == int(steps)), "warmup_steps", steps, what)
         require(0 <= self.adam_eps < 1, "adam_eps", self.adam_eps, "0 or more, and below 1: steps are divided by it")

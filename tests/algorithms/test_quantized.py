@@ -1,19 +1,21 @@
 """Runs with bitsandbytes: a base in NF4 under adapters, and Adam's moments in 8 bits; it runs on CPUs as on GPUs."""
 
 import copy
+import shutil
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lit_rlhf import DPO, LoRA, RewardModelReward, UserError
 from lit_rlhf.engine.packing import pack
 from lit_rlhf.models.loading import load_policy
 from tests.algorithms.test_lora import fit, fit_from, whole_and_resumed
 from tests.ppo_runs import Recorder, make
-from tests.stages import STAGES
-from tests.tiny import random_examples
+from tests.stages import STAGES, make_stage, make_trainer
+from tests.tiny import SHAPE, random_examples
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
 pytestmark = [
@@ -96,3 +98,33 @@ def test_what_nf4_cannot_be_made_of_is_refused(inputs, tmp_path):
     fit("sft", inputs, tmp_path, lora=LoRA(r=2), trainer={"max_epochs": 1})
     with pytest.raises(UserError, match="nf4 is made of weights as they are in a folder, and merge_start changes them"):
         load_policy(tmp_path / "model", merge_start=True, **QLORA)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_moments_in_8_bits_learn_and_go_on_from_a_checkpoint_to_the_same_bits(stage, wide, tmp_path):
+    whole, resumed = whole_and_resumed(stage, wide, tmp_path, optimizer="adamw_8bit", learning_rate=1e-3)
+    states = whole.trainer.optimizers[0].state
+    embeddings = {m.weight for m in whole.modules() if isinstance(m, torch.nn.Embedding)}
+    kinds = {p in embeddings: states[p]["state1"].dtype for p in states if p.numel() >= 4096}
+    assert kinds == {True: torch.float32, False: torch.uint8}
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def wide(inputs, tmp_path_factory):
+    """Files beside a model with matrices of 4096 weights and more, below which nothing is quantised."""
+    folder = tmp_path_factory.mktemp("wide") / "inputs"
+    shutil.copytree(inputs, folder)
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 128, "intermediate_size": 128}, tie_word_embeddings=False)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    return folder
+
+
+def test_what_is_quantised_is_not_held_in_pieces(inputs, tmp_path):
+    for options in ({"optimizer": "adamw_8bit"}, QLORA):
+        module, _ = make_stage("sft", inputs, **options)
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        trainer.strategy.__class__ = ModelParallelStrategy
+        module.trainer = trainer
+        with pytest.raises(UserError, match="cannot be held in pieces"):
+            module.setup("fit")

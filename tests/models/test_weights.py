@@ -1,15 +1,17 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lit_rlhf import SFT, UserError
 from lit_rlhf.callbacks.export import export
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.models.loading import load_policy
+from tests.tiny import SHAPE
 
 
 @pytest.mark.parametrize("left", [0, 5000])
@@ -33,3 +35,26 @@ def test_a_head_apart_from_the_embeddings_is_kept_whatever_the_config_says_and_e
     assert torch.equal(exported.lm_head.weight, weights["lm_head.weight"])
     assert torch.equal(exported.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
     assert not exported.config.tie_word_embeddings
+
+
+def anonymous_mb():
+    """Memory of this process that is no file's."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says so")
+def test_weights_are_in_memory_once_and_those_of_the_files_own_dtype_are_its_pages(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 8000}
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **sizes}, num_key_value_heads=4))
+    megabytes = sum(p.numel() for p in model.parameters()) * 4 / 2**20
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).save_pretrained(tmp_path / str(dtype))
+    load_policy(tmp_path / "torch.bfloat16")  # imports what there is to import
+    grown = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        before = anonymous_mb()
+        policy = load_policy(tmp_path / str(dtype))
+        grown[dtype] = (anonymous_mb() - before) / megabytes
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert grown[torch.float32] < 0.5 and grown[torch.bfloat16] < 1.5, grown

@@ -213,9 +213,9 @@ def test_a_beta_that_weighs_nothing_or_all_is_refused_by_name(beta, inputs):
 def test_the_default_reference_is_the_policy_in_memory_not_what_the_config_names(inputs, monkeypatch):
     loaded = []
 
-    def load_and_move(name, **kwargs):
+    def load_and_move(name, *args, **kwargs):
         loaded.append(name)
-        policy, tokenizer = load_policy_with_tokenizer(name, **kwargs)
+        policy, tokenizer = load_policy_with_tokenizer(name, *args, **kwargs)
         with torch.no_grad():
             next(policy.parameters()).add_(1.0)  # so that memory and disk differ
         return policy, tokenizer

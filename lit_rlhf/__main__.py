@@ -5,6 +5,9 @@ import signal
 import sys
 from importlib.metadata import version
 
+from lit_rlhf.cli.commands import HELP, require_command
+from lit_rlhf.errors import UserError
+
 # What a launcher tells its ranks, and Lightning reads as it is imported.
 OF_LAUNCHERS = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_PORT", "STANDALONE_PORT"),
@@ -14,10 +17,19 @@ OF_LAUNCHERS = (
 
 
 def start() -> None:
-    """The command line; the version is told without reading torch."""
-    if sys.argv[1:] == ["--version"]:
+    """The command line; version, commands and a mistake in the command's name are told without reading torch."""
+    argv = sys.argv[1:]
+    if argv == ["--version"]:
         print(f"lit-rlhf {version('lit-rlhf')}")
         return
+    if argv in (["--help"], ["-h"]):
+        print(HELP)
+        return
+    try:
+        require_command(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     for name in OF_LAUNCHERS:
         value = os.environ.get(name, "0")
         if not value.isdecimal():

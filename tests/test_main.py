@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +18,25 @@ def test_the_version_is_told_without_reading_torch():
     assert done.stdout == f"lit-rlhf {version('lit-rlhf')}\n"
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "lightning", "transformers", "datasets", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "status", "words"),
+    [
+        (["--help"], 0, "export    Write the model that a checkpoint holds as a Hugging Face folder.\n"),
+        (["-h"], 0, "fit       Train the "),
+        ([], 2, "error: no command is given; write lit-rlhf and one of fit, "),
+        (["comprae"], 2, "error: there is no command 'comprae'; did you mean compare?\n"),
+    ],
+)
+def test_the_commands_are_told_before_libraries_are_read(typed, status, words, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lit_rlhf.cli.main", None)  # which reads them
+    monkeypatch.setattr(sys, "argv", ["lit-rlhf", *typed])
+    with nullcontext() if status == 0 else pytest.raises(SystemExit, match=str(status)):
+        start()
+    said = "".join(capsys.readouterr())
+    assert words in said
+    assert status or all(len(line) <= 80 for line in said.splitlines())
 
 
 @pytest.mark.parametrize(

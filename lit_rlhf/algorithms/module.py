@@ -50,6 +50,10 @@ PROGRESS = ("loss", "accuracy", "score")  # what the progress bar shows; TensorB
 class AlignmentModule(LightningModule):
     """Base of SFT, RewardModel, PPO and DPO.
 
+    The constructor of a subclass calls this one, then sets `tokenizer` and the network that `exported` names
+    (`load_policy_with_tokenizer` makes both), and `generation` where the default does not suit. The class says what it
+    `learns_from`, and defines `training_step` and `evaluate`.
+
     Args:
         learning_rate: peak learning rate of AdamW.
         weight_decay: decoupled decay of matrices; norms, biases and other vectors are not decayed.
@@ -70,7 +74,7 @@ class AlignmentModule(LightningModule):
     balances_experts: ClassVar[bool] = False  # trains the load-balancing loss that the config of a mixture asks for
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
-    generation: GenerationSettings  # how `predict` and the sample tables write completions
+    generation: GenerationSettings = GenerationSettings()  # how `predict` and the sample tables write completions
 
     def __init__(
         self,
@@ -148,7 +152,17 @@ class AlignmentModule(LightningModule):
         return {self.exported: getattr(self, self.exported)}
 
     def setup(self, stage: str) -> None:
-        """Every policy keeps to the tokens that the tokenizer has now: some may have been added since it was loaded."""
+        """Every policy keeps to the tokens that the tokenizer has now: some may have been added since it was loaded.
+
+        Raises:
+            UserError: the constructor of a subclass has left something out; options that do not go together.
+        """
+        unset = [name for name in ("tokenizer", self.exported) if not hasattr(self, name)]
+        if unset:
+            raise UserError(
+                f"{type(self).__name__} must set {' and '.join(f'self.{name}' for name in unset)} in its constructor, "
+                "as AlignmentModule says"
+            )
         for network in self.networks():
             if isinstance(network, Policy):
                 keep_to_tokens(network, self.tokenizer, "model.tokenizer")

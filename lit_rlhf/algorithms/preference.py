@@ -12,7 +12,7 @@ from lit_rlhf.models.roles import Reference
 
 
 class PreferenceModule(AlignmentModule):
-    """Base of the algorithms that learn from a `PreferenceDataModule`."""
+    """Base of the algorithms that learn from a `PreferenceDataModule`; what a subclass sets, `AlignmentModule` says."""
 
     learns_from = "preference"
 

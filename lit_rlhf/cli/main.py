@@ -31,6 +31,7 @@ from lit_rlhf.callbacks import (
 from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.callbacks.progress import draws_bars
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
+from lit_rlhf.cli.commands import DESCRIPTION, PROGRAMS, RUNS, USAGE, require_command
 from lit_rlhf.cli.imports import left_while_imported
 from lit_rlhf.cli.mistakes import (
     missing_package,
@@ -40,7 +41,7 @@ from lit_rlhf.cli.mistakes import (
     refused_option,
     users_mistake,
 )
-from lit_rlhf.cli.parser import Parser, Program, did_you_mean
+from lit_rlhf.cli.parser import Parser, Program
 from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.cli.terminal import log_above_bars, quiet_libraries, quiet_threads
 from lit_rlhf.cli.values import wrong_values
@@ -50,13 +51,6 @@ from lit_rlhf.files import clear, make_folder, write_lines
 from lit_rlhf.models.holding import dtype_by, reading_in
 from lit_rlhf.signals import SIGNALS, Stop
 
-# Commands that are no LightningCLI run: a function in the file of that name, under `lit_rlhf.cli`.
-PROGRAMS = {
-    "compare": "Play finished runs on the same held-out prompts.",
-    "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
-}
-RUNS = ("fit", "validate", "test", "predict")
-COMMANDS = (*RUNS, *PROGRAMS)
 OF_EVERY_RUN: dict[str, type[Callback]] = {
     "export": HuggingFaceExport,
     "samples": SampleTable,
@@ -66,10 +60,6 @@ OF_EVERY_RUN: dict[str, type[Callback]] = {
     "roles": MemoryTable,
     "progress": ProgressLines,
 }
-USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
-DESCRIPTION = "Align language models: fit, validate, test and predict run a YAML. " + " ".join(
-    f"{name}: {said}" for name, said in PROGRAMS.items()
-)
 
 
 class WholeConfig(SaveConfigCallback):
@@ -240,12 +230,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def command(argv: list[str], from_shell: bool) -> None:
     """Do what the command line says."""
-    if not argv:
-        raise UserError(f"no command is given; write lit-rlhf and one of {', '.join(COMMANDS)}")
-    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        near = did_you_mean(argv[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
-        raise UserError(f"there is no command {argv[0]!r}{near}")
-    check_configs(argv, RUNS)
+    require_command(argv)
+    check_configs(argv, tuple(RUNS))
     if argv[0] in PROGRAMS:
         program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
         about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
@@ -265,6 +251,10 @@ def run(argv: list[str] | None) -> Any:
         seed_everything_default=0,
         auto_configure_optimizers=False,  # the modules configure their own
         save_config_callback=WholeConfig,
-        parser_kwargs={"prog": "lit-rlhf", "description": DESCRIPTION},
+        parser_kwargs={
+            "prog": "lit-rlhf",
+            "description": DESCRIPTION,
+            **{name: {"description": said} for name, said in RUNS.items()},
+        },
         args=argv,
     )

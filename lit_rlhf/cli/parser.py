@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -15,6 +15,7 @@ from lightning.fabric.utilities.enums import LightningEnum
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_rlhf.cli.commands import did_you_mean
 from lit_rlhf.cli.mistakes import one_line
 from lit_rlhf.cli.ranks import tell
 from lit_rlhf.cli.wording import OPTION, wrong_value
@@ -42,7 +43,7 @@ UNNAMED = 'in "<unicode string>", '  # of YAML that is written out on the comman
 NO_MAPPING = re.compile(r"Parser key \"([\w.]+)\":\s+Unable to load config '([^']*)'")
 NO_PATH = re.compile(r'Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]+)', re.S)
 NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
-OURS = re.compile(r"lit_rlhf(?:\.\w+)+\.(\w+)")
+OURS = re.compile(r"lit_rlhf(?:\.\w+)*\.(\w+)")
 OF_LIGHTNING = ("lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")  # which names need not begin with
 CLASS_NAME = re.compile(r"(?<![\w.])(?:\w+\.)*[A-Z]\w*(?![\w.])")
 CLASS_GIVEN = ("--config", "-c", "--model=", "--data=")
@@ -122,7 +123,10 @@ class Parser(LightningArgumentParser):
         owner = full.lstrip("-").split(".")[0]
         if owner in EXAMPLES and "." in full and not any(arg.startswith(CLASS_GIVEN) for arg in self.typed):
             return f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={EXAMPLES[owner]}"
-        names = option_names(self, self.model_in_use())
+        model = self.model_in_use()
+        if owner == "model" and model and is_base(pkgutil.resolve_name(model)):
+            return f"{full}: {model} is a base that others stand on, not a method; name one, such as lit_rlhf.DPO"
+        names = option_names(self, model)
         last, first = name.split(".")[-1], name.split(".")[0]
         near = did_you_mean(first if last in names else last, names | {"model", "data", "trainer"}, cutoff=0.7)
         if last == full.lstrip("-") and last in names:  # it is elsewhere
@@ -169,20 +173,23 @@ def command(function: Callable[..., None]) -> None:
         raise SystemExit(2) from None
 
 
-def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """The nearest name as a question, or nothing."""
-    near = difflib.get_close_matches(given, list(names), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def moved_path(message: str, typed: Sequence[str]) -> str | None:
     """What to say of an import path of ours that leads nowhere, but whose last name is known; None of any other."""
     known = public_paths()
     for given in OURS.finditer(message):
-        now = known.get(given[1])
-        if now is not None and not leads_somewhere(given[0]):
+        now = None if leads_somewhere(given[0]) else known.get(given[1]) or home_of(given[1])
+        if now is not None:
             place = next((f"{place}: " for place in places(typed) if place.value == given[0]), "")
             return f"{place}{given[0]} is not there; write {now}"
+    return None
+
+
+def home_of(name: str) -> str | None:
+    """Import path of a class or function of ours that is not public, by its name."""
+    ours = Path(__file__).parents[1]
+    for file in sorted(ours.rglob("*.py")):
+        if re.search(rf"^(?:class|def) {name}\b", file.read_text(encoding="utf-8"), re.M):
+            return ".".join((ours.name, *file.relative_to(ours).with_suffix("").parts, name))
     return None
 
 
@@ -196,6 +203,11 @@ def class_with(argument: str, typed: Sequence[str]) -> str:
         if given is not None and given.default is inspect.Parameter.empty:
             return f"{path}: "
     return ""
+
+
+def is_base(kind: Any) -> bool:
+    """Whether a class is a module that cannot train."""
+    return getattr(kind, "training_step", None) is LightningModule.training_step
 
 
 def leads_somewhere(path: str) -> bool:

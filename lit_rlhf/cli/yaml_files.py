@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
+from lit_rlhf.demo import CONFIGS
 from lit_rlhf.errors import UserError
 
 IN_ITS_CLASS = {"class_path", "init_args", "dict_kwargs"}
@@ -131,10 +132,9 @@ def read_tree(file: Path) -> MappingNode:
 
 def _read_text(file: Path) -> str:
     if not file.exists():
-        near = difflib.get_close_matches(file.name, _beside(file), n=1)
-        raise UserError(
-            f"--config: there is no file {file}" + (f"; did you mean {file.with_name(near[0])}?" if near else "")
-        )
+        near = [file.with_name(name) for name in difflib.get_close_matches(file.name, _beside(file), n=1)]
+        near += sorted(CONFIGS.rglob(file.name))  # which come with the package: the current folder may be any
+        raise UserError(f"--config: there is no file {file}" + (f"; did you mean {near[0]}?" if near else ""))
     if not file.is_file():
         raise UserError(f"--config: {file} is {'a folder' if file.is_dir() else 'a pipe or a device'}, not a file")
     if file.stat().st_size > LARGEST:

@@ -5,6 +5,12 @@ from pathlib import Path
 from lit_rlhf.demo.gold import gold_reward
 from lit_rlhf.demo.text import bayes_accuracy, rows
 
+# The configs of all stages: in the package that is installed, or in a checkout.
+CONFIGS = next(
+    folder
+    for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+    if folder.is_dir()
+)
 MODEL_DIR = Path(__file__).parent / "model"  # tokenizer and Llama configuration, no weights
 
-__all__ = ["MODEL_DIR", "bayes_accuracy", "gold_reward", "rows"]
+__all__ = ["CONFIGS", "MODEL_DIR", "bayes_accuracy", "gold_reward", "rows"]

@@ -8,11 +8,8 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-CONFIGS = next(
-    folder
-    for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-    if folder.is_dir()
-)
+from lit_rlhf.demo import CONFIGS
+
 ACHIEVED = {  # stage -> metrics of its summary that say what it achieved
     "sft": ("val/loss",),
     "reward_model": ("val/accuracy", "val/loss"),

@@ -3,8 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lit_rlhf.algorithms.preference import agreement, sequence_logprobs
+from lit_rlhf import UserError
+from lit_rlhf.algorithms.preference import PreferenceModule, agreement, sequence_logprobs
+from lit_rlhf.callbacks import SampleTable
 from lit_rlhf.engine.packing import pack
+from lit_rlhf.models.loading import load_policy_with_tokenizer
 from tests.stages import make_stage, make_trainer
 from tests.tiny import plain_response_logprobs, random_examples, tiny_policy
 
@@ -38,3 +41,46 @@ def test_a_tie_agrees_half_with_the_label():
 def test_agreement_carries_no_gradient():
     chosen = torch.ones(3, requires_grad=True)
     assert not any(value.requires_grad for value in agreement(chosen, torch.zeros(3)).values())
+
+
+class Hinge(PreferenceModule):
+    """A method with what `AlignmentModule` asks for, and nothing else."""
+
+    def __init__(self, policy, **kwargs):
+        super().__init__(**kwargs)
+        self.policy, self.tokenizer = load_policy_with_tokenizer(policy)
+
+    def training_step(self, batch, batch_idx):
+        return self.pair_losses(batch, "train").sum() / batch.denominator
+
+    def evaluate(self, batch, stage):
+        self.pair_losses(batch, stage)
+
+    def pair_losses(self, batch, stage):
+        chosen, rejected = sequence_logprobs(self.policy, batch.packed)
+        losses = torch.relu(1 - (chosen - rejected))
+        self.log_pairs(stage, batch, losses, agreement(chosen, rejected))
+        return losses
+
+
+class Unfinished(Hinge):
+    """One whose author forgot them."""
+
+    def __init__(self):
+        PreferenceModule.__init__(self)
+
+
+def test_a_method_of_ones_own_trains_validates_and_shows_samples_with_what_the_base_asks_for(inputs, tmp_path):
+    _, data = make_stage("dpo", inputs)
+    module = Hinge(str(inputs / "model"))
+    data.tokenizer = module.tokenizer
+    trainer = make_trainer(tmp_path, max_epochs=1, limit_val_batches=1.0, callbacks=[SampleTable(2)])
+    trainer.fit(module, data)
+    assert {"train/accuracy", "val/accuracy"} < set(trainer.callback_metrics)
+    assert len(module.sample_table(data.sample_prompts(2))) == 2
+
+
+def test_a_method_that_sets_no_network_is_told_so_before_it_trains(inputs, tmp_path):
+    _, data = make_stage("dpo", inputs)
+    with pytest.raises(UserError, match=r"Unfinished must set self\.tokenizer and self\.policy in its constructor"):
+        make_trainer(tmp_path, max_epochs=1).fit(Unfinished(), data)

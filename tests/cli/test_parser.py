@@ -67,6 +67,13 @@ def test_the_curves_of_a_run_without_rollouts_are_refused_by_name(tmp_path, monk
 
 
 OLD_PATHS = {  # arguments -> what is said
+    (
+        "--model=lit_rlhf.module.AlignmentModule",
+    ): "lit_rlhf.module.AlignmentModule is not there; write lit_rlhf.algorithms.module.AlignmentModule",
+    (
+        "--model=lit_rlhf.DPO",
+        "--model.loss=lit_rlhf.dpo_loss",
+    ): "lit_rlhf.dpo_loss is not there; write lit_rlhf.losses.dpo_loss",
     ("--model=lit_rlhf.ppo.PPO",): "lit_rlhf.ppo.PPO is not there; write lit_rlhf.PPO",
     (
         "--model=lit_rlhf.PPO",
@@ -124,3 +131,12 @@ def test_a_path_of_ours_beside_a_wrong_one_of_the_users_is_not_blamed(capsys, mo
         main()
     said = capsys.readouterr().err
     assert "Nothing" in said and "lit_rlhf.Reward" not in said
+
+
+def test_an_option_of_a_base_class_is_answered_with_a_class_to_name(capsys, monkeypatch):
+    base = "lit_rlhf.algorithms.preference.PreferenceModule"
+    monkeypatch.setattr(sys, "argv", ["lit-rlhf", "fit", f"--model={base}", "--model.policy=demo"])
+    with pytest.raises(SystemExit):
+        main()
+    said = f"error: --model.policy: {base} is a base that others stand on, not a method; name one, such as lit_rlhf.DPO"
+    assert capsys.readouterr().err.splitlines()[0] == said

@@ -91,6 +91,8 @@ def test_what_is_no_file_is_told_at_once_with_the_nearest_that_is(tmp_path, monk
     for argument, words in {
         "stf.yaml": r"--config: there is no file stf.yaml; did you mean sft.yaml\?",
         "nowhere/x.yaml": "--config: there is no file nowhere/x.yaml$",
+        "nowhere/dpo.yaml": r"no file nowhere/dpo.yaml; did you mean /.*/configs/dpo.yaml\?$",
+        "configs/overlays/lora.yaml": r"did you mean /.*/configs/overlays/lora.yaml\?$",
         ".": r"--config: \. is a folder, not a file",
         "pipe.yaml": "--config: pipe.yaml is a pipe or a device, not a file",
         "/dev/null": "/dev/null is a pipe or a device",

@@ -1,0 +1,51 @@
+"""What `lit-rlhf` can do, told without reading the libraries that do it."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from lit_rlhf.errors import UserError
+
+# LightningCLI runs of a YAML.
+RUNS = {
+    "fit": "Train the model that a YAML names, and export it.",
+    "validate": "Measure the model on the held-out rows of data.validation.",
+    "test": "Measure the model on the rows of data.test.",
+    "predict": "Complete prompts, or score completions, into predictions.jsonl.",
+}
+# Any other: a function in the file of that name, under `lit_rlhf.cli`.
+PROGRAMS = {
+    "compare": "Play finished runs on the same held-out prompts.",
+    "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
+}
+COMMANDS = (*RUNS, *PROGRAMS)
+USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
+DESCRIPTION = "Align language models with PyTorch Lightning: SFT, reward model, PPO, DPO."
+HELP = f"""usage: {USAGE}
+
+{DESCRIPTION}
+
+commands:
+{chr(10).join(f"  {name:<10}{said}" for name, said in (RUNS | PROGRAMS).items())}
+
+options:
+  -h, --help           Show this message; after a command, its options.
+  --version            Show the version.
+  -c, --config CONFIG  A YAML of options: after a command, its own; before it,
+                       with the command's name above them.
+
+The options of a class: lit-rlhf fit --model.help lit_rlhf.DPO"""
+
+
+def require_command(argv: Sequence[str]) -> None:
+    """Refuse a command line that names no command, or one that there is not."""
+    if not argv:
+        raise UserError(f"no command is given; write lit-rlhf and one of {', '.join(COMMANDS)}")
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = did_you_mean(argv[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command {argv[0]!r}{near}")
+
+
+def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """The nearest name as a question, or nothing."""
+    near = difflib.get_close_matches(given, list(names), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -22,6 +22,6 @@ def test_every_program_is_a_function_in_the_file_of_its_name(name):
 def test_a_command_that_there_is_not_is_answered_with_the_nearest():
     require_command(["fit", "--help"])
     require_command(["--config", "x.yaml", "fit"])
-    with pytest.raises(UserError, match=r"no command 'exprot'; did you mean export\?"):
-        require_command(["exprot"])
+    with pytest.raises(UserError, match=r"no command 'comprae'; did you mean compare\?"):
+        require_command(["comprae"])
     assert did_you_mean("zzz", COMMANDS) == ""

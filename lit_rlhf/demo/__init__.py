@@ -13,4 +13,4 @@ CONFIGS = next(
 )
 MODEL_DIR = Path(__file__).parent / "model"  # tokenizer and Llama configuration, no weights
 
-__all__ = ["CONFIGS", "MODEL_DIR", "bayes_accuracy", "gold_reward", "rows"]
+__all__ = ["MODEL_DIR", "bayes_accuracy", "gold_reward", "rows"]

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lit_rlhf.cli.run_data import held_out_of
 from lit_rlhf.data.chat import set_template
 from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.locating import input_files
-from lit_rlhf.data.naming import parse_sources
+from lit_rlhf.data.naming import DEMO, parse_sources
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.reader import Options
 from lit_rlhf.engine.packing import Example, pack
@@ -35,7 +37,7 @@ EPISODES_PER_FORWARD = 64
 FIGURES = {  # key in the JSON -> heading and format in the table
     "gold_reward": ("gold reward", ".3f"),
     "proxy_reward": ("proxy reward", ".3f"),
-    "kl": ("KL to {baseline} [nats]", ".2f"),
+    "kl": ("KL to {baseline} [nats]", "z.2f"),
     "win_rate": ("win rate over {baseline}", ".2f"),
     "response_length": ("response [tokens]", ".1f"),
     "models_in_memory": ("models in memory", "d"),
@@ -49,12 +51,12 @@ def compare(
     root: str = "runs",
     policies: tuple[str, ...] = ("sft", "ppo", "dpo"),
     reward_model: str | None = "reward_model",
-    prompts: str = "demo",
+    prompts: str | None = None,
     gold: Callable[..., Any] | None = None,
     max_prompts: int = 256,
     generation: GenerationSettings = GenerationSettings(),
     chat_template_kwargs: dict[str, Any] | None = None,
-    control_tokens: ControlTokens = "keep",
+    control_tokens: ControlTokens | None = None,
     output: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compare finished runs: reward, KL, win rate, length, and what each cost.
@@ -63,13 +65,16 @@ def compare(
         root: folder of the runs.
         policies: runs in it to compare; the first is the baseline of KL and win rate.
         reward_model: run in it whose reward model gives the proxy reward; null = none.
-        prompts: held-out prompts: a file, a folder, the name of a dataset, or "demo".
+        prompts: held-out prompts: a file, a folder, the name of a dataset, or "demo"; null = those that the runs were
+            validated on, of the first run whose data are prompts, or else of the first whose rows have some.
         gold: function (prompts, responses, **columns) -> scores of text, by import path, that decides who wins;
             null = the demo's gold reward for the demo's prompts, and else the proxy reward.
         max_prompts: play at most this many.
         generation: how responses are written.
-        chat_template_kwargs: variables of the chat template for all prompts, as in the data of the runs.
-        control_tokens: what special tokens that a prompt spells out are read as, likewise: keep, escape or refuse.
+        chat_template_kwargs: variables of the chat template for all prompts; null = as in the data of the runs where
+            the prompts are theirs, and else none.
+        control_tokens: what special tokens that a prompt spells out are read as: keep, escape or refuse; null =
+            likewise, and else keep.
         output: JSON file for the results; null = results.json in `root`.
 
     Returns:
@@ -89,14 +94,29 @@ def compare(
     costs = {name: read_summary(folder) for name, folder in folders.items()}
     room = tokenizer.model_max_length - generation.max_new_tokens
     require(room >= 1, "generation.max_new_tokens", generation.max_new_tokens, "less than the models' context")
+    own = held_out_of(folders) if prompts is None else None
+    sources = parse_sources(prompts or DEMO) if own is None else own.sources
+    demo = all(source.name == DEMO for source in sources)
+    if own is not None:
+        chat_template_kwargs = own.chat_template_kwargs if chat_template_kwargs is None else chat_template_kwargs
+        control_tokens = control_tokens or own.control_tokens
     set_template(tokenizer, None, chat_template_kwargs or {})
-    how = Options(None, "truncate", "response", room, control_tokens, chat_template_kwargs or {})
-    loaded = load_prompts(prompts, "validation", tokenizer, how)
+    how = Options(None, "truncate", "response", room, control_tokens or "keep", chat_template_kwargs or {})
+    of = None if demo or own is None or own.kind == "prompts" else own.kind  # whose rows hold the prompts
+    loaded = load_prompts(sources, "validation", tokenizer, how, of=of)
+    if not len(loaded):
+        raise UserError("prompts: the rows that the runs were validated on have none; name some by --prompts")
     require_same_template(tokenizers, loaded.columns["prompt"])
-    make_room(results_file, "output", input_files(parse_sources(prompts), "validation"))
+    make_room(results_file, "output", input_files(sources, "validation"))
     held_out = loaded.take(np.arange(min(max_prompts, len(loaded))))
+    whose = f" that {own.run} was validated on" if own else ""
+    names = ", ".join(source.name for source in sources)
+    rank_zero_info(f"{len(held_out.prompt_ids)} prompts{whose}: {names}")
+    left_out = [name for name in finished_runs(root) if name not in (*policies, reward_model)]
+    if left_out:
+        rank_zero_info(f"left out of {root}: {', '.join(left_out)}; choose by --policies=[{','.join(policies)},...]")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if gold is None and prompts == "demo":
+    if gold is None and demo:
         from lit_rlhf.demo import gold_reward as gold
     judges: dict[str, Reward] = {}
     if gold is not None:
@@ -112,7 +132,8 @@ def compare(
     reference = freeze(load_policy_with_tokenizer(folders[baseline] / "model")[0]).to(device)
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, np.ndarray] = {}
-    for name, folder in folders.items():
+    for number, (name, folder) in enumerate(folders.items(), 1):
+        rank_zero_info(f"{name} plays ({number} of {len(folders)})")
         policy = freeze(load_policy_with_tokenizer(folder / "model")[0]).to(device)
         episodes = complete(policy, tokenizer, held_out, generation)
         responses = [episode.response_ids for episode in episodes]
@@ -132,7 +153,7 @@ def compare(
         }
     print_table(results, baseline)
     if reward_model is not None:
-        results["reward_model"] = reward_model_results(run_folder(root, reward_model), prompts)
+        results["reward_model"] = reward_model_results(run_folder(root, reward_model), demo)
     write_json(results, results_file)
     return results
 
@@ -160,10 +181,10 @@ def sequence_kl(policy: Policy, reference: Policy, episodes: list[Episode], temp
     return total / len(episodes)
 
 
-def reward_model_results(folder: Path, prompts: str) -> dict[str, Any]:
+def reward_model_results(folder: Path, demo: bool) -> dict[str, Any]:
     """Accuracy on held-out pairs as its run measured it; for the demo, the best that any model could reach."""
     results: dict[str, Any] = {"val_accuracy": read_summary(folder)["metrics"].get("val/accuracy")}
-    if prompts == "demo":
+    if demo:
         from lit_rlhf.demo import bayes_accuracy, rows
 
         results["bayes_accuracy"] = bayes_accuracy(rows("preference", "validation"))
@@ -174,13 +195,18 @@ def run_folder(root: str | Path, name: str) -> Path:
     """The folder of a finished run."""
     folder = Path(root) / name
     if not is_export(folder / "model"):
-        finished = sorted(found.parent.name for found in Path(root).glob("*/model") if is_export(found))
+        finished = finished_runs(root)
         there = f"finished runs in {root} are {', '.join(finished)}" if finished else f"{root} holds no finished run"
         raise UserError(
             f"no exported model in {(folder / 'model').absolute()}: has the run {name!r} finished its fit? {there}; "
             "choose by --policies=[...], --reward_model and --root"
         )
     return folder
+
+
+def finished_runs(root: str | Path) -> list[str]:
+    """Names of the runs in a folder that have exported."""
+    return sorted(found.parent.name for found in Path(root).glob("*/model") if is_export(found))
 
 
 def is_export(folder: Path) -> bool:

@@ -139,6 +139,46 @@ def test_prompts_of_chats_are_read_as_in_training_and_templates_that_differ_are_
     compare(policies=("one", "other"), **options | {"prompts": str(root / "prompts.jsonl")})
 
 
+def write_config(folder, kind, **arguments):
+    file = folder / "lightning_logs" / "version_0" / "config.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"data": {"class_path": f"lit_rlhf.{kind}", "init_args": arguments}}))
+
+
+def test_runs_of_ones_own_data_play_its_held_out_prompts_and_are_judged_by_no_gold_reward(root, tmp_path, monkeypatch):
+    for name in ("sft", "dpo", "reward_model"):
+        shutil.copytree(root / name, tmp_path / name)
+    lines = []
+    monkeypatch.setattr("lit_rlhf.cli.compare.rank_zero_info", lines.append)
+    brief = {"root": str(tmp_path), "policies": ("sft",), "generation": GenerationSettings(max_new_tokens=2)}
+    with pytest.raises(UserError, match=r"^prompts: no config\.yaml in the folders of sft says .*--prompts=demo$"):
+        compare(**brief)
+    write_config(tmp_path / "sft", "SFTDataModule", validation=str(root / "sft.jsonl"))
+    found = compare(**brief)
+    assert "gold_reward" not in found["sft"] and "bayes_accuracy" not in found["reward_model"]
+    assert lines == [
+        f"24 prompts that sft was validated on: {root / 'sft.jsonl'}",
+        f"left out of {tmp_path}: dpo; choose by --policies=[sft,...]",
+        "sft plays (1 of 1)",
+    ]
+    prompts = [{"source": str(root / "prompts.jsonl"), "columns": {"prompt": "prompt"}}]
+    write_config(tmp_path / "dpo", "RolloutDataModule", validation=prompts, control_tokens="refuse")
+    compare(**brief | {"policies": ("sft", "dpo")})
+    assert f"24 prompts that dpo was validated on: {root / 'prompts.jsonl'}" in lines
+
+
+def test_runs_of_the_demo_play_its_prompts_for_its_gold_reward(root, tmp_path):
+    for name in ("sft", "reward_model"):
+        shutil.copytree(root / name, tmp_path / name)
+    tokenizer = tiny_tokenizer()  # the demo's prompts are message lists
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "sft" / "model")
+    write_config(tmp_path / "sft", "SFTDataModule", validation="demo")
+    brief = {"policies": ("sft",), "generation": GenerationSettings(max_new_tokens=2), "max_prompts": 4}
+    found = compare(root=str(tmp_path), **brief)
+    assert "gold_reward" in found["sft"] and "bayes_accuracy" in found["reward_model"]
+
+
 def test_models_in_memory_are_those_that_the_stage_needs(results):
     models = {name: results[name]["models_in_memory"] for name in RUNS}
     # PPO: policy, critic, reference and reward model, learnt from or watched; DPO: policy and reference, if not cached.

@@ -1,0 +1,56 @@
+"""The rows that finished runs were validated on, as the config beside their logs has them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lit_rlhf.data.formats import Kind
+from lit_rlhf.data.naming import Source, parse_sources
+from lit_rlhf.errors import UserError
+
+# By name alone: nothing that a folder's config names is imported.
+KINDS: dict[str, Kind] = {"RolloutDataModule": "prompts", "PreferenceDataModule": "preference", "SFTDataModule": "sft"}
+
+
+class HeldOut(NamedTuple):
+    """Held-out rows of a run, and how it read them."""
+
+    run: str
+    kind: Kind
+    sources: list[Source]
+    chat_template_kwargs: dict[str, Any]
+    control_tokens: Any
+
+
+def held_out_of(folders: Mapping[str, Path]) -> HeldOut:
+    """The held-out rows of the first run that has prompts, or else of the first that has any.
+
+    Args:
+        folders: of the runs, by name.
+
+    Raises:
+        UserError: none says which.
+    """
+    found = [rows for name, folder in folders.items() if (rows := _held_out_of_run(name, folder)) is not None]
+    if not found:
+        raise UserError(
+            f"prompts: no config.yaml in the folders of {', '.join(folders)} says on which rows they were validated; "
+            "name prompts by --prompts, such as --prompts=prompts.jsonl or --prompts=demo"
+        )
+    return min(found, key=lambda rows: rows.kind != "prompts")
+
+
+def _held_out_of_run(name: str, folder: Path) -> HeldOut | None:
+    configs = sorted(folder.rglob("config.yaml"), key=lambda file: file.stat().st_mtime_ns)
+    try:
+        data = yaml.safe_load(configs[-1].read_text(encoding="utf-8"))["data"]
+        kind, given = KINDS[data["class_path"].rpartition(".")[2]], data["init_args"]
+        sources = given["validation"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return None  # none of ours, or of a run without held-out rows
+    if sources is None:
+        return None
+    named = parse_sources(sources, given.get("format"), given.get("columns"), f"data.validation of {configs[-1]}")
+    return HeldOut(name, kind, named, given.get("chat_template_kwargs") or {}, given.get("control_tokens") or "keep")

@@ -37,6 +37,10 @@ def attach(module, stage="fit", rank=0, ranks=1, **options):
         "gradient_clip_val": None,
         "val_check_interval": 1.0,
         "check_val_every_n_epoch": 1,
+        "min_steps": None,
+        "min_epochs": None,
+        "log_every_n_steps": 50,
+        "num_sanity_val_steps": 0,
     }
     module.trainer = SimpleNamespace(
         world_size=ranks,

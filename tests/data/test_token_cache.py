@@ -185,7 +185,7 @@ def test_what_the_tokenizer_lacks_is_no_rows_fault(tmp_path):
 
 
 def test_what_stands_beside_the_content_of_a_message_is_text_or_named(tmp_path):
-    deep = "[" * 700 + "]" * 700
+    deep = "[" * 1000 + "]" * 1000
     line = '{"messages": [{"role": "user", "content": "q", "x": %s}, {"role": "assistant", "content": "a"}]}\n'
     (tmp_path / "deep.jsonl").write_text('{"text": "how"}\n' + line % deep)
     with pytest.raises(UserError, match=r"deep\.jsonl, line 2: nested too deep"):

@@ -223,7 +223,11 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def compute_dtype(trainer: Trainer) -> torch.dtype:
     """What matrices are multiplied in."""
-    precision = str(trainer.precision)
+    return dtype_of_precision(str(trainer.precision))
+
+
+def dtype_of_precision(precision: str) -> torch.dtype:
+    """The same by the Trainer's `precision`."""
     return (
         torch.bfloat16
         if precision.startswith("bf16")

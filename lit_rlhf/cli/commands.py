@@ -16,6 +16,7 @@ RUNS = {
 PROGRAMS = {
     "compare": "Play finished runs on the same held-out prompts.",
     "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
+    "plan": "Say what a config would take, in memory and time, without a weight.",
 }
 COMMANDS = (*RUNS, *PROGRAMS)
 USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."

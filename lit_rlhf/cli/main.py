@@ -231,8 +231,10 @@ def main(args: Sequence[str] | None = None) -> None:
 def command(argv: list[str], from_shell: bool) -> None:
     """Do what the command line says."""
     require_command(argv)
-    check_configs(argv, tuple(RUNS))
-    if argv[0] in PROGRAMS:
+    check_configs(argv, (*RUNS, "plan"))
+    if argv[0] == "plan":
+        import_module("lit_rlhf.cli.plan").plan(argv[1:])
+    elif argv[0] in PROGRAMS:
         program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
         about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
         auto_cli(program, args=argv[1:], as_positional=False, parser_class=Program, **about)

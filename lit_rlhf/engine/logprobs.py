@@ -11,13 +11,13 @@ Axes: M response tokens, V vocabulary, d width.
 
 from collections.abc import Callable
 
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_rlhf.engine.linear_head import LinearLogprobs, LinearNLL, is_plain_linear, mask_, parameters
+from lit_rlhf.engine.memory import total_memory
 from lit_rlhf.engine.shapes import check_shapes
 
 # The float32 logits of one chunk may take this share of the device's memory, within these bounds.
@@ -95,12 +95,7 @@ def nll_sum(
 def chunk_size(head: Callable[[Tensor], Tensor], device: torch.device, chunk_bytes: int | None = None) -> int:
     """C, how many tokens' logits may be alive at once; the same on a device whatever else it holds."""
     if chunk_bytes is None:
-        total = (
-            torch.cuda.get_device_properties(device).total_memory
-            if device.type == "cuda"
-            else psutil.virtual_memory().total
-        )
-        chunk_bytes = int(min(max(total * CHUNK_SHARE, CHUNK_LEAST), CHUNK_MOST))
+        chunk_bytes = int(min(max(total_memory(device) * CHUNK_SHARE, CHUNK_LEAST), CHUNK_MOST))
     return max(1, chunk_bytes // (4 * vocabulary_size(head)))
 
 

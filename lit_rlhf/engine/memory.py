@@ -4,12 +4,14 @@ A FakeTensor of torch has shape, dtype and storage size and no numbers. Ops on i
 and allocates nothing: what is counted on the way is what the code would take.
 """
 
+import gc
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -19,12 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 SHAPES = FakeTensorMode(allow_non_fake_inputs=True)
+# It would keep a weak reference to each tensor, and torch does not move a module's parameters that have any.
+SHAPES.fake_tensor_converter.set_tensor_memo = lambda *tensors: None  # type: ignore[method-assign]
+STATED: list[int] = []  # memory of the device that a run is planned for
 
 
 @contextmanager
 def shapes() -> Iterator[None]:
     """While inside, tensors that are made get no numbers."""
-    with warnings.catch_warnings(), SHAPES:
+    with uncollected(), warnings.catch_warnings(), SHAPES:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # in torch's own deepcopy
         yield
 
@@ -37,6 +42,25 @@ def only_shapes() -> bool:
 def has_numbers(tensor: Tensor) -> bool:
     """Whether a tensor has any."""
     return not isinstance(tensor, FakeTensor)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that a device has, or that it is planned to have."""
+    if STATED:
+        return STATED[-1]
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+@contextmanager
+def stated_memory(size: int) -> Iterator[None]:
+    """While inside, devices have so many bytes."""
+    STATED.append(size)
+    try:
+        yield
+    finally:
+        STATED.pop()
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -61,7 +85,7 @@ class LiveMemory(TorchDispatchMode):
         self.now = 0
         self.phase = ""
         self.peaks: dict[str, int] = {}  # by phase
-        self._held: dict[int, int] = {}
+        self._held: dict[int, tuple[int, Any]] = {}  # bytes of each storage, and the weak reference that tells its end
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do what was asked, and count what it made."""
@@ -76,13 +100,14 @@ class LiveMemory(TorchDispatchMode):
         return made
 
     def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, unless it is counted already."""
+        """Count a tensor's storage, unless it is counted already; one in oneDNN's own layout has none to be seen."""
+        if tensor.layout is not torch.strided:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._held:
-            self._held[key] = storage.nbytes()
+            self._held[key] = storage.nbytes(), weakref.ref(storage, lambda _: self._free(key))
             self.add(storage.nbytes())
-            weakref.finalize(storage, self._free, key)
 
     def add(self, size: int) -> None:
         """So many bytes more."""
@@ -90,7 +115,7 @@ class LiveMemory(TorchDispatchMode):
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
 
     def _free(self, key: int) -> None:
-        self.now -= self._held.pop(key)
+        self.now -= self._held.pop(key)[0]
 
 
 class Numbers(TorchFunctionMode):
@@ -111,5 +136,21 @@ class Numbers(TorchFunctionMode):
 @contextmanager
 def counting(memory: LiveMemory) -> Iterator[None]:
     """While inside, code runs on tensors with or without numbers, and what they take is counted."""
-    with Numbers(), memory:
+    with uncollected(), Numbers(), memory:
         yield
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """While inside nothing is garbage-collected, nor what is left from there later: torch 2.13 can crash over it.
+
+    What is left holds no numbers.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()

@@ -99,3 +99,10 @@ def test_what_leaves_for_the_host_is_zeros():
         assert type(made[None].cpu()) is not torch.Tensor  # a matrix may be a weight: it stays without numbers
     with Numbers():
         assert torch.ones(2).tolist() == [1.0, 1.0]
+
+
+def test_modules_without_numbers_can_be_cast():
+    with shapes():
+        layer = nn.Linear(4, 4).to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.to(torch.float64).weight.dtype == torch.float64

@@ -1,0 +1,264 @@
+"""A run without numbers: its own module, data, loss, backward pass and optimiser on tensors that only have shapes.
+
+What is counted on the way cannot drift from the code. Loops are cut short: two optimiser steps of at most two of the
+heaviest micro-batches each, so that the second meets gradients, and optimiser state, that are there already.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils.data import DataLoader
+
+from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.algorithms.reference_cache import ReferenceCache
+from lit_rlhf.callbacks.memory import Held, buffers, held_roles
+from lit_rlhf.callbacks.performance import matrix_weights, roles, step_flops
+from lit_rlhf.data.batching import as_it_is
+from lit_rlhf.data.heaviest import heaviest
+from lit_rlhf.engine.memory import LiveMemory, bytes_of, counting
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.roles import OwnModel
+from lit_rlhf.rollout.rehearsal import RehearsedPlay, silence
+
+# Options of the Trainer on which memory depends.
+KEPT = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+BUFFERS = ("logits", "slot cache")  # rows of what is held that are no weights
+BATCHES = 2  # of an optimiser step
+Sharing = Literal["none", "replicas", "shards"]
+
+
+class Rehearsal(NamedTuple):
+    """What a run comes to."""
+
+    held: list[Held]  # as it will say at its start
+    peaks: dict[str, int]  # bytes, by phase, in their order
+    flops: float  # of a micro-batch, as `Performance` counts useful ones
+    tokens: int  # of that micro-batch
+    micro_batches: int  # of an epoch, all ranks; on policy of an iteration
+
+
+class InPlace(SingleDeviceStrategy):
+    """Moves nothing: tensors without numbers are where they shall be, and cannot be moved within a module."""
+
+    strategy_name = "in_place"
+
+    def model_to_device(self) -> None:
+        """They are there."""
+
+    def teardown(self) -> None:
+        """They stay there."""
+
+
+class Phases(Callback):
+    """Tells a count which phase a run is in, and what was held and met."""
+
+    def __init__(self, memory: LiveMemory, buckets: bool = False) -> None:
+        self.memory, self.buckets = memory, buckets
+        self.held: list[Held] = []
+        self.flops, self.tokens = 0.0, 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weights and optimisers are there."""
+        assert isinstance(pl_module, AlignmentModule)
+        self.held = [*held_roles(pl_module, trainer.optimizers), *buffers(trainer, pl_module)]
+        self.memory.phase = "start"
+        if self.buckets:  # DDP exchanges gradients in buckets, which hold them once more
+            self.memory.add(sum(row.gradients for row in self.held))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Forward and backward passes follow."""
+        self.memory.phase = "training step"
+        self.tokens = batch.packed.input_ids.numel()
+        learning = [n for n in roles(pl_module) if any(p.requires_grad for p in n.parameters())]
+        flops = [step_flops(n, batch.packed, matrix_weights(n), matrix_weights(n, frozen=True)) for n in learning]
+        self.flops = float(sum(map(float, flops)))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Clipping and the optimiser's step follow."""
+        self.memory.phase = "optimiser step"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Callbacks and logs follow."""
+        self.memory.phase = "between steps"
+
+
+def rehearse(
+    module: AlignmentModule, data: Any, options: Mapping[str, Any], memory: LiveMemory, ranks: int = 1
+) -> Rehearsal:
+    """Run two optimiser steps on shapes.
+
+    Args:
+        module: made while `SHAPES` was on.
+        data: likewise.
+        options: of the Trainer; those of `KEPT` matter.
+        memory: has counted since before the module was made.
+        ranks: that share the work, as the strategy among the options would have it; what is counted is one rank's.
+
+    Raises:
+        UserError: a strategy that is not known here.
+    """
+    sharing = sharing_of(options.get("strategy", "auto")) if ranks > 1 else "none"
+    kept = {name: options[name] for name in KEPT if options.get(name) is not None}
+    accumulate = int(kept.pop("accumulate_grad_batches", 1))
+    phases = Phases(memory, buckets=sharing == "replicas")
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(
+        strategy=InPlace(torch.device("cpu")),
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        limit_val_batches=0,
+        max_steps=2,
+        accumulate_grad_batches=min(accumulate, BATCHES),
+        callbacks=[phases],
+        **quiet,
+        **kept,
+    )
+    plugin: Any = trainer.precision_plugin
+    plugin.convert_module = lambda model: model  # it was made in its dtype
+    shorten = shorten_rollout if hasattr(data, "rewards") else shorten_epoch
+    if hasattr(data, "rewards"):
+        data.settings = replace(data.settings, rollout_size=max(1, data.settings.rollout_size // ranks))
+    with counting(memory), parked_apart(module, memory):
+        micro_batches = shorten(module, data, accumulate, memory)
+        trainer.fit(module, datamodule=data)
+    peaks = dict(memory.peaks)
+    if sharing == "shards":
+        peaks = sharded(peaks, phases.held, largest_unit(module), ranks)
+    return Rehearsal(phases.held, peaks, phases.flops, phases.tokens, micro_batches[0])
+
+
+def sharing_of(strategy: Any) -> Sharing:
+    """How ranks share a run by the strategy of its config: whole replicas, or shards as of FSDP2."""
+    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2].lower()
+    if name in ("auto", "ddpstrategy", "singledevicestrategy") or name.startswith("ddp"):
+        return "replicas"
+    if name == "modelparallelstrategy" or name.startswith("fsdp"):
+        return "shards"
+    raise UserError(
+        f"--gpus: trainer.strategy ({name}) is not planned for; DDP, FSDP and ModelParallelStrategy (FSDP2) are"
+    )
+
+
+def sharded(peaks: Mapping[str, int], held: Sequence[Held], unit: int, ranks: int) -> dict[str, int]:
+    """Peaks of one rank where FSDP2 shards weights, gradients and moments over all; by arithmetic, from those of one.
+
+    Args:
+        peaks: of a rank that holds everything.
+        held: what that is.
+        unit: bytes of the largest part whose weights are gathered at one time.
+        ranks: that share.
+
+    Returns:
+        In the forward and backward passes two parts are gathered, and one whole gradient is there; a rollout gathers
+        all weights; loading is as it was, since each rank reads a whole model before it keeps its share.
+    """
+    away = 1 - 1 / ranks
+    weights, gradients = (sum(getattr(row, name) for row in held) for name in ("weights", "gradients"))
+    moments, caches = sum(row.optimizer or 0 for row in held), sum(row.weights for row in held if row.role in BUFFERS)
+    weights -= caches
+    saved = {
+        "start": weights,
+        "rollout": 0,
+        "reward": 0,
+        "scoring": weights - 2 * unit,
+        "training step": weights + gradients + moments - 3 * unit,
+        "optimiser step": weights + gradients + moments,
+        "between steps": weights + moments,
+    }
+    return {phase: size - int(away * max(0, saved.get(phase, 0))) for phase, size in peaks.items()}
+
+
+def largest_unit(module: AlignmentModule) -> int:
+    """Bytes of the largest part that FSDP2 gathers by itself: a block, or what is outside of blocks."""
+    sizes = [0]
+    for network in roles(module):
+        names = set(network.model._no_split_modules or ())
+        blocks = [bytes_of(part.parameters()) for part in network.modules() if type(part).__name__ in names]
+        sizes += [*blocks, bytes_of(network.parameters()) - sum(blocks)]
+    return max(sizes)
+
+
+def shorten_epoch(module: Any, data: Any, accumulate: int, memory: LiveMemory) -> list[int]:
+    """Let the heaviest micro-batches be all that an epoch has; its real number of them is known once it is dealt."""
+    data.batches = replace(data.batches, num_workers=0)
+    dealt, count = data.train_dataloader, [0]
+
+    def train_dataloader() -> DataLoader:
+        loader = dealt()
+        count[0] = len(loader)
+        batches: Any = heaviest(loader)
+        if hasattr(module, "reference_cache"):
+            rows = {
+                split: data.num_rows(split) for split in ("train", "val") if data.rows_dataloader(split) is not None
+            }
+            known = {data.rows_fingerprint(split): torch.zeros(number, 2) for split, number in rows.items()}
+            module.reference_cache = ReferenceCache(known)
+        return DataLoader(batches * 2 * BATCHES, batch_size=None, collate_fn=as_it_is)
+
+    data.train_dataloader = train_dataloader
+    return count
+
+
+def shorten_rollout(module: Any, data: Any, accumulate: int, memory: LiveMemory) -> list[int]:
+    """Play no more episodes than two optimiser steps take, or than there are slots; micro-batches stay as large."""
+    settings, updates = data.settings, module.updates
+    size = -(-settings.rollout_size // (updates.num_minibatches * accumulate))
+    taken = min(accumulate, BATCHES)
+    steps = max(2, -(-min(settings.num_slots, settings.rollout_size) // (size * taken)))
+    data.settings = replace(settings, rollout_size=steps * size * taken)
+    module.updates = replace(updates, num_minibatches=steps, ppo_epochs=1)
+
+    def phase(name: str) -> None:
+        memory.phase = name
+
+    data.backend = RehearsedPlay(phase)
+    silence(data.rewards)
+    experience = module.experience
+
+    def scored(played: Any) -> Any:
+        phase("scoring")
+        return experience(played)
+
+    module.experience = scored
+    return [updates.num_minibatches * accumulate * updates.ppo_epochs]
+
+
+@contextmanager
+def parked_apart(module: Any, memory: LiveMemory) -> Iterator[None]:
+    """While inside, a parked reference counts only while it is used: elsewhere it lies in the memory of the host."""
+    for name in ("reference", "still_reference"):
+        view = getattr(module, name, None)
+        if isinstance(view, OwnModel) and view.parked:
+            size = bytes_of(view.network.parameters())
+            memory.add(-size)
+            setattr(module, name, Parked(view, size, memory))
+    yield
+
+
+class Parked(OwnModel):
+    """A parked reference whose comings and goings are counted."""
+
+    def __init__(self, view: OwnModel, size: int, memory: LiveMemory) -> None:
+        super().__init__(view.network, view.policy, parked=True)
+        self.size, self.memory, self.inside = size, memory, 0
+
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """While inside, it counts."""
+        came = self.size if self.inside == 0 else 0
+        self.inside += 1
+        self.memory.add(came)
+        try:
+            yield
+        finally:
+            self.inside -= 1
+            self.memory.add(-came)

@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from lit_rlhf.callbacks.memory import Held
+from lit_rlhf.callbacks.rehearsal import rehearse, sharded, sharing_of
+from lit_rlhf.engine.memory import LiveMemory, shapes
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import LoRA
+from tests.stages import STAGES, make_stage, make_trainer
+
+
+def planned(stage, inputs, **options):
+    """The rehearsal of a stage of two epochs."""
+    memory = LiveMemory()
+    memory.phase = "load"
+    with shapes(), memory:
+        module, data = make_stage(stage, inputs, **options)
+    return rehearse(module, data, {"gradient_clip_val": 1.0}, memory)
+
+
+def taken(stage, inputs, folder, **options):
+    """Bytes at the peak of a run of four steps, with numbers."""
+    module, data = make_stage(stage, inputs, **options)
+    memory = LiveMemory()
+    for parameter in (p for network in module.networks() for p in network.parameters()):
+        memory.count(parameter)
+    with memory:
+        make_trainer(folder, max_steps=4, gradient_clip_val=1.0).fit(module, data)
+    return max(memory.peaks.values())
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_takes_what_was_planned(stage, lora, inputs, tmp_path):
+    plan = planned(stage, inputs, lora=lora)
+    assert max(plan.peaks.values()) == pytest.approx(taken(stage, inputs, tmp_path, lora=lora), rel=0.05)
+    assert plan.flops > 0 < plan.micro_batches
+
+
+def test_phases_come_in_their_order(inputs):
+    phases = ["load", "start", "rollout", "scoring", "training step", "optimiser step", "between steps"]
+    assert [phase for phase in planned("ppo", inputs).peaks if phase != "reward"] == phases
+
+
+def test_a_parked_reference_counts_while_it_is_used_alone(inputs):
+    copy, parked = (planned("ppo", inputs, hold_reference=hold) for hold in ("copy", "parked"))
+    weights = {row.role: row.weights for row in copy.held}["reference"]
+    for phase in ("rollout", "training step", "optimiser step"):
+        assert parked.peaks[phase] == pytest.approx(copy.peaks[phase] - weights, rel=0.02)
+    assert parked.peaks["scoring"] == pytest.approx(copy.peaks["scoring"], rel=0.02)
+
+
+def test_no_weight_is_read(inputs, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights are opened")
+
+    for name in ("safetensors.safe_open", "safetensors.torch.load_file", "torch.load"):
+        monkeypatch.setattr(name, refuse)
+    monkeypatch.setattr("lit_rlhf.models.weights.safe_open", refuse)
+    assert planned("dpo", inputs).peaks["training step"] > 0
+
+
+def test_shards_divide_what_is_held_but_for_what_is_gathered():
+    # 100 of weights, 100 of gradients, 200 of moments; parts of 10: two weights and a gradient are there, 30.
+    held = [Held("policy", "own model", 25, 0, 100, 100, 200), Held("logits", "", 0, 0, 50, 0, 0)]
+    peaks = {"load": 100, "start": 100, "rollout": 150, "training step": 1000, "optimiser step": 450}
+    assert sharded(peaks, held, unit=10, ranks=4) == {
+        "load": 100,
+        "start": 100 - 75,
+        "rollout": 150,
+        "training step": 1000 - int(0.75 * (400 - 30)),
+        "optimiser step": 450 - 300,
+    }
+    assert sharded(peaks, held, 10, ranks=1) == peaks
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharing"),
+    [("auto", "replicas"), ("ddp", "replicas"), ("fsdp", "shards"), ("a.ModelParallelStrategy", "shards")],
+)
+def test_ranks_share_as_the_strategy_has_it(strategy, sharing):
+    assert sharing_of(strategy) == sharing
+
+
+def test_a_strategy_that_is_not_known_is_refused():
+    with pytest.raises(UserError, match=r"trainer.strategy \(deepspeed_stage_2\) is not planned for"):
+        sharing_of("deepspeed_stage_2")
+
+
+def test_nothing_is_left_behind_of_a_rehearsal(inputs):
+    planned("sft", inputs)
+    assert type(torch.zeros(1)) is torch.Tensor
+    assert torch.zeros(1).item() == 0.0

@@ -44,7 +44,9 @@ from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
 from lit_rlhf.models.tokens import keep_to_tokens
 from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
 
-PROGRESS = ("loss", "accuracy", "score")  # what the progress bar shows; TensorBoard has everything
+# What the progress bar and the lines show, by its last name; TensorBoard has everything.
+PROGRESS = ("loss", "accuracy", "score", "reward_accuracy", "reward_margin")
+FEW_STEPS = 20  # of which one is a share worth a word
 
 
 class AlignmentModule(LightningModule):
@@ -271,6 +273,10 @@ class AlignmentModule(LightningModule):
         warmup = math.ceil(settings.warmup_steps * total) if settings.warmup_steps < 1 else int(settings.warmup_steps)
         if 0 < total <= warmup:
             rank_zero_info(f"warmup_steps ({warmup}) is all of the {int(total)} steps: learning_rate is never reached")
+        elif warmup and 0 < total < FEW_STEPS:
+            rank_zero_info(
+                f"warmup_steps: the rate begins at 0, so that the first of the {int(total)} steps moves nothing"
+            )
         name = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
         schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -389,7 +395,7 @@ class AlignmentModule(LightningModule):
                 total, count = self.step_sums.get(tag, (0.0, 0))
                 self.step_sums[tag] = (total + value.float() * weight, count + weight)
             else:
-                in_bar = name in PROGRESS
+                in_bar = name.rpartition("/")[2] in PROGRESS
                 self.log(tag, value, batch_size=weight, on_step=False, on_epoch=True, sync_dist=True, prog_bar=in_bar)
 
     def log_step(self) -> None:
@@ -400,5 +406,5 @@ class AlignmentModule(LightningModule):
         sums = torch.stack([torch.stack(totals), torch.tensor(weights, dtype=torch.float32, device=self.device)])
         totals, weights = self.trainer.strategy.reduce(sums, reduce_op="sum")
         for tag, mean in zip(self.step_sums, totals / weights, strict=True):
-            self.log(tag, mean, prog_bar=tag.removeprefix("train/") in PROGRESS)
+            self.log(tag, mean, prog_bar=tag.rpartition("/")[2] in PROGRESS)
         self.step_sums = {}

@@ -5,7 +5,7 @@ from lit_rlhf.callbacks.completions import CompletionWriter
 from lit_rlhf.callbacks.export import HuggingFaceExport
 from lit_rlhf.callbacks.memory import MemoryTable
 from lit_rlhf.callbacks.performance import Performance
-from lit_rlhf.callbacks.progress import ProgressLines
+from lit_rlhf.callbacks.progress import OneLineBar, ProgressLines
 from lit_rlhf.callbacks.samples import SampleTable
 from lit_rlhf.callbacks.stopping import GracefulStop
 from lit_rlhf.callbacks.summary import RunSummary
@@ -16,6 +16,7 @@ __all__ = [
     "GracefulStop",
     "HuggingFaceExport",
     "MemoryTable",
+    "OneLineBar",
     "Performance",
     "ProgressLines",
     "RunSummary",

@@ -1,4 +1,4 @@
-"""What training says where no bar can be drawn."""
+"""How far training is: a bar in a terminal, lines where none can be drawn."""
 
 import math
 import time
@@ -6,11 +6,46 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
 
 BESIDE_THE_BAR = ("train/grad_norm", "train/learning_rate", "perf/tokens_per_second")  # what a bar has no room for
+
+SCORES = ("rollout/reward", "rollout/shaped_score")  # the score again, where there is one reward and no shaping
+BESIDE_THE_METRICS = 52  # columns of a bar: what it counts, itself, batches and time
+
+
+class OneLineBar(RichProgressBar):
+    """Lightning's bar in one line, also of eighty columns: epochs count from 1, as many metrics as there is room for.
+
+    Metrics of training and of rollouts go by their last name (`score`), those of validation by their whole one.
+    """
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Those of Lightning, the bar short and without batches per second, of which `perf/` says more."""
+        columns = super().configure_columns(trainer)[:-1]
+        columns[1].bar_width = 10
+        return columns
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        epochs = self.trainer.max_epochs or -1
+        said = f"Epoch {current_epoch + 1}" + (f"/{epochs}" if epochs > 0 else "")
+        return f"{said:{len(self.validation_description)}}"  # as wide as that, else the bar jumps
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What there is room for, training first; no number of the run."""
+        room = get_console().width - BESIDE_THE_METRICS
+        given = sorted(trainer.progress_bar_metrics.items(), key=lambda item: item[0].startswith("val/"))
+        shown: dict[str, Any] = {}
+        for name, value in given:
+            short = name if name.startswith("val/") else name.rpartition("/")[2]
+            text = f"{float(value):.3f}"
+            room -= len(f"{short}: {text} ")
+            if room < 0:
+                break
+            shown[short] = text
+        return shown
 
 
 class ProgressLines(Callback):
@@ -48,7 +83,10 @@ class ProgressLines(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A line of the rollout that an iteration learnt from."""
-        self.say(trainer, getattr(pl_module, "rollout_metrics", {}))
+        metrics = getattr(pl_module, "rollout_metrics", {})
+        score = metrics.get("rollout/score")
+        alike = {name for name in SCORES if score is not None and math.isclose(metrics.get(name, score), score)}
+        self.say(trainer, {name: value for name, value in metrics.items() if name not in alike})
 
     def say(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Epoch, step, these metrics, and the time that training has taken and will take."""

@@ -24,6 +24,7 @@ from lit_rlhf.callbacks import (
     GracefulStop,
     HuggingFaceExport,
     MemoryTable,
+    OneLineBar,
     ProgressLines,
     RunSummary,
     SampleTable,
@@ -66,13 +67,13 @@ class WholeConfig(SaveConfigCallback):
     """The run's config.yaml, whole or not there."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it into the folder of the logs.
+        """Write it into the folder of the logs; `predict` has none.
 
         Raises:
             OSError: the disk is full or may not be written to; names the file.
         """
         log_dir = trainer.log_dir  # asked on all ranks, which it makes agree
-        if trainer.is_global_zero and not self.already_saved:
+        if stage != "predict" and trainer.is_global_zero and not self.already_saved:
             assert log_dir is not None
             for earlier in Path(log_dir).parent.glob("version_*"):  # of runs that may have been killed
                 clear(earlier)
@@ -162,11 +163,18 @@ class AlignmentCLI(LightningCLI):
         given = self._get(self.config_init, "trainer", default={})
         if given.get("precision") is None and given.get("plugins") is None:
             kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
+        if self.subcommand == "predict" and given.get("logger") is None:
+            kwargs["logger"] = False  # there is nothing to draw
+        if given.get("enable_model_summary") is None:
+            kwargs["enable_model_summary"] = False  # `MemoryTable` says more
         callbacks = given.get("callbacks")
         several = callbacks if isinstance(callbacks, list) else [callbacks]
         has_bar = any(isinstance(callback, ProgressBar) for callback in several)
-        if given.get("enable_progress_bar") is None and not draws_bars() and not has_bar:
+        wants_bar = given.get("enable_progress_bar")
+        if wants_bar is None and not draws_bars() and not has_bar:
             kwargs["enable_progress_bar"] = False
+        elif wants_bar is not False and not has_bar and not given.get("barebones"):
+            kwargs["callbacks"] = [*(callback for callback in several if callback is not None), OneLineBar()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except Exception as error:

@@ -5,7 +5,12 @@ import sys
 import threading
 import warnings
 
+import datasets
 from transformers.utils.logging import disable_progress_bar
+
+from lit_rlhf.callbacks.progress import draws_bars
+
+NEWS_TO_NOBODY = ("Tip: For seamless", "TPU available: False", "Loading `train_dataloader`")
 
 
 class CurrentStderr:
@@ -23,12 +28,20 @@ class CurrentStderr:
 def quiet_libraries() -> None:
     """Keep advertisements, bars for the reading of a file, and warnings about Lightning's own code off the terminal."""
     disable_progress_bar()
+    if not draws_bars():  # a log is lines
+        datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # each part of a run has a folder of its own
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # `validation: null`
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")  # CompletionWriter goes without
+    warnings.filterwarnings("ignore", message="The number of training batches")  # perf and rollout: each epoch
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+        logging.getLogger(name).addFilter(is_news)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether what Lightning says tells a user something."""
+    return not any(said in record.getMessage() for said in NEWS_TO_NOBODY)
 
 
 def quiet_threads() -> None:

@@ -47,8 +47,7 @@ def run_stage(stage: str, root: str, seed: int, extra: list[str]) -> None:
     start = time.perf_counter()
     print(f"── {stage} ──", flush=True)
     command = [sys.executable, "-m", "lit_rlhf", "fit", f"--config={CONFIGS / stage}.yaml", f"--seed_everything={seed}"]
-    quiet = "--trainer.enable_model_summary=false"
-    finished = subprocess.run([*command, quiet, f"--trainer.default_root_dir={root}/{stage}", *extra])
+    finished = subprocess.run([*command, f"--trainer.default_root_dir={root}/{stage}", *extra])
     if finished.returncode:
         raise SystemExit(finished.returncode)  # the stage has said why
     metrics = json.loads(Path(root, stage, "summary.json").read_text())["metrics"]

@@ -34,7 +34,9 @@ def require_bitsandbytes(option: str) -> Any:
         UserError: it is not there.
     """
     if find_spec("bitsandbytes") is None:
-        raise UserError(f'{option} needs bitsandbytes, which is not installed: pip install "lit-rlhf[quantized]"')
+        raise UserError(
+            f"{option} needs bitsandbytes, which is not installed: pip install '.[quantized]' in a checkout of lit-rlhf"
+        )
     import bitsandbytes
 
     return bitsandbytes

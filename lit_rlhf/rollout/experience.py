@@ -114,10 +114,10 @@ class PlannedRollout:
         """
         sampled = torch.from_numpy(np.concatenate([self.played.sampled_logprobs[i] for i in self.order]))
         means = {
-            "shaped_score": scores.mean(),
-            "kl": k1(old_logprobs, ref_logprobs).sum() / len(self.episodes),
-            "sampler_gap": (sampled - old_logprobs).abs().mean(),
             **episode_means(self.played.episodes),
+            "kl": k1(old_logprobs, ref_logprobs).sum() / len(self.episodes),
+            "shaped_score": scores.mean(),
+            "sampler_gap": (sampled - old_logprobs).abs().mean(),
         }
         return {f"rollout/{name}": mean for name, mean in means.items()}
 

@@ -152,7 +152,9 @@ class VLLMBackend(RolloutBackend):
         try:
             import vllm
         except ImportError as error:
-            raise UserError(f"the vLLM backend needs vLLM ({error}); pip install 'lit-rlhf[vllm]'") from error
+            raise UserError(
+                f"the vLLM backend needs vLLM ({error}); pip install '.[vllm]' in a checkout of lit-rlhf"
+            ) from error
         self.vllm = vllm
         device = policy.model.device.type
         settings = {

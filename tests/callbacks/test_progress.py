@@ -1,13 +1,16 @@
 """A run without a bar says where it stands."""
 
+import io
 import logging
 import re
 from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 
-from lit_rlhf.callbacks import ProgressLines
+from lit_rlhf.callbacks import OneLineBar, ProgressLines
 from tests.stages import make_stage, make_trainer
 
 
@@ -42,6 +45,7 @@ def test_a_run_without_a_bar_says_a_line_at_each_logging_step_and_validation(inp
 def test_an_iteration_says_what_its_rollout_was(inputs, tmp_path, said):
     module = fit("ppo", inputs, tmp_path, [ProgressLines()], log_every_n_steps=100, limit_val_batches=0)
     assert len(said) == 2 and said[-1].startswith("epoch 2/2, step 8/8: ")
+    assert "rollout/shaped_score" not in said[-1] and "rollout/reward" not in said[-1]  # they are the score again
     assert f"rollout/score {module.rollout_metrics['rollout/score']:.4g}" in said[-1]
 
 
@@ -76,3 +80,37 @@ def test_lines_go_where_lightning_s_own_do(caplog):
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         lines.say(trainer, {"train/loss": 2.0})
     assert "step 1/1: train/loss 2" in caplog.text
+
+
+def test_the_lines_of_dpo_say_what_one_watches(inputs, tmp_path, said):
+    fit("dpo", inputs, tmp_path, [ProgressLines()], max_epochs=1, log_every_n_steps=1, limit_val_batches=1.0)
+    trained = next(line for line in said if "train/loss" in line)
+    assert "dpo/reward_accuracy" in trained and "dpo/reward_margin" in trained
+    assert any("val/reward_accuracy" in line and "val/loss" in line for line in said)
+
+
+LONG = {"val/score": 1.0, "train/loss": 0.25, "rollout/score": -1.5, "rollout/kl": 0.125, "val/loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("columns", "metrics"),
+    [
+        (80, {"loss": "0.250", "score": "-1.500"}),
+        (200, {"loss": "0.250", "score": "-1.500", "kl": "0.125", "val/score": "1.000", "val/loss": "2.000"}),
+    ],
+)
+def test_a_bar_is_one_line_and_counts_epochs_from_1(columns, metrics, monkeypatch):
+    console = Console(width=columns, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr("lit_rlhf.callbacks.progress.get_console", lambda: console)
+    bar, trainer = OneLineBar(), SimpleNamespace(max_epochs=16, progress_bar_metrics=LONG)
+    bar._trainer = trainer
+    assert bar._get_train_description(0) == "Epoch 1/16"
+    assert bar.get_metrics(trainer, None) == metrics
+    line = Progress(*bar.configure_columns(trainer), TextColumn("{task.fields[metrics]}"), console=console)
+    shown = " ".join(f"{name}: {value}" for name, value in metrics.items())
+    line.add_task(bar._get_train_description(15), total=1000, completed=999, metrics=shown)
+    with console.capture() as drawn:
+        console.print(line.get_renderable())
+    assert drawn.get().count("\n") == 1 and f"score: {metrics['score']}" in drawn.get()
+    trainer.max_epochs = -1
+    assert bar._get_train_description(0).strip() == "Epoch 1"

@@ -18,6 +18,7 @@ def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(wo
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     options = ["--data.predict=prompts.jsonl", "--trainer.default_root_dir=out/predict"]
     assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=4") == 0
+    assert [file.name for file in Path("out/predict").iterdir()] == ["predictions.jsonl"]  # no empty curves
     rows = predictions("out/predict")
     assert [{"id": row["id"], "prompt": row["prompt"]} for row in rows] == prompts
     assert all(row["finish_reason"] in ("stop", "length") for row in rows)

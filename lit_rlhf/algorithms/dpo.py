@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,6 +19,7 @@ from lit_rlhf.losses import dpo_loss
 from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.loading import load_policy_with_tokenizer
+from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.roles import HoldReference, Reference, SameBase, own_reference, reference_of, shares_base
 from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings
@@ -96,7 +97,9 @@ class DPO(PreferenceModule):
         if shared or (reference is None and (self.policy.adapters or not (cache_reference or reference_free))):
             self.still_reference = reference_of(self.policy, self.frozen, hold_reference, saved, self.frozen_dtype)
         if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint
-            self.reference = self.frozen.pop("reference").train()  # Lightning warns of eval mode; dropout is 0 anyway
+            moving = cast(Policy, self.frozen.pop("reference"))
+            moving.stands_on = {}
+            self.reference = moving.train()  # Lightning warns of eval mode; dropout is 0 anyway
         self.beta = beta
         self.reference_free = reference_free
         self.reference_update = reference_update

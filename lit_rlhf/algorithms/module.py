@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard, total_norm
 from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.losses.advantages import Moments, masked_moments
+from lit_rlhf.models.fingerprints import Fingerprints, require_same
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
 from lit_rlhf.models.network import Network
 from lit_rlhf.models.policy import Policy
@@ -152,6 +154,10 @@ class AlignmentModule(LightningModule):
     def views(self) -> dict[str, Any]:
         """The roles and where they live: networks, views of `roles.py`, or a word for what is neither."""
         return {self.exported: getattr(self, self.exported)}
+
+    def stands_on(self) -> dict[str, Fingerprints]:
+        """By role, the folders whose weights no checkpoint holds, with the fingerprints of what was read from them."""
+        return {role: getattr(view, "stands_on", {}) for role, view in self.views().items()}
 
     def setup(self, stage: str) -> None:
         """Every policy keeps to the tokens that the tokenizer has now: some may have been added since it was loaded.
@@ -302,17 +308,25 @@ class AlignmentModule(LightningModule):
         checkpoint["exported"] = self.exported
         origin = getattr(self, self.exported).origin
         checkpoint["adapter"] = None if origin is None else asdict(origin)
+        checkpoint["stands_on"] = self.stands_on()
         checkpoint["tokens"] = len(self.tokenizer)
         checkpoint["chat_template"] = self.tokenizer.chat_template  # may be the data's
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another algorithm; keep where the data stood, see `on_train_start`."""
+        """Refuse the checkpoint of another algorithm, or on other weights than are in the folders that it stood on.
+
+        Where the data stood is kept, see `on_train_start`.
+        """
         mine, theirs = type(self).__name__, checkpoint.get("algorithm")
         if theirs not in (None, mine):
             raise UserError(
                 f"ckpt_path: the checkpoint is of {theirs}, this run is of {mine}; resume the same config, or start "
                 f"{mine} from the model that {theirs} exported, by model.policy"
             )
+        here = self.stands_on()
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
+            here = {self.exported: here[self.exported]}  # nothing else has a say
+        require_same(checkpoint.get("stands_on", {}), here, adapter=self.exported)
         weights = checkpoint.get("state_dict", {})  # none where each rank reads its own shard
         require_same_shapes(weights, self.state_dict())
         require_state(checkpoint)

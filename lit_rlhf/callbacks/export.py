@@ -57,7 +57,9 @@ class HuggingFaceExport(Callback):
                 "export.which is best, but no ModelCheckpoint has a monitor, such as val/loss, to tell by: give "
                 "trainer.callbacks one that has, or set export.which: last"
             )
-        rehearse(pl_module.artefact(self.dtype, merge=self.merge), target)
+        made = pl_module.artefact(self.dtype, merge=self.merge)
+        require_apart(made, target)
+        rehearse(made, target)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on rank 0, also where a checkpoint left nothing to train; all ranks join to collect the weights."""
@@ -115,6 +117,20 @@ def require_replaceable(target: Path, option: str = "export.folder") -> None:
         return
     if target.exists():
         raise UserError(f"{option}: {target} is there and no export of a model; name a folder of its own")
+
+
+def require_apart(made: Artefact, target: Path, option: str = "export.folder") -> None:
+    """Refuse to replace the weights that an adapter has learnt on: it would stand on itself.
+
+    Raises:
+        UserError: the folder holds its base, or the adapter that it learnt on top of.
+    """
+    needed = [] if made.adapter is None else [made.adapter.base, made.adapter.start]
+    if any(folder is not None and target.resolve() == Path(folder).resolve() for folder in needed):
+        raise UserError(
+            f"{option}: {target} holds the weights that the adapter has learnt on, and would be replaced; name another "
+            "folder"
+        )
 
 
 def rehearse(made: Artefact, target: Path) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights, require_same_shapes
 from lit_rlhf.algorithms.reward_model import RewardModel, stored_score_head
-from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_replaceable
+from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_apart, require_replaceable
 from lit_rlhf.cli.checkpoints import require_checkpoint
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.errors import UserError
@@ -79,6 +79,7 @@ def export(
         require_same_shapes(weights, model.state_dict())
     stops = stop_token_ids(tokenizer, model.generation_config)
     made = artefact(model, tokenizer, stops, as_dtype(dtype, "dtype"), head, adapter, merge)
+    require_apart(made, Path(folder), "folder")
     replace_export(made, weights, Path(folder))
     rank_zero_info(f"exported {facts['algorithm']} of step {facts['global_step']} to {folder}")
 
@@ -98,4 +99,5 @@ def stored_origin(facts: Mapping[str, Any], policy: str | None) -> Origin | None
     saved = saved_adapter(policy)
     base = named_base(resolve(policy)) if saved is None else saved.base
     settings = {**origin.settings, "base_model_name_or_path": base}
-    return replace(origin, base=base, settings=settings, start=None if origin.start is None else policy)
+    start = None if origin.start is None else named_base(resolve(policy))
+    return replace(origin, base=base, settings=settings, start=start)

@@ -20,6 +20,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import MOST_RANK, without_dropout
+from lit_rlhf.models.fingerprints import SINCE, Fingerprints, fingerprint, fingerprints
 from lit_rlhf.models.holding import FrozenDtype
 from lit_rlhf.models.hub import HUB_NAME, hub_or_cache, require_json, resolve
 from lit_rlhf.models.weight_checks import check_score_bias
@@ -28,6 +29,7 @@ PREFIX = "base_model.model."  # of each weight in PEFT's files
 HEADS = ("score", "classifier")  # what PEFT saves as a whole for a classifier, if it is there
 SCORE = "score.weight"
 BIAS_FILE = "score_bias.json"  # what is added to scores: for a whole reward model, it stands in its config.json
+BASE_FILE = "base_fingerprint.json"  # of the weights that the adapter has learnt on
 # Settings of an adapter that change nothing but its own layers.
 TAKEN = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "use_rslora"),
@@ -95,9 +97,10 @@ class SavedAdapter:
         """Its weights by the names of its base's layers, the scalar head as `score.weight`.
 
         Raises:
-            UserError: there is no whole file of them.
+            UserError: there is no whole file of them, or they have learnt on another base than is there now.
         """
         source = resolve(self.name)
+        self.require_base()
         try:
             with hub_or_cache(source):
                 file = cached_file(source, "adapter_model.safetensors")
@@ -120,11 +123,32 @@ class SavedAdapter:
     @property
     def bias(self) -> float | None:
         """Added to the scores of its head; None = as of its base."""
-        file = Path(self.name).expanduser() / BIAS_FILE
+        held = self._beside(BIAS_FILE)
+        return None if held is None else check_score_bias(held.get("score_bias"), self.name, BIAS_FILE)
+
+    def require_base(self) -> None:
+        """Refuse a base whose weights are not those that the adapter has learnt on, as far as that is known.
+
+        Raises:
+            UserError: says how it is taken all the same.
+        """
+        held = self._beside(BASE_FILE)
+        now = None if held is None else fingerprint(self.base)
+        if held is not None and now not in (None, held.get("base_fingerprint")):
+            raise UserError(
+                f"{self.name}: its base, {self.base}, holds other weights than the adapter has learnt on: {SINCE}. Put "
+                "the old weights back, or write where they are in adapter_config.json (base_model_name_or_path); to "
+                f"take these all the same, remove {BASE_FILE}"
+            )
+
+    def _beside(self, name: str) -> dict[str, Any] | None:
+        """What a file of ours in its folder says; None where there is none."""
+        file = Path(self.name).expanduser() / name
         if not file.exists():
             return None
-        require_json(str(file.parent), self.name, BIAS_FILE)
-        return check_score_bias(json.loads(file.read_text()).get("score_bias"), self.name, BIAS_FILE)
+        require_json(str(file.parent), self.name, name)
+        held: dict[str, Any] = json.loads(file.read_text())
+        return held
 
 
 @dataclass(frozen=True)
@@ -139,6 +163,8 @@ class Origin:
         name: of the adapter that learns.
         fresh: whether it was new when the run started, and changed nothing yet.
         held: the dtype that the base was held in, if one was asked for.
+        base_weights: fingerprint of the base as it was read; None = not known.
+        start_weights: likewise of the adapter that the run started from.
     """
 
     base: str
@@ -148,6 +174,28 @@ class Origin:
     name: str
     fresh: bool
     held: FrozenDtype | None = None
+    base_weights: str | None = None
+    start_weights: str | None = None
+
+    @property
+    def stands_on(self) -> Fingerprints:
+        """The folders whose weights it needs and does not hold, as far as these are known."""
+        held = {self.base: self.base_weights, self.start: self.start_weights}
+        return {folder: mark for folder, mark in held.items() if folder is not None and mark is not None}
+
+    def require_unchanged(self) -> None:
+        """Refuse to export what has learnt on weights that are no longer where they were.
+
+        Raises:
+            UserError: says where that was.
+        """
+        now = fingerprints(self.stands_on)
+        for folder, before in self.stands_on.items():
+            if now.get(folder, before) != before:
+                raise UserError(
+                    f"nothing is exported, since {folder} holds other weights than the adapter has learnt on: {SINCE}. "
+                    "Put the old weights back, or name a folder that holds them by lit-rlhf export --policy"
+                )
 
 
 def saved_adapter(name: str | Path) -> SavedAdapter | None:
@@ -236,7 +284,13 @@ def whole_adapter(origin: Origin, weights: Mapping[str, Tensor]) -> tuple[dict[s
     return stacked((plain_config(below.config()), held), own)
 
 
-def write_adapter(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, Tensor], bias: float) -> None:
+def write_adapter(
+    folder: Path,
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    bias: float,
+    base_weights: str | None = None,
+) -> None:
     """Write what PEFT and transformers load on the base that the settings name.
 
     Args:
@@ -244,6 +298,7 @@ def write_adapter(folder: Path, settings: Mapping[str, Any], weights: Mapping[st
         settings: as `plain_config` gives them.
         weights: by the names of the base's layers; with `score.weight`, it is a reward model's.
         bias: added to scores; nothing is written of 0.
+        base_weights: fingerprint of the base; None = not known.
     """
     from peft import LoraConfig
 
@@ -253,6 +308,8 @@ def write_adapter(folder: Path, settings: Mapping[str, Any], weights: Mapping[st
     save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if bias:
         (folder / BIAS_FILE).write_text(json.dumps({"score_bias": bias}))
+    if base_weights is not None:
+        (folder / BASE_FILE).write_text(json.dumps({"base_fingerprint": base_weights}))
 
 
 def stacked(

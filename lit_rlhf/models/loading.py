@@ -13,9 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.adapter_folders import SavedAdapter, saved_adapter
+from lit_rlhf.models.adapter_folders import SavedAdapter, named_base, saved_adapter
 from lit_rlhf.models.adapters import LoRA
+from lit_rlhf.models.fingerprints import fingerprints
 from lit_rlhf.models.holding import FrozenDtype, reading_in, require_frozen_dtype
+from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.policy import Policy, Scorer
 from lit_rlhf.models.probe import choose_attention, disable_dropout
 from lit_rlhf.models.starts import adapt
@@ -63,6 +65,7 @@ def load_policy(
     policy = Policy(model)
     choose_attention(policy, str(name))
     adapt(policy, name, start, lora, merge_start, "policy", held)
+    note_sources(policy, () if from_scratch else (base, name), learns)
     return policy
 
 
@@ -127,7 +130,23 @@ def load_scorer(
     scorer = Scorer(model, fresh_head)
     choose_attention(scorer, str(name))
     adapt(scorer, name, start, lora, merge_start, role, held)
+    note_sources(scorer, (base, name), learns)
     return scorer
+
+
+def note_sources(network: Policy | Scorer, names: tuple[str | Path, ...], learns: bool) -> None:
+    """Let a network know where its weights came from, and fingerprint those that no checkpoint will hold.
+
+    Args:
+        network: with its adapters on.
+        names: folder or hub name of a base, and of what was put on it or, again, of the base.
+        learns: whether anything of it will.
+    """
+    network.read_from = tuple(dict.fromkeys(named_base(resolve(name)) for name in names))
+    if not learns:
+        network.stands_on = fingerprints(network.read_from)
+    elif network.origin is not None:
+        network.stands_on = network.origin.stands_on
 
 
 def frozen_base(

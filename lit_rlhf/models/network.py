@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.models.adapter_folders import Origin
 from lit_rlhf.models.adapters import Adapters
 from lit_rlhf.models.checkpointing import Checkpointing
+from lit_rlhf.models.fingerprints import Fingerprints
 
 
 class Network(nn.Module):
@@ -25,6 +26,8 @@ class Network(nn.Module):
         self.adapters: Adapters | None = None  # where its own weights are a frozen base
         self.active: tuple[str, ...] = ()  # the adapters that are on in this network's own role
         self.origin: Origin | None = None  # of the adapter that learns
+        self.read_from: tuple[str, ...] = ()  # folders and hub names of the weights that it was made of
+        self.stands_on: Fingerprints = {}  # those among them whose weights no checkpoint holds
         self.checkpointing: Checkpointing | None = None  # of activations
         self.register_state_dict_post_hook(without_base)
         self.register_load_state_dict_pre_hook(with_base)

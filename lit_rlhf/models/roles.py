@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import is_sharded
 from lit_rlhf.errors import UserError, named_by, require
-from lit_rlhf.models.adapter_folders import SCORE, SavedAdapter
+from lit_rlhf.models.adapter_folders import SCORE, SavedAdapter, named_base
 from lit_rlhf.models.adapters import LoRA
+from lit_rlhf.models.fingerprints import Fingerprints, fingerprints
 from lit_rlhf.models.holding import FrozenDtype, dtype_of
+from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.network import ScalarHead
 from lit_rlhf.models.policy import Policy, freeze, frozen_copy
 
@@ -29,6 +31,10 @@ HoldCritic = Literal["adapter", "head", "model"]
 
 class Reference(Protocol):
     """π_ref, wherever it lives; called as a `Policy` is."""
+
+    @property
+    def stands_on(self) -> Fingerprints:
+        """The folders that its weights came from, beside those that the policy stands on."""
 
     def __call__(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """(M,) float32 log π_ref of the response tokens, and no entropies."""
@@ -48,10 +54,17 @@ class Values(Protocol):
 
 
 class SameBase:
-    """The policy's own base with other adapters on: those that the run started from, or none."""
+    """The policy's own base with other adapters on: those that the run started from, or none.
 
-    def __init__(self, policy: Policy, adapters: tuple[str, ...]) -> None:
+    Args:
+        policy: on whose base.
+        adapters: by their names there.
+        read_from: folders that one of them, which is the reference's alone, came from.
+    """
+
+    def __init__(self, policy: Policy, adapters: tuple[str, ...], read_from: tuple[str, ...] = ()) -> None:
         self.policy, self.adapters = policy, adapters
+        self.stands_on = fingerprints(read_from)
 
     def __call__(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """(M,) float32 log π_ref of the response tokens, and no entropies."""
@@ -75,6 +88,11 @@ class OwnModel:
 
     def __init__(self, network: Policy, policy: Policy, parked: bool = False, held: FrozenDtype | None = None) -> None:
         self.network, self.policy, self.parked, self.held = network, policy, parked, held
+
+    @property
+    def stands_on(self) -> Fingerprints:
+        """The folders that its weights came from."""
+        return self.network.stands_on
 
     def __call__(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """(M,) float32 log π_ref of the response tokens, and no entropies."""
@@ -174,19 +192,20 @@ def reference_of(
             )
         narrow = adapters is None and frozen_dtype is not None
         copied = frozen["reference"] = frozen_copy(policy, dtype_of(frozen_dtype) if narrow else None)
+        copied.stands_on = fingerprints(policy.read_from)
         return OwnModel(copied, policy, hold == "parked", frozen_dtype)
     if saved is not None:
         weights = saved.weights()
         weights.pop(SCORE, None)
         adapters.load(REFERENCE, saved.config(), weights, trained=False)
-        return SameBase(policy, (REFERENCE,))
+        return SameBase(policy, (REFERENCE,), (named_base(resolve(saved.name)),))
     fresh = policy.origin is not None and policy.origin.fresh
     below = tuple(name for name in policy.active if name not in adapters.trained)
-    if not fresh:  # an adapter from a folder goes on learning: what it was is kept beside it
-        for name in sorted(adapters.trained & set(policy.active)):
-            adapters.copy(name, REFERENCE)
-            below = (*below, REFERENCE)
-    return SameBase(policy, below)
+    learning = () if fresh else sorted(adapters.trained & set(policy.active))
+    for name in learning:  # an adapter from a folder goes on learning: what it was is kept beside it
+        adapters.copy(name, REFERENCE)
+        below = (*below, REFERENCE)
+    return SameBase(policy, below, policy.read_from if learning else ())
 
 
 def own_reference(

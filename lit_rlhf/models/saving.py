@@ -106,8 +106,10 @@ def write(made: Artefact, weights: Mapping[str, Tensor], folder: Path) -> None:
         folder: is there, and empty.
 
     Raises:
-        UserError: the weights are ruined.
+        UserError: the weights are ruined, or those that an adapter has learnt on are gone.
     """
+    if made.adapter is not None:
+        made.adapter.require_unchanged()
     if made.adapter is not None and not made.merge:
         write_own(made, made.adapter, refuse_ruined(weights), folder)
         return
@@ -147,7 +149,8 @@ def write_own(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor], fo
     if SCORE in own:
         own[SCORE] = own[SCORE] * made.gain
     cast = {name: tensor if made.dtype is None else _cast(tensor, made.dtype) for name, tensor in own.items()}
-    write_adapter(folder, settings, cast, float(getattr(made.config, "score_bias", 0.0)))
+    bias = float(getattr(made.config, "score_bias", 0.0))
+    write_adapter(folder, settings, cast, bias, adapter.base_weights)
     write_settings(made, folder)
     open_files(folder)
 

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from lit_rlhf.errors import UserError, named_by
 from lit_rlhf.models.adapter_folders import SCORE, Origin, SavedAdapter, named_base, plain_config
 from lit_rlhf.models.adapters import Adapters, LoRA
+from lit_rlhf.models.fingerprints import fingerprint
 from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.policy import Policy, Scorer
@@ -73,7 +74,17 @@ def adapt(
     under = None
     if start is not None and (lora is not None or merge_start):  # found again at the end, from wherever
         under = named_base(resolve(name))
-    network.origin = Origin(base, under, merge_start, settings, role, fresh=lora is not None, held=held)
+    network.origin = Origin(
+        base,
+        under,
+        merge_start,
+        settings,
+        role,
+        fresh=lora is not None,
+        held=held,
+        base_weights=fingerprint(base),
+        start_weights=None if under is None else fingerprint(under),
+    )
 
 
 def load_start(network: Policy | Scorer, adapters: Adapters, start: SavedAdapter, place: str, trained: bool) -> None:

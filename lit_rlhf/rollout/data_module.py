@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +30,7 @@ from lit_rlhf.data.naming import STAGES, Role
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.settings import TokenizationSettings
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.fingerprints import require_same
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import Experience, require_micro_batches, require_room
 from lit_rlhf.rollout.play import Play, RolloutBackend, check_context, make_env
@@ -140,6 +142,19 @@ class RolloutDataModule(LightningDataModule):
         played = [self.prompts[split] for split in splits if split in self.prompts and split != "predict"]
         self.rewards.share(agent.policy)
         self.rewards.bind(self.tokenizer, trainer.strategy.root_device, played)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rewards score by; prompts and rollout are the state of the loader."""
+        return {"stands_on": self.rewards.stands_on()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with a reward model that was trained anew in its folder; another folder is another reward."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
+            return
+        given, here = state_dict.get("stands_on", {}), self.rewards.stands_on()
+        require_same(
+            {option: held for option, held in given.items() if held.keys() == here.get(option, {}).keys()}, here
+        )
 
     def train_dataloader(self) -> "RolloutLoader":
         """One pass over it is one PPO iteration.

@@ -7,8 +7,9 @@ policy's tokenizer and device before the first call.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, named_by, require, require_types
-from lit_rlhf.models.adapter_folders import saved_adapter
+from lit_rlhf.models.adapter_folders import named_base, saved_adapter
+from lit_rlhf.models.fingerprints import fingerprints
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype
+from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.loading import load_scorer
 from lit_rlhf.models.policy import Policy, Scorer, freeze
 from lit_rlhf.models.roles import OnTrunk, add_reward_model, shares_base
@@ -37,6 +40,7 @@ class Reward:
     """What a reward function offers; a plain function of text becomes one by itself, see `TextReward`."""
 
     abstain: bool = False  # whether None for a response means that it has nothing to say of it
+    stands_on: Mapping[str, str] = MappingProxyType({})  # folder of weights that it scores by -> their fingerprint
 
     def __str__(self) -> str:
         """What messages call it, beside the option that names it."""
@@ -121,7 +125,9 @@ class RewardModelReward(Reward):
     def load(self) -> Scorer:
         """The reward model as a network of its own."""
         trusted, frozen_dtype = self.trust_remote_code, self.frozen_dtype
-        return freeze(load_scorer(self.name, False, trusted, frozen_dtype=frozen_dtype, learns=False))
+        scorer = freeze(load_scorer(self.name, False, trusted, frozen_dtype=frozen_dtype, learns=False))
+        self.stands_on = scorer.stands_on
+        return scorer
 
     def share(self, policy: Policy) -> None:
         """Stand on the policy's base, where that is the adapter's own."""
@@ -133,6 +139,7 @@ class RewardModelReward(Reward):
                 )
             with named_by("reward model"):
                 self.held, self.policy = add_reward_model(policy, self.saved), policy
+                self.stands_on = fingerprints([named_base(resolve(self.name))])
 
     def __str__(self) -> str:
         return self.name

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.errors import UserError, named_by
+from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout import rewards, time_limit
 from lit_rlhf.rollout.rewards import Reward, TextReward, path_of
@@ -134,6 +135,10 @@ class Rewards:
     def views(self) -> dict[str, Any]:
         """Where each of them lives, by name."""
         return {term.name: term.reward.view() for term in self.terms}
+
+    def stands_on(self) -> dict[str, Fingerprints]:
+        """By option, the folders of weights that rewards score by."""
+        return {term.option: dict(term.reward.stands_on) for term in self.terms if term.reward.stands_on}
 
     def share(self, policy: Policy) -> None:
         """Let reward models stand on the policy's frozen base, where that is their own."""

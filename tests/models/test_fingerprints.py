@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf import UserError
+from lit_rlhf.engine.memory import shapes
 from lit_rlhf.models.fingerprints import fingerprint, fingerprints, require_same
 from tests.tiny import save_tiny
 
@@ -55,6 +56,11 @@ def test_an_adapters_own_weights_are_those_of_its_folder(tmp_path):
 
 def test_what_holds_no_weights_has_none(tmp_path):
     assert fingerprints([str(tmp_path), str(tmp_path / "gone"), "nobody/nothing-at-all"]) == {}
+
+
+def test_what_is_planned_on_shapes_reads_no_weights(model):
+    with shapes():
+        assert fingerprint(str(model)) is None
 
 
 def test_of_a_name_on_the_hub_the_weights_in_the_cache_count(model, tmp_path, monkeypatch):

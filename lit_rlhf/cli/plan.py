@@ -75,11 +75,16 @@ def plan(argv: Sequence[str]) -> None:
     Raises:
         UserError: options that mean nothing, or a config that `fit` would refuse.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    cli, found = rehearsed(argv)
-    print("\n".join(report(cli, found)))
-    if max(found.peaks.values()) > cli.device.memory:
-        print("\n".join(advice(cli, argv)))
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        cli, found = rehearsed(argv)
+        print("\n".join(report(cli, found)))
+        if max(found.peaks.values()) > cli.device.memory:
+            print("\n".join(advice(cli, argv)))
+    finally:
+        log.setLevel(level)
 
 
 def rehearsed(argv: Sequence[str]) -> tuple[PlanCLI, Rehearsal]:

@@ -29,6 +29,18 @@ def take_rate(optimizer: Any, schedule: Any, before: float, now: float) -> None:
         now: the rate that was found.
     """
     schedule.base_lrs = [rate * now / before if before else now for rate in schedule.base_lrs]
+    take_scheduled_rate(optimizer, schedule)
+
+
+def take_scheduled_rate(optimizer: Any, schedule: Any) -> None:
+    """Have an optimiser's next step at the rate that its schedule has for it.
+
+    A checkpoint brings along the rate that the schedule of its run had, which may have had another end.
+
+    Args:
+        optimizer: as above.
+        schedule: likewise.
+    """
     shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
     for group, rate, share in zip(optimizer.param_groups, schedule.base_lrs, shares, strict=True):
         group["initial_lr"], group["lr"] = rate, rate * share

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lit_rlhf.algorithms.checkpoint import (
@@ -28,7 +29,13 @@ from lit_rlhf.algorithms.checkpoint import (
     require_state,
 )
 from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_arguments
-from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, take_rate, warn_of_rounding
+from lit_rlhf.algorithms.lightning_tools import (
+    require_monitors,
+    require_validation,
+    take_rate,
+    take_scheduled_rate,
+    warn_of_rounding,
+)
 from lit_rlhf.algorithms.load_balance import name_untrained
 from lit_rlhf.algorithms.optimizers import make_optimizer
 from lit_rlhf.algorithms.settings import OptimizerSettings
@@ -347,6 +354,10 @@ class AlignmentModule(LightningModule):
             schedule = self.trainer.lr_scheduler_configs[0].scheduler
             take_rate(self.trainer.optimizers[0], schedule, self.rate_in_use, self.learning_rate)
             self.rate_in_use = self.learning_rate
+        elif self.trainer.global_step:
+            for plan in self.trainer.lr_scheduler_configs:
+                if isinstance(plan.scheduler, LambdaLR):
+                    take_scheduled_rate(plan.scheduler.optimizer, plan.scheduler)
         require_validation(self.trainer)
         warn_of_rounding(self.parameters(), self.learning_rate, str(self.trainer.precision))
 

@@ -92,6 +92,9 @@ class AlignmentCLI(LightningCLI):
         """Options of the callbacks that every run has."""
         for name, callback in OF_EVERY_RUN.items():
             parser.add_lightning_class_args(callback, name)
+        for action in parser._actions:  # what `instantiate_trainer` does where Lightning's own help says 32-true
+            if action.dest == "trainer.precision":
+                action.help = "As of the Trainer; null = bf16-mixed where the device has units for it, else 32-true."
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:

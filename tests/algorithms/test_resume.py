@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lit_rlhf import KLPenalty, RewardShaping, UserError
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
@@ -109,3 +109,34 @@ def test_the_checkpoint_of_another_algorithm_is_refused_by_name(inputs, tmp_path
     trainer.save_checkpoint(tmp_path / "sft.ckpt")
     with pytest.raises(UserError, match="the checkpoint is of SFT, this run is of DPO"):
         fit("dpo", inputs, tmp_path / "dpo", ckpt_path=tmp_path / "sft.ckpt")
+
+
+class Rates(Callback):
+    """The rate of each optimiser step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(inputs, tmp_path):
+    module, data = make_stage("sft", inputs, warmup_steps=0)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "finished.ckpt", weights_only=False)
+    module, data = make_stage("sft", inputs, warmup_steps=0)
+    rates = Rates()
+    longer = make_trainer(tmp_path, max_steps=4, max_epochs=9, callbacks=[rates])
+    longer.fit(module, data, ckpt_path=tmp_path / "finished.ckpt", weights_only=False)
+    assert rates.rates == [0.5e-2, 0.25e-2]  # of 1e-2, linear over 4 steps
+
+
+def test_a_short_run_with_a_warm_up_is_told_that_its_first_step_moves_nothing(inputs, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("lit_rlhf.algorithms.module.rank_zero_info", said.append)
+    for warmup in (0, 1):
+        module, data = make_stage("sft", inputs, warmup_steps=warmup)
+        make_trainer(tmp_path, max_steps=2).fit(module, data)
+    assert said == ["warmup_steps: the rate begins at 0, so that the first of the 2 steps moves nothing"]

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from lit_rlhf.cli.terminal import log_above_bars, quiet_threads
+from lit_rlhf.cli.terminal import is_news, log_above_bars, quiet_threads
 
 
 def test_loggers_that_hold_the_terminal_write_to_what_stands_for_it_while_a_bar_is_drawn(monkeypatch):
@@ -42,3 +42,12 @@ def test_a_disk_that_fills_up_under_the_curves_is_told_by_the_main_thread_alone(
 
 def full(data):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_tells_nobody_anything_is_left_out():
+    def record(text):
+        return logging.LogRecord("lightning", logging.INFO, "", 0, text, (), None)
+
+    assert is_news(record("GPU available: False, used: False")) and is_news(record("TPU available: True, using: 8"))
+    assert not is_news(record("TPU available: False, using: 0 TPU cores"))
+    assert not is_news(record("Loading `train_dataloader` to estimate number of stepping batches."))

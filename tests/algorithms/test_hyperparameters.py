@@ -223,7 +223,7 @@ def test_a_checkpoint_does_not_ask_for_trust_or_for_another_way_of_being_made(ru
     monkeypatch.setattr(
         on_policy,
         "load_policy_with_tokenizer",
-        lambda *args, trust_remote_code, **options: trusted.append(trust_remote_code) or real(*args, **options),
+        lambda name, scratch, trust, *args: trusted.append(trust) or real(name, scratch, False, *args),
     )
     monkeypatch.setattr("lightning.pytorch.cli.instantiate_module", None)
     PPO.load_from_checkpoint(path)

@@ -36,17 +36,18 @@ class Shape:
         kv = self.kv_heads * self.hidden // self.heads
         return self.layers * (2 * self.hidden**2 + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate)
 
-    def forward_flops(self, lengths: Sequence[int], head_tokens: int, shared_tokens: int = 0) -> float:
+    def forward_flops(self, lengths: Sequence[int], head_tokens: int, shared: Sequence[int] = ()) -> float:
         """Useful operations of a forward pass over whole causal sequences.
 
         Args:
             lengths: of the sequences.
             head_tokens: positions at which the head is used.
-            shared_tokens: that sequences have in common with an earlier one; linear layers need not see them again.
+            shared: lengths of beginnings that a sequence has in common with an earlier one, which need not be seen
+                again.
         """
-        s = np.asarray(lengths, dtype=np.float64)
-        attention = self.layers * 4.0 * self.hidden * (s * (s + 1) / 2).sum()
-        linear = 2.0 * self.linear_parameters() * (s.sum() - shared_tokens)
+        s, p = (np.asarray(each, dtype=np.float64) for each in (lengths, shared))
+        attention = self.layers * 4.0 * self.hidden * ((s * (s + 1) / 2).sum() - (p * (p + 1) / 2).sum())
+        linear = 2.0 * self.linear_parameters() * (s.sum() - p.sum())
         return linear + attention + 2.0 * self.hidden * self.vocabulary * head_tokens
 
 
@@ -93,10 +94,10 @@ def sequences(task: str, pairs: Sequence[Pair]) -> tuple[list[int], int]:
 def training_flops(task: str, shape: Shape, pairs: Sequence[Pair]) -> float:
     """Useful operations of an epoch: three forward passes, and one of the reference in DPO without a cache.
 
-    The prompt of a pair counts once in the linear layers, as it does in `perf/mfu`.
+    The prompt of a pair counts once, as it does in `perf/mfu`.
     """
     lengths, responses = sequences(task, pairs)
-    shared = 0 if task == "sft" else sum(len(pair["prompt"]) for pair in pairs)
+    shared = [] if task == "sft" else [len(pair["prompt"]) for pair in pairs]
     forward = shape.forward_flops(lengths, 0 if task == "reward" else responses, shared)
     return (4 if task == "dpo" else 3) * forward
 

@@ -9,11 +9,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 # Types of single values: what is of them, and how they are called.
 PLAIN: dict[Any, tuple[Any, str]] = {
-    bool: ((bool, np.bool_), "true or false"),
+    bool: (bool, "true or false"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
     str: ((str, PathLike), "text"),
@@ -59,7 +57,9 @@ def require_types(owner: Any, given: Mapping[str, Any]) -> None:
 
 
 def _is(value: object, kind: Any) -> bool:
-    return isinstance(value, PLAIN[kind][0]) and (kind is bool or not isinstance(value, bool))
+    if kind is bool:
+        return type(value).__name__ in ("bool", "bool_")  # NumPy's too, which is not read for that
+    return isinstance(value, PLAIN[kind][0]) and not isinstance(value, bool)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_rlhf.cli.commands import COMMANDS
 from lit_rlhf.cli.main import main
 from tests.cli.command_line import QUICK, SMALL_PPO
 
@@ -36,7 +37,7 @@ def test_commands_name_targets_and_configs_that_exist(text):
         if program == "make":
             assert words[0] in targets, line
         elif program == "lit-rlhf":
-            assert words[0] in ("fit", "validate", "test", "predict", "compare", "export"), line
+            assert words[0] in COMMANDS, line
             assert all((ROOT / word).exists() for word in words if word.endswith(".yaml")), line
         elif program == "python":
             module = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]

@@ -148,7 +148,7 @@ def test_what_is_no_dtype_is_refused_and_a_package_that_is_not_there_named(base,
     with pytest.raises(UserError, match=r"frozen_dtype \(int3\) must be one of float32, bfloat16, nf4, or null"):
         load_policy(base, frozen_dtype="int3")
     monkeypatch.setattr("lit_rlhf.models.holding.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'nf4 needs bitsandbytes, .*: pip install "lit-rlhf\[quantized\]"'):
+    with pytest.raises(UserError, match=r"nf4 needs bitsandbytes, .*: pip install '\.\[quantized\]' in a checkout"):
         SFT("no folder", lora=LoRA(r=2), frozen_dtype="nf4")
     with pytest.raises(UserError, match="optimizer: adamw_8bit needs"):
         require_bitsandbytes("optimizer: adamw_8bit")

@@ -163,7 +163,7 @@ def test_a_response_does_not_depend_on_the_slots(vllm, num_envs):
 
 def test_without_vllm_the_user_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UserError, match=r"pip install 'lit-rlhf\[vllm\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[vllm\]' in a checkout"):
         VLLMBackend().play(tiny_policy(), make_env(), GenerationSettings(), 4, env_seed=0)
 
 

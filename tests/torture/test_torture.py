@@ -18,11 +18,12 @@ from tests.torture.remains import bits, faults, hash_of, leftovers
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = {
     "state_dict": {"w": torch.ones(9)},
-    "loops": {"fit_loop": {}},
+    "loops": {"fit_loop": {"state_dict": {}}},
     "pytorch-lightning_version": "2.6",
     "global_step": 4,
 }
-CHECKPOINT |= {"optimizer_states": [{}], "lr_schedulers": [], "callbacks": {}, "epoch": 1}
+OPTIMIZER = {"state": {0: {"step": torch.ones(())}}, "param_groups": []}
+CHECKPOINT |= {"optimizer_states": [OPTIMIZER], "lr_schedulers": [{"last_epoch": 4}], "callbacks": {}, "epoch": 1}
 
 
 def test_killed_runs_go_on_to_the_bits_of_a_run_never_killed():

@@ -9,7 +9,6 @@ from types import FrameType
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -37,6 +36,7 @@ from lit_rlhf.algorithms.lightning_tools import (
     warn_of_rounding,
 )
 from lit_rlhf.algorithms.load_balance import name_untrained
+from lit_rlhf.algorithms.metrics import MetricsModule
 from lit_rlhf.algorithms.optimizers import make_optimizer
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
@@ -44,7 +44,6 @@ from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard, total_norm
 from lit_rlhf.errors import UserError, require_types
-from lit_rlhf.losses.advantages import Moments, masked_moments
 from lit_rlhf.models.fingerprints import Fingerprints, require_same
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
 from lit_rlhf.models.network import Network
@@ -53,12 +52,10 @@ from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
 from lit_rlhf.models.tokens import keep_to_tokens
 from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
 
-# What the progress bar and the lines show, by its last name; TensorBoard has everything.
-PROGRESS = ("loss", "accuracy", "score", "reward_accuracy", "reward_margin")
 FEW_STEPS = 20  # of which one is a share worth a word
 
 
-class AlignmentModule(LightningModule):
+class AlignmentModule(MetricsModule):
     """Base of SFT, RewardModel, PPO and DPO.
 
     The constructor of a subclass calls this one, then sets `tokenizer` and the network that `exported` names
@@ -116,8 +113,6 @@ class AlignmentModule(LightningModule):
         self.frozen: dict[str, nn.Module] = {}
         self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
         self.untrained: str | None = None  # what is random in the network that predicts, and what to do about it
-        # Of the optimiser step's micro-batches so far, by metric: weighted sum and weight.
-        self.step_sums: dict[str, tuple[Tensor, int]] = {}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -392,44 +387,3 @@ class AlignmentModule(LightningModule):
             )
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over all ranks, back on the CPU."""
-        return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
-
-    def mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Means of scalars over all ranks, which weigh alike."""
-        sums = self.sum_over_ranks(torch.stack([value.double() for value in metrics.values()]))
-        return dict(zip(metrics, (sums / self.trainer.world_size).tolist(), strict=True))
-
-    def moments_over_ranks(self, values: Tensor) -> Moments:
-        """Sum, sum of squares and number of the values of all ranks."""
-        return Moments(*self.sum_over_ranks(torch.stack(masked_moments(values))))
-
-    def log_mean(self, stage: str, metrics: dict[str, Tensor], weight: int) -> None:
-        """Log means of a micro-batch, averaged by their weight: in training over the optimiser step, else the epoch.
-
-        Args:
-            stage: train, val or test.
-            metrics: means; a name with a slash stands as it is, any other is logged as `stage`/name.
-            weight: how many items each is a mean over, of the kind that the loss is a mean over where it is the loss.
-        """
-        for name, value in metrics.items():
-            tag = name if "/" in name else f"{stage}/{name}"
-            if stage == "train":
-                total, count = self.step_sums.get(tag, (0.0, 0))
-                self.step_sums[tag] = (total + value.float() * weight, count + weight)
-            else:
-                in_bar = name.rpartition("/")[2] in PROGRESS
-                self.log(tag, value, batch_size=weight, on_step=False, on_epoch=True, sync_dist=True, prog_bar=in_bar)
-
-    def log_step(self) -> None:
-        """Log the training metrics of an optimiser step: means over its micro-batches on all ranks, in one exchange."""
-        if not self.step_sums:
-            return
-        totals, weights = zip(*self.step_sums.values(), strict=True)
-        sums = torch.stack([torch.stack(totals), torch.tensor(weights, dtype=torch.float32, device=self.device)])
-        totals, weights = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        for tag, mean in zip(self.step_sums, totals / weights, strict=True):
-            self.log(tag, mean, prog_bar=tag.rpartition("/")[2] in PROGRESS)
-        self.step_sums = {}

@@ -68,7 +68,8 @@ def make_layout(nodes_of: Sequence[np.ndarray], num_nodes: int, prompt_lengths: 
         num_nodes: N.
         prompt_lengths: of each sequence, how many first nodes are also others'; None = no sequence shares any.
     """
-    plan = plan_buckets([len(nodes) for nodes in nodes_of])
+    lengths = [len(nodes) for nodes in nodes_of]
+    plan = plan_buckets(lengths)
     buckets, sources = lay(nodes_of, plan)
     ordered = [nodes_of[sequence] for members in plan for sequence in members]
     all_nodes = np.concatenate(ordered)
@@ -78,14 +79,23 @@ def make_layout(nodes_of: Sequence[np.ndarray], num_nodes: int, prompt_lengths: 
         len(ordered[-1]),
         source_of(num_nodes, [(all_nodes, np.arange(len(all_nodes)))]),
     )
-    shared = None if prompt_lengths is None else share_prompts(nodes_of, num_nodes, prompt_lengths)
+    shared = None
+    if prompt_lengths is not None:
+        shared = share_prompts(nodes_of, num_nodes, prompt_lengths, plan_cost(plan, lengths))
     return Layout(buckets, source_of(num_nodes, sources), end_to_end, shared)
 
 
 def share_prompts(
-    nodes_of: Sequence[np.ndarray], num_nodes: int, prompt_lengths: Sequence[int]
+    nodes_of: Sequence[np.ndarray], num_nodes: int, prompt_lengths: Sequence[int], whole_cost: float
 ) -> SharedPrompts | None:
-    """The same sequences in two parts, where a shared prompt is attended once; None where whole ones cost less."""
+    """The same sequences in two parts, where a shared prompt is attended once; None where whole ones cost less.
+
+    Args:
+        nodes_of: as of `make_layout`.
+        num_nodes: likewise.
+        prompt_lengths: likewise.
+        whole_cost: of whole sequences, as of `plan_cost`.
+    """
     sharing: dict[int, list[int]] = {}
     for sequence, nodes in enumerate(nodes_of):
         sharing.setdefault(int(nodes[0]), []).append(sequence)
@@ -102,9 +112,8 @@ def share_prompts(
         return None
     lengths, queries = [len(nodes_of[s]) for s in parts], [len(nodes_of[s]) - prompt_lengths[s] for s in parts]
     square_plan, part_plan = plan_buckets([len(nodes) for nodes in squares]), plan_buckets(lengths, queries)
-    whole_lengths = [len(nodes) for nodes in nodes_of]
     split = plan_cost(square_plan, [len(nodes) for nodes in squares]) + plan_cost(part_plan, lengths, queries)
-    if split >= SHARED_GAIN * plan_cost(plan_buckets(whole_lengths), whole_lengths):
+    if split >= SHARED_GAIN * whole_cost:
         return None
     buckets, sources = lay(squares, square_plan)
     after = sum(bucket.numel() for bucket in buckets)

@@ -255,7 +255,13 @@ def command(argv: list[str], from_shell: bool) -> None:
 
 def run(argv: list[str] | None) -> Any:
     """One LightningCLI run; None reads the process's own arguments."""
-    return AlignmentCLI(
+    described = {"description": DESCRIPTION, **{name: {"description": said} for name, said in RUNS.items()}}
+    return make_cli(AlignmentCLI, "lit-rlhf", described, save_config_callback=WholeConfig, args=argv)
+
+
+def make_cli(kind: type[AlignmentCLI], prog: str, parser_kwargs: dict[str, Any], **options: Any) -> Any:
+    """A LightningCLI of any of our algorithms and data."""
+    return kind(
         AlignmentModule,
         LightningDataModule,
         parser_class=Parser,
@@ -263,11 +269,6 @@ def run(argv: list[str] | None) -> Any:
         subclass_mode_data=True,
         seed_everything_default=0,
         auto_configure_optimizers=False,  # the modules configure their own
-        save_config_callback=WholeConfig,
-        parser_kwargs={
-            "prog": "lit-rlhf",
-            "description": DESCRIPTION,
-            **{name: {"description": said} for name, said in RUNS.items()},
-        },
-        args=argv,
+        parser_kwargs={"prog": prog, **parser_kwargs},
+        **options,
     )

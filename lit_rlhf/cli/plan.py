@@ -7,15 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.callbacks.memory import size_of, table
 from lit_rlhf.callbacks.performance import default_precision, dtype_of_precision, measured_flops
 from lit_rlhf.callbacks.rehearsal import Rehearsal, rehearse
-from lit_rlhf.cli.main import AlignmentCLI
-from lit_rlhf.cli.parser import Parser
+from lit_rlhf.cli.main import AlignmentCLI, make_cli
 from lit_rlhf.engine.memory import LiveMemory, shapes, stated_memory, total_memory
 from lit_rlhf.errors import UserError, require
 
@@ -90,22 +88,9 @@ def plan(argv: Sequence[str]) -> None:
 def rehearsed(argv: Sequence[str]) -> tuple[PlanCLI, Rehearsal]:
     """The rehearsal of a command line, and what was made of it."""
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-    cli = PlanCLI(
-        AlignmentModule,
-        LightningDataModule,
-        parser_class=Parser,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        parser_kwargs={"prog": "lit-rlhf plan"},
-        args=list(argv),
-        run=False,
-    )
-    module: Any = cli.model
+    cli = make_cli(PlanCLI, "lit-rlhf plan", {}, save_config_callback=None, args=list(argv), run=False)
     with stated_memory(cli.device.memory):
-        return cli, rehearse(module, cli.datamodule, cli.options, cli.memory, cli.device.gpus or 1)
+        return cli, rehearse(cli.model, cli.datamodule, cli.options, cli.memory, cli.device.gpus or 1)
 
 
 def device_of(given: Any) -> Device:

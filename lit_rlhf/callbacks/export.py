@@ -1,5 +1,6 @@
 """The artefact of a run: a Hugging Face folder, whole or not there."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,10 @@ from lit_rlhf.algorithms.lightning_tools import require_steps
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, writing_into
+from lit_rlhf.models.adapter_folders import Origin
+from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.saving import Artefact, write, write_settings
+from lit_rlhf.rollout.scoring import Rewards
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -58,7 +62,9 @@ class HuggingFaceExport(Callback):
                 "trainer.callbacks one that has, or set export.which: last"
             )
         made = pl_module.artefact(self.dtype, merge=self.merge)
-        require_apart(made, target)
+        rewards = getattr(getattr(trainer, "datamodule", None), "rewards", None)
+        stands_on = [pl_module.stands_on()] + ([rewards.stands_on()] if isinstance(rewards, Rewards) else [])
+        require_apart(target, starts_of(pl_module.hparams, made.adapter, stands_on))
         rehearse(made, target)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,18 +125,42 @@ def require_replaceable(target: Path, option: str = "export.folder") -> None:
         raise UserError(f"{option}: {target} is there and no export of a model; name a folder of its own")
 
 
-def require_apart(made: Artefact, target: Path, option: str = "export.folder") -> None:
-    """Refuse to replace the weights that an adapter has learnt on: it would stand on itself.
+def starts_of(
+    arguments: Mapping[str, Any], adapter: Origin | None, stands_on: Iterable[Mapping[str, Fingerprints]]
+) -> list[tuple[str, str]]:
+    """What a run starts from, each with the folder or hub name of its weights.
+
+    Args:
+        arguments: of the module's constructor, by name.
+        adapter: what the adapter that learns stands on; None where all weights learn.
+        stands_on: of the module and of its rewards, see `AlignmentModule.stands_on`.
+    """
+    named = [(role, arguments.get(role)) for role in ("policy", "reference", "critic")]
+    if adapter is not None:
+        named += [("the weights that the adapter has learnt on", folder) for folder in (adapter.base, adapter.start)]
+    named += [(role, folder) for roles in stands_on for role, held in roles.items() for folder in held]
+    return [(role, folder) for role, folder in named if isinstance(folder, str) and folder != "demo"]  # has no weights
+
+
+def require_apart(target: Path, starts: Iterable[tuple[str, str]], option: str = "export.folder") -> None:
+    """Refuse to replace what a run starts from: neither it nor its checkpoints would stand on those weights any more.
+
+    Args:
+        target: the folder of the export.
+        starts: what stands where, see `starts_of`.
+        option: that names the target.
 
     Raises:
-        UserError: the folder holds its base, or the adapter that it learnt on top of.
+        UserError: the target is one of these folders, or one of them lies in it.
     """
-    needed = [] if made.adapter is None else [made.adapter.base, made.adapter.start]
-    if any(folder is not None and target.resolve() == Path(folder).resolve() for folder in needed):
-        raise UserError(
-            f"{option}: {target} holds the weights that the adapter has learnt on, and would be replaced; name another "
-            "folder"
-        )
+    if not target.exists():
+        return
+    for role, start in starts:
+        folder = Path(start).expanduser().resolve()
+        if folder.exists() and any(target.samefile(part) for part in (folder, *folder.parents)):
+            raise UserError(
+                f"{option}: {target} holds what the run starts from ({role}), and would be replaced; name another folder"
+            )
 
 
 def rehearse(made: Artefact, target: Path) -> None:

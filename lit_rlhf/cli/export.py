@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights, require_same_shapes
 from lit_rlhf.algorithms.reward_model import RewardModel, stored_score_head
-from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_apart, require_replaceable
+from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_apart, require_replaceable, starts_of
 from lit_rlhf.cli.checkpoints import require_checkpoint
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.errors import UserError
@@ -79,7 +79,10 @@ def export(
         require_same_shapes(weights, model.state_dict())
     stops = stop_token_ids(tokenizer, model.generation_config)
     made = artefact(model, tokenizer, stops, as_dtype(dtype, "dtype"), head, adapter, merge)
-    require_apart(made, Path(folder), "folder")
+    named = parameters if isinstance(parameters, Mapping) else {}
+    parts = (facts, *facts.values())  # the module, and among others the data
+    held = [part["stands_on"] for part in parts if isinstance(part, Mapping) and "stands_on" in part]
+    require_apart(Path(folder), starts_of({**named, "policy": source}, adapter, held), "folder")
     replace_export(made, weights, Path(folder))
     rank_zero_info(f"exported {facts['algorithm']} of step {facts['global_step']} to {folder}")
 

@@ -9,12 +9,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_rlhf import UserError
+from lit_rlhf import RewardModel, RewardModelReward, UserError
 from lit_rlhf.callbacks.export import HuggingFaceExport, export
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.models.loading import load_scorer
+from lit_rlhf.rollout.scoring import Rewards
 from tests.callbacks.finished_runs import fit
-from tests.stages import STAGES, make_stage, make_trainer
+from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+from tests.tiny import save_tiny
 
 
 def weights(folder):
@@ -47,6 +49,31 @@ def test_what_is_no_export_is_never_replaced(inputs, tmp_path, folder):
         fit(inputs, root, export=folder)
     assert (root / "precious.txt").exists() and (root / "notes" / "precious.txt").exists()
     assert not (root / "end.ckpt").exists(), "refused before training"
+
+
+@pytest.mark.parametrize("role", ["policy", "reference", "critic", "data.reward", "policy, below the export"])
+def test_what_a_run_starts_from_is_not_replaced_by_its_export(tmp_path, role):
+    write_inputs(tmp_path, rows=4)
+    start = {"policy": tmp_path / "model", "policy, below the export": tmp_path / "model"}.get(role, tmp_path / "other")
+    stage = {"critic": "ppo", "data.reward": "ppo", "reference": "dpo"}.get(role, "sft")
+    if start.name == "other" and stage == "dpo":
+        save_tiny(start)
+    elif start.name == "other":
+        scorer = RewardModel(str(tmp_path / "model"))
+        export(scorer, full_state_dict(scorer.exportable()), start)
+    options = {role: str(start)} if role in ("reference", "critic") else {}
+    module, data = make_stage(stage, tmp_path, **options)
+    if role == "data.reward":
+        data.rewards = Rewards(RewardModelReward(str(start)))
+    if role.endswith("export"):
+        (tmp_path / "config.json").write_text("{}")  # as an export that holds checkpoints of its own
+        start = tmp_path
+    (tmp_path / "link").symlink_to(start)
+    for folder in (start, tmp_path / "link"):
+        trainer = make_trainer(tmp_path, max_epochs=1, callbacks=[HuggingFaceExport(str(folder))])
+        with pytest.raises(UserError, match=rf"export.folder: .* what the run starts from \({role.split(',')[0]}\)"):
+            trainer.fit(module, data)
+        assert trainer.global_step == 0, "refused before training"
 
 
 def test_a_trial_of_one_batch_leaves_export_and_summary_of_the_real_run(inputs, tmp_path):

@@ -106,15 +106,20 @@ def test_a_checkpoint_of_a_reward_model_that_no_validation_has_seen_is_exported_
         ({"tokens": None}, [], "does not say what to export; its run does so, resumed by fit --ckpt_path"),
         ({"tokens": 7}, [], "has 40 tokens and that of the run had 7"),
         ({}, ["--folder=notes"], "folder: notes is there and no export of a model"),
+        ({}, ["--folder=start"], "folder: start holds what the run starts from (policy)"),
+        ({"hyper_parameters": {"policy": "start", "reference": "other"}}, ["--folder=other"], "from (reference)"),
+        ({"RolloutDataModule": {"stands_on": {"data.reward": {"other": "1"}}}}, ["--folder=other"], "(data.reward)"),
         ({}, ["--ckpt_path=gone.ckpt"], "ckpt_path: there is no checkpoint"),
         ({"state_dict": {"critic.model.weight": torch.ones(1)}}, [], "holds no weights of a policy"),
         ({"state_dict": {"policy.model.lm_head.weight": torch.full((40, 32), torch.nan)}}, [], "another model"),
     ],
 )
 def test_what_cannot_be_exported_is_answered_in_one_line(
-    finished, tmp_path, monkeypatch, capsys, changes, options, words
+    finished, inputs, tmp_path, monkeypatch, capsys, changes, options, words
 ):
     monkeypatch.chdir(tmp_path)
+    for name in ("start", "other"):
+        Path(name).symlink_to(inputs / "model") if name == "start" else shutil.copytree(inputs / "model", name)
     Path("notes").mkdir()
     Path("notes", "precious.txt").write_text("mine")
     checkpoint = edited(finished, tmp_path, **changes)

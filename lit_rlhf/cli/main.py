@@ -242,7 +242,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def command(argv: list[str], from_shell: bool) -> None:
     """Do what the command line says."""
     require_command(argv)
-    check_configs(argv, (*RUNS, "plan"))
+    check_configs(argv, (*RUNS, "plan"), ("trainer", *PARTS, *OF_EVERY_RUN))
     if argv[0] == "plan":
         import_module("lit_rlhf.cli.plan").plan(argv[1:])
     elif argv[0] in PROGRAMS:

@@ -2,7 +2,7 @@
 
 import codecs
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,12 +52,13 @@ def config_files(argv: Sequence[str]) -> list[Path]:
     return files
 
 
-def check_configs(argv: Sequence[str], commands: Sequence[str]) -> None:
+def check_configs(argv: Sequence[str], commands: Sequence[str], parts: Collection[str] = ("trainer", *PARTS)) -> None:
     """Refuse what is wrong with the configs of a command line, before anything is made of them.
 
     Args:
         argv: the command line.
         commands: what it may do; a config before the command has its options below the command's name.
+        parts: options that have options, whose place another value would lose unseen to those of the command line.
 
     Raises:
         UserError: with file and line.
@@ -78,6 +79,12 @@ def check_configs(argv: Sequence[str], commands: Sequence[str]) -> None:
                 f"{file}: a config before the command has its options below the command's name; name it after the "
                 f"command, as in lit-rlhf {argv[command] if command < len(argv) else 'fit'} --config {file}"
             )
+        below = [(key, value) for key, value in tree.value if key.value in misplaced]
+        for key, value in below:
+            _require_mapping(key, value, file)
+        for key, value in [pair for _, options in below for pair in options.value] if below else tree.value:
+            if key.value in parts and not value.tag.endswith(":str"):  # text may name a class, or a file
+                _require_mapping(key, value, file)
 
 
 def places(argv: Sequence[str]) -> Iterator[Place]:
@@ -209,6 +216,12 @@ def _check(node: Node, file: Path, path: tuple[str, ...]) -> None:
             raise UserError(f"{file}, line {line}, {key.value}: expected a mapping or a value, found a list")
     if "class_path" in lines or (len(path) == 1 and path[0] in PARTS):
         _check_class({key.value: value for key, value in node.value}, lines, file, path)
+
+
+def _require_mapping(key: Node, value: Node, file: Path) -> None:
+    if not isinstance(value, MappingNode):
+        line = key.start_mark.line + 1
+        raise UserError(f"{file}, line {line}, {key.value}: expected a mapping of options, found {_shown(value)}")
 
 
 def _check_class(given: dict[str, Node], lines: dict[str, int], file: Path, path: tuple[str, ...]) -> None:

@@ -51,6 +51,8 @@ ACCIDENTS = {  # what a file holds -> what is said of it
     "trainer:\n  logger:\n  - class_path: L\n    init_args: 3\n": r"line 4, trainer.logger.init_args: .* found 3",
     "trainer: [1]\n": r"c.yaml, line 1, trainer: expected a mapping or a value, found a list",
     f"{SFT}seed_everything: [1]\n": r"c.yaml, line 5, seed_everything: expected a mapping or a value, found a list",
+    "trainer: 3\n": r"c.yaml, line 1, trainer: expected a mapping of options, found 3",
+    f"{SFT}data: null\n": r"c.yaml, line 5, data: expected a mapping of options, found null",
     "fit:\n  trainer: {}\n": r"c.yaml, line 1: options stand at the top of the file, without 'fit:' above them",
     "x" * (2**20 + 1): r"c.yaml holds 1 MB, which is no config: is it data\?",
 }
@@ -109,6 +111,10 @@ def test_a_config_before_the_command_has_its_options_below_the_commands_name(tmp
     check_configs(["fit", f"--config={file}"], ["fit", "test"])
     with pytest.raises(UserError, match=f"name it after the command, as in lit-rlhf fit --config {file}"):
         check_configs([f"--config={file}", "fit"], ["fit", "test"])
+    for content, option in (("fit: 3", "fit"), ("fit: text", "fit"), ("fit: {trainer: 3}", "trainer")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=f"line 1, {option}: expected a mapping of options, found"):
+            check_configs([f"--config={file}", "fit"], ["fit", "test"])
 
 
 def test_the_files_of_a_command_line_are_its_configs_and_parts_of_them(tmp_path, monkeypatch):

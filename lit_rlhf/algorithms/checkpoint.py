@@ -1,17 +1,26 @@
 """What a checkpoint holds, read without the run that wrote it, and whether a run can go on from it."""
 
+import os
+import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as sharded
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lit_rlhf.errors import UserError
 
 META = "meta.pt"  # where Lightning keeps all but tensors beside sharded ones
+VERSION = "pytorch-lightning_version"
+OTHERWISE = (
+    "is no checkpoint of the Trainer's, such as a run keeps under its default_root_dir; an exported model is named by "
+    "model.policy. Or it was cut short: then take an older one"
+)
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
@@ -26,21 +35,54 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     return facts
 
 
-def require_facts(path: Path, algorithm: str) -> dict[str, Any]:
-    """As `read_facts`, of a file of this algorithm.
+def checked_facts(path: Path, option: str) -> dict[str, Any]:
+    """As `read_facts`, of what may be any file: its parts are held against the sums that the archive has of them.
+
+    Args:
+        path: one of torch's archives.
+        option: that names it.
 
     Raises:
-        UserError: it is another's, sharded or not there.
+        UserError: nothing is there, or no checkpoint of the Trainer's, or a damaged one.
+    """
+    file = path.absolute()
+    if not path.exists():
+        raise UserError(f"{option}: there is no checkpoint {file}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{option}: {file} may not be read")
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        raise UserError(f"{option}: {file} {OTHERWISE}")
+    damaged = f"{option}: {file} is damaged, or holds more than tensors and plain values; take an older one"
+    checks = getattr(rank_zero_only, "rank", 0) == 0  # the sums take reading all of it; one rank is enough
+    try:
+        if checks and zipfile.ZipFile(path).testzip() is not None:
+            raise UserError(damaged)
+        facts = read_facts(path)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:  # as torch and Python report
+        raise UserError(damaged) from error
+    if not isinstance(facts, dict) or VERSION not in facts:
+        raise UserError(f"{option}: {file} {OTHERWISE}")
+    return facts
+
+
+def require_facts(path: Path, algorithm: str) -> dict[str, Any]:
+    """As `checked_facts`, of this algorithm.
+
+    Raises:
+        UserError: it is another's, sharded or none.
     """
     if path.is_dir():
         join = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
         raise UserError(f"{path.absolute()} is a sharded checkpoint: make one file of it by {join} {path}")
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path.absolute()}")
-    facts = read_facts(path)
+    facts = checked_facts(path, "checkpoint_path")
     theirs = facts.get("algorithm", algorithm)
     if theirs != algorithm:
         raise UserError(f"{path} is a checkpoint of {theirs}: load it by {theirs}.load_from_checkpoint")
+    for key in ("state_dict", "hyper_parameters"):
+        if not isinstance(facts.get(key, {}), Mapping):
+            raise UserError(
+                f"checkpoint_path: {path.absolute()} is damaged: its {key} is no mapping; take an older one"
+            )
     return facts
 
 

@@ -159,7 +159,8 @@ def require_apart(target: Path, starts: Iterable[tuple[str, str]], option: str =
         folder = Path(start).expanduser().resolve()
         if folder.exists() and any(target.samefile(part) for part in (folder, *folder.parents)):
             raise UserError(
-                f"{option}: {target} holds what the run starts from ({role}), and would be replaced; name another folder"
+                f"{option}: {target} holds what the run starts from ({role}), and would be replaced; name another "
+                "folder"
             )
 
 

@@ -1,23 +1,21 @@
 """Checkpoints that are whole or not there, and clear words about those that are not."""
 
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_rlhf.algorithms.checkpoint import OTHERWISE, VERSION, checked_facts
 from lit_rlhf.data.messages import describe
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import clear, replacing
 
-VERSION, OPTIMIZERS, LOOPS = "pytorch-lightning_version", "optimizer_states", "loops"
+OPTIMIZERS, LOOPS = "optimizer_states", "loops"
 # What every checkpoint of the Trainer's has, and what is right of it.
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     VERSION: (lambda value: isinstance(value, str) and re.match(r"\d+\.\d+", value) is not None, "a version"),
@@ -106,33 +104,13 @@ def require_checkpoint(path: Path, training: bool = False) -> None:
         training: whether training is to go on, which takes more than weights.
 
     Raises:
-        UserError: nothing is there, or an exported model, weights alone, or a damaged file: its parts are held against
-            the sums that the archive has of them.
+        UserError: nothing is there, or an exported model, weights alone, or a damaged file.
     """
-    not_ours = (
-        f"ckpt_path: {path.absolute()} is no checkpoint of the Trainer's, such as a run keeps under its "
-        "default_root_dir; an exported model is named by model.policy"
-    )
-    if not path.exists():
-        raise UserError(f"ckpt_path: there is no checkpoint {path.absolute()}")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"ckpt_path: {path.absolute()} may not be read")
-    if path.is_dir():
+    if path.is_dir() and os.access(path, os.R_OK):
         if not is_sharded(path):
-            raise UserError(f"{not_ours}. Or it was cut short: then take an older one")
+            raise UserError(f"ckpt_path: {path.absolute()} {OTHERWISE}")
         return
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        raise UserError(f"{not_ours}. Or it was cut short: then take an older one")
-    damaged = f"ckpt_path: {path.absolute()} is damaged, or holds more than tensors and plain values; take an older one"
-    checks = getattr(rank_zero_only, "rank", 0) == 0  # the sums take reading all of it; one rank is enough
-    try:
-        if checks and zipfile.ZipFile(path).testzip() is not None:
-            raise UserError(damaged)
-        checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="meta")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:  # as torch and Python report
-        raise UserError(damaged) from error
-    if not isinstance(checkpoint, dict) or VERSION not in checkpoint:
-        raise UserError(not_ours)
+    checkpoint = checked_facts(path, "ckpt_path")
     _require_keys(checkpoint, KEYS, path)
     if training and OPTIMIZERS not in checkpoint:
         raise UserError(

@@ -1,14 +1,17 @@
 """What is read of a checkpoint without its run: of one file, and of the shards that FSDP2 writes."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as sharded
+from safetensors.torch import save_file
 
-from lit_rlhf import UserError
+from lit_rlhf import SFT, UserError
 from lit_rlhf.algorithms.checkpoint import (
     META,
+    VERSION,
     moments_of,
     read_facts,
     read_weights,
@@ -61,6 +64,29 @@ def test_the_weights_of_one_network_have_the_names_values_and_precision_of_its_m
 @KINDS
 def test_a_network_that_is_not_there_has_no_weights(write, tmp_path):
     assert read_weights(write(tmp_path), "reference") == {}
+
+
+FILES = {  # what else may be at a path -> how it gets there, and what is said of it
+    "text": (lambda file: file.write_text("hello"), "a.ckpt is no checkpoint of the Trainer's"),
+    "nothing": (lambda file: file.touch(), "a.ckpt is no checkpoint of the Trainer's"),
+    "no file": (lambda file: None, "there is no checkpoint .*a.ckpt"),
+    "exported weights": (lambda file: save_file(WEIGHTS, file), "a.ckpt is no checkpoint of the Trainer's"),
+    "a list": (lambda file: torch.save([1], file), "a.ckpt is no checkpoint of the Trainer's"),
+    "objects": (lambda file: torch.save({"a": Path("b")}, file), "a.ckpt is damaged, or holds more than tensors"),
+    "odd arguments": (
+        lambda file: torch.save({VERSION: "2.6", "hyper_parameters": 3}, file),
+        "a.ckpt is damaged: its hyper_parameters is no mapping",
+    ),
+    "odd weights": (lambda file: torch.save({VERSION: "2.6", "state_dict": [1]}, file), "its state_dict is no mapping"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_module_is_loaded_from_checkpoints_alone_and_any_other_file_is_one_line(kind, tmp_path):
+    write, words = FILES[kind]
+    write(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=f"^checkpoint_path: .*{words}[^\n]*$"):
+        SFT.load_from_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_what_is_no_tensor_differs_from_one():

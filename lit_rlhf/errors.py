@@ -29,10 +29,16 @@ def looks_like_a_path(name: str) -> bool:
     return in_a_folder or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
+def one_line(said: object, most: int = 120) -> str:
+    """What a message shows of a value, or of another message: one line, cut where it is long."""
+    line = " ".join(str(said).split())
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Refuse an option whose value does not hold to what is expected of it."""
     if not holds:
-        raise UserError(f"{name} ({value}) must be {expected}")
+        raise UserError(f"{name} ({one_line(value)}) must be {expected}")
 
 
 def require_types(owner: Any, given: Mapping[str, Any]) -> None:
@@ -53,7 +59,7 @@ def require_types(owner: Any, given: Mapping[str, Any]) -> None:
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if name in given and all(kind in PLAIN for kind in kinds):
             fits = any(_is(given[name], kind) for kind in kinds)
-            require(fits, name, repr(given[name])[:80], " or ".join(PLAIN[kind][1] for kind in kinds))
+            require(fits, name, repr(given[name]), " or ".join(PLAIN[kind][1] for kind in kinds))
 
 
 def _is(value: object, kind: Any) -> bool:

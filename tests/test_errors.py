@@ -3,11 +3,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import pytest
+import torch
 
 import lit_rlhf
-from lit_rlhf.errors import UserError, looks_like_a_path, place_of, require, require_types
+from lit_rlhf import SFT, RolloutDataModule, SFTDataModule
+from lit_rlhf.errors import UserError, looks_like_a_path, one_line, place_of, require, require_types
 
 
 @pytest.mark.parametrize("name", ["./model", "../model", "/nowhere/model", "~/model", "a/b/c", r"runs\sft", ".hidden"])
@@ -31,6 +34,32 @@ def test_what_does_not_hold_is_refused_with_name_value_and_what_is_expected():
     require(True, "beta", 0.0, "more than 0")
     with pytest.raises(UserError, match=r"^beta \(0\.0\) must be more than 0$"):
         require(False, "beta", 0.0, "more than 0")
+
+
+LONG = "a\n  b\n" * 500
+MANY_LINES = {  # what is given that reads as many lines, or one without end -> who refuses it
+    "an array as a limit": lambda: SFTDataModule(max_tokens=np.ones((40, 40))),
+    "a tensor as a source": lambda: SFTDataModule(torch.ones(40, 40)),
+    "a dataset as a source": lambda: SFTDataModule(datasets.Dataset.from_dict({"text": ["a"]})),
+    "a dataset beside the demo": lambda: SFTDataModule("demo", datasets.Dataset.from_dict({"text": ["a"]})),
+    "rows in place of a name": lambda: SFTDataModule(train=[{"source": "a", "split": ["b"] * 500}]),
+    "an array of columns": lambda: SFTDataModule(columns=np.ones((40, 40)), validation=None),
+    "a tensor as a format": lambda: SFTDataModule(format=torch.ones(40, 40), validation=None),
+    "an array of a template": lambda: SFTDataModule(chat_template_kwargs=np.ones((40, 40))),
+    "an array as a rate": lambda: SFT("demo", from_scratch=True, learning_rate=np.ones((40, 40))),
+    "a mapping as a schedule": lambda: SFT("demo", from_scratch=True, lr_scheduler={"x": ["b"] * 500}),
+    "a text for two numbers": lambda: SFT("demo", from_scratch=True, adam_betas=LONG),
+    "a list as a dtype": lambda: SFT("demo", from_scratch=True, frozen_dtype=["b"] * 500),
+    "a tensor as a reward": lambda: RolloutDataModule(torch.ones(40, 40)),
+}
+
+
+@pytest.mark.parametrize("mistake", MANY_LINES)
+def test_a_value_of_many_lines_is_shown_in_one_and_cut(mistake):
+    with pytest.raises(UserError) as told:
+        MANY_LINES[mistake]()
+    assert len(str(told.value).splitlines()) == 1 and len(str(told.value)) < 300
+    assert one_line("a\n  b " + "x" * 600, 500) == "a b " + "x" * 496 + "..."
 
 
 def taking(flag: bool, count: int | None, rate: float, name: str | Path = "x", kind: Literal["a"] = "a", **others: Any):

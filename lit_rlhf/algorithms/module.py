@@ -99,7 +99,8 @@ class AlignmentModule(MetricsModule):
         super().__init__()
         # What the constructor that was called got: bases may get arguments that are made of these.
         *_, given = collect_init_args(cast(FrameType, inspect.currentframe()), [], classes=(AlignmentModule,))
-        require_types(type(self).__init__, given)
+        for owner in (type(self), AlignmentModule):  # before Lightning compares them with each other
+            require_types(owner.__init__, given)
         self.save_hyperparameters(plain_arguments(given))
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps, optimizer

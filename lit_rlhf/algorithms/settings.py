@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from torch import nn
@@ -28,6 +29,8 @@ class OptimizerSettings:
         """Refuse what AdamW could not compute with, and what is not installed."""
         require_types(type(self), vars(self))
         require(self.optimizer in ("adamw", "adamw_8bit"), "optimizer", self.optimizer, "adamw or adamw_8bit")
+        schedules = ("constant", "cosine", "linear")
+        require(self.lr_scheduler in schedules, "lr_scheduler", self.lr_scheduler, "constant, cosine or linear")
         if self.optimizer == "adamw_8bit":
             require_bitsandbytes("optimizer: adamw_8bit")
         steps, what = self.warmup_steps, "a whole number of steps, or a share of them below 1"
@@ -36,7 +39,8 @@ class OptimizerSettings:
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "0 or more and finite")
-        decay = all(0 <= beta < 1 for beta in self.adam_betas)
+        betas = self.adam_betas if isinstance(self.adam_betas, list | tuple) else ()
+        decay = len(betas) == 2 and all(isinstance(beta, Real) and 0 <= beta < 1 for beta in betas)
         require(decay, "adam_betas", self.adam_betas, "two numbers in [0, 1)")
 
     def groups(self, parameters: Iterable[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:

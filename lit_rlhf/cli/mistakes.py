@@ -12,13 +12,14 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 from token_mdp import RewardError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR)
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by|exited)")
 BETWEEN = {*sys.stdlib_module_names, "lightning", "torch", "jsonargparse"}  # packages that only do what a config says
 HANDED_BACK = ("estimated_stepping_batches", "clip_gradients")  # where our modules ask Lightning about a config
+LONGEST = 500  # characters of what a library says
 SPOKEN_OF = {
     "Timer(duration": "max_time",
     "for __new__()": "max_time",
@@ -51,10 +52,10 @@ def users_mistake(error: BaseException | None, root: Path | None = None) -> Base
             if while_restoring(error):
                 return UserError(
                     f"ckpt_path: the checkpoint does not fit this run, or is damaged ({type(error).__name__}: "
-                    f"{one_line(str(error), 200)}); resume the config that wrote it, or take an older one"
+                    f"{one_line(error, 200)}); resume the config that wrote it, or take an older one"
                 )
             if isinstance(error, MisconfigurationException) or (raised_in_lightning(error) and on_purpose(error)):
-                return UserError(one_line(str(error)))
+                return UserError(one_line(error, LONGEST))
         error = error.__cause__
     return None
 
@@ -115,12 +116,12 @@ def refused_option(error: BaseException, options: Mapping[str, Any]) -> UserErro
         error: of the constructor.
         options: its arguments.
     """
-    said = one_line(str(error))
+    said = one_line(error, LONGEST)
     if isinstance(error, UserError):
         return error
     about = [name for words, name in SPOKEN_OF.items() if words in said]
     about += [name for name in options if re.search(rf"(?<![\w.]){name}\b", said)]
-    shown = f"{about[0]} ({options.get(about[0])!r:.80})" if about else type(error).__name__
+    shown = f"{about[0]} ({one_line(repr(options.get(about[0])))})" if about else type(error).__name__
     return UserError(f"trainer.{shown}: {said}" if about else f"trainer: {said}")
 
 
@@ -135,7 +136,7 @@ def refused_argument(message: str) -> UserError:
     first = next((number for number, line in enumerate(lines) if line.startswith("Errors:")), -1) + 1
     last = next((number for number, line in enumerate(lines) if line.startswith("Given value")), len(lines))
     said = [line for line in lines[first:last] if line and not line.startswith(WALL)]
-    return UserError(f"{what[1] if what else 'an argument'}: {one_line(' '.join(said))}")
+    return UserError(f"{what[1] if what else 'an argument'}: {one_line(' '.join(said), LONGEST)}")
 
 
 def missing_package(message: str) -> UserError | None:
@@ -154,9 +155,3 @@ def disk_error(error: OSError, root: Path) -> str:
         return f"{error.filename}: {error.strerror}"
     free = shutil.disk_usage(root).free / 2**20
     return f"{error.strerror}, while files of {root.absolute()} were written; {free:.0f} MB are free there"
-
-
-def one_line(message: str, most: int = 500) -> str:
-    """A message in one line, cut where it is long."""
-    said = " ".join(message.split())
-    return said if len(said) <= most else f"{said[:most]}..."

@@ -16,11 +16,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_rlhf.cli.commands import did_you_mean
-from lit_rlhf.cli.mistakes import one_line
+from lit_rlhf.cli.mistakes import LONGEST
 from lit_rlhf.cli.ranks import tell
 from lit_rlhf.cli.wording import OPTION, wrong_value
 from lit_rlhf.cli.yaml_files import place_of_option, places
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 
 # jsonargparse lists every type that a value failed to be, and repeats the whole value.
 NOISE = (
@@ -95,7 +95,7 @@ class Parser(LightningArgumentParser):
             name = required[1].removeprefix("fit.")
             owner = class_with(name, self.typed)
             said = f"{owner}{name} is missing: give it by the option of that name, or in a config"
-        tell(f"error: {one_line(said)}\n{self.hint}")
+        tell(f"error: {one_line(said, LONGEST)}\n{self.hint}")
         raise SystemExit(2)
 
     @property

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 from lit_rlhf.cli.imports import failed_import
-from lit_rlhf.errors import PLAIN
+from lit_rlhf.errors import PLAIN, one_line
 
 TYPES = {kind.__name__: words for kind, (_, words) in PLAIN.items()} | {
     "dict": "a mapping, '{{name: value}}'",
@@ -24,7 +24,6 @@ EXPECTED = re.compile(
 SUBTYPES = re.compile(r"Subtypes: \[([^\n]*)\]")
 NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 IN_ITS_CLASS = {"class_path", "init_args", "dict_kwargs"}
-MOST = 100  # characters of a value that are shown
 
 
 def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str | None:
@@ -42,7 +41,7 @@ def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str
     if nested := NESTED.fullmatch(value):  # an argument of a class, given by itself
         option, value = f"{option}.{nested[1]}", nested[2]
     option = as_typed(option, value)
-    shown = "null" if value == "None" else (value if len(value) <= MOST else f"{value[:MOST]}...") or "empty text"
+    shown = "null" if value == "None" else one_line(value) or "empty text"
     if beside := keys_beside_a_class(value):
         return f"{option}: {', '.join(beside)} must stand below init_args, not beside class_path"
     if fault := failed_import(value):

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.mapping import Format, require_read
 from lit_rlhf.data.naming import DEMO, Source, parse_sources
-from lit_rlhf.errors import UserError, named_by, require
+from lit_rlhf.errors import UserError, named_by, one_line, require
 
 
 def named_sources(
@@ -47,9 +47,14 @@ def require_held_out_rows(train: Sources | None, validation: Sources | None) -> 
     """Refuse to judge what was learnt from the user's rows by the demo's, which nobody asked for."""
     if train is None:
         return
-    if validation == DEMO and not any(source.name == DEMO for source in parse_sources(train)):
+    if (
+        isinstance(validation, str)
+        and validation == DEMO
+        and not any(source.name == DEMO for source in parse_sources(train))
+    ):
         raise UserError(
-            f"data.validation is still {DEMO!r} while data.train is {train!r}; name held-out rows of your own, or null"
+            f"data.validation is still {DEMO!r} while data.train is {one_line(repr(train))}; name held-out rows of your "
+            "own, or null"
         )
 
 

@@ -4,10 +4,10 @@ A null field is one that is not there: Parquet and Arrow give every message all 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 
 Row = dict[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")  # where templates look for what was thought before an answer
@@ -75,6 +75,8 @@ def template_columns(row: Row, place: str) -> Row:
 
 def check_template_kwargs(given: Row, where: str) -> None:
     """Refuse arguments of the template that something else decides."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}: expected a mapping of the template's variables, found {describe(given)}")
     if numbers := [name for name in given if not isinstance(name, str)]:
         raise UserError(f"{where}: the name of a variable is text, found {numbers[0]!r}")
     if clash := sorted(set(given) & set(OURS)):
@@ -96,9 +98,8 @@ def describe(value: Any) -> str:
     """What was found, in a word or two."""
     if value is None:
         return "nothing"
-    shown = repr(value)
     name = {"str": "text", "dict": "an object", "list": "a list"}.get(type(value).__name__, type(value).__name__)
-    return name if isinstance(value, str) else f"{name} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
+    return name if isinstance(value, str) else f"{name} ({one_line(repr(value), 60)})"
 
 
 def _checked_message(message: Any, place: str) -> Row:

@@ -100,7 +100,7 @@ class ExamplesDataModule(LightningDataModule):
             max_prompt_length,
             num_proc,
             chat_template,
-            chat_template_kwargs or {},
+            {} if chat_template_kwargs is None else chat_template_kwargs,
             control_tokens,
         )
         self.batches = BatchSettings(max_tokens, batch_size, shuffle, num_workers, seed)

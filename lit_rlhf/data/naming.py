@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from lit_rlhf.data.formats import Sources
 from lit_rlhf.data.mapping import Format
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 
 Role = Literal["train", "validation", "test", "predict"]  # what the rows are for
 # What each stage of the Trainer needs.
@@ -55,7 +55,7 @@ def parse_sources(
     entries: list[Any] = sources if isinstance(sources, list) else [sources]
     if not entries:
         raise UserError(f"{option}: the list of sources is empty; name a file, a folder, a dataset, or {DEMO!r}")
-    defaults = {"weight": 1.0, "split": None, "config": None, "format": format, "columns": columns or {}}
+    defaults = {"weight": 1.0, "split": None, "config": None, "format": format, "columns": columns}
     return [entry if isinstance(entry, Source) else _parse_source(entry, defaults, option) for entry in entries]
 
 
@@ -67,7 +67,9 @@ def _parse_source(entry: Any, defaults: dict[str, Any], option: str) -> Source:
         raise UserError(f"{option}: a source has the keys {keys}; found {sorted(map(str, given))}")
     name = os.fspath(given["source"]) if isinstance(given["source"], str | os.PathLike) else None
     if not name:
-        raise UserError(f"{option}: expected the name of a file, a folder or a dataset, or {DEMO!r}; got {entry!r}")
+        raise UserError(
+            f"{option}: expected the name of a file, a folder or a dataset, or {DEMO!r}; got {one_line(repr(entry))}"
+        )
     fields = {**defaults, **{key: value for key, value in given.items() if key != "source"}}
     try:
         weight = math.nan if isinstance(fields["weight"], bool | str) else float(fields["weight"])
@@ -75,21 +77,23 @@ def _parse_source(entry: Any, defaults: dict[str, Any], option: str) -> Source:
         weight = math.nan
     if not 0 < weight < math.inf:
         raise UserError(
-            f"{option}: weight ({fields['weight']!r:.40}) of {name} must be a number above 0, and finite; to take "
-            "nothing of a source leave it out"
+            f"{option}: weight ({one_line(repr(fields['weight']), 40)}) of {name} must be a number above 0, and finite; to "
+            "take nothing of a source leave it out"
         )
     for key in ("split", "config"):
         if not isinstance(fields[key], str | None):
-            raise UserError(f"{option}: {key} ({fields[key]!r}) of {name} must be a name")
-    if fields["format"] not in (None, *get_args(Format)):
+            raise UserError(f"{option}: {key} ({one_line(repr(fields[key]))}) of {name} must be a name")
+    named = fields["format"]
+    if named is not None and not (isinstance(named, str) and named in get_args(Format)):
         raise UserError(
-            f"{option}: format ({fields['format']!r}) of {name} must be {' or '.join(get_args(Format))}, or null"
+            f"{option}: format ({one_line(repr(named))}) of {name} must be {' or '.join(get_args(Format))}, or null"
         )
-    columns = fields["columns"] or {}
+    columns = {} if fields["columns"] is None else fields["columns"]
     if not isinstance(columns, Mapping) or not all(
         isinstance(value, str) for pair in columns.items() for value in pair
     ):
         raise UserError(
-            f"{option}: columns ({columns!r}) of {name} must map our names to the file's, {{prompt: question}}"
+            f"{option}: columns ({one_line(repr(columns))}) of {name} must map our names to the file's, "
+            "{prompt: question}"
         )
     return Source(name, weight, fields["split"], fields["config"], fields["format"], dict(columns))

@@ -32,7 +32,7 @@ from lit_rlhf.data.plain import as_json
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.row_map import RowMap
 from lit_rlhf.data.sources import place_of, placed_rows
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.files import clear, writing_into
 
 UNDER_WAY = "tmp*"  # names of what `datasets` is still writing
@@ -161,7 +161,7 @@ def _found_or_made(
         except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
             if not is_held:
                 raise
-            rank_zero_warn(f"what the cache of tokens holds cannot be read ({_one_line(error)}); it is made anew")
+            rank_zero_warn(f"what the cache of tokens holds cannot be read ({one_line(error, 300)}); it is made anew")
             return make_anew()
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -179,13 +179,9 @@ def _found_or_made(
 
 def _cannot_be_written(error: OSError) -> UserError:
     return UserError(
-        f"the cache of tokens in {datasets.config.HF_DATASETS_CACHE} cannot be written ({_one_line(error)}); set "
+        f"the cache of tokens in {datasets.config.HF_DATASETS_CACHE} cannot be written ({one_line(error, 300)}); set "
         "$HF_DATASETS_CACHE to a folder with room that can be"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def hash_of(parts: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import cached_file, find_adapter_config_file
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.models.adapters import MOST_RANK, without_dropout
 from lit_rlhf.models.fingerprints import SINCE, Fingerprints, fingerprint, fingerprints
 from lit_rlhf.models.holding import FrozenDtype
@@ -90,7 +90,9 @@ class SavedAdapter:
         for key, kinds, most in (("r", int, MOST_RANK), ("lora_alpha", int | float, math.inf)):
             value = known.get(key, defaults[key])
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most or value == math.inf:
-                raise UserError(f"{self.name}: {key} ({value!r:.80}) in adapter_config.json must be a number above 0")
+                raise UserError(
+                    f"{self.name}: {key} ({one_line(repr(value))}) in adapter_config.json must be a number above 0"
+                )
         return without_dropout(LoraConfig(**{**known, "base_model_name_or_path": self.base}))
 
     def weights(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, resolve
 from lit_rlhf.models.policy import Policy, context_length
@@ -41,7 +41,9 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
         raise UserError(f"{name}: its tokenizer has no eos_token, so no response could ever end; set one and save it")
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or not longest > 0:
-        raise UserError(f"{name}: model_max_length ({longest!r:.80}) in tokenizer_config.json must be a number above 0")
+        raise UserError(
+            f"{name}: model_max_length ({one_line(repr(longest))}) in tokenizer_config.json must be a number above 0"
+        )
     context = context_length(model_config)
     if context is not None:
         tokenizer.model_max_length = min(longest, context)

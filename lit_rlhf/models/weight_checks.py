@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors import safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line
 
 MOST_LAYERS = 10_000
 
@@ -30,7 +30,7 @@ def check_labels(config: PretrainedConfig, num_labels: int, name: str | Path) ->
 def check_score_bias(bias: object, name: str | Path, file: str = "config.json") -> float:
     """What is added to a reward model's scores, refused where it is no finite number."""
     if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
-        raise UserError(f"{name}: score_bias ({bias!r:.80}) in {file} must be a finite number")
+        raise UserError(f"{name}: score_bias ({one_line(repr(bias))}) in {file} must be a finite number")
     return float(bias)
 
 
@@ -149,7 +149,7 @@ def architectures_of(config: PretrainedConfig, name: str | Path) -> list[str]:
     """The classes that weights were saved from, by their config."""
     named = config.architectures or []
     if not isinstance(named, list) or not all(isinstance(kind, str) for kind in named):
-        raise UserError(f"{name}: architectures ({named!r:.80}) in config.json must be a list of names")
+        raise UserError(f"{name}: architectures ({one_line(repr(named))}) in config.json must be a list of names")
     return named
 
 

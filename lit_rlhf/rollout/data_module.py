@@ -107,7 +107,7 @@ class RolloutDataModule(LightningDataModule):
             max_prompt_length=max_prompt_length,
             num_proc=num_proc,
             chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs or {},
+            chat_template_kwargs={} if chat_template_kwargs is None else chat_template_kwargs,
             control_tokens=control_tokens,
         )
         self.backend = RolloutBackend() if backend is None else backend

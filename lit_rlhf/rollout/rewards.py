@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.engine.sharding import gathered
-from lit_rlhf.errors import UserError, named_by, require, require_types
+from lit_rlhf.errors import UserError, named_by, one_line, require, require_types
 from lit_rlhf.models.adapter_folders import named_base, saved_adapter
 from lit_rlhf.models.fingerprints import fingerprints
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype
@@ -206,7 +206,7 @@ class TextReward(Reward):
     ) -> None:
         if inspect.isclass(function) or not callable(function):
             hint = f": give an object of it, {function.__name__}(...)" if inspect.isclass(function) else ""
-            raise UserError(f"{function!r:.80} is no function (prompts, responses, **columns){hint}")
+            raise UserError(f"{one_line(repr(function))} is no function (prompts, responses, **columns){hint}")
         if any(map(inspect.iscoroutinefunction, (bare(function), getattr(function, "__call__", None)))):  # noqa: B004
             raise UserError(f"{path_of(function)} is async; give a plain function that runs it, as by asyncio.run")
         require_types(TextReward.__init__, locals())

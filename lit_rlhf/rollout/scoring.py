@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import PromptBatch
-from lit_rlhf.errors import UserError, named_by
+from lit_rlhf.errors import UserError, named_by, one_line
 from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout import rewards, time_limit
@@ -76,7 +76,9 @@ class Rewards:
         weights, monitors = weights or {}, monitors or {}
         for option, given in (("reward_weights", weights), ("monitors", monitors)):
             if not isinstance(given, Mapping):
-                raise UserError(f"data.{option} ({given!r:.80}) must be a mapping, from names to what they stand for")
+                raise UserError(
+                    f"data.{option} ({one_line(repr(given))}) must be a mapping, from names to what they stand for"
+                )
         if unknown := [name for name in weights if name not in learnt or not several]:
             there = f"rewards names {sorted(learnt)}" if several else "reward is one alone, whose weight is 1"
             raise UserError(f"data.reward_weights names {unknown}, and data.{there}")

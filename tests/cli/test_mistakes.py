@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_rlhf import RewardModel
 from lit_rlhf.callbacks.export import export
-from lit_rlhf.cli.mistakes import one_line, refused_argument, users_mistake
+from lit_rlhf.cli.mistakes import refused_argument, users_mistake
 from lit_rlhf.engine.sharding import full_state_dict
 from tests.cli.command_line import QUICK, SMALL_PPO, run
 from tests.tiny import save_tiny
@@ -311,4 +311,3 @@ def test_what_a_constructor_says_is_taken_out_of_the_wall_around_it():
     )
     assert str(refused_argument(wall)) == "lit_rlhf.SFT: the size (64) is not a multiple of 7"
     assert str(refused_argument("plain\nwords")) == "an argument: plain words"
-    assert one_line("a\n  b " + "x" * 600) == "a b " + "x" * 496 + "..."

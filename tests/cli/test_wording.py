@@ -63,7 +63,7 @@ def test_a_key_beside_a_class_path_is_told_where_it_belongs(capsys):
 
 def test_long_values_are_shown_shortened_and_other_messages_are_left_alone():
     message = f"Parser key \"a\":\n  Expected a <class 'int'>. Got value: {'x' * 999}"
-    assert wrong_value(message, lambda name, value: f"--{name}") == f"--a: expected a whole number, got {'x' * 100}..."
+    assert wrong_value(message, lambda name, value: f"--{name}") == f"--a: expected a whole number, got {'x' * 120}..."
     as_it_is = lambda name, value: name  # noqa: E731
     assert wrong_value("the following arguments are required: function", as_it_is) is None
     assert wrong_value('Parser key "a": something else. Got value: 3', as_it_is) is None

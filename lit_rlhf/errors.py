@@ -1,7 +1,8 @@
 """The error that a user can mend (the CLI prints its message alone, without a traceback), and what it is raised for."""
 
+import math
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from os import PathLike
@@ -39,6 +40,41 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
     """Refuse an option whose value does not hold to what is expected of it."""
     if not holds:
         raise UserError(f"{name} ({one_line(value)}) must be {expected}")
+
+
+def require_alike(given: Any, mine: Any, name: str, needed: Collection[str] = ()) -> None:
+    """Refuse a state that is of another kind than one's own, before anything is computed with it.
+
+    Args:
+        given: as it was stored.
+        mine: what it is to take the place of: mappings of the same names, lists as long, numbers where it has numbers;
+            None takes anything.
+        name: of the state, for the message.
+        needed: names that a mapping must have; others may be missing, as in a state of an older version.
+
+    Raises:
+        UserError: says where, what was expected and what was found.
+    """
+    kinds: dict[type, tuple[str, bool]] = {
+        bool: ("true or false", isinstance(given, bool)),
+        int: ("a whole number from 0 on", type(given) is int and given >= 0),
+        float: ("a finite number", isinstance(given, Real) and type(given) is not bool and math.isfinite(given)),
+        str: ("text", isinstance(given, str)),
+    }
+    if isinstance(mine, Mapping):
+        lost = [key for key in needed if not isinstance(given, Mapping) or key not in given]
+        expected, right = f"a mapping with {', '.join(map(str, lost))}" * bool(lost) or "a mapping", not lost
+        right = right and isinstance(given, Mapping)
+    elif isinstance(mine, list | tuple):
+        expected, right = f"a list of {len(mine)}", isinstance(given, list | tuple) and len(given) == len(mine)
+    else:
+        expected, right = kinds.get(type(mine), ("", True))
+    if not right:
+        raise UserError(f"{name}: expected {expected}, found {type(given).__name__} ({one_line(repr(given), 60)})")
+    keys = range(len(mine)) if isinstance(mine, list | tuple) else mine if isinstance(mine, Mapping) else ()
+    for key in keys:
+        if not isinstance(mine, Mapping) or key in given:
+            require_alike(given[key], mine[key], f"{name}[{key!r}]")
 
 
 def require_types(owner: Any, given: Mapping[str, Any]) -> None:

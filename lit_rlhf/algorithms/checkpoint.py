@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as sharded
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_alike
 
 META = "meta.pt"  # where Lightning keeps all but tensors beside sharded ones
 VERSION = "pytorch-lightning_version"
@@ -138,11 +138,28 @@ def require_state(checkpoint: Mapping[str, Any]) -> None:
     if "optimizer_states" in checkpoint:  # not in weights alone
         states, schedules = checkpoint["optimizer_states"], checkpoint.get("lr_schedulers", ())
         parts["lr_schedulers"] = len(schedules) == len(states)
-        parts["optimizer_states"] = all(state.get("state") for state in states) or not checkpoint["global_step"]
+        held = [state.get("state") for state in states]
+        whole = all(isinstance(one, Mapping) and all(isinstance(s, Mapping) for s in one.values()) for one in held)
+        parts["optimizer_states"] = whole and (all(held) or not checkpoint["global_step"])
     if lacking := [name for name, whole in parts.items() if not whole]:
         raise UserError(
             f"ckpt_path: the checkpoint is damaged: its {lacking[0]} is not what a run writes; take an older one"
         )
+
+
+def require_loops(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) -> None:
+    """Refuse counters of the training loop that are none.
+
+    Args:
+        given: state of the fit loop, in a checkpoint.
+        mine: of this run, before it began.
+        file: of the checkpoint.
+    """
+    name = f"ckpt_path: {file} is damaged, so take an older one: its fit_loop"
+    counters = {key: value for key, value in mine.items() if key != "state_dict"}
+    require_alike(given, counters, name, ("epoch_progress", "epoch_loop.batch_progress"))
+    loaders = given["state_dict"].get("combined_loader", [])
+    require_alike(loaders, [{}] * (len(loaders) if isinstance(loaders, list) else 1), f"{name} combined_loader")
 
 
 def moments_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

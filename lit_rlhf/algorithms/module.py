@@ -24,6 +24,7 @@ from lit_rlhf.algorithms.checkpoint import (
     moments_of,
     require_facts,
     require_finite,
+    require_loops,
     require_same_shapes,
     require_state,
 )
@@ -37,7 +38,7 @@ from lit_rlhf.algorithms.lightning_tools import (
 )
 from lit_rlhf.algorithms.load_balance import name_untrained
 from lit_rlhf.algorithms.metrics import MetricsModule
-from lit_rlhf.algorithms.optimizers import make_optimizer
+from lit_rlhf.algorithms.optimizers import make_optimizer, require_own_state
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
@@ -112,6 +113,7 @@ class AlignmentModule(MetricsModule):
         self.learning_rate = self.rate_in_use = learning_rate
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
         self.frozen: dict[str, nn.Module] = {}
+        self.resumed: dict[str, Any] | None = None  # a checkpoint, until the optimiser is there
         self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
         self.untrained: str | None = None  # what is random in the network that predicts, and what to do about it
 
@@ -288,6 +290,9 @@ class AlignmentModule(MetricsModule):
             )
         name = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
         schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
+        if self.resumed is not None:
+            self.resumed, checkpoint = None, self.resumed
+            require_own_state(checkpoint, optimizer, schedule, str(self.trainer.ckpt_path))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -333,6 +338,11 @@ class AlignmentModule(MetricsModule):
         weights = checkpoint.get("state_dict", {})  # none where each rank reads its own shard
         require_same_shapes(weights, self.state_dict())
         require_state(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            require_loops(
+                checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict(), str(self.trainer.ckpt_path)
+            )
+            self.resumed = checkpoint
         require_finite({**weights, **moments_of(checkpoint)})
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self.untrained = None

@@ -1,13 +1,56 @@
-"""The optimiser by its name: AdamW of torch, or that of bitsandbytes, which keeps its moments in 8 bits."""
+"""The optimiser by its name: AdamW of torch, or that of bitsandbytes with moments in 8 bits; and its stored states."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlhf.algorithms.settings import OptimizerSettings
+from lit_rlhf.errors import UserError, require_alike
 from lit_rlhf.models.holding import require_bitsandbytes
+
+NEEDED = ("lr", "betas", "eps", "weight_decay")  # of a group, for a step
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: LRScheduler, file: str) -> None:
+    """Refuse states of optimiser and schedule that are not of this run's kind, before a step is computed with them.
+
+    Args:
+        checkpoint: of the Trainer's; one of sharded weights says nothing here.
+        optimizer: of this run, before its first step.
+        schedule: likewise.
+        file: of the checkpoint.
+
+    Raises:
+        UserError: names the file, the part and what stands there.
+    """
+    name = f"ckpt_path: {file} is damaged, or of another run, so take an older one: its"
+    for given in checkpoint.get("lr_schedulers", ()):
+        require_alike(given, schedule.state_dict(), f"{name} lr_schedulers", ("base_lrs", "last_epoch", "lr_lambdas"))
+    for given in checkpoint.get("optimizer_states", ()):
+        own = [{**group, "params": None} for group in optimizer.param_groups]
+        require_alike(given, {"param_groups": own, "state": {}}, f"{name} optimizer_states", ("param_groups", "state"))
+        for number, (group, mine) in enumerate(zip(given["param_groups"], optimizer.param_groups, strict=True)):
+            part = f"{name} param_groups[{number}]"
+            require_alike(group, {}, part, ("params", *(key for key in NEEDED if key in mine)))
+            require_alike(group["params"], [None] * len(mine["params"]), f"{part}['params']")
+            for key, parameter in zip(group["params"], mine["params"], strict=True):
+                if key in given["state"] and type(optimizer) is AdamW and isinstance(key, int):
+                    _require_moments(given["state"][key], parameter, f"{name} state[{key}]")
+
+
+def _require_moments(given: Any, parameter: nn.Parameter, name: str) -> None:
+    require_alike(given, {}, name, ("step", *MOMENTS))
+    shapes = {"step": torch.Size(), **dict.fromkeys(MOMENTS, parameter.shape)}
+    for key, shape in shapes.items():
+        found = given[key]
+        if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
+            said = f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(f"{name}[{key!r}]: expected a tensor of {tuple(shape)}, found {said}")
 
 
 def make_optimizer(

@@ -14,7 +14,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_alike
 
 ATTEMPTS = 4  # at an epoch's plan in random order before the examples are placed longest first
 
@@ -247,6 +247,8 @@ class ResumableLoader(DataLoader):
         """
         sampler = self.sampler
         assert isinstance(sampler, TokenBudgetSampler)
+        mine = {"epoch": 0, "taken": 0, "length": 0, "plan": sampler.fingerprint()}
+        require_alike(state, mine, "ckpt_path: the checkpoint is damaged: its combined_loader", tuple(mine))
         before, now = state.get("accumulate"), sampler.accumulate_grad_batches or 1  # older checkpoints do not say
         if 0 < state["taken"] < state["length"] and before not in (None, now):
             raise UserError(

@@ -53,8 +53,8 @@ def require_held_out_rows(train: Sources | None, validation: Sources | None) -> 
         and not any(source.name == DEMO for source in parse_sources(train))
     ):
         raise UserError(
-            f"data.validation is still {DEMO!r} while data.train is {one_line(repr(train))}; name held-out rows of your "
-            "own, or null"
+            f"data.validation is still {DEMO!r} while data.train is {one_line(repr(train))}; name held-out rows of "
+            "your own, or null"
         )
 
 

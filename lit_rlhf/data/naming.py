@@ -77,8 +77,8 @@ def _parse_source(entry: Any, defaults: dict[str, Any], option: str) -> Source:
         weight = math.nan
     if not 0 < weight < math.inf:
         raise UserError(
-            f"{option}: weight ({one_line(repr(fields['weight']), 40)}) of {name} must be a number above 0, and finite; to "
-            "take nothing of a source leave it out"
+            f"{option}: weight ({one_line(repr(fields['weight']), 40)}) of {name} must be a number above 0, and "
+            "finite; to take nothing of a source leave it out"
         )
     for key in ("split", "config"):
         if not isinstance(fields[key], str | None):

@@ -29,7 +29,7 @@ from lit_rlhf.data.mapping import Format
 from lit_rlhf.data.naming import STAGES, Role
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.settings import TokenizationSettings
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_alike
 from lit_rlhf.models.fingerprints import require_same
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import Experience, require_micro_batches, require_room
@@ -292,12 +292,15 @@ class RolloutLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
+        name = "ckpt_path: the checkpoint is damaged: its combined_loader"
+        require_alike(state, {}, name, ("ranks",))
         if len(state["ranks"]) != self.trainer.world_size:
             raise UserError(
                 f"the checkpoint was written by {len(state['ranks'])} ranks, this run has {self.trainer.world_size}: "
                 "prompts and rollouts cannot be divided anew; resume with as many ranks"
             )
         mine = state["ranks"][self.trainer.global_rank]
+        require_alike(mine, {"done": 0, "plan": self.plan}, name, ("done", "plan", "env", "experience"))
         if mine["done"] and mine["plan"] != self.plan:
             raise UserError(
                 f"the checkpoint stopped in the middle of an iteration of {mine['plan']}, this run has {self.plan}; "

@@ -16,6 +16,7 @@ from lit_rlhf.algorithms.checkpoint import (
     read_facts,
     read_weights,
     require_finite,
+    require_loops,
     require_same_shapes,
     require_state,
 )
@@ -104,6 +105,8 @@ DAMAGED = {  # which part -> what stands there
     "loops": {"fit_loop": "x"},
     "lr_schedulers": [],
     "optimizer_states": [{"state": {}}],
+    "optimizer_states ": [{"state": [3]}],
+    "optimizer_states  ": [{"state": {0: 3}}],
 }
 
 
@@ -112,8 +115,31 @@ def test_a_checkpoint_that_training_would_go_on_from_with_something_new_is_refus
     require_state(WHOLE)
     require_state(WHOLE | {"global_step": 0, "optimizer_states": [{"state": {}}]})  # before the first step
     require_state({"loops": WHOLE["loops"], "global_step": 3})  # weights alone
-    with pytest.raises(UserError, match=f"its {part} is not what a run writes"):
-        require_state(WHOLE | {part: DAMAGED[part]})
+    with pytest.raises(UserError, match=f"its {part.strip()} is not what a run writes"):
+        require_state(WHOLE | {part.strip(): DAMAGED[part]})
+
+
+LOOP = {"state_dict": {}, "epoch_progress": {"current": {"ready": 0}}, "epoch_loop.batch_progress": {"total": 0}}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("epoch_progress", {"current": {"ready": "x"}}, r"\['current'\]\['ready'\]: expected a whole number from 0 on"),
+        ("epoch_progress", {"current": {"ready": -1}}, r"\['ready'\]: expected a whole number from 0 on, found int"),
+        ("epoch_progress", 3, "expected a mapping, found int"),
+        ("epoch_loop.batch_progress", None, "expected a mapping, found NoneType"),
+        ("state_dict", {"combined_loader": "x"}, "combined_loader: expected a list of 1, found str"),
+        ("state_dict", {"combined_loader": [{}, 3]}, r"combined_loader\[1\]: expected a mapping, found int"),
+    ],
+)
+def test_counters_of_the_loop_that_are_none_are_refused_by_file_and_name(part, value, words):
+    require_loops(LOOP, LOOP, "a.ckpt")
+    require_loops(LOOP | {"state_dict": {"combined_loader": [{"epoch": 0}]}}, LOOP, "a.ckpt")
+    with pytest.raises(UserError, match=rf"^ckpt_path: a\.ckpt is damaged.*{words}"):
+        require_loops(LOOP | {part: value}, LOOP, "a.ckpt")
+    with pytest.raises(UserError, match=r"its fit_loop: expected a mapping with epoch_progress, found dict"):
+        require_loops({key: LOOP[key] for key in LOOP if key != "epoch_progress"}, LOOP, "a.ckpt")
 
 
 def test_moments_of_the_optimiser_that_are_not_finite_are_named():

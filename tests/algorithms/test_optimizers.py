@@ -1,9 +1,13 @@
+import copy
+import re
+
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lit_rlhf import SFT, UserError
-from lit_rlhf.algorithms.optimizers import make_optimizer
+from lit_rlhf.algorithms.optimizers import make_optimizer, require_own_state
 from lit_rlhf.algorithms.settings import OptimizerSettings
 
 
@@ -14,6 +18,43 @@ def test_the_default_is_torchs_adamw_in_one_kernel():
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
     assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-6
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+HARM = {  # part of a state, as it stands on its own line below -> what stands there, and what is said of it
+    "param_groups[0]['lr']": ("x", "expected a finite number, found str ('x')"),
+    "param_groups[1]['weight_decay']": (float("nan"), "expected a finite number, found float (nan)"),
+    "param_groups[0]['betas']": ((0.9,), "expected a list of 2, found tuple ((0.9,))"),
+    "param_groups[0]['params']": ([], "expected a list of 1, found list ([])"),
+    "param_groups": ([3, 4], "expected a mapping, found int (3)"),
+    "param_groups[0]": ({}, "expected a mapping with params, lr, betas, eps, weight_decay, found dict ({})"),
+    "state": (3, "expected a mapping, found int (3)"),
+    "state[0]": ({"step": torch.tensor(1.0)}, "expected a mapping with exp_avg, exp_avg_sq, found dict"),
+    "state[0]['exp_avg']": (torch.ones(3), "expected a tensor of (2, 2), found one of (3,)"),
+    "state[0]['exp_avg_sq']": ("x", "expected a tensor of (2, 2), found str"),
+    "state[1]['step']": (torch.ones(2), "expected a tensor of (), found one of (2,)"),
+    "last_epoch": ("x", "expected a whole number from 0 on, found str ('x')"),
+    "base_lrs": ([0.1], "expected a list of 2, found list ([0.1])"),
+}
+
+
+@pytest.mark.parametrize("part", HARM)
+def test_states_that_no_step_could_be_computed_with_are_refused_by_file_and_part(part):
+    layer = nn.Linear(2, 2)
+    settings = OptimizerSettings(1e-3, 0.1, (0.8, 0.9), 1e-6, "constant", 0)
+    optimizer = make_optimizer(settings, settings.groups(layer.parameters(), 1e-3), layer.modules(), fused=False)
+    schedule = LambdaLR(optimizer, lambda step: 1.0)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    checkpoint = copy.deepcopy({"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [schedule.state_dict()]})
+    require_own_state(checkpoint, optimizer, schedule, "a.ckpt")
+    value, said = HARM[part]
+    place = checkpoint["optimizer_states" if part.startswith(("param", "state")) else "lr_schedulers"][0]
+    *above, last = [int(key) if key.isdigit() else key for key in re.findall(r"\w+", part)]
+    for key in above:
+        place = place[key]
+    place[last] = value
+    with pytest.raises(UserError, match=rf"^ckpt_path: a\.ckpt is damaged.*{re.escape(said)}"):
+        require_own_state(checkpoint, optimizer, schedule, "a.ckpt")
 
 
 def test_8_bits_without_the_package_are_refused_before_anything_is_read(monkeypatch):

@@ -140,3 +140,21 @@ def test_a_short_run_with_a_warm_up_is_told_that_its_first_step_moves_nothing(in
         module, data = make_stage("sft", inputs, warmup_steps=warmup)
         make_trainer(tmp_path, max_steps=2).fit(module, data)
     assert said == ["warmup_steps: the rate begins at 0, so that the first of the 2 steps moves nothing"]
+
+
+def test_a_damaged_state_is_refused_by_file_before_a_step_is_computed_with_it(inputs, tmp_path):
+    fit("sft", inputs, tmp_path)
+    file = tmp_path / "step=2.ckpt"
+    whole = torch.load(file)
+    for part in ("optimizer", "counters", "data"):
+        checkpoint = copy.deepcopy(whole)
+        loop = checkpoint["loops"]["fit_loop"]
+        if part == "optimizer":
+            checkpoint["optimizer_states"][0]["state"][0]["exp_avg"] = torch.ones(3)
+        elif part == "counters":
+            loop["epoch_progress"]["total"]["ready"] = "x"
+        else:
+            loop["state_dict"]["combined_loader"] = [{"epoch": "x"}]
+        torch.save(checkpoint, file)
+        with pytest.raises(UserError, match=f"^ckpt_path: {'the checkpoint' if part == 'data' else file} is damaged"):
+            fit("sft", inputs, tmp_path, ckpt_path=file)

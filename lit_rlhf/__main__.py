@@ -5,7 +5,7 @@ import signal
 import sys
 from importlib.metadata import version
 
-from lit_rlhf.cli.commands import HELP, require_command
+from lit_rlhf.cli.commands import HELP, require_checkpoint_there, require_command
 from lit_rlhf.errors import UserError
 
 # What a launcher tells its ranks, and Lightning reads as it is imported.
@@ -17,7 +17,7 @@ OF_LAUNCHERS = (
 
 
 def start() -> None:
-    """The command line; version, commands and a mistake in the command's name are told without reading torch."""
+    """The command line; version, commands, and a name that nothing bears are answered without reading torch."""
     argv = sys.argv[1:]
     if argv == ["--version"]:
         print(f"lit-rlhf {version('lit-rlhf')}")
@@ -27,6 +27,7 @@ def start() -> None:
         return
     try:
         require_command(argv)
+        require_checkpoint_there(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -26,6 +26,8 @@ def test_the_version_is_told_without_reading_torch():
         (["--help"], 0, "export    Write the model that a checkpoint holds as a Hugging Face folder.\n"),
         (["-h"], 0, "fit       Train the "),
         ([], 2, "error: no command is given; write lit-rlhf and one of fit, "),
+        (["export", "--ckpt_path=gone.ckpt"], 2, "error: ckpt_path: there is no checkpoint "),
+        (["fit", "--ckpt_path", "gone.ckpt"], 2, "error: ckpt_path: there is no checkpoint "),
         (["comprae"], 2, "error: there is no command 'comprae'; did you mean compare?\n"),
     ],
 )

@@ -239,5 +239,11 @@ class DPO(PreferenceModule):
         """Take loss and cache of the run that goes on."""
         super().on_load_checkpoint(checkpoint)
         self.loss.load_state_dict(checkpoint["loss"])
+        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fits and checkpoint["reference_cache"] and not self.cache_reference and self.policy.adapters is None:
+            raise UserError(
+                "cache_reference is false, and the run of the checkpoint had its reference as cached log-probs, of "
+                "weights that no one has kept: resume with cache_reference: true"
+            )
         self.reference_cache = ReferenceCache(checkpoint["reference_cache"])
         self.has_learnt = True

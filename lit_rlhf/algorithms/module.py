@@ -44,7 +44,7 @@ from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard, total_norm
-from lit_rlhf.errors import UserError, require_types
+from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.models.fingerprints import Fingerprints, require_same
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
 from lit_rlhf.models.network import Network
@@ -102,6 +102,8 @@ class AlignmentModule(MetricsModule):
         *_, given = collect_init_args(cast(FrameType, inspect.currentframe()), [], classes=(AlignmentModule,))
         for owner in (type(self), AlignmentModule):  # before Lightning compares them with each other
             require_types(owner.__init__, given)
+        for role in ("policy", "reference", "critic"):
+            require(given.get(role) != "", f"model.{role}", "empty text", "a model's folder, or its name on the hub")
         self.save_hyperparameters(plain_arguments(given))
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps, optimizer
@@ -291,8 +293,8 @@ class AlignmentModule(MetricsModule):
         name = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
         schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
         if self.resumed is not None:
-            self.resumed, checkpoint = None, self.resumed
-            require_own_state(checkpoint, optimizer, schedule, str(self.trainer.ckpt_path))
+            require_own_state(self.resumed, optimizer, schedule, str(self.trainer.ckpt_path))
+            self.resumed = None
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

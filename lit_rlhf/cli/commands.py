@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
 
 from lit_rlhf.errors import UserError
 
@@ -18,6 +20,7 @@ PROGRAMS = {
     "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
     "plan": "Say what a config would take, in memory and time, without a weight.",
 }
+WORDS = ("last", "best", "hpc", "registry", "null")  # for a checkpoint that is to be found
 COMMANDS = (*RUNS, *PROGRAMS)
 USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
 DESCRIPTION = "Align language models with PyTorch Lightning: SFT, reward model, PPO, DPO."
@@ -44,6 +47,15 @@ def require_command(argv: Sequence[str]) -> None:
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = did_you_mean(argv[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command {argv[0]!r}{near}")
+
+
+def require_checkpoint_there(argv: Sequence[str]) -> None:
+    """Refuse a command line that names a checkpoint where nothing is; what is there is looked at later on."""
+    for argument, following in pairwise([*argv, ""]):
+        option, _, value = argument.partition("=")
+        name = value or following
+        if option == "--ckpt_path" and name not in (*WORDS, "") and "://" not in name and not Path(name).exists():
+            raise UserError(f"ckpt_path: there is no checkpoint {Path(name).absolute()}")
 
 
 def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:

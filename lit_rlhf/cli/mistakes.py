@@ -119,6 +119,7 @@ def refused_option(error: BaseException, options: Mapping[str, Any]) -> UserErro
     said = one_line(error, LONGEST)
     if isinstance(error, UserError):
         return error
+    said = re.sub(r" Example choices: .*", " Use auto or ddp, or deepspeed or fsdp where it is installed", said)
     about = [name for words, name in SPOKEN_OF.items() if words in said]
     about += [name for name in options if re.search(rf"(?<![\w.]){name}\b", said)]
     shown = f"{about[0]} ({one_line(repr(options.get(about[0])))})" if about else type(error).__name__

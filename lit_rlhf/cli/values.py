@@ -8,8 +8,11 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from lit_rlhf.cli.wording import TYPES
+
+PARTS = (LightningModule, LightningDataModule)  # of a run: no argument of one is another
 
 
 def wrong_values(config: Namespace, groups: Mapping[str, type]) -> Iterator[tuple[str, object, str]]:
@@ -31,7 +34,9 @@ def _of_value(value: object, option: str) -> Iterator[tuple[str, object, str]]:
     """Of a class that is named by its path, or of those in a list or a mapping."""
     if isinstance(value, Namespace) and "class_path" in value:
         kind = _resolved(value.class_path)
-        if kind is not None:
+        if option not in ("model", "data") and inspect.isclass(kind) and issubclass(kind, PARTS):
+            yield option, value.class_path, "the import path of a function"
+        elif kind is not None:
             yield from _of_arguments(value.get("init_args", Namespace()), kind, option)
     elif isinstance(value, list | tuple):
         for part in value:

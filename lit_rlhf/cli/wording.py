@@ -50,7 +50,7 @@ def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str
     words.sort(key=lambda word: word == "null")  # last, as an afterthought
     if option.endswith(("model", "data")) and words[0].startswith("the import path of a subclass"):
         words = words[:1]  # jsonargparse lets a class be null
-    wanted = ", or ".join(words).format(value)
+    wanted = ", or ".join(words).format(value.strip("[](), "))
     missing = NO_MODULE.search(message)
     why = f"; there is no module {missing[1]} in the current folder or among what is installed" if missing else ""
     return f"{option}: expected {wanted}, got {shown}{why}" if wanted else None

@@ -12,6 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lit_rlhf.data.messages import Row
 from lit_rlhf.errors import UserError, named_by, require
 
+LONGEST = 2**24  # characters that a template may make of one conversation, millions of tokens
 Span = tuple[int, int]  # first character, and one past the last
 
 
@@ -95,6 +96,11 @@ class Renderer:
                 "nested too deep for the chat template, or the template calls itself without end"
             ) from error
         texts, spans = rendered
+        if len(texts[0]) > LONGEST:
+            raise UserError(
+                f"the chat template writes {len(texts[0])} characters of one conversation, more than the {LONGEST} "
+                "that one may have: look for a loop in it that repeats what it writes"
+            )
         return texts[0], [(start, end) for start, end in spans[0]] if spans else []
 
 

@@ -8,9 +8,11 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.data.formats import Kind, Sources
@@ -98,6 +100,11 @@ def check_trainer_options(trainer: Any) -> None:
             f"overfit_batches ({trainer.overfit_batches}) would replace the plan of the micro-batches; to learn from "
             "few rows again and again, name a file that holds no others as train"
         )
+    if isinstance(trainer.strategy, SingleDeviceStrategy) and trainer.num_devices * trainer.num_nodes > 1:
+        raise UserError(
+            f"trainer.strategy is of a single device, and would leave all but one of {trainer.num_devices} devices on "
+            f"{trainer.num_nodes} nodes unused: set trainer.strategy: ddp, or both numbers to 1"
+        )
     interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
     never = "to leave validation out set trainer.limit_val_batches: 0"
     require(interval != 0, "val_check_interval", interval, f"micro-batches, or a share of an epoch above 0; {never}")
@@ -129,6 +136,14 @@ def check_tools(trainer: Any, stage: str) -> None:
         for tool, reason in TOOLS.items():
             if isinstance(callback, tool):
                 raise UserError(f"trainer.callbacks: {tool.__name__} {reason}")
+        if isinstance(callback, ModelCheckpoint) and callback.filename is not None:
+            try:
+                callback.format_checkpoint_name({})
+            except (ValueError, LookupError, AttributeError) as error:
+                raise UserError(
+                    f"trainer.callbacks: filename ({one_line(callback.filename)}) of {type(callback).__name__} is no "
+                    f"name with metrics in braces, such as {{step}} or {{val/loss:.2f}}: {error}"
+                ) from error
         if isinstance(callback, ModelPruning) and not callback._make_pruning_permanent:
             raise UserError(
                 "trainer.callbacks: ModelPruning with make_pruning_permanent: false leaves masks beside the weights, "

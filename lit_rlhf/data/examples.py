@@ -168,7 +168,7 @@ def load_examples(
         report.say(options)
         if report.kept == 0:
             raise UserError(f"no row is left to use. {report}. The length limit is {options.max_length} tokens")
-        rows.append(weighted(np.flatnonzero(statuses <= tokenize.EMPTY), source.weight, seed) + offset)
+        rows.append(weighted(np.flatnonzero(statuses <= tokenize.EMPTY), source, seed) + offset)
         tables.append(table)
         reports.append(report)
         offset += len(table)

@@ -78,7 +78,7 @@ def _parse_source(entry: Any, defaults: dict[str, Any], option: str) -> Source:
     if not 0 < weight < math.inf:
         raise UserError(
             f"{option}: weight ({one_line(repr(fields['weight']), 40)}) of {name} must be a number above 0, and "
-            "finite; to take nothing of a source leave it out"
+            "finite; to take nothing of a source leave it out; a source with more to say is {source: NAME, weight: 1}"
         )
     for key in ("split", "config"):
         if not isinstance(fields[key], str | None):

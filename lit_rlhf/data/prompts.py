@@ -112,7 +112,7 @@ def load_prompts(
         table = tokenized_rows(cached, place, kind, tokenizer, options, num_proc).data
         statuses, found = table.column("status").to_numpy(), table.column("control_tokens")
         report = Report.of(f"{role} prompts {source.name}", statuses, found, tokenizer, learnt=False)
-        kept = weighted(usable(report, statuses, options), source.weight, seed)
+        kept = weighted(usable(report, statuses, options), source, seed)
         for name, values in ids.items():
             column = ragged(table.column(name))
             values += [column[row] for row in kept]

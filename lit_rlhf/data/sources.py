@@ -50,15 +50,16 @@ def place_of(source: Source, kind: Kind, role: Role, number: int) -> str:
     return next(itertools.islice(_iterate(source, kind, role), number, None))[0]
 
 
-def weighted(rows: np.ndarray, weight: float, seed: int) -> np.ndarray:
-    """Rows as often as `weight` says: each floor(weight) times, and a random share for the rest of it.
+def weighted(rows: np.ndarray, source: Source, seed: int) -> np.ndarray:
+    """Rows as often as the weight of their source says: floor(weight) times each, and a random share besides.
 
     Raises:
         UserError: more rows than can be.
     """
+    weight = source.weight
     if weight * len(rows) > MOST_ROWS:
         raise UserError(
-            f"weight ({weight:g}) takes {len(rows)} rows more than {MOST_ROWS:.0e} times in an epoch; lower it"
+            f"weight ({weight:g}) of {source.name} makes more than {MOST_ROWS:.0e} rows of its {len(rows)}; lower it"
         )
     whole, share = int(weight), weight - int(weight)
     extra = np.random.default_rng(seed).permutation(rows)[: max(round(share * len(rows)), int(whole == 0))]

@@ -124,7 +124,10 @@ def load_scorer(
     trained = has_score_head(architectures) or (start is not None and start.scores)
     fresh_head = not trained if fresh_head is None else fresh_head
     if not fresh_head and not trained:
-        raise UserError(f"{name} holds no trained reward head: its config names {architectures}")
+        raise UserError(
+            f"{name} holds no trained reward head: its config names {architectures}. Where one is to be trained, set "
+            "model.fresh_head: null"
+        )
     if fresh_head:
         initialize_score_head(model)
     scorer = Scorer(model, fresh_head)

@@ -158,3 +158,9 @@ def test_a_damaged_state_is_refused_by_file_before_a_step_is_computed_with_it(in
         torch.save(checkpoint, file)
         with pytest.raises(UserError, match=f"^ckpt_path: {'the checkpoint' if part == 'data' else file} is damaged"):
             fit("sft", inputs, tmp_path, ckpt_path=file)
+
+
+def test_a_run_whose_reference_was_cached_does_not_go_on_without_the_cache(inputs, tmp_path):
+    fit("dpo", inputs, tmp_path, cache_reference=True)
+    with pytest.raises(UserError, match="cache_reference is false, and the run of the checkpoint had its reference as"):
+        fit("dpo", inputs, tmp_path, ckpt_path=tmp_path / "step=2.ckpt")

@@ -70,6 +70,16 @@ def test_whatever_a_template_stumbles_over_is_one_error_with_the_roles(template)
         Renderer(byte_tokenizer(template))([USER, ASSISTANT])
 
 
+def test_a_template_that_writes_without_measure_is_one_error(monkeypatch):
+    loop = "{% for i in range(1000) %}{{ messages[0].content }}{% endfor %}"
+    assert len(Renderer(byte_tokenizer(loop))([USER])) == 1000 * len(USER["content"])
+    monkeypatch.setattr("lit_rlhf.data.chat.LONGEST", 999)
+    with pytest.raises(
+        UserError, match=r"writes \d+ characters of one conversation, more than the 999 .* look for a l"
+    ):
+        Renderer(byte_tokenizer(loop))([USER])
+
+
 @pytest.mark.parametrize("template", ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
 def test_a_template_that_calls_itself_without_end_is_one_error(template):
     with pytest.raises(UserError, match="or the template calls itself without end"):

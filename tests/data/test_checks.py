@@ -1,5 +1,6 @@
 """What both kinds of data module refuse, check by check; test_modules.py has what a user meets of it."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,10 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_rlhf.data.checks import (
     check_tools,
@@ -28,6 +31,7 @@ def trainer(**options):
     defaults = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "overfit_batches": 0.0, "callbacks": []}
     defaults |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "ckpt_path": None, "lightning_module": None}
     defaults |= {"reload_dataloaders_every_n_epochs": 0, "limit_train_batches": None, "fast_dev_run": False}
+    defaults |= {"strategy": None, "num_devices": 1, "num_nodes": 1}
     defaults |= {"min_steps": None, "min_epochs": None, "log_every_n_steps": 50, "num_sanity_val_steps": 2}
     return SimpleNamespace(**defaults | options)
 
@@ -153,3 +157,18 @@ def test_predict_takes_the_validation_rows_where_it_has_none_of_its_own():
     require_rows("predict", {"predict": ["rows"], "validation": None})
     with pytest.raises(UserError, match=r"data\.predict is null, and predict needs rows"):
         require_rows("predict", {"predict": None, "validation": None})
+
+
+@pytest.mark.parametrize("several", [{"num_devices": 2}, {"num_nodes": 3}])
+def test_a_strategy_of_one_device_is_not_given_several(several):
+    check_trainer_options(trainer(strategy=SingleDeviceStrategy("cpu")))
+    with pytest.raises(UserError, match=r"would leave all but one of \d devices on \d nodes unused: set .* ddp"):
+        check_trainer_options(trainer(strategy=SingleDeviceStrategy("cpu"), **several))
+
+
+@pytest.mark.parametrize("name", ["{step", "step}", "{step:x", "{step:q}", "{}}"])
+def test_a_name_of_checkpoints_with_a_broken_brace_is_refused_before_the_first_is_written(name, tmp_path):
+    for right in (None, "{epoch}-{step:06d}-{val/loss:.2f}", "end"):
+        check_tools(trainer(callbacks=[ModelCheckpoint(tmp_path, filename=right)]), "fit")
+    with pytest.raises(UserError, match=rf"trainer.callbacks: filename \({re.escape(name)}\) of ModelCheckpoint is no"):
+        check_tools(trainer(callbacks=[ModelCheckpoint(tmp_path, filename=name)]), "fit")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lit_rlhf.data.naming import parse_sources
+from lit_rlhf.data.naming import Source, parse_sources
 from lit_rlhf.data.sources import iterate_rows, place_of, weighted
 from lit_rlhf.errors import UserError
 from tests.data.small_rows import read
@@ -67,8 +67,8 @@ def test_a_bad_parquet_row_and_a_file_that_is_none_are_named(tmp_path):
 
 
 def test_a_weight_that_takes_more_rows_than_memory_holds_is_refused():
-    with pytest.raises(UserError, match=r"weight \(1e\+300\) takes 10 rows more than"):
-        weighted(np.arange(10), 1e300, seed=0)
+    with pytest.raises(UserError, match=r"weight \(1e\+300\) of a makes more than 1e\+09 rows of its 10"):
+        weighted(np.arange(10), Source("a", 1e300), seed=0)
 
 
 def test_rows_are_read_by_their_declared_columns_and_shape(tmp_path):
@@ -120,11 +120,11 @@ def test_a_row_can_be_placed_by_its_number(tmp_path):
 
 def test_a_weight_says_how_often_rows_are_taken():
     rows = np.arange(10)
-    assert np.bincount(weighted(rows, 2.0, seed=0)).tolist() == [2] * 10
-    half = weighted(rows, 0.5, seed=0)
-    assert len(set(half.tolist())) == 5 and half.tolist() == weighted(rows, 0.5, seed=0).tolist()
-    assert sorted(np.bincount(weighted(rows, 1.3, seed=0)).tolist()) == [1] * 7 + [2] * 3
-    assert len(weighted(rows, 0.01, seed=0)) == 1
+    assert np.bincount(weighted(rows, Source("a", 2.0), seed=0)).tolist() == [2] * 10
+    half = weighted(rows, Source("a", 0.5), seed=0)
+    assert len(set(half.tolist())) == 5 and half.tolist() == weighted(rows, Source("a", 0.5), seed=0).tolist()
+    assert sorted(np.bincount(weighted(rows, Source("a", 1.3), seed=0)).tolist()) == [1] * 7 + [2] * 3
+    assert len(weighted(rows, Source("a", 0.01), seed=0)) == 1
 
 
 def test_the_demo_is_a_source_of_every_kind():

@@ -86,6 +86,9 @@ def test_words_that_the_template_leaves_out_are_refused_rather_than_learnt_as_no
     header = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.text }}{{ eos_token }}{% endfor %}"  # text, where content is meant
     )
+    for letter in ("a", "t"):  # stands in the header, which is no word of the message
+        with pytest.raises(UserError, match="leaves out message 1, which is to be learnt"):
+            learnt({"prompt": [user("A")], "completion": [assistant(letter)]}, header)
     for template in ("", "{{ messages[0].content }}", header):
         with pytest.raises(UserError, match="leaves out message 1, which is to be learnt"):
             learnt(row, template)

@@ -182,6 +182,7 @@ def test_a_reward_that_fails_on_one_rank_ends_a_run_on_two_with_one_line(tmp_pat
         "trainer.max_epochs": 1,
         "trainer.logger": "false",
         "trainer.enable_progress_bar": "false",
+        "trainer.default_root_dir": "run",
     }
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root}/envs"}

@@ -25,6 +25,7 @@ THINGS = {
     "benchmarks/": "of the folder benchmarks/",
     "callbacks/test_tensorboard.py": "whole runs",
     "cli/test_configs.py": "of the folder configs/",
+    "cli/test_large_configs.py": "of the folder configs/large/",
     "cli/test_predict.py": "whole runs",
     "envs/test_compatibility.py": "a table of the docs",
     "envs/test_equivalence.py": "two environments against each other",

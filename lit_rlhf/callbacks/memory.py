@@ -14,6 +14,7 @@ from lit_rlhf.callbacks.performance import compute_dtype
 from lit_rlhf.engine.logprobs import chunk_size
 from lit_rlhf.engine.memory import bytes_of, storage_of
 from lit_rlhf.models.decoding import cache_bytes
+from lit_rlhf.models.holding import num_weights
 from lit_rlhf.models.places import parameters_of, place_of
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.trunk import runs_packed
@@ -68,7 +69,7 @@ def held_roles(module: AlignmentModule, optimizers: Sequence[Optimizer]) -> Iter
         trained, frozen = [p for p in own if p.requires_grad], [p for p in own if not p.requires_grad]
         states = [state_bytes(trained, optimizer) for optimizer in optimizers]
         known = None if None in states else sum(cast(list[int], states))
-        counts = sum(p.numel() for p in trained), sum(p.numel() for p in frozen)
+        counts = sum(map(num_weights, trained)), sum(map(num_weights, frozen))
         yield Held(role, place_of(view), *counts, bytes_of(own), bytes_of(trained), known)
 
 

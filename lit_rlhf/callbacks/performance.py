@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.batches import RolloutBatch
 from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.models.holding import num_weights
 from lit_rlhf.models.policy import Policy, Scorer
 from lit_rlhf.models.trunk import backbone
 
@@ -138,7 +139,7 @@ def matrix_weights(network: Policy | Scorer, frozen: bool = False) -> int:
     matrices = [p for p in backbone(network.model).parameters() if p.ndim >= 2 and id(p) not in embeddings]
     counted = [p for p in matrices if not (frozen and p.requires_grad)]
     # Experts lie in one (experts, in, out).
-    return sum(p.numel() // len(p) * met if p.ndim == 3 and met else p.numel() for p in counted)
+    return sum(p.numel() // len(p) * met if p.ndim == 3 and met else num_weights(p) for p in counted)
 
 
 def step_flops(network: Policy | Scorer, batch: PackedBatch, weights: int, frozen: int) -> Tensor:

@@ -16,12 +16,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.algorithms.reference_cache import ReferenceCache
 from lit_rlhf.callbacks.memory import Held, buffers, held_roles
 from lit_rlhf.callbacks.performance import matrix_weights, roles, step_flops
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.heaviest import heaviest
-from lit_rlhf.engine.memory import LiveMemory, bytes_of, counting
+from lit_rlhf.engine.memory import LiveMemory, bytes_of, counting, shapes
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.roles import OwnModel
 from lit_rlhf.rollout.rehearsal import RehearsedPlay, silence
@@ -127,6 +126,9 @@ def rehearse(
     shorten = shorten_rollout if hasattr(data, "rewards") else shorten_epoch
     if hasattr(data, "rewards"):
         data.settings = replace(data.settings, rollout_size=max(1, data.settings.rollout_size // ranks))
+        with shapes(), memory:  # adapters as reward models wait for the policy, on whose base they may stand
+            data.rewards.share(module.policy)
+            list(data.rewards.networks())
     with counting(memory), parked_apart(module, memory):
         micro_batches = shorten(module, data, accumulate, memory)
         trainer.fit(module, datamodule=data)
@@ -138,7 +140,8 @@ def rehearse(
 
 def sharing_of(strategy: Any) -> Sharing:
     """How ranks share a run by the strategy of its config: whole replicas, or shards as of FSDP2."""
-    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2].lower()
+    named = strategy["class_path"] if isinstance(strategy, Mapping) else strategy
+    name = str(named).rpartition(".")[2].lower()
     if name in ("auto", "ddpstrategy", "singledevicestrategy") or name.startswith("ddp"):
         return "replicas"
     if name == "modelparallelstrategy" or name.startswith("fsdp"):
@@ -196,15 +199,14 @@ def shorten_epoch(module: Any, data: Any, accumulate: int, memory: LiveMemory) -
         loader = dealt()
         count[0] = len(loader)
         batches: Any = heaviest(loader)
-        if hasattr(module, "reference_cache"):
-            rows = {
-                split: data.num_rows(split) for split in ("train", "val") if data.rows_dataloader(split) is not None
-            }
-            known = {data.rows_fingerprint(split): torch.zeros(number, 2) for split, number in rows.items()}
-            module.reference_cache = ReferenceCache(known)
         return DataLoader(batches * 2 * BATCHES, batch_size=None, collate_fn=as_it_is)
 
+    def fill_cache(*splits: str) -> None:  # by passes without gradients over all rows, which take less than a step
+        module.reference_cache.by_split["train"] = torch.zeros(data.num_rows("train"), 2)
+
     data.train_dataloader = train_dataloader
+    if getattr(module, "cache_reference", False):
+        module.fill_cache = fill_cache
     return count
 
 

@@ -14,7 +14,7 @@ from lit_rlhf.callbacks.memory import size_of, table
 from lit_rlhf.callbacks.performance import default_precision, dtype_of_precision, measured_flops
 from lit_rlhf.callbacks.rehearsal import Rehearsal, rehearse
 from lit_rlhf.cli.main import AlignmentCLI, make_cli
-from lit_rlhf.engine.memory import LiveMemory, shapes, stated_memory, total_memory
+from lit_rlhf.engine.memory import LiveMemory, planned_for, shapes, total_memory
 from lit_rlhf.errors import UserError, require
 
 MOST_GPUS = 2**16
@@ -32,6 +32,7 @@ class Device(NamedTuple):
     """What a run is planned for."""
 
     gpus: int | None  # None = the accelerator of the config, one of it
+    kind: str  # cuda or cpu
     memory: int  # bytes of each
     stated: bool  # by option, not found here
 
@@ -56,7 +57,7 @@ class PlanCLI(AlignmentCLI):
         if options.get("precision") is None:
             options["precision"] = "bf16-mixed" if given.gpus else default_precision(options.get("accelerator", "auto"))
         self.options = options
-        with shapes(), self.memory:
+        with planned_for(self.device.kind, self.device.memory), shapes(), self.memory:
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -89,7 +90,7 @@ def rehearsed(argv: Sequence[str]) -> tuple[PlanCLI, Rehearsal]:
     """The rehearsal of a command line, and what was made of it."""
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     cli = make_cli(PlanCLI, "lit-rlhf plan", {}, save_config_callback=None, args=list(argv), run=False)
-    with stated_memory(cli.device.memory):
+    with planned_for(cli.device.kind, cli.device.memory):
         return cli, rehearse(cli.model, cli.datamodule, cli.options, cli.memory, cli.device.gpus or 1)
 
 
@@ -106,7 +107,8 @@ def device_of(given: Any) -> Device:
     here = torch.device("cuda" if torch.cuda.is_available() and given.trainer.accelerator != "cpu" else "cpu")
     if gpus and memory is None and here.type == "cpu":
         raise UserError(f"--gpus ({gpus}): this machine has none whose memory could be asked for; add --memory, in GB")
-    return Device(gpus, total_memory(here) if memory is None else int(memory * 1e9), memory is not None)
+    size = total_memory(here) if memory is None else int(memory * 1e9)
+    return Device(gpus, "cuda" if gpus else here.type, size, memory is not None)
 
 
 def report(cli: PlanCLI, found: Rehearsal) -> Iterator[str]:

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from lit_rlhf.engine.layout import Continuations, EndToEnd, Layout
+from lit_rlhf.engine.memory import has_numbers, kind_of
 
 IMPLEMENTATION = "lit_rlhf_packed"
 # Whether the kernel takes fewer heads of keys than of queries: torch 2.12 says so, 2.11 has no such argument.
@@ -97,9 +98,9 @@ def takes_variable_lengths(q: Tensor, v: Tensor) -> bool:
     Heads of one width, at most 256 numbers and a multiple of 8, as the kernel asks for.
     """
     return (
-        q.is_cuda
+        kind_of(q.device) == "cuda"
         and q.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and (not has_numbers(q) or torch.cuda.get_device_capability(q.device) >= (8, 0))  # planned for are new ones
         and q.shape[-1] == v.shape[-1] <= 256
         and q.shape[-1] % 8 == 0
     )

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -23,7 +23,16 @@ from torch.utils._pytree import tree_leaves
 SHAPES = FakeTensorMode(allow_non_fake_inputs=True)
 # It would keep a weak reference to each tensor, and torch does not move a module's parameters that have any.
 SHAPES.fake_tensor_converter.set_tensor_memo = lambda *tensors: None  # type: ignore[method-assign]
-STATED: list[int] = []  # memory of the device that a run is planned for
+
+
+class Planned(NamedTuple):
+    """The device that a run is planned for, whichever its tensors without numbers are on."""
+
+    kind: str  # as torch calls it: cuda, cpu
+    memory: int  # bytes
+
+
+PLANNED: list[Planned] = []
 
 
 @contextmanager
@@ -46,21 +55,26 @@ def has_numbers(tensor: Tensor) -> bool:
 
 def total_memory(device: torch.device) -> int:
     """Bytes that a device has, or that it is planned to have."""
-    if STATED:
-        return STATED[-1]
+    if PLANNED:
+        return PLANNED[-1].memory
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
 
 
+def kind_of(device: torch.device) -> str:
+    """What kind of device it is, or that which a run is planned for: some code is another on each."""
+    return PLANNED[-1].kind if PLANNED else device.type
+
+
 @contextmanager
-def stated_memory(size: int) -> Iterator[None]:
-    """While inside, devices have so many bytes."""
-    STATED.append(size)
+def planned_for(kind: str, memory: int) -> Iterator[None]:
+    """While inside, tensors stand on a device of this kind and of so many bytes."""
+    PLANNED.append(Planned(kind, memory))
     try:
         yield
     finally:
-        STATED.pop()
+        PLANNED.pop()
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import cached_file, find_adapter_config_file
 
+from lit_rlhf.engine.memory import only_shapes
 from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.models.adapters import MOST_RANK, without_dropout
 from lit_rlhf.models.fingerprints import SINCE, Fingerprints, fingerprint, fingerprints
@@ -107,7 +108,7 @@ class SavedAdapter:
             with hub_or_cache(source):
                 file = cached_file(source, "adapter_model.safetensors")
             assert file is not None
-            held = load_file(file)
+            held = shapes_in(file) if only_shapes() else load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{self.name}: no adapter could be loaded there ({str(error).splitlines()[0]}); expected "
@@ -198,6 +199,12 @@ class Origin:
                     f"nothing is exported, since {folder} holds other weights than the adapter has learnt on: {SINCE}. "
                     "Put the old weights back, or name a folder that holds them by lit-rlhf export --policy"
                 )
+
+
+def shapes_in(file: str) -> dict[str, Tensor]:
+    """Tensors of the shapes in a file, by name, where none get numbers."""
+    with safe_open(file, "pt") as held:
+        return {name: torch.empty(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118 (no mapping)
 
 
 def saved_adapter(name: str | Path) -> SavedAdapter | None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf.engine.memory import only_shapes
 from lit_rlhf.errors import UserError, require
 
 FrozenDtype = Literal["float32", "bfloat16", "nf4"]
@@ -23,7 +24,7 @@ def require_frozen_dtype(frozen_dtype: str | None) -> None:
     """Refuse what is no dtype of frozen weights, or cannot be made here; before any weight is read."""
     names = get_args(FrozenDtype)
     require(frozen_dtype in (None, *names), "frozen_dtype", frozen_dtype, f"one of {', '.join(names)}, or null")
-    if frozen_dtype == "nf4":
+    if frozen_dtype == "nf4" and not only_shapes():
         require_bitsandbytes("frozen_dtype: nf4")
 
 
@@ -82,6 +83,12 @@ def quantization(held: FrozenDtype | None) -> dict[str, Any]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return {"quantization_config": config, "device_map": {"": "cpu"}}  # strategies move it
+
+
+def num_weights(parameter: Tensor) -> int:
+    """How many weights a parameter holds; in NF4 a byte holds two."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.engine.linear_head import autocast_dtype, is_plain_linear
-from lit_rlhf.engine.memory import has_numbers
+from lit_rlhf.engine.memory import has_numbers, kind_of
 
 MOST_ROWS = (
     32  # more are no faster by oneDNN; prefill has any number, and a kernel takes 0.4 MB for each shape of layer
@@ -66,7 +66,7 @@ def can_pack(network: nn.Module) -> bool:
     """Whether there is such a kernel for this network: float32 on a CPU, with oneDNN and without autocast."""
     weight = next(network.parameters())
     return (
-        weight.device.type == "cpu"
+        kind_of(weight.device) == "cpu"
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -260,11 +260,12 @@ def set_scorer_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerB
     """Let config and tokenizer of a reward model name one pad token, and pad on the right.
 
     transformers reads the score of a padded row at its last token that is not the pad token, and would read a response
-    one token early whose end pads, too. The tokenizer's own pad token serves, else its unknown or beginning token;
-    where each of them ends responses, as GPT-2's one special token does, a new one. Models with absolute positions
-    count the padding on the left.
+    one token early whose end pads, too. The tokenizer's own pad token serves, else its unknown or beginning token, else
+    the last of its further special ones; where each of them ends responses, as GPT-2's one special token does, a new
+    one. Models with absolute positions count the padding on the left.
     """
-    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    special = sorted((number for number, t in tokenizer.added_tokens_decoder.items() if t.special), reverse=True)
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *special)
     chosen = next((token for token in candidates if token is not None and token not in stops), None)
     if chosen is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})

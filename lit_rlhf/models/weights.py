@@ -17,6 +17,7 @@ from lit_rlhf.models.causes import silent_transformers
 from lit_rlhf.models.holding import FrozenDtype, dtype_of, quantization
 from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, resolve
 from lit_rlhf.models.probe import disable_dropout
+from lit_rlhf.models.rehearsal import shape_of
 from lit_rlhf.models.weight_checks import (
     architectures_of,
     check_finite,
@@ -28,6 +29,8 @@ from lit_rlhf.models.weight_checks import (
     check_special_tokens,
     has_score_head,
 )
+
+WANTED = {False: "config.json and model.safetensors", True: "config.json and a tokenizer, which are enough for a plan"}
 
 
 def load_model(
@@ -66,10 +69,11 @@ def load_model(
             generation = GenerationConfig.from_pretrained(source)
         check_sizes(config, name)
         check_special_tokens(config, generation, name)
-        if from_scratch or only_shapes():
-            model = auto_class.from_config(
-                config, attn_implementation="eager", dtype=dtype_of(held), trust_remote_code=trust_remote_code
-            )
+        options = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
+        if only_shapes():
+            model = shape_of(auto_class, config, held, **options)
+        elif from_scratch:
+            model = auto_class.from_config(config, dtype=dtype_of(held), **options)
         else:
             model = _read(auto_class, source, config, trust_remote_code, name, fresh_head, held)
     if type(model.config) is not type(config):
@@ -102,7 +106,7 @@ def _reading(source: str, name: str | Path, trust_remote_code: bool) -> Iterator
             raise
         raise UserError(
             f"{name}: no model could be loaded there ({first_line(error)}{_in_config(source, error)}). Expected a "
-            f"folder with config.json and model.safetensors, or a name on the Hugging Face hub{hint(source, error)}"
+            f"folder with {WANTED[only_shapes()]}, or a name on the Hugging Face hub{hint(source, error)}"
         ) from error
 
 

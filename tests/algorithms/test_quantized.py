@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lit_rlhf import DPO, LoRA, RewardModelReward, UserError
+from lit_rlhf.engine.memory import bytes_of, shapes
 from lit_rlhf.engine.packing import pack
+from lit_rlhf.models.holding import num_weights
 from lit_rlhf.models.loading import load_policy
 from tests.algorithms.test_lora import fit, fit_from, whole_and_resumed
 from tests.ppo_runs import Recorder, make
@@ -40,6 +42,16 @@ def test_each_stage_learns_by_an_adapter_on_a_base_in_nf4_and_goes_on_from_a_che
     assert {p.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_base_in_nf4_takes_what_a_plan_counts(inputs):
+    held = load_policy(inputs / "model", **QLORA)
+    with shapes():
+        planned = load_policy(inputs / "model", **QLORA)
+    states = [layer.weight.quant_state for layer in layers(held).values()]
+    scales = [tensor for state in states for tensor in (state.absmax, state.state2.absmax)]
+    assert bytes_of(planned.parameters()) == bytes_of([*held.parameters(), *scales])
+    assert sum(map(num_weights, planned.parameters())) == sum(map(num_weights, held.parameters()))
 
 
 def test_the_first_ratio_is_1_on_a_base_in_nf4(inputs, tmp_path):

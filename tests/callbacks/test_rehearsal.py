@@ -6,6 +6,9 @@ from lit_rlhf.callbacks.rehearsal import rehearse, sharded, sharing_of
 from lit_rlhf.engine.memory import LiveMemory, shapes
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import LoRA
+from lit_rlhf.rollout.rewards import RewardModelReward
+from lit_rlhf.rollout.scoring import Rewards
+from tests.models.test_adapter_folders import save_adapter
 from tests.stages import STAGES, make_stage, make_trainer
 
 
@@ -50,6 +53,24 @@ def test_a_parked_reference_counts_while_it_is_used_alone(inputs):
     assert parked.peaks["scoring"] == pytest.approx(copy.peaks["scoring"], rel=0.02)
 
 
+def test_cached_log_probs_of_a_reference_are_not_computed_for_a_plan(inputs, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.algorithms.reference_cache.ReferenceCache._find", None)
+    cached, copy = (planned("dpo", inputs, cache_reference=cache).peaks for cache in (True, False))
+    assert cached["training step"] < copy["training step"]
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["own base", "the policy's"])
+def test_a_reward_models_adapter_is_planned_on_its_base(lora, inputs, tmp_path):
+    save_adapter(tmp_path / "model", inputs / "model", task="SEQ_CLS")
+    memory = LiveMemory()
+    with shapes(), memory:
+        module, data = make_stage("ppo", inputs, lora=lora)
+        data.rewards = Rewards.given(RewardModelReward(str(tmp_path / "model")), None, None, None)
+    held = {row.role: row for row in rehearse(module, data, {}, memory).held}
+    assert held["reward"].place == ("adapter, own base" if lora is None else "adapter, policy's base")
+    assert (held["reward"].weights > 0.5 * held["policy"].weights) == (lora is None)
+
+
 def test_no_weight_is_read(inputs, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights are opened")
@@ -76,7 +97,12 @@ def test_shards_divide_what_is_held_but_for_what_is_gathered():
 
 @pytest.mark.parametrize(
     ("strategy", "sharing"),
-    [("auto", "replicas"), ("ddp", "replicas"), ("fsdp", "shards"), ("a.ModelParallelStrategy", "shards")],
+    [
+        ("auto", "replicas"),
+        ("ddp", "replicas"),
+        ("fsdp", "shards"),
+        ({"class_path": "a.ModelParallelStrategy", "init_args": {"timeout": 1.5}}, "shards"),
+    ],
 )
 def test_ranks_share_as_the_strategy_has_it(strategy, sharing):
     assert sharing_of(strategy) == sharing

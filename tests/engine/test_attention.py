@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 
 from lit_rlhf.engine import attention, layout
+from lit_rlhf.engine.memory import planned_for, shapes
 from lit_rlhf.engine.packing import Example, pack
 from tests.tiny import ARCHITECTURES, VOCABULARY, plain_response_logprobs, random_examples, tiny_policy
 
@@ -116,6 +117,15 @@ def test_under_autocast_the_kernel_meets_one_half_precision(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         tiny_policy("llama")(pack(random_examples(3)))
     assert met == [torch.bfloat16] * 2  # in each layer
+
+
+def test_what_is_planned_for_a_gpu_takes_the_kernel_of_gpus():
+    with shapes():
+        rows = torch.ones(5, 2, 8, dtype=torch.bfloat16)
+    for kind in ("cuda", "cpu"):
+        with planned_for(kind, memory=10**9):
+            assert attention.takes_variable_lengths(rows, rows) == (kind == "cuda")
+            assert not attention.takes_variable_lengths(rows.float(), rows.float())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlhf.engine import linear_head
 from lit_rlhf.engine.logprobs import CHUNK_MOST, nll_sum, token_logprobs
+from lit_rlhf.engine.memory import planned_for
 
 
 @pytest.mark.parametrize("rows", [5, 100])
@@ -27,6 +28,15 @@ def test_gradients_in_bfloat16_stay_within_its_rounding(problem, rows):
     for exact, rounded in zip(*gradients, strict=True):
         assert rounded.dtype == torch.float32
         assert (rounded - exact).norm() / exact.norm() < 0.02  # bfloat16 keeps eight bits
+
+
+def test_a_plan_for_a_gpu_works_on_as_many_rows_as_the_gpu_will():
+    logits = torch.empty(64, 2**18, device="meta")  # a MB a row
+    counts = []
+    for kind in ("cpu", "cuda"):
+        with planned_for(kind, memory=10**9):
+            counts.append(len(linear_head.blocks(logits)))
+    assert counts == [32, 1]
 
 
 def test_the_scale_of_the_summed_nll_is_not_rounded_to_bfloat16(problem):

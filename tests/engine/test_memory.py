@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from lit_rlhf.engine.memory import LiveMemory, Numbers, bytes_of, counting, only_shapes, shapes
+from lit_rlhf.engine.memory import (
+    LiveMemory,
+    Numbers,
+    bytes_of,
+    counting,
+    kind_of,
+    only_shapes,
+    planned_for,
+    shapes,
+    total_memory,
+)
 
 
 def test_a_storage_counts_once_however_many_tensors_look_at_it():
@@ -106,3 +116,10 @@ def test_modules_without_numbers_can_be_cast():
         layer = nn.Linear(4, 4).to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
     assert layer.to(torch.float64).weight.dtype == torch.float64
+
+
+def test_a_device_is_what_a_run_is_planned_for():
+    cpu = torch.device("cpu")
+    with planned_for("cuda", 24 * 10**9):
+        assert (kind_of(cpu), total_memory(cpu)) == ("cuda", 24 * 10**9)
+    assert kind_of(cpu) == "cpu" and total_memory(cpu) != 24 * 10**9

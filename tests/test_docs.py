@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.distributed.run import get_args_parser
 
 from lit_rlhf.cli.commands import COMMANDS
 from lit_rlhf.cli.main import main
@@ -42,8 +44,26 @@ def test_commands_name_targets_and_configs_that_exist(text):
         elif program == "python":
             module = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
             assert (ROOT / module).exists(), line
+        elif program == "torchrun":
+            launched = get_args_parser().parse_args(words)
+            assert (launched.module, launched.training_script) == (True, "lit_rlhf"), line
+            assert launched.training_script_args[0] in COMMANDS, line
+            assert all((ROOT / word).exists() for word in launched.training_script_args if word.endswith(".yaml")), line
         else:
             assert program in ("tensorboard", "pip"), line
+
+
+def test_the_job_for_slurm_asks_for_a_task_for_each_device_of_its_config():
+    (script,) = re.findall(r"```slurm\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.S)
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script, re.M))
+    (command,) = (line.split() for line in script.splitlines() if line.startswith("srun "))
+    options = dict(word.removeprefix("--").split("=") for word in command if "=" in word)
+    config = yaml.safe_load((ROOT / command[command.index("--config") + 1]).read_text())
+    assert command[1:3] == ["lit-rlhf", "fit"]
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"] == str(config["trainer"]["devices"])
+    assert asked["nodes"] == options["trainer.num_nodes"]
+    assert int(options["trainer.strategy.data_parallel_size"]) == int(asked["nodes"]) * int(asked["ntasks-per-node"])
+    assert asked["signal"].startswith("SIGUSR1@")
 
 
 SMALL = {  # appended to the commands of the README, so that they take seconds

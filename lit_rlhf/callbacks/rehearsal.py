@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_rlhf.algorithms.module import AlignmentModule
@@ -21,6 +22,7 @@ from lit_rlhf.callbacks.performance import matrix_weights, roles, step_flops
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.heaviest import heaviest
 from lit_rlhf.engine.memory import LiveMemory, bytes_of, counting, shapes
+from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.roles import OwnModel
 from lit_rlhf.rollout.rehearsal import RehearsedPlay, silence
@@ -224,13 +226,19 @@ def shorten_rollout(module: Any, data: Any, accumulate: int, memory: LiveMemory)
 
     data.backend = RehearsedPlay(phase)
     silence(data.rewards)
-    experience = module.experience
+    experience, forward_packed, most = module.experience, module.forward_packed, [0]
 
     def scored(played: Any) -> Any:
         phase("scoring")
         return experience(played)
 
-    module.experience = scored
+    def forward_heavier(packed: PackedBatch) -> list[Tensor]:  # of passes alone, the heaviest takes most
+        if len(packed.input_ids) <= most[0]:
+            return [torch.zeros(len(packed.target_ids)) for _ in range(2 if module.critic is None else 3)]
+        most[0] = len(packed.input_ids)
+        return list(forward_packed(packed))
+
+    module.experience, module.forward_packed = scored, forward_heavier
     return [updates.num_minibatches * accumulate * updates.ppo_epochs]
 
 

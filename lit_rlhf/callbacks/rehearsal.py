@@ -177,7 +177,7 @@ def sharded(peaks: Mapping[str, int], held: Sequence[Held], unit: int, ranks: in
         "scoring": weights - 2 * unit,
         "training step": weights + gradients + moments - 3 * unit,
         "optimiser step": weights + gradients + moments,
-        "between steps": weights + moments,
+        "between steps": weights + gradients + moments,  # Lightning drops gradients before the next backward pass
     }
     return {phase: size - int(away * max(0, saved.get(phase, 0))) for phase, size in peaks.items()}
 

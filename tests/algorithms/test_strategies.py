@@ -26,6 +26,48 @@ def free_port():
         return s.getsockname()[1]
 
 
+def agents(options, nodes, per_node):
+    """The ranks of a command line, started by torchrun as it is on each of several machines, here one and the same."""
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={per_node}"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    line = ["-m", "lit_rlhf", "fit", *options, f"--trainer.num_nodes={nodes}", f"--trainer.devices={per_node}"]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root}/envs"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # One of them is the meeting place: by their names all would be.
+    started = [
+        subprocess.Popen([*command, f"--rdzv-conf=is_host={int(node == 0)}", *line], env=environment, **pipes)
+        for node in range(nodes)
+    ]
+    for agent in started:
+        told, _ = agent.communicate(timeout=300)
+        assert agent.returncode == 0, told[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_two_machines_learn_what_two_devices_of_one_do(stage, tmp_path):
+    write_inputs(tmp_path)
+    config = Path(__file__).parents[2] / "configs" / f"{stage}.yaml"
+    options = ["--config", str(config), "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+    options += [f"--model.policy={tmp_path / 'model'}", "--data.validation=null", "--model.warmup_steps=0"]
+    if stage == "ppo":
+        options += [f"--data.train={tmp_path / 'prompts.jsonl'}", "--model.critic=null", "--data.monitors=null"]
+        options += ["--data.reward=tests.stages.share_of_w9", "--data.rollout_size=16", "--data.num_slots=4"]
+        options.append("--data.max_new_tokens=8")
+    else:
+        options += [f"--data.train={tmp_path / 'preference.jsonl'}"]
+    weights = []
+    for nodes in (1, 2):
+        root = tmp_path / str(nodes)
+        agents([*options, f"--trainer.default_root_dir={root}"], nodes, 2 // nodes)
+        weights.append(load_file(root / "model" / "model.safetensors"))
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights[0].items())
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     write_inputs(tmp_path)

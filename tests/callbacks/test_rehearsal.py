@@ -85,12 +85,14 @@ def test_shards_divide_what_is_held_but_for_what_is_gathered():
     # 100 of weights, 100 of gradients, 200 of moments; parts of 10: two weights and a gradient are there, 30.
     held = [Held("policy", "own model", 25, 0, 100, 100, 200), Held("logits", "", 0, 0, 50, 0, 0)]
     peaks = {"load": 100, "start": 100, "rollout": 150, "training step": 1000, "optimiser step": 450}
+    peaks["between steps"] = 420
     assert sharded(peaks, held, unit=10, ranks=4) == {
         "load": 100,
         "start": 100 - 75,
         "rollout": 150,
         "training step": 1000 - int(0.75 * (400 - 30)),
         "optimiser step": 450 - 300,
+        "between steps": 420 - 300,
     }
     assert sharded(peaks, held, 10, ranks=1) == peaks
 

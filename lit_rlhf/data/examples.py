@@ -1,6 +1,7 @@
 """Tokenised examples, packed into typed batches when asked for."""
 
 import hashlib
+import itertools
 from typing import Any
 
 import datasets
@@ -133,7 +134,8 @@ def ragged(column: pa.ChunkedArray) -> list[np.ndarray]:
     values = lists.flatten().to_numpy(zero_copy_only=False)
     if values.dtype != bool:
         values = values.astype(np.int64)
-    return np.split(values, np.cumsum(pc.list_value_length(lists).to_numpy())[:-1])
+    ends = np.cumsum(pc.list_value_length(lists).to_numpy()).tolist()
+    return [values[start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
 def load_examples(

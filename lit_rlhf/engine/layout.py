@@ -4,7 +4,7 @@ Axes: N nodes, B sequences, C cells of all sequences end to end (a shared node c
 queries and L keys of a row.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,22 @@ from torch import Tensor
 BUCKET_OVERHEAD = 20_000  # what starting another bucket costs
 MASKED_CELL = 1.7  # what a cell costs under a mask, where nothing is left out
 SHARED_GAIN = 0.8  # sequences are attended in two parts only where that costs less than this share of them whole
+
+
+class Sequences(NamedTuple):
+    """The nodes of sequences, one sequence after the other."""
+
+    nodes: np.ndarray  # (C,) int64
+    lengths: np.ndarray  # (B,) int64
+
+    def starts(self) -> np.ndarray:
+        """(B,) int64: where each begins among the nodes."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def take(self, members: np.ndarray, first: np.ndarray | int = 0, last: np.ndarray | None = None) -> "Sequences":
+        """Those of these numbers, each from its token `first` to before its token `last`."""
+        lengths = (self.lengths[members] if last is None else last) - first
+        return Sequences(self.nodes[ranges(self.starts()[members] + first, lengths)], lengths)
 
 
 class EndToEnd(NamedTuple):
@@ -60,143 +76,133 @@ class Layout(NamedTuple):
         return 1 - len(self.end_to_end.nodes) / sum(bucket.numel() for bucket in self.buckets)
 
 
-def make_layout(nodes_of: Sequence[np.ndarray], num_nodes: int, prompt_lengths: Sequence[int] | None = None) -> Layout:
-    """Layout of sequences given as node lists; every node must occur in at least one.
+def make_layout(sequences: Sequences, num_nodes: int, prompt_lengths: np.ndarray | None = None) -> Layout:
+    """Layout of sequences; every node must occur in at least one.
 
     Args:
-        nodes_of: the nodes of each sequence.
+        sequences: the nodes of each.
         num_nodes: N.
-        prompt_lengths: of each sequence, how many first nodes are also others'; None = no sequence shares any.
+        prompt_lengths: (B,) int64: of each sequence, how many first nodes are also others'; None = none shares any.
     """
-    lengths = [len(nodes) for nodes in nodes_of]
-    plan = plan_buckets(lengths)
-    buckets, sources = lay(nodes_of, plan)
-    ordered = [nodes_of[sequence] for members in plan for sequence in members]
-    all_nodes = np.concatenate(ordered)
+    plan = plan_buckets(sequences.lengths)
+    buckets, source = lay(sequences, plan, np.zeros(num_nodes, dtype=np.int64))
+    ordered = sequences.take(np.concatenate(plan))
+    end_to_end_source = np.zeros(num_nodes, dtype=np.int64)
+    end_to_end_source[ordered.nodes] = np.arange(len(ordered.nodes))
     end_to_end = EndToEnd(
-        torch.from_numpy(all_nodes.astype(np.int64)),
-        torch.from_numpy(np.concatenate([[0], np.cumsum([len(nodes) for nodes in ordered])]).astype(np.int32)),
-        len(ordered[-1]),
-        source_of(num_nodes, [(all_nodes, np.arange(len(all_nodes)))]),
+        torch.from_numpy(ordered.nodes),
+        torch.from_numpy(np.concatenate([[0], np.cumsum(ordered.lengths)]).astype(np.int32)),
+        int(ordered.lengths[-1]),
+        torch.from_numpy(end_to_end_source),
     )
     shared = None
     if prompt_lengths is not None:
-        shared = share_prompts(nodes_of, num_nodes, prompt_lengths, plan_cost(plan, lengths))
-    return Layout(buckets, source_of(num_nodes, sources), end_to_end, shared)
+        shared = share_prompts(sequences, num_nodes, prompt_lengths, plan_cost(plan, sequences.lengths))
+    return Layout(buckets, torch.from_numpy(source), end_to_end, shared)
 
 
 def share_prompts(
-    nodes_of: Sequence[np.ndarray], num_nodes: int, prompt_lengths: Sequence[int], whole_cost: float
+    sequences: Sequences, num_nodes: int, prompt_lengths: np.ndarray, whole_cost: float
 ) -> SharedPrompts | None:
     """The same sequences in two parts, where a shared prompt is attended once; None where whole ones cost less.
 
     Args:
-        nodes_of: as of `make_layout`.
+        sequences: as of `make_layout`.
         num_nodes: likewise.
         prompt_lengths: likewise.
         whole_cost: of whole sequences, as of `plan_cost`.
     """
-    sharing: dict[int, list[int]] = {}
-    for sequence, nodes in enumerate(nodes_of):
-        sharing.setdefault(int(nodes[0]), []).append(sequence)
-    squares, parts = [], []
-    for group in sharing.values():
-        P, lengths = prompt_lengths[group[0]], [len(nodes_of[sequence]) for sequence in group]
-        whole = cost(len(group), max(lengths))
-        if len(group) > 1 and P**2 + sum(cost(1, length, length - P) for length in lengths) < whole:
-            squares.append(nodes_of[group[0]][:P])
-            parts.extend(group)
-        else:
-            squares.extend(nodes_of[sequence] for sequence in group)
-    if not parts:
+    if 2 * BUCKET_OVERHEAD >= SHARED_GAIN * whole_cost:
         return None
-    lengths, queries = [len(nodes_of[s]) for s in parts], [len(nodes_of[s]) - prompt_lengths[s] for s in parts]
-    square_plan, part_plan = plan_buckets([len(nodes) for nodes in squares]), plan_buckets(lengths, queries)
-    split = plan_cost(square_plan, [len(nodes) for nodes in squares]) + plan_cost(part_plan, lengths, queries)
-    if split >= SHARED_GAIN * whole_cost:
+    lengths, own_lengths = sequences.lengths, sequences.lengths - prompt_lengths
+    _, leaders, group = np.unique(sequences.nodes[sequences.starts()], return_index=True, return_inverse=True)
+    sizes, longest = np.bincount(group), np.zeros(len(leaders), dtype=np.int64)
+    np.maximum.at(longest, group, lengths)
+    parted = prompt_lengths[leaders] ** 2 + np.bincount(group, MASKED_CELL * lengths * own_lengths)
+    split = (sizes > 1) & (parted < sizes * longest**2)
+    if not split.any():
         return None
-    buckets, sources = lay(squares, square_plan)
-    after = sum(bucket.numel() for bucket in buckets)
-    own = [nodes_of[s][prompt_lengths[s] :] for s in parts]
-    query_cells, query_sources = lay(own, part_plan, after)
-    key_cells, _ = lay([nodes_of[s] for s in parts], part_plan)
-    starts = [torch.tensor([prompt_lengths[parts[i]] for i in members]) for members in part_plan]
-    continuations = tuple(Continuations(*each) for each in zip(query_cells, key_cells, starts, strict=True))
-    return SharedPrompts(buckets, continuations, source_of(num_nodes, sources + query_sources))
+    parts, whole = np.flatnonzero(split[group]), np.flatnonzero(~split[group])
+    prompts = sequences.take(leaders[split], last=prompt_lengths[leaders[split]])
+    rest = sequences.take(whole)
+    squares = Sequences(*(np.concatenate(pair) for pair in zip(prompts, rest, strict=True)))
+    continued, own = sequences.take(parts), sequences.take(parts, prompt_lengths[parts])
+    square_plan, part_plan = plan_buckets(squares.lengths), plan_buckets(continued.lengths, own.lengths)
+    split_cost = plan_cost(square_plan, squares.lengths) + plan_cost(part_plan, continued.lengths, own.lengths)
+    if split_cost >= SHARED_GAIN * whole_cost:
+        return None
+    buckets, source = lay(squares, square_plan, np.zeros(num_nodes, dtype=np.int64))
+    queries, source = lay(own, part_plan, source, offset=sum(bucket.numel() for bucket in buckets))
+    keys, _ = lay(continued, part_plan, np.zeros(num_nodes, dtype=np.int64))
+    starts = [torch.from_numpy(prompt_lengths[parts[members]]) for members in part_plan]
+    continuations = tuple(Continuations(*each) for each in zip(queries, keys, starts, strict=True))
+    return SharedPrompts(buckets, continuations, torch.from_numpy(source))
 
 
 def lay(
-    nodes_of: Sequence[np.ndarray], plan: Sequence[Sequence[int]], offset: int = 0
-) -> tuple[tuple[Tensor, ...], list[tuple[np.ndarray, np.ndarray]]]:
-    """Each bucket's (n, L) cells; and of each sequence its nodes and the cells where they stand, counted from `offset`.
+    sequences: Sequences, plan: Sequence[np.ndarray], source: np.ndarray, offset: int = 0
+) -> tuple[tuple[Tensor, ...], np.ndarray]:
+    """Each bucket's (n, L) cells; and the (N,) `source` with the cells, from `offset` on, where their nodes now stand.
 
     Cells right of an end hold node 0. No real query sees them (attention is causal) and no output is read there.
     """
-    buckets, sources = [], []
-    for members in plan:
-        L = max(len(nodes_of[sequence]) for sequence in members)
-        cells = np.zeros((len(members), L), dtype=np.int64)
-        for row, sequence in enumerate(members):
-            nodes = nodes_of[sequence]
-            cells[row, : len(nodes)] = nodes
-            sources.append((nodes, offset + row * L + np.arange(len(nodes))))
-        buckets.append(torch.from_numpy(cells))
-        offset += cells.size
-    return tuple(buckets), sources
+    ordered = sequences.take(np.concatenate(plan))
+    rows = np.array([len(members) for members in plan])
+    widths = np.maximum.reduceat(ordered.lengths, np.cumsum(rows) - rows)
+    row_widths = np.repeat(widths, rows)
+    filled = ranges(np.cumsum(row_widths) - row_widths, ordered.lengths)
+    cells, source = np.zeros(row_widths.sum(), dtype=np.int64), source.copy()
+    cells[filled] = ordered.nodes
+    source[ordered.nodes] = offset + filled
+    buckets = torch.from_numpy(cells).split((rows * widths).tolist())
+    return tuple(bucket.view(len(members), -1) for bucket, members in zip(buckets, plan, strict=True)), source
 
 
-def source_of(num_nodes: int, sources: Iterable[tuple[np.ndarray, np.ndarray]]) -> Tensor:
-    """(N,) int64: a cell where each node stands; of a node in several, the last."""
-    source = np.zeros(num_nodes, dtype=np.int64)
-    for nodes, cells in sources:
-        source[nodes] = cells
-    return torch.from_numpy(source)
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(sum of lengths,) int64: the numbers of each range in turn."""
+    return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
 
 
-def cost(rows: int, keys: int, queries: int | None = None) -> float:
-    """Of attention over a bucket, in cells of a causal square; `queries` of its rows if they are fewer than keys."""
-    return rows * keys * (keys if queries is None else MASKED_CELL * queries)
-
-
-def plan_cost(plan: Sequence[Sequence[int]], lengths: Sequence[int], queries: Sequence[int] | None = None) -> float:
-    """Of attention over all buckets."""
+def plan_cost(plan: Sequence[np.ndarray], lengths: np.ndarray, queries: np.ndarray | None = None) -> float:
+    """Of attention over all buckets, in cells of a causal square; `queries` of each sequence if fewer than its keys."""
     return sum(
-        cost(len(rows), max(lengths[i] for i in rows), None if queries is None else max(queries[i] for i in rows))
+        len(rows) * lengths[rows].max() * (lengths if queries is None else MASKED_CELL * queries)[rows].max()
         + BUCKET_OVERHEAD
         for rows in plan
     )
 
 
 def plan_buckets(
-    lengths: Sequence[int], queries: Sequence[int] | None = None, overhead: float = BUCKET_OVERHEAD
-) -> list[list[int]]:
+    lengths: np.ndarray, queries: np.ndarray | None = None, overhead: float = BUCKET_OVERHEAD
+) -> list[np.ndarray]:
     """Partition sequences into buckets so that padded attention plus a fixed cost per bucket is least.
 
     Dynamic programming over the sorted lengths: a bucket of n sequences, the longest of length L, costs
-    n L^2 + overhead. Optimal, since an optimal partition is contiguous in sorted order; of continuations, whose queries
-    are fewer than keys, the best of those that are.
+    n L^2 + overhead. Optimal, since an optimal partition is contiguous in sorted order and parts none that are alike;
+    of continuations, whose queries are fewer than keys, the best of those that are.
 
     Args:
-        lengths: length of each sequence.
-        queries: how many of its last tokens are queries; None = all.
+        lengths: (B,) length of each sequence.
+        queries: (B,) how many of its last tokens are queries; None = all.
         overhead: cost of one more bucket, in cells.
 
     Returns:
-        Lists of sequence numbers, shortest bucket first; within a bucket, by length.
+        Arrays of sequence numbers, shortest bucket first; within a bucket, by length.
     """
-    order = np.argsort(lengths, kind="stable")
-    keys = np.asarray(lengths, dtype=np.float64)[order]
-    widths = None if queries is None else MASKED_CELL * np.asarray(queries, dtype=np.float64)[order]
-    n = len(order)
-    best = np.zeros(n + 1)
-    cut = np.zeros(n + 1, dtype=np.int64)
-    for end in range(1, n + 1):
-        widest = keys[end - 1] if widths is None else np.maximum.accumulate(widths[:end][::-1])[::-1]
-        costs = best[:end] + np.arange(end, 0, -1) * keys[end - 1] * widest + overhead
+    widths = lengths if queries is None else queries
+    order = np.lexsort((widths, lengths))
+    sizes = np.stack([lengths[order], widths[order]])
+    firsts = np.flatnonzero(np.concatenate([[True], (sizes[:, 1:] != sizes[:, :-1]).any(0)]))  # of each kind
+    keys, widths = sizes[:, firsts].astype(np.float64)
+    bounds = np.append(firsts, len(order))
+    best, cut = np.zeros(len(bounds)), np.zeros(len(bounds), dtype=np.int64)
+    for end in range(1, len(bounds)):
+        widest = keys[end - 1] if queries is None else MASKED_CELL * np.maximum.accumulate(widths[:end][::-1])[::-1]
+        costs = best[:end] + (bounds[end] - bounds[:end]) * keys[end - 1] * widest + overhead
         cut[end] = costs.argmin()
         best[end] = costs[cut[end]]
-    buckets = []
-    while n > 0:
-        buckets.append(order[cut[n] : n].tolist())
-        n = int(cut[n])
+    buckets, end = [], len(bounds) - 1
+    while end > 0:
+        buckets.append(order[bounds[cut[end]] : bounds[end]])
+        end = int(cut[end])
     return buckets[::-1]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_rlhf.engine.layout import Layout, make_layout
+from lit_rlhf.engine.layout import Layout, Sequences, make_layout, ranges
 
 
 class Example(NamedTuple):
@@ -68,42 +68,43 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         ValueError: an empty prompt or response, or examples that differ in their number of responses.
     """
     num_responses = len(examples[0].responses)
-    nodes_of: list[np.ndarray] = [np.empty(0)] * (num_responses * len(examples))
-    input_ids, position_ids = [], []
-    prompt_lengths = [0] * len(nodes_of)
-    parts: list[list[np.ndarray]] = [[] for _ in nodes_of]
-    start = 0
     for i, example in enumerate(examples):
         if len(example.responses) != num_responses:
             raise ValueError(f"example {i} has {len(example.responses)} responses, the first has {num_responses}")
-        P = len(example.prompt_ids)
-        if P == 0 or any(len(response) == 0 for response in example.responses):
+        if len(example.prompt_ids) == 0 or any(len(response) == 0 for response in example.responses):
             raise ValueError(f"example {i} has an empty prompt or response; drop such rows before packing")
-        prompt_nodes = np.arange(start, start + P)
-        input_ids.append(example.prompt_ids)
-        position_ids.append(np.arange(P))
-        start += P
-        for k, response in enumerate(example.responses):
-            T = len(response)
-            nodes = np.concatenate([prompt_nodes, np.arange(start, start + T)])
-            input_ids.append(response)
-            position_ids.append(np.arange(P, P + T))
-            start += T
-            predictors, targets = nodes[P - 1 : -1], np.asarray(response)
-            if example.loss_masks is not None:
-                mask = np.asarray(example.loss_masks[k], dtype=bool)
-                predictors, targets = predictors[mask], targets[mask]
-            sequence = k * len(examples) + i
-            nodes_of[sequence], prompt_lengths[sequence] = nodes, P
-            parts[sequence] = [predictors, targets, np.full(len(targets), sequence)]
+    # Nodes: of each example the prompt, then its responses.
+    spans = [(example.prompt_ids, *example.responses) for example in examples]
+    span_lengths = np.array([[len(ids) for ids in row] for row in spans])
+    span_starts = (np.cumsum(span_lengths) - span_lengths.ravel()).reshape(span_lengths.shape)
+    input_ids = np.concatenate([ids for row in spans for ids in row]).astype(np.int64)
+    span_positions = np.zeros_like(span_starts)
+    span_positions[:, 1:] = span_lengths[:, :1]
+    position_ids = np.arange(len(input_ids)) - np.repeat((span_starts - span_positions).ravel(), span_lengths.ravel())
 
-    predictors, target_ids, sequence_ids = (np.concatenate(column) for column in zip(*parts, strict=True))
+    # Sequences: response 0 of every example, then response 1 of every example, and so on.
+    P, T = np.tile(span_lengths[:, 0], num_responses), span_lengths[:, 1:].T.ravel()
+    prompt_starts, response_starts = np.tile(span_starts[:, 0], num_responses), span_starts[:, 1:].T.ravel()
+    halves = np.stack([prompt_starts, response_starts], axis=1), np.stack([P, T], axis=1)
+    sequences = Sequences(ranges(*(half.ravel() for half in halves)), P + T)
+    predictors = sequences.nodes[ranges(sequences.starts() + P - 1, T)]
+    targets, sequence_ids = ranges(response_starts, T), np.repeat(np.arange(len(T)), T)
+    if any(example.loss_masks is not None for example in examples):
+        mask = np.concatenate([mask_of(example, k) for k in range(num_responses) for example in examples])
+        predictors, targets, sequence_ids = predictors[mask], targets[mask], sequence_ids[mask]
     return PackedBatch(
-        input_ids=torch.as_tensor(np.concatenate(input_ids), dtype=torch.int64),
-        position_ids=torch.as_tensor(np.concatenate(position_ids), dtype=torch.int64),
-        layout=make_layout(nodes_of, start, prompt_lengths if num_responses > 1 else None),
-        predictors=torch.as_tensor(predictors, dtype=torch.int64),
-        target_ids=torch.as_tensor(target_ids, dtype=torch.int64),
-        sequence_ids=torch.as_tensor(sequence_ids, dtype=torch.int64),
-        last_nodes=torch.as_tensor(np.array([nodes[-1] for nodes in nodes_of]), dtype=torch.int64),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        layout=make_layout(sequences, len(input_ids), P if num_responses > 1 else None),
+        predictors=torch.from_numpy(predictors),
+        target_ids=torch.from_numpy(input_ids[targets]),
+        sequence_ids=torch.from_numpy(sequence_ids),
+        last_nodes=torch.from_numpy(response_starts + T - 1),
     )
+
+
+def mask_of(example: Example, response: int) -> np.ndarray:
+    """(T,) bool: which tokens of this response the loss counts."""
+    if example.loss_masks is None:
+        return np.ones(len(example.responses[response]), dtype=bool)
+    return np.asarray(example.loss_masks[response], dtype=bool)

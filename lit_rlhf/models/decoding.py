@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from lit_rlhf.engine.layout import make_layout
+from lit_rlhf.engine.layout import Sequences, make_layout
 from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.models.decoder import Decoder
 from lit_rlhf.models.graphs import GraphedStep, can_capture
@@ -105,7 +105,7 @@ class SlotDecoder(Decoder):
         device = self.policy.model.device
         lengths = lengths[slots]
         ends = lengths.cumsum()
-        nodes_of = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        sequences = Sequences(np.arange(ends[-1]), lengths)
         ids = np.concatenate([input_ids[slot, :length] for slot, length in zip(slots, lengths, strict=True)])
         positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
         rows = torch.from_numpy(np.repeat(self.rows[slots], lengths)).to(device)
@@ -114,7 +114,7 @@ class SlotDecoder(Decoder):
             torch.from_numpy(ids).to(device)[None],
             positions[None],
             self.cache,
-            layout=move_data_to_device(make_layout(nodes_of, num_nodes=int(ends[-1])), device),
+            layout=move_data_to_device(make_layout(sequences, num_nodes=int(ends[-1])), device),
             nodes=torch.from_numpy(ends - 1).to(device),
         )
 

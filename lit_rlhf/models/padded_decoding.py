@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from lit_rlhf.engine.layout import make_layout
+from lit_rlhf.engine.layout import Sequences, make_layout
 from lit_rlhf.models.decoder import Decoder, in_order
 from lit_rlhf.models.policy import Policy
 
@@ -108,8 +108,8 @@ class RecomputingDecoder(Decoder):
         device = self.policy.model.device
         ids = np.concatenate([input_ids[slot, : lengths[slot]] for slot in slots])
         ends = lengths[slots].cumsum()
-        nodes_of = [np.arange(end - length, end) for end, length in zip(ends, lengths[slots], strict=True)]
-        layout = move_data_to_device(make_layout(nodes_of, num_nodes=len(ids)), device)
+        sequences = Sequences(np.arange(len(ids)), lengths[slots])
+        layout = move_data_to_device(make_layout(sequences, num_nodes=len(ids)), device)
         return self.policy.recompute(torch.from_numpy(ids).to(device), layout, torch.from_numpy(ends - 1).to(device))
 
     def _decode(self, slots: np.ndarray, num_active: int, input_ids: np.ndarray, lengths: np.ndarray) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.engine.attention import IMPLEMENTATION
-from lit_rlhf.engine.layout import Layout, make_layout
+from lit_rlhf.engine.layout import Layout, Sequences, make_layout
 from lit_rlhf.engine.memory import only_shapes
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import TOLERANCE, difference, first_difference, said, silent_transformers, watched
@@ -105,7 +105,7 @@ class Sample:
         starts = 0, (context_length(model.config) or LENGTHS[1]) - LENGTHS[1]
         each = [start + torch.arange(length) for start, length in zip(starts, LENGTHS, strict=True)]
         self.positions = torch.cat(each)
-        self.layout: Layout = make_layout(np.split(np.arange(len(self.ids)), LENGTHS[:1]), len(self.ids))
+        self.layout: Layout = make_layout(Sequences(np.arange(len(self.ids)), np.array(LENGTHS)), len(self.ids))
         self.parts = [
             {"input_ids": part[None], "use_cache": False, "position_ids": where[None]}
             for part, where in zip(self.ids.split(LENGTHS), each, strict=True)

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from lit_rlhf.engine import layout
-from lit_rlhf.engine.layout import MASKED_CELL, make_layout, plan_buckets
+from lit_rlhf.engine.layout import MASKED_CELL, Sequences, make_layout, plan_buckets
 from lit_rlhf.engine.packing import Example, pack
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_bucket_plan_is_the_cheapest_of_all_partitions(seed):
-    lengths = np.random.default_rng(seed).integers(1, 30, 6).tolist()
+    lengths = np.random.default_rng(seed).integers(1, 30, 6)
     overhead = 150.0
 
     def cost(buckets):
@@ -27,16 +27,22 @@ def test_bucket_plan_is_the_cheapest_of_all_partitions(seed):
             for i, block in enumerate(partition):
                 yield [*partition[:i], [head, *block], *partition[i + 1 :]]
 
-    planned = plan_buckets(lengths, overhead=overhead)
+    planned = as_lists(plan_buckets(lengths, overhead=overhead))
     assert sorted(itertools.chain.from_iterable(planned)) == list(range(6))
     assert cost(planned) == min(cost(p) for p in partitions(list(range(6))))
 
 
 def test_of_continuations_the_plan_counts_queries_under_a_mask():
-    lengths, queries, overhead = [100, 102, 104, 400], [4, 90, 4, 4], 0.0
+    lengths, queries, overhead = np.array([100, 102, 104, 400]), np.array([4, 90, 4, 4]), 0.0
     # By length alone each would have a bucket of its own; they have, and none is widened by its neighbour's queries.
-    assert plan_buckets(lengths, queries, overhead) == [[0], [1], [2], [3]]
-    assert plan_buckets(lengths, queries, MASKED_CELL * 4 * 400 * 90) == [[0, 1, 2, 3]]  # more than any saving
+    assert as_lists(plan_buckets(lengths, queries, overhead)) == [[0], [1], [2], [3]]
+    more_than_any_saving = MASKED_CELL * 4 * 400 * 90
+    assert as_lists(plan_buckets(lengths, queries, more_than_any_saving)) == [[0, 1, 2, 3]]
+
+
+def as_lists(plan):
+    """The members of each bucket."""
+    return [members.tolist() for members in plan]
 
 
 def long_prompt(tokens, responses, first=1):
@@ -88,7 +94,7 @@ def test_shared_or_whole_every_node_has_a_cell_of_its_own(monkeypatch):
 
 
 def test_a_layout_of_sequences_that_share_nothing_knows_no_prompts():
-    assert make_layout([np.arange(3000), np.arange(3000, 3004)], 3004).shared is None
+    assert make_layout(Sequences(np.arange(3004), np.array([3000, 4])), 3004).shared is None
 
 
 def test_the_end_to_end_layout_lists_each_sequence_in_turn():

@@ -97,6 +97,10 @@ class AlignmentCLI(LightningCLI):
                 action.help = "As of the Trainer; null = bf16-mixed where the device has units for it, else 32-true."
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that the command line begins with; a parser takes long to make, and none is asked for the others'."""
+        return {name: skipped for name, skipped in super().subcommands().items() if name in runs()}
+
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """The usage line names all commands; each command's own, made before, does not repeat them."""
         super().setup_parser(*args, **kwargs)
@@ -253,9 +257,15 @@ def command(argv: list[str], from_shell: bool) -> None:
         run(None if from_shell else argv)  # LightningCLI warns when it is handed the process's own arguments
 
 
+def runs() -> dict[str, str]:
+    """Of the runs, the one that the command line begins with; all of them where it begins with a config."""
+    named = Parser.typed[:1]
+    return {name: said for name, said in RUNS.items() if named == [name]} or RUNS
+
+
 def run(argv: list[str] | None) -> Any:
     """One LightningCLI run; None reads the process's own arguments."""
-    described = {"description": DESCRIPTION, **{name: {"description": said} for name, said in RUNS.items()}}
+    described = {"description": DESCRIPTION, **{name: {"description": said} for name, said in runs().items()}}
     return make_cli(AlignmentCLI, "lit-rlhf", described, save_config_callback=WholeConfig, args=argv)
 
 

@@ -23,7 +23,7 @@ demo: setup
 
 test: export OMP_NUM_THREADS = 1
 test: setup
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "not gpu"

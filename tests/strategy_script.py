@@ -1,7 +1,14 @@
-"""Run by `test_strategies.py` under torchrun: all four stages a few steps under one strategy; prints JSON."""
+"""Run by `test_strategies.py`: all four stages a few steps under one strategy, on two ranks; writes JSON.
+
+The ranks are forked from one process that has read the libraries, with the environment that torchrun would give them.
+"""
 
 import json
+import multiprocessing
+import os
+import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,11 +130,12 @@ def gather(mine: Any) -> list[Any]:
     return ranks
 
 
-def main(folder: Path, name: str) -> None:
-    """Fit each stage; rank 0 prints what came out."""
+def main(folder: Path, name: str, runs: Sequence[str]) -> None:
+    """Fit each of these runs, or all; rank 0 writes what came out."""
     reference_cache.Parts.load = parts_of_rank_0  # type: ignore[method-assign]
     results: dict[str, Any] = {}
-    for run, (stage, options) in RUNS.items():
+    for run in runs or RUNS:
+        stage, options = RUNS[run]
         seed_everything(0, verbose=False)  # FSDP2 shards what each rank has drawn, as the CLI's runs do
         # Left to itself, this strategy takes both processes for one tensor-parallel group and shards nothing.
         sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
@@ -148,6 +156,7 @@ def main(folder: Path, name: str) -> None:
             callbacks=[HuggingFaceExport(), shares, *watching.get(run, [])],
             enable_progress_bar=False,
             enable_model_summary=False,
+            num_sanity_val_steps=0,
             enable_checkpointing=run == "best_reward_model",
             logger=False,
             **options,
@@ -180,5 +189,27 @@ def main(folder: Path, name: str) -> None:
         (folder / f"{name}.json").write_text(json.dumps(results))
 
 
+def free_port() -> int:
+    """Of this machine."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def one_rank(rank: int, port: int, folder: Path, name: str, runs: Sequence[str]) -> None:
+    """As torchrun would start it."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    os.environ.update({key: str(value) for key, value in {**ranks, **where}.items()})
+    main(folder, name, runs)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    port, forked = free_port(), multiprocessing.get_context("fork")
+    args = port, Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    ranks = [forked.Process(target=one_rank, args=(rank, *args)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(any(process.exitcode for process in ranks))

@@ -112,7 +112,7 @@ def share_prompts(
         prompt_lengths: likewise.
         whole_cost: of whole sequences, as of `plan_cost`.
     """
-    if 2 * BUCKET_OVERHEAD >= SHARED_GAIN * whole_cost:
+    if SHARED_GAIN * whole_cost <= 2 * BUCKET_OVERHEAD:
         return None
     lengths, own_lengths = sequences.lengths, sequences.lengths - prompt_lengths
     _, leaders, group = np.unique(sequences.nodes[sequences.starts()], return_index=True, return_inverse=True)

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,7 @@ from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
 from lit_rlhf.cli.export import export
 from lit_rlhf.losses.advantages import Moments
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
-from tests.strategy_script import WHOLE_RUNS, WHOLE_TRAINER, outcome
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from tests.strategy_script import WHOLE_RUNS, WHOLE_TRAINER, free_port, outcome
 
 
 def agents(options, nodes, per_node):
@@ -68,19 +61,44 @@ def test_two_machines_learn_what_two_devices_of_one_do(stage, tmp_path):
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
-    write_inputs(tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+def fit(folder, strategy, *runs):
+    """What these runs of the script, or all, come to on two ranks."""
+    write_inputs(folder)
     script = str(Path(__file__).parents[1] / "strategy_script.py")
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root}/envs"}
     done = subprocess.run(
-        [*command, script, str(tmp_path), strategy], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, script, str(folder), strategy, *runs],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / f"{strategy}.json").read_text())
 
-    results = json.loads((tmp_path / f"{strategy}.json").read_text())
+
+def check_whole_steps(results, folder):
+    """Same loss, same gradient, same weights, whether the head sees all of its tokens at once or a few at a time."""
+    for run, (stage, options) in WHOLE_RUNS.items():
+        seed_everything(0, verbose=False)
+        module, data = make_stage(stage, folder, **options)
+        trainer = make_trainer(folder, **WHOLE_TRAINER)
+        trainer.fit(module, data)
+        alone, together = outcome(trainer, module), results[run]
+        assert alone["steps"] == together["steps"] == 1
+        for name, value in alone["metrics"].items():
+            assert together["metrics"][name] == pytest.approx(value, rel=1e-4), (run, name)
+        assert together["checksum"] == pytest.approx(alone["checksum"], rel=1e-7)
+
+
+def test_a_step_of_the_whole_data_set_under_ddp_is_the_step_that_one_device_takes(tmp_path):
+    check_whole_steps(fit(tmp_path, "ddp", *WHOLE_RUNS), tmp_path)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
+    results = fit(tmp_path, strategy)
     assert set(results) == {
         *STAGES,
         "stopped_ppo",
@@ -115,18 +133,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert json.loads((root / "model" / "config.json").read_text())["score_bias"] == pytest.approx(-moments.mean.item())
     assert moments.size == 2 * 24 and abs(moments.mean) > 1e-4
 
-    # A step of the whole data set is the step that one device takes: same loss, same gradient, same weights, whether
-    # the head sees all of its tokens at once or a few at a time.
-    for run, (stage, options) in WHOLE_RUNS.items():
-        seed_everything(0, verbose=False)
-        module, data = make_stage(stage, tmp_path, **options)
-        trainer = make_trainer(tmp_path, **WHOLE_TRAINER)
-        trainer.fit(module, data)
-        alone, together = outcome(trainer, module), results[run]
-        assert alone["steps"] == together["steps"] == 1
-        for name, value in alone["metrics"].items():
-            assert together["metrics"][name] == pytest.approx(value, rel=1e-4), (run, name)
-        assert together["checksum"] == pytest.approx(alone["checksum"], rel=1e-7)
+    check_whole_steps(results, tmp_path)
 
     # A minibatch of PPO is divided by its tokens on all ranks, of which each has a share.
     mine, other = results["ppo"]["shares"]

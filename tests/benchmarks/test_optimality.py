@@ -260,7 +260,7 @@ class TestModules:
     @pytest.mark.parametrize(
         ("beta", "iterations", "gap", "kl"),
         [
-            (0.1, 60, 0.02, 0.1),
+            (0.1, 30, 0.02, 0.1),
             pytest.param(0.1, ITERATIONS, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
             pytest.param(0.5, ITERATIONS, 0.005, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
         ],
@@ -271,15 +271,16 @@ class TestModules:
         assert evaluation.gap <= gap
         assert evaluation.kl_to_optimum <= kl
 
-    def test_the_implicit_reward_of_dpo_through_the_trainer_is_the_reward(self, words, folder):
+    @pytest.mark.parametrize(("copies", "slope_error"), [(40, 0.15), pytest.param(80, 0.1, marks=pytest.mark.slow)])
+    def test_the_implicit_reward_of_dpo_through_the_trainer_is_the_reward(self, words, folder, copies, slope_error):
         beta, tree = 0.5, words.tree
         compared = is_sentence(tree) & (tree.completions == EOS).any(1)
         oracle = words.oracle(beta)
-        module = learn_dpo_module(folder, all_pairs(words, compared, 80), beta, epochs=16)
+        module = learn_dpo_module(folder, all_pairs(words, compared, copies), beta, epochs=16)
         implicit = beta * (oracle.logprobs(causal_lm(module.policy.model)) - oracle.ref_logprobs)[0, compared]
         rewards = oracle.rewards[0, compared]
         assert torch.corrcoef(torch.stack([implicit, rewards]))[0, 1] >= 0.99
-        assert np.polyfit(rewards.numpy(), implicit.numpy(), 1)[0] == pytest.approx(1, abs=0.1)
+        assert np.polyfit(rewards.numpy(), implicit.numpy(), 1)[0] == pytest.approx(1, abs=slope_error)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("order", [0, 1])
@@ -293,7 +294,7 @@ class TestModules:
         assert kl_divergence(logprobs, oracle.optimal_logprobs).item() <= kl
 
     @pytest.mark.parametrize(
-        ("copies", "correlation", "error"), [(20, 0.97, 0.25), pytest.param(60, 0.99, 0.15, marks=pytest.mark.slow)]
+        ("copies", "correlation", "error"), [(10, 0.94, 0.3), pytest.param(60, 0.99, 0.15, marks=pytest.mark.slow)]
     )
     def test_the_reward_model_through_the_trainer_recovers_the_reward_and_is_calibrated(
         self, words, folder, copies, correlation, error

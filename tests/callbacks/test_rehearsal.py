@@ -33,7 +33,7 @@ def taken(stage, inputs, folder, **options):
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(r=4)], ids=["full", "lora"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", "ppo", *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES[1:-1])])
 def test_a_run_takes_what_was_planned(stage, lora, inputs, tmp_path):
     plan = planned(stage, inputs, lora=lora)
     assert max(plan.peaks.values()) == pytest.approx(taken(stage, inputs, tmp_path, lora=lora), rel=0.05)

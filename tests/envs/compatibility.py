@@ -3,15 +3,11 @@
     make compatibility
     make rllib
 
-A row stands for the tests that carry the same marker `plays(package, what, on)`; `--collect` lists the markers and runs
-nothing. RLlib runs in an environment of its own, where `python tests/envs/compatibility.py ray` rewrites its rows and
-no others.
+A row stands for the tests that carry the same marker `plays(package, what, on)`. RLlib runs in an environment of its
+own, where `python tests/envs/compatibility.py ray` rewrites its rows and no others.
 """
 
-import json
-import subprocess
 import sys
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +18,9 @@ FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "token_mdp.md"
 BEGIN, END = "<!-- written by `make compatibility` -->\n", "<!-- end -->"
 HEADER = "| Package | Version | Gymnasium | What | On | Tests |\n|---|---|---|---|---|---|\n"
+MARKED = pytest.StashKey[
+    list
+]()  # of a run of pytest: the tests that have a marker, each file with the marker's arguments
 ORDER = ("gymnasium", "stable_baselines3", "sb3_contrib", "torchrl", "tianshou", "ray")
 
 
@@ -69,13 +68,6 @@ def written() -> list[Row]:
     return [Row(*line.strip("| ").split(" | ")) for line in lines]
 
 
-def collected() -> list[tuple[list[str], int]]:
-    """The arguments of every marker whose package is installed, and the number of tests that carry it."""
-    program = [sys.executable, __file__, "--collect"]  # by itself, so that no collection runs inside of another
-    shown = subprocess.run(program, capture_output=True, text=True, check=True, cwd=FOLDER.parents[1]).stdout
-    return json.loads(shown.splitlines()[-1])
-
-
 def main(packages: list[str]) -> int:
     """Rewrite the rows of these packages, or of all but RLlib's."""
     packages = packages or [package for package in ORDER if package != "ray"]
@@ -89,9 +81,5 @@ def main(packages: list[str]) -> int:
     return int(status)
 
 
-if sys.argv[1:] == ["--collect"] and __name__ == "__main__":
-    recorder = Recorder(ORDER)
-    pytest.main([str(FOLDER), "-q", "--collect-only", "-m", "not gpu"], plugins=[recorder])
-    print(json.dumps(list(Counter(recorder.marks.values()).items())))
-elif __name__ == "__main__":
+if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -40,7 +40,7 @@ def script():
     "a single-file PPO in CleanRL's manner solves the toy task",
     "flat; native, `SyncVectorEnv` SameStep and NextStep",
 )
-@pytest.mark.parametrize("make", [native, sync, cleanrls])
+@pytest.mark.parametrize("make", [native, *(pytest.param(make, marks=pytest.mark.slow) for make in (sync, cleanrls))])
 def test_a_single_file_ppo_in_cleanrls_manner_solves_the_toy_task(make, script):
     options = script.arguments().parse_args([])
     assert script.train(options, make(options.num_envs)) >= 0.9

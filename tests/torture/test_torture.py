@@ -26,12 +26,12 @@ OPTIMIZER = {"state": {0: {"step": torch.ones(())}}, "param_groups": []}
 CHECKPOINT |= {"optimizer_states": [OPTIMIZER], "lr_schedulers": [{"last_epoch": 4}], "callbacks": {}, "epoch": 1}
 
 
-def test_killed_runs_go_on_to_the_bits_of_a_run_never_killed():
-    command = [sys.executable, "-m", "tests.torture", "kills", "--stages", "SFT", "--kills", "2", "--dry"]
+def test_a_killed_run_goes_on_to_the_bits_of_a_run_never_killed():
+    command = [sys.executable, "-m", "tests.torture", "kills", "--stages", "SFT", "--kills", "1", "--dry"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/envs"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count(": right") == 2
+    assert done.stdout.count(": right") == 1
 
 
 @pytest.fixture

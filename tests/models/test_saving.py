@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lit_rlhf import PPO, SFT, RewardModel, RewardModelReward, UserError
+from lit_rlhf import PPO, SFT, LoRA, RewardModel, RewardModelReward, UserError
 from lit_rlhf.callbacks.export import export
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.models.loading import load_policy
@@ -119,6 +119,15 @@ def test_a_pad_token_that_ends_responses_elsewhere_is_none_for_a_reward_model(tm
     folder = save_tiny(tmp_path / "lm")
     GenerationConfig(eos_token_id=[EOS, 0]).save_pretrained(folder)  # as Qwen: the pad token stops a base model
     assert AutoTokenizer.from_pretrained(exported(RewardModel(str(folder)), tmp_path / "rm")).pad_token == "<s>"
+
+
+def test_a_further_special_token_pads_where_all_that_a_tokenizer_names_end_responses(tmp_path):
+    """As Qwen3, without a beginning and an unknown token; beside an adapter a new one would have no embedding."""
+    folder = save_tiny(tmp_path / "lm")
+    GenerationConfig(eos_token_id=[EOS, 0]).save_pretrained(folder)
+    change(folder / "tokenizer_config.json", bos_token=None, unk_token=None, extra_special_tokens=["w38", "w39"])
+    scorer = exported(RewardModel(str(folder), lora=LoRA(r=2)), tmp_path / "rm")
+    assert AutoTokenizer.from_pretrained(scorer).pad_token == "w39"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

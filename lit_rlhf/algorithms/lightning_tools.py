@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -125,3 +127,9 @@ def warn_of_rounding(parameters: Iterable[Tensor], rate: float, precision: str) 
             "weights; the others are rounded to where they were, and do not learn. Use trainer.precision: "
             "bf16-mixed, which keeps the weights in float32, or 32-true"
         )
+
+
+def takes_gradients_early(trainer: Trainer) -> bool:
+    """Whether a part of the loss may go backward before the rest: each rank has whole weights, gradients no scale."""
+    whole = isinstance(trainer.strategy, SingleDeviceStrategy) or type(trainer.strategy) is DDPStrategy
+    return whole and getattr(trainer.precision_plugin, "scaler", None) is None

@@ -10,9 +10,11 @@ from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.chosen import ChosenFunction, chosen_estimator, chosen_loss
 from lit_rlhf.algorithms.kl_control import FixedKL, KLController, KLPenalty
+from lit_rlhf.algorithms.lightning_tools import takes_gradients_early
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, UpdateSettings
 from lit_rlhf.data.batches import PromptBatch, RolloutBatch
+from lit_rlhf.engine.early_backward import backward_early
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
 from lit_rlhf.errors import UserError, named_by
 from lit_rlhf.losses import PolicyTokens, ScoredRollout, value_loss
@@ -122,12 +124,11 @@ class OnPolicyModule(AlignmentModule):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         """One micro-batch of the current rollout: Σ weight · term, a mean over the tokens of the global minibatch."""
         tokens, updates = batch.packed, self.updates
+        value = [] if self.critic is None else [self.value_term(batch)]
         logprobs, entropy = self.policy(tokens, self.sampling.temperature, with_entropy=updates.entropy_coef != 0)
         policy = self.loss(PolicyTokens(logprobs, batch.old_logprobs, batch.advantages, tokens.sequence_ids))
 
-        terms = [Term("policy_loss", 1.0, policy.losses)]
-        if self.critic is not None:
-            terms.append(self.value_term(self.critic(tokens, tokens.predictors), batch))
+        terms = [Term("policy_loss", 1.0, policy.losses), *value]
         if self.kl_penalty.place == "loss":
             kl_losses = self.kl_penalty.loss(logprobs, batch.old_logprobs, batch.ref_logprobs)
             terms.append(Term("kl_loss", self.rollout_metrics["rollout/kl_coef"], kl_losses))  # β has adapted since
@@ -138,11 +139,15 @@ class OnPolicyModule(AlignmentModule):
         self.log_terms(batch, losses, terms, policy.metrics, k3(batch.old_logprobs, logprobs.detach()))
         return losses.sum() / batch.denominator
 
-    def value_term(self, values: Tensor, batch: RolloutBatch) -> Term:
-        """The critic's part of the loss."""
-        assert batch.old_values is not None and batch.returns is not None
+    def value_term(self, batch: RolloutBatch) -> Term:
+        """The critic's part of the loss; of adapters it goes backward at once, before the policy goes forward."""
+        assert self.critic is not None and batch.old_values is not None and batch.returns is not None
         settings = self.critic_settings
+        values = self.critic(batch.packed, batch.packed.predictors)
         losses = value_loss(values, batch.old_values, batch.returns, settings.value_clip_range)
+        if self.policy.adapters is not None and settings.value_coef > 0 and takes_gradients_early(self.trainer):
+            weight = settings.value_coef / (batch.denominator * self.trainer.accumulate_grad_batches)
+            losses = backward_early(losses, self.parameters(), weight)
         return Term("value_loss", settings.value_coef, losses)
 
     def log_terms(

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import DPO, PPO, SFT, LoRA, RewardModel, RewardModelReward, UserError
+from lit_rlhf.algorithms import on_policy
 from lit_rlhf.callbacks.export import HuggingFaceExport
 from lit_rlhf.cli.export import export
 from lit_rlhf.engine.packing import Example, pack
@@ -303,3 +305,17 @@ def test_a_module_comes_back_from_its_checkpoint(sft, inputs, tmp_path):
     assert loaded.policy.origin == module.policy.origin
     for name, tensor in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("hold", ["adapter", "head"])
+def test_a_critic_that_goes_backward_first_changes_no_bit(hold, inputs, tmp_path, monkeypatch):
+    early, weights = Mock(side_effect=on_policy.backward_early), []
+    monkeypatch.setattr(on_policy, "backward_early", early)
+    for takes in (True, False):
+        monkeypatch.setattr(on_policy, "takes_gradients_early", lambda trainer, takes=takes: takes)
+        torch.manual_seed(0)
+        module, data = make_stage("ppo", inputs, lora=ADAPTER, hold_critic=hold)
+        make_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=1.0).fit(module, data)
+        weights.append({name: weight.clone() for name, weight in module.state_dict().items()})
+    assert early.call_count == 2 * 2 * 2  # micro-batches of the run that takes them, all of its passes
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())

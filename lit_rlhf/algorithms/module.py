@@ -1,7 +1,6 @@
-"""What the algorithms share: the policy and its tokenizer, the optimiser, frozen networks, sharding."""
+"""What the algorithms share: the policy and its tokenizer, frozen networks, sharding, checkpoints."""
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,15 +9,11 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from lightning.pytorch.core.saving import load_hparams_from_yaml
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.checkpoint import (
     moments_of,
@@ -29,21 +24,14 @@ from lit_rlhf.algorithms.checkpoint import (
     require_state,
 )
 from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_arguments
-from lit_rlhf.algorithms.lightning_tools import (
-    require_monitors,
-    require_validation,
-    take_rate,
-    take_scheduled_rate,
-    warn_of_rounding,
-)
+from lit_rlhf.algorithms.learning import LearningModule
+from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, warn_of_rounding
 from lit_rlhf.algorithms.load_balance import name_untrained
-from lit_rlhf.algorithms.metrics import MetricsModule
-from lit_rlhf.algorithms.optimizers import make_optimizer, require_own_state
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.formats import Kind
-from lit_rlhf.engine.sharding import full_state_dict, shard, total_norm
+from lit_rlhf.engine.sharding import full_state_dict, shard
 from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.models.fingerprints import Fingerprints, require_same
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
@@ -53,10 +41,8 @@ from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
 from lit_rlhf.models.tokens import keep_to_tokens
 from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
 
-FEW_STEPS = 20  # of which one is a share worth a word
 
-
-class AlignmentModule(MetricsModule):
+class AlignmentModule(LearningModule):
     """Base of SFT, RewardModel, PPO and DPO.
 
     The constructor of a subclass calls this one, then sets `tokenizer` and the network that `exported` names
@@ -108,14 +94,12 @@ class AlignmentModule(MetricsModule):
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, adam_betas, adam_eps, lr_scheduler, warmup_steps, optimizer
         )
+        self.learning_rate = self.rate_in_use = learning_rate
         require_frozen_dtype(frozen_dtype)
         self.frozen_dtype = frozen_dtype
         self.activation_checkpointing = activation_checkpointing
-        # Apart: Lightning's LearningRateFinder sets the first of these; optimisers are made with the second.
-        self.learning_rate = self.rate_in_use = learning_rate
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
         self.frozen: dict[str, nn.Module] = {}
-        self.resumed: dict[str, Any] | None = None  # a checkpoint, until the optimiser is there
         self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
         self.untrained: str | None = None  # what is random in the network that predicts, and what to do about it
 
@@ -268,50 +252,6 @@ class AlignmentModule(MetricsModule):
             for network in self.networks():
                 shard(network, mesh["data_parallel"])
 
-    def configure_optimizers(self) -> Any:
-        """AdamW with decay on matrices only, and the schedule stepped after each optimiser step."""
-        # One kernel for the whole step. Lightning clips fp16 gradients before a fused step would unscale them.
-        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        settings = self.optimizer_settings
-        optimizer = make_optimizer(settings, self.parameter_groups(), self.modules(), fused)
-        self.rate_in_use = self.learning_rate
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            if settings.lr_scheduler != "constant" or 0 < settings.warmup_steps < 1:
-                raise UserError(
-                    f"lr_scheduler {settings.lr_scheduler!r} and a warm-up share need an end: set trainer.max_epochs "
-                    "or trainer.max_steps, or use lr_scheduler: constant with warmup_steps in steps"
-                )
-            total = 0
-        warmup = math.ceil(settings.warmup_steps * total) if settings.warmup_steps < 1 else int(settings.warmup_steps)
-        if 0 < total <= warmup:
-            rank_zero_info(f"warmup_steps ({warmup}) is all of the {int(total)} steps: learning_rate is never reached")
-        elif warmup and 0 < total < FEW_STEPS:
-            rank_zero_info(
-                f"warmup_steps: the rate begins at 0, so that the first of the {int(total)} steps moves nothing"
-            )
-        name = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
-        schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
-        if self.resumed is not None:
-            require_own_state(self.resumed, optimizer, schedule, str(self.trainer.ckpt_path))
-            self.resumed = None
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """As Lightning clips; which in mixed precision refuses a fused optimiser, as if bfloat16 were scaled too."""
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """What AdamW optimises, with learning rates and decay."""
-        return self.optimizer_settings.groups(self.parameters(), self.learning_rate)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is, and what its export needs beside weights."""
         checkpoint["algorithm"] = type(self).__name__
@@ -358,14 +298,7 @@ class AlignmentModule(MetricsModule):
         for state in self.loader_states:
             self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
         self.loader_states, self.untrained = [], None
-        if self.learning_rate != self.rate_in_use:  # set by LearningRateFinder
-            schedule = self.trainer.lr_scheduler_configs[0].scheduler
-            take_rate(self.trainer.optimizers[0], schedule, self.rate_in_use, self.learning_rate)
-            self.rate_in_use = self.learning_rate
-        elif self.trainer.global_step:
-            for plan in self.trainer.lr_scheduler_configs:
-                if isinstance(plan.scheduler, LambdaLR):
-                    take_scheduled_rate(plan.scheduler.optimizer, plan.scheduler)
+        self.take_found_rate()
         require_validation(self.trainer)
         warn_of_rounding(self.parameters(), self.learning_rate, str(self.trainer.precision))
 
@@ -385,18 +318,3 @@ class AlignmentModule(MetricsModule):
         """
         if self.untrained is not None:
             raise UserError(self.untrained)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log this step, gradient norm before clipping included; refuse one that would write NaN into the weights."""
-        self.log_step()
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = total_norm(gradients)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # fp16: inf means "scale down"
-        if not scaled and not torch.isfinite(norm):
-            raise UserError(
-                f"the gradient norm is {norm.item()} at step {self.global_step}: no step was taken and the weights are "
-                "as they were; if earlier steps have ruined them already, go back to an older checkpoint. Lower "
-                "learning_rate, set trainer.gradient_clip_val, or look for outliers in the data"
-            )
-        self.log("train/grad_norm", norm)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])

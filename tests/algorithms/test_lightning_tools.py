@@ -178,10 +178,3 @@ def test_a_rate_that_moves_the_weights_is_no_warning(recwarn):
     warn_of_rounding([weights], 1e-2, "bf16-true")
     warn_of_rounding([torch.nn.Parameter(torch.ones(8))], 1e-6, "32-true")
     assert not recwarn.list
-
-
-def test_a_warm_up_that_lasts_longer_than_the_run_is_told(inputs, tmp_path, caplog):
-    module, data = make_stage("sft", inputs, warmup_steps=1000)
-    with caplog.at_level("INFO"):
-        make_trainer(tmp_path, max_steps=2).fit(module, data)
-    assert "warmup_steps (1000) is all of the 2 steps: learning_rate is never reached" in caplog.text

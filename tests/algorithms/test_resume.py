@@ -133,15 +133,6 @@ def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(inputs, tmp_p
     assert rates.rates == [0.5e-2, 0.25e-2]  # of 1e-2, linear over 4 steps
 
 
-def test_a_short_run_with_a_warm_up_is_told_that_its_first_step_moves_nothing(inputs, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("lit_rlhf.algorithms.module.rank_zero_info", said.append)
-    for warmup in (0, 1):
-        module, data = make_stage("sft", inputs, warmup_steps=warmup)
-        make_trainer(tmp_path, max_steps=2).fit(module, data)
-    assert said == ["warmup_steps: the rate begins at 0, so that the first of the 2 steps moves nothing"]
-
-
 def test_a_damaged_state_is_refused_by_file_before_a_step_is_computed_with_it(inputs, tmp_path):
     fit("sft", inputs, tmp_path)
     file = tmp_path / "step=2.ckpt"

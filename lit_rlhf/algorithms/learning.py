@@ -1,0 +1,103 @@
+"""How weights move: the optimiser and its schedule, clipping, and the step that is not taken."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from lit_rlhf.algorithms.lightning_tools import take_rate, take_scheduled_rate
+from lit_rlhf.algorithms.metrics import MetricsModule
+from lit_rlhf.algorithms.optimizers import make_optimizer, require_own_state
+from lit_rlhf.algorithms.settings import OptimizerSettings
+from lit_rlhf.engine.sharding import total_norm
+from lit_rlhf.errors import UserError
+
+FEW_STEPS = 20  # of which one is a share worth a word
+
+
+class LearningModule(MetricsModule):
+    """A module whose weights AdamW moves, along a schedule."""
+
+    optimizer_settings: OptimizerSettings
+    # Apart: Lightning's LearningRateFinder sets the first of these; optimisers are made with the second.
+    learning_rate: float
+    rate_in_use: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resumed: dict[str, Any] | None = None  # a checkpoint, until the optimiser is there
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with decay on matrices only, and the schedule stepped after each optimiser step."""
+        # One kernel for the whole step. Lightning clips fp16 gradients before a fused step would unscale them.
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        settings = self.optimizer_settings
+        optimizer = make_optimizer(settings, self.parameter_groups(), self.modules(), fused)
+        self.rate_in_use = self.learning_rate
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            if settings.lr_scheduler != "constant" or 0 < settings.warmup_steps < 1:
+                raise UserError(
+                    f"lr_scheduler {settings.lr_scheduler!r} and a warm-up share need an end: set trainer.max_epochs "
+                    "or trainer.max_steps, or use lr_scheduler: constant with warmup_steps in steps"
+                )
+            total = 0
+        warmup = math.ceil(settings.warmup_steps * total) if settings.warmup_steps < 1 else int(settings.warmup_steps)
+        if 0 < total <= warmup:
+            rank_zero_info(f"warmup_steps ({warmup}) is all of the {int(total)} steps: learning_rate is never reached")
+        elif warmup and 0 < total < FEW_STEPS:
+            rank_zero_info(
+                f"warmup_steps: the rate begins at 0, so that the first of the {int(total)} steps moves nothing"
+            )
+        name = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
+        if self.resumed is not None:
+            require_own_state(self.resumed, optimizer, schedule, str(self.trainer.ckpt_path))
+            self.resumed = None
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As Lightning clips; which in mixed precision refuses a fused optimiser, as if bfloat16 were scaled too."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What AdamW optimises, with learning rates and decay."""
+        return self.optimizer_settings.groups(self.parameters(), self.learning_rate)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log this step, gradient norm before clipping included; refuse one that would write NaN into the weights."""
+        self.log_step()
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = total_norm(gradients)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # fp16: inf means "scale down"
+        if not scaled and not torch.isfinite(norm):
+            raise UserError(
+                f"the gradient norm is {norm.item()} at step {self.global_step}: no step was taken and the weights are "
+                "as they were; if earlier steps have ruined them already, go back to an older checkpoint. Lower "
+                "learning_rate, set trainer.gradient_clip_val, or look for outliers in the data"
+            )
+        self.log("train/grad_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def take_found_rate(self) -> None:
+        """Go on at a rate that LearningRateFinder has set, or at the one that this run's own schedule has here."""
+        if self.learning_rate != self.rate_in_use:  # set by LearningRateFinder
+            schedule = self.trainer.lr_scheduler_configs[0].scheduler
+            take_rate(self.trainer.optimizers[0], schedule, self.rate_in_use, self.learning_rate)
+            self.rate_in_use = self.learning_rate
+        elif self.trainer.global_step:
+            for plan in self.trainer.lr_scheduler_configs:
+                if isinstance(plan.scheduler, LambdaLR):
+                    take_scheduled_rate(plan.scheduler.optimizer, plan.scheduler)

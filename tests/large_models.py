@@ -144,7 +144,7 @@ def write_rows(folder: Path, count: int, longest: int) -> None:
             }
         if name == "trl-lib/ultrafeedback-prompt":
             return {"prompt": chat(n, "user")}
-        post = f"POST: {text(n)}\n\nTL;DR:"
+        post = f"POST: {text(n)[:900]}\n\nTL;DR:"
         return {"prompt": post} | (
             {"completion": f" {n}"} if name == "trl-lib/tldr" else {"chosen": f" {n}", "rejected": " no"}
         )

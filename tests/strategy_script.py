@@ -60,6 +60,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "best_reward_model": ("reward_model", {}),
     # Policy, reference and critic on one base, which is held in another dtype than what learns.
     "lora_ppo": ("ppo", {"lora": LoRA(r=4), "frozen_dtype": "bfloat16", "activation_checkpointing": True}),
+    "head_ppo": ("ppo", {"hold_critic": "head"}),  # one pass for two roles
     **WHOLE_RUNS,
 }
 

@@ -22,7 +22,7 @@ from lit_rlhf.losses.advantages import explained_variance, token_rewards, whiten
 from lit_rlhf.losses.kl import k1, k3
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.loading import load_policy_with_tokenizer
-from lit_rlhf.models.roles import HoldReference, Reference, Values, policy_parameters, reference_of
+from lit_rlhf.models.roles import HoldReference, OnTrunk, Reference, Values, policy_parameters, reference_of
 from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means, plan_minibatches
 from lit_rlhf.rollout.play import GenerationSettings, Play, complete, episode_rows
 from lit_rlhf.rollout.shaping import RewardShaping
@@ -124,8 +124,9 @@ class OnPolicyModule(AlignmentModule):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         """One micro-batch of the current rollout: Σ weight · term, a mean over the tokens of the global minibatch."""
         tokens, updates = batch.packed, self.updates
-        value = [] if self.critic is None else [self.value_term(batch)]
-        logprobs, entropy = self.policy(tokens, self.sampling.temperature, with_entropy=updates.entropy_coef != 0)
+        with self.policy.shared_pass():
+            value = [] if self.critic is None else [self.value_term(batch)]
+            logprobs, entropy = self.policy(tokens, self.sampling.temperature, with_entropy=updates.entropy_coef != 0)
         policy = self.loss(PolicyTokens(logprobs, batch.old_logprobs, batch.advantages, tokens.sequence_ids))
 
         terms = [Term("policy_loss", 1.0, policy.losses), *value]
@@ -140,12 +141,15 @@ class OnPolicyModule(AlignmentModule):
         return losses.sum() / batch.denominator
 
     def value_term(self, batch: RolloutBatch) -> Term:
-        """The critic's part of the loss; of adapters it goes backward at once, before the policy goes forward."""
+        """The critic's part of the loss; of an adapter it goes backward at once, before the policy goes forward."""
         assert self.critic is not None and batch.old_values is not None and batch.returns is not None
         settings = self.critic_settings
         values = self.critic(batch.packed, batch.packed.predictors)
         losses = value_loss(values, batch.old_values, batch.returns, settings.value_clip_range)
-        if self.policy.adapters is not None and settings.value_coef > 0 and takes_gradients_early(self.trainer):
+        apart = self.policy.adapters is not None and not (
+            isinstance(self.critic, OnTrunk) and self.critic.adapter is None
+        )
+        if apart and settings.value_coef > 0 and takes_gradients_early(self.trainer):
             weight = settings.value_coef / (batch.denominator * self.trainer.accumulate_grad_batches)
             losses = backward_early(losses, self.parameters(), weight)
         return Term("value_loss", settings.value_coef, losses)
@@ -243,11 +247,11 @@ class OnPolicyModule(AlignmentModule):
     def forward_packed(self, packed: PackedBatch) -> list[Tensor]:
         """The same of one micro-batch."""
         batch, temperature = move_data_to_device(packed, self.device), self.sampling.temperature
-        with self.trainer.precision_plugin.forward_context():
-            columns = [network(batch, temperature)[0] for network in (self.policy, self.reference)]
-            if self.critic is not None:
-                columns.append(self.critic(batch, batch.predictors))
-        return [column.cpu() for column in columns]
+        with self.trainer.precision_plugin.forward_context(), self.policy.shared_pass():
+            logprobs = self.policy(batch, temperature)[0]
+            values = [] if self.critic is None else [self.critic(batch, batch.predictors)]
+            ref_logprobs = self.reference(batch, temperature)[0]
+        return [column.cpu() for column in (logprobs, ref_logprobs, *values)]
 
     def scores(self, rollout: PlannedRollout) -> Tensor:
         """(B,) rewards of a rollout, shaped."""

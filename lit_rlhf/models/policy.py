@@ -5,7 +5,8 @@ FSDP2 and DDP see every parameter where they expect it. `loading.py` makes them 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, TypeVar, cast
 
@@ -53,6 +54,28 @@ class Policy(Network):
         self.caching: Caching = "together"  # how its own cache serves padded batches
         self.heads = nn.ModuleDict()  # scalar heads of other roles on this trunk, by role
         self.register_buffer("unused_ids", None, persistent=False)
+        self.kept: list[tuple[Any, Tensor]] | None = None  # what was read last, and its hidden states
+
+    @contextmanager
+    def shared_pass(self) -> Iterator[None]:
+        """While inside, roles that read a batch by the same adapters, one right after the other, share a pass."""
+        self.kept = []
+        try:
+            yield
+        finally:
+            self.kept = None
+
+    def hidden_states(self, batch: PackedBatch, adapters: Sequence[str] | None) -> Tensor:
+        """(N, d) last hidden states, with these adapters on."""
+        self.switch(adapters)
+        asked = id(batch), None if self.adapters is None else self.adapters.on
+        for read, hidden in self.kept or ():
+            if read == asked:
+                return hidden
+        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
+        if self.kept is not None:
+            self.kept = [(asked, hidden)]
+        return hidden
 
     def forward(
         self,
@@ -69,17 +92,14 @@ class Policy(Network):
             with_entropy: also return entropies.
             adapters: that are on; None = the policy's.
         """
-        self.switch(adapters)
-        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
+        hidden = self.hidden_states(batch, adapters)
         taken = self.scaled(hidden[batch.predictors]), batch.target_ids
         return token_logprobs(self.head, *taken, temperature, with_entropy, unused_ids=self.unused_ids)
 
     def score(self, batch: PackedBatch, nodes: Tensor, role: str) -> Tensor:
         """Scores at each of the given nodes by another role's head, its adapters on: (len(nodes),) float32."""
         head = cast(ScalarHead, self.heads[role])
-        self.switch(head.adapters)
-        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
-        return cast(Tensor, head(hidden[nodes]))
+        return cast(Tensor, head(self.hidden_states(batch, head.adapters)[nodes]))
 
     def nll(self, batch: PackedBatch, with_router_logits: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
         """-Σ log π over all response tokens, for losses that weigh them alike, and what a load-balancing loss needs.

@@ -307,7 +307,7 @@ def test_a_module_comes_back_from_its_checkpoint(sft, inputs, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
-@pytest.mark.parametrize("hold", ["adapter", "head"])
+@pytest.mark.parametrize("hold", ["adapter", "model"])
 def test_a_critic_that_goes_backward_first_changes_no_bit(hold, inputs, tmp_path, monkeypatch):
     early, weights = Mock(side_effect=on_policy.backward_early), []
     monkeypatch.setattr(on_policy, "backward_early", early)

@@ -106,6 +106,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         "dpo_moving",
         "best_reward_model",
         "lora_ppo",
+        "head_ppo",
         *WHOLE_RUNS,
     }
     for run, result in results.items():

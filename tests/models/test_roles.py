@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import pytest
@@ -188,3 +189,46 @@ def test_a_reward_model_on_the_base_is_that_reward_model_for_good(runs):
     assert not any(p.requires_grad for p in reward.parameters())
     assert reward.model is policy.model
     assert not any("reward" in name for name in policy.state_dict())
+
+
+def passes(policy, monkeypatch):
+    """Counts the passes of its trunk."""
+    counted, trunk = [], policy.model.model.forward
+    monkeypatch.setattr(
+        policy.model.model, "forward", lambda *args, **kwargs: counted.append(1) or trunk(*args, **kwargs)
+    )
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("lora", "hold", "needed"), [(None, "head", 1), (LoRA(r=2), "head", 1), (LoRA(r=2), "adapter", 2)]
+)
+def test_roles_that_read_the_same_states_share_a_pass_and_give_the_numbers_and_gradients_of_their_own(
+    lora, hold, needed, runs, monkeypatch
+):
+    policy = load_policy(runs / "base", lora=lora)
+    critic = add_critic(policy, hold, lora, None)
+    counted, outcomes = passes(policy, monkeypatch), []
+    for share in (False, True):
+        policy.zero_grad()
+        del counted[:]
+        with policy.shared_pass() if share else contextlib.nullcontext():
+            values, logprobs = critic(BATCH, BATCH.predictors), policy(BATCH)[0]
+        assert len(counted) == (needed if share else 2)
+        (values.square().sum() + logprobs.sum()).backward()
+        gradients = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+        outcomes.append([values.detach(), logprobs.detach(), *gradients])
+    for own, shared in zip(*outcomes, strict=True):
+        assert (shared - own).norm() <= 1e-5 * own.norm()
+
+
+def test_another_batch_or_a_later_pass_is_read_anew(runs, monkeypatch):
+    policy, other = load_policy(runs / "base"), pack(random_examples(3))
+    counted = passes(policy, monkeypatch)
+    with torch.no_grad():
+        expected = [policy(batch)[0] for batch in (BATCH, other)]
+        with policy.shared_pass():
+            for batch, logprobs in zip((BATCH, other), expected, strict=True):
+                assert torch.equal(policy(batch)[0], logprobs) and torch.equal(policy(batch)[0], logprobs)
+        policy(BATCH)
+    assert len(counted) == 2 + 2 + 1 and policy.kept is None

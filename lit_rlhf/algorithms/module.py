@@ -246,9 +246,19 @@ class AlignmentModule(LearningModule):
         return completion_rows(self.policy, self.tokenizer, prompts, replace(self.generation, max_new_tokens=limit))
 
     def configure_model(self) -> None:
-        """Shard every network under FSDP2 (`ModelParallelStrategy`); other strategies need nothing."""
+        """Shard every network under FSDP2 (`ModelParallelStrategy`); other strategies need nothing.
+
+        Raises:
+            UserError: the strategy has groups of ranks that would share tensors, and so do the same work.
+        """
         mesh = self.device_mesh
         if mesh is not None:
+            group, ranks = mesh["tensor_parallel"].size(), self.trainer.world_size
+            if group > 1:
+                raise UserError(
+                    f"trainer.strategy: tensor_parallel_size is {group}, so that {group} ranks would do the same work; "
+                    f"tensor parallelism is not supported, set tensor_parallel_size: 1 and data_parallel_size: {ranks}"
+                )
             for network in self.networks():
                 shard(network, mesh["data_parallel"])
 

@@ -1,6 +1,7 @@
 """What holds for all LightningModules: splits of a batch, precision, and the tokens that the tokenizer has."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,3 +124,11 @@ def test_a_run_that_computes_activations_twice_ends_with_the_same_bits(stage, lo
         assert bool(blocks) == twice
         weights.append(module.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_ranks_that_would_do_the_same_work_are_refused(inputs, tmp_path):
+    module, _ = make_stage("sft", inputs)
+    module._trainer = SimpleNamespace(world_size=8)
+    module._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 4)}
+    with pytest.raises(UserError, match=r"tensor_parallel_size is 4, .* set .*: 1 and data_parallel_size: 8"):
+        module.configure_model()

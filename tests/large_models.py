@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lit_rlhf import LoRA
-from lit_rlhf.models.adapter_folders import plain_config, write_adapter
+from lit_rlhf.models.adapter_exports import write_adapter
+from lit_rlhf.models.adapter_folders import plain_config
 from tests.chat_templates import QWEN3
 from tests.tiny_tokenizers import byte_tokenizer
 

@@ -36,7 +36,8 @@ from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import replacing
-from lit_rlhf.models.adapter_folders import own_weights, plain_config
+from lit_rlhf.models.adapter_exports import own_weights
+from lit_rlhf.models.adapter_folders import plain_config
 from lit_rlhf.models.roles import SameBase
 
 VERSION = 2  # raise it when the same key would no longer give the same numbers

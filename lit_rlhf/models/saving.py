@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.utils import cached_file
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.adapter_folders import SCORE, Origin, whole_adapter, without_dropout, write_adapter
+from lit_rlhf.models.adapter_exports import whole_adapter, write_adapter
+from lit_rlhf.models.adapter_folders import SCORE, Origin, without_dropout
 from lit_rlhf.models.adapters import Adapters
 from lit_rlhf.models.causes import silent_transformers
 from lit_rlhf.models.holding import FrozenDtype, dtype_of

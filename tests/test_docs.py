@@ -1,6 +1,7 @@
 """What README and docs say is executed or checked."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def test_the_command_lines_of_a_page_run_one_after_the_other(page, tmp_path, mon
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     function = "def brief(prompts, responses):\n    return [-len(response.split()) for response in responses]\n"
     (tmp_path / "my_rewards.py").write_text(function)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # that of another test
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)
     commands = [line.split() for block in blocks for line in block.splitlines() if line.startswith("lit-rlhf")]

@@ -265,6 +265,8 @@ def runs() -> dict[str, str]:
 
 def run(argv: list[str] | None) -> Any:
     """One LightningCLI run; None reads the process's own arguments."""
+    if argv is not None:
+        Parser.typed = argv
     described = {"description": DESCRIPTION, **{name: {"description": said} for name, said in runs().items()}}
     return make_cli(AlignmentCLI, "lit-rlhf", described, save_config_callback=WholeConfig, args=argv)
 

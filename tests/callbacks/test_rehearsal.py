@@ -8,8 +8,10 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.rollout.rewards import RewardModelReward
 from lit_rlhf.rollout.scoring import Rewards
-from tests.models.test_adapter_folders import save_adapter
+from tests.models.test_adapter_folders import pytestmark, save_adapter
 from tests.stages import STAGES, make_stage, make_trainer
+
+__all__ = ["pytestmark"]
 
 
 def planned(stage, inputs, **options):

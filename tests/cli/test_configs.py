@@ -1,6 +1,7 @@
 """Every shipped YAML runs."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def test_rewards_are_named_in_yaml_and_on_the_command_line(given, workdir, monke
     monkeypatch.chdir(workdir)
     monkeypatch.syspath_prepend(str(workdir))
     Path("my_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # that of another test
     Path("several.yaml").write_text(REWARDS)
     options = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=1", "--trainer.default_root_dir=out/rewards"]
     assert run("fit", "--config", ppo, *given, *options, *QUICK, *SMALL_PPO) == 0, capsys.readouterr().err

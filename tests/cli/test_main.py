@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_rlhf import SFT
 from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.cli import main
 from lit_rlhf.cli.main import AlignmentCLI, WholeConfig
 from lit_rlhf.data import batching
 from lit_rlhf.files import NEW
@@ -220,3 +221,11 @@ def test_weights_are_read_in_what_the_precision_holds_and_never_in_float32_first
     once = [f"--trainer.default_root_dir={tmp_path}", "--trainer.fast_dev_run=true", f"--trainer.precision={precision}"]
     assert run("fit", "--config", "configs/sft.yaml", *QUICK, *once) == 0
     assert read == [{dtype}] and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_run_from_python_has_the_parser_of_its_own_command(capsys):
+    for command in ("fit", "validate"):
+        with pytest.raises(SystemExit, match="0"):
+            main.run([command, "--config=configs/sft.yaml", "--print_config"])
+        assert "max_epochs" in capsys.readouterr().out

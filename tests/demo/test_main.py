@@ -11,7 +11,8 @@ from lit_rlhf.demo import __main__ as demo
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
-def test_the_demo_starts_each_stage_from_the_one_before_and_says_what_it_achieved(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_demo_starts_each_stage_from_the_one_before_and_says_what_it_achieved(lora, tmp_path, monkeypatch, capsys):
     started = []
 
     def accept(command, check=False):
@@ -31,13 +32,15 @@ def test_the_demo_starts_each_stage_from_the_one_before_and_says_what_it_achieve
 
     monkeypatch.setattr(demo.subprocess, "run", accept)
     monkeypatch.chdir(tmp_path)
-    demo.demo(seed=3)
+    demo.demo(seed=3, lora=lora)
 
     sft, reward_model, ppo, dpo, comparison = started
-    assert not any(word.startswith("--model.policy") for word in sft)
+    assert not any(word.startswith("--model.policy") or "overlays" in word for word in sft)
     for command in (reward_model, ppo, dpo):
         assert "--model.policy=runs/demo/sft/model" in command
         assert {"--seed_everything=3", "--data.seed=3"} < set(command)
+        assert (f"--config={demo.CONFIGS}/overlays/lora.yaml" in command) == lora
+    assert ("--model.learning_rate=3.0e-4" in dpo) == lora
     trained = "runs/demo/reward_model/model"
     assert {f"--model.critic={trained}", f"--data.reward.init_args.model={trained}", "--model.seed=3"} < set(ppo)
     assert comparison == ["compare", "--root=runs/demo"]

@@ -1,6 +1,5 @@
 """What must be set before any library is imported, and what no test may touch."""
 
-import gc
 import os
 import signal
 
@@ -10,12 +9,6 @@ import pytest
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # Tianshou: compiling takes longer than its tests
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's `make test &` hands it on to all that runs there
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_finish():
-    """What the libraries made lasts as long as the tests: no collection of garbage needs to look through it."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

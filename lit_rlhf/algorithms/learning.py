@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from lit_rlhf.algorithms.lightning_tools import take_rate, take_scheduled_rate
+from lit_rlhf.algorithms.lightning_tools import scales_gradients, take_rate, take_scheduled_rate
 from lit_rlhf.algorithms.metrics import MetricsModule
 from lit_rlhf.algorithms.optimizers import make_optimizer, require_own_state
 from lit_rlhf.algorithms.settings import OptimizerSettings
@@ -35,7 +35,7 @@ class LearningModule(MetricsModule):
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only, and the schedule stepped after each optimiser step."""
         # One kernel for the whole step. Lightning clips fp16 gradients before a fused step would unscale them.
-        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        fused = not scales_gradients(self.trainer)
         settings = self.optimizer_settings
         optimizer = make_optimizer(settings, self.parameter_groups(), self.modules(), fused)
         self.rate_in_use = self.learning_rate
@@ -81,8 +81,7 @@ class LearningModule(MetricsModule):
         self.log_step()
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = total_norm(gradients)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # fp16: inf means "scale down"
-        if not scaled and not torch.isfinite(norm):
+        if not scales_gradients(self.trainer) and not torch.isfinite(norm):  # there inf means "scale down"
             raise UserError(
                 f"the gradient norm is {norm.item()} at step {self.global_step}: no step was taken and the weights are "
                 "as they were; if earlier steps have ruined them already, go back to an older checkpoint. Lower "

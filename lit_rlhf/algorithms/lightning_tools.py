@@ -129,7 +129,12 @@ def warn_of_rounding(parameters: Iterable[Tensor], rate: float, precision: str) 
         )
 
 
+def scales_gradients(trainer: Trainer) -> bool:
+    """Whether the loss is multiplied before it goes backward, as in fp16; gradients may then be infinite at times."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 def takes_gradients_early(trainer: Trainer) -> bool:
     """Whether a part of the loss may go backward before the rest: each rank has whole weights, gradients no scale."""
     whole = isinstance(trainer.strategy, SingleDeviceStrategy) or type(trainer.strategy) is DDPStrategy
-    return whole and getattr(trainer.precision_plugin, "scaler", None) is None
+    return whole and not scales_gradients(trainer)

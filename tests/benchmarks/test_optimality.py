@@ -293,8 +293,9 @@ class TestModules:
         logprobs = oracle.logprobs(causal_lm(module.policy.model))
         assert kl_divergence(logprobs, oracle.optimal_logprobs).item() <= kl
 
+    # Ten copies leave much to chance: over seeds and processors the correlation is 0.86 to 0.97, the error 0.2 to 0.45.
     @pytest.mark.parametrize(
-        ("copies", "correlation", "error"), [(10, 0.94, 0.3), pytest.param(60, 0.99, 0.15, marks=pytest.mark.slow)]
+        ("copies", "correlation", "error"), [(10, 0.8, 0.6), pytest.param(60, 0.99, 0.15, marks=pytest.mark.slow)]
     )
     def test_the_reward_model_through_the_trainer_recovers_the_reward_and_is_calibrated(
         self, words, folder, copies, correlation, error

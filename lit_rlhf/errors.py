@@ -2,13 +2,13 @@
 
 import math
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # Types of single values: what is of them, and how they are called.
 PLAIN: dict[Any, tuple[Any, str]] = {
@@ -17,6 +17,13 @@ PLAIN: dict[Any, tuple[Any, str]] = {
     float: (Real, "a number"),
     str: ((str, PathLike), "text"),
     NoneType: (NoneType, "null"),
+}
+# Those of values that hold others.
+NESTED: dict[Any, tuple[Any, str]] = {
+    list: ((list, tuple), "a list"),
+    tuple: ((list, tuple), "a list"),
+    dict: (Mapping, "a mapping"),
+    Callable: (Callable, "a function"),
 }
 
 
@@ -78,7 +85,7 @@ def require_alike(given: Any, mine: Any, name: str, needed: Collection[str] = ()
 
 
 def require_types(owner: Any, given: Mapping[str, Any]) -> None:
-    """Refuse arguments that are of other types than their owner names, of those that are flags, numbers, texts or null.
+    """Refuse arguments that are of other types than their owner names: an array for a number, a mapping for settings.
 
     Args:
         owner: a constructor, or a dataclass.
@@ -87,21 +94,44 @@ def require_types(owner: Any, given: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the first of them.
     """
+    require_kinds(hints_of(owner), given)
+
+
+def hints_of(owner: Any) -> dict[str, Any]:
+    """The annotations of a constructor or a dataclass; none where they are imported for type checkers alone."""
     try:
-        hints = get_type_hints(owner)
-    except (NameError, TypeError, AttributeError):  # types that are imported for type checkers alone
-        return
+        return get_type_hints(owner)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def require_kinds(hints: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """As `require_types`, of annotations by name."""
     for name, hint in hints.items():
-        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if name in given and all(kind in PLAIN for kind in kinds):
-            fits = any(_is(given[name], kind) for kind in kinds)
-            require(fits, name, repr(given[name]), " or ".join(PLAIN[kind][1] for kind in kinds))
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kinds = [_kind(part) for part in parts]
+        if name in given and None not in kinds:
+            fits = any(_is(given[name], kind[0]) for kind in kinds if kind is not None)
+            require(fits, name, repr(given[name]), " or ".join(kind[1] for kind in kinds if kind is not None))
+
+
+def _kind(hint: Any) -> tuple[Any, str] | None:
+    """What is of an annotation, and how it is called; None where a value's type does not tell."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return PLAIN[type(get_args(hint)[0])]  # which text it is, its owner says
+    if origin in NESTED:
+        return NESTED[origin]
+    if hint in PLAIN:
+        return PLAIN[hint]
+    is_class = isinstance(hint, type) and hint is not Any and not getattr(hint, "_is_protocol", False)
+    return (hint, hint.__name__) if is_class and origin is None else None
 
 
 def _is(value: object, kind: Any) -> bool:
     if kind is bool:
         return type(value).__name__ in ("bool", "bool_")  # NumPy's too, which is not read for that
-    return isinstance(value, PLAIN[kind][0]) and not isinstance(value, bool)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 import math
 import re
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 
 import lit_rlhf
-from lit_rlhf import SFT, RolloutDataModule, SFTDataModule
+from lit_rlhf import DPO, PPO, SFT, PreferenceDataModule, RewardModel, RolloutDataModule, SFTDataModule
 from lit_rlhf.errors import UserError, looks_like_a_path, one_line, place_of, require, require_types
 
 
@@ -62,28 +65,59 @@ def test_a_value_of_many_lines_is_shown_in_one_and_cut(mistake):
     assert one_line("a\n  b " + "x" * 600, 500) == "a b " + "x" * 496 + "..."
 
 
-def taking(flag: bool, count: int | None, rate: float, name: str | Path = "x", kind: Literal["a"] = "a", **others: Any):
+class Shaped(Protocol):
+    """What has a shape."""
+
+
+def taking(
+    flag: bool,
+    count: int | None,
+    rate: float,
+    name: str | Path = "x",
+    kind: Literal["a"] = "a",
+    betas: tuple[float, float] = (0, 1),
+    options: dict[str, Any] | None = None,
+    loss: list[Path] | Callable[..., Any] = print,
+    frame: pandas.DataFrame | None = None,
+    anything: Any = None,
+    shaped: Shaped | None = None,
+    **others: Any,
+):
     """What a constructor may take."""
 
 
+ARRAYS = [np.array([0.5]), np.array(["a", "b"]), torch.tensor([1.0, 2.0]), pandas.DataFrame({"a": [1, 2]})]
 GIVEN = [
     ("flag", [True, np.False_], ["yes", 1, None], "true or false"),
     ("count", [None, 3, np.int32(3)], ["3", 3.0, True], "a whole number or null"),
     ("rate", [1, 0.5, np.float32(1), math.nan], ["1", None, False, 1j], "a number"),
-    ("name", ["x", Path("x")], [], "any"),
-    ("kind", ["a", 3], [], "any: choices are told by who has them"),
+    ("name", ["x", Path("x")], [3], "text or Path"),
+    ("kind", ["a", "b: choices are told by who has them"], [3, None], "text"),
+    ("betas", [(1, 2), [1, 2]], [0.5, {1: 2}], "a list"),
+    ("options", [{}, None], [[], "x"], "a mapping or null"),
+    ("loss", [[], print, Path], ["print", 1.0], "a list or a function"),
+    ("frame", [None], [{"a": 1}, 3, True], "DataFrame or null"),
+    ("anything", [object(), *ARRAYS], [], "any"),
+    ("shaped", [object()], [], "any: a protocol is not asked"),
     ("others", [{}], [], "any"),
     ("unknown", [object()], [], "any"),
 ]
 
 
 @pytest.mark.parametrize(("name", "right", "wrong", "expected"), GIVEN)
-def test_flags_numbers_and_texts_of_another_type_are_refused_and_all_else_is_left_alone(name, right, wrong, expected):
+def test_values_of_another_type_than_the_annotation_are_refused(name, right, wrong, expected):
     for value in right:
         require_types(taking, {name: value})
     for value in wrong:
         with pytest.raises(UserError, match=rf"^{name} \({re.escape(repr(value))}\) must be {expected}$"):
             require_types(taking, {name: value})
+
+
+@pytest.mark.parametrize("value", ARRAYS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", ["flag", "count", "rate", "name", "kind", "betas", "options", "loss"])
+def test_arrays_and_tables_are_refused_by_name_wherever_none_is_expected(name, value):
+    with pytest.raises(UserError, match=rf"^{name} \(\S.*\) must be [^\n]+$"):
+        require_types(taking, {name: value})
 
 
 def test_types_that_only_a_type_checker_can_read_are_left_alone():
@@ -127,6 +161,25 @@ def test_a_constructor_names_the_argument_that_is_of_another_type(name, argument
     *_, (argument, value) = arguments.items()
     with pytest.raises(UserError, match=rf"{argument} \({re.escape(repr(value))}\) must be [^\n]+$"):
         getattr(lit_rlhf, name)(**arguments)
+
+
+def names_of(constructor):
+    bases = [base for base in constructor.__mro__ if base.__module__.startswith("lit_rlhf.")]
+    return {name for base in bases for name in list(signature(base.__init__).parameters)[1:]} - {"args", "kwargs"}
+
+
+EVERY_OPTION = [
+    (constructor, name)
+    for constructor in (SFT, RewardModel, DPO, PPO, SFTDataModule, PreferenceDataModule, RolloutDataModule)
+    for name in sorted(names_of(constructor))
+]
+
+
+@pytest.mark.parametrize(("constructor", "name"), EVERY_OPTION)
+def test_every_option_that_is_given_an_array_is_named(constructor, name):
+    for array in ARRAYS:
+        with pytest.raises(UserError, match=rf"{name} \([^\n]+\) must be [^\n]+$"):
+            constructor(**{name: array})
 
 
 def raised_by(call):

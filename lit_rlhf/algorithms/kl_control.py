@@ -32,6 +32,7 @@ class KLPenalty:
 
     def __post_init__(self) -> None:
         """Refuse other words."""
+        require_types(type(self), vars(self))
         if self.place not in ("reward", "loss") or self.estimator not in ESTIMATORS:
             raise UserError(
                 f"KLPenalty's place ({self.place!r}) must be 'reward' or 'loss', and its estimator "

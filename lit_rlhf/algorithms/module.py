@@ -32,7 +32,7 @@ from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard
-from lit_rlhf.errors import UserError, require, require_types
+from lit_rlhf.errors import UserError, hints_of, require, require_kinds
 from lit_rlhf.models.fingerprints import Fingerprints, require_same
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
 from lit_rlhf.models.network import Network
@@ -86,8 +86,9 @@ class AlignmentModule(LearningModule):
         super().__init__()
         # What the constructor that was called got: bases may get arguments that are made of these.
         *_, given = collect_init_args(cast(FrameType, inspect.currentframe()), [], classes=(AlignmentModule,))
-        for owner in (type(self), AlignmentModule):  # before Lightning compares them with each other
-            require_types(owner.__init__, given)
+        inits = [vars(base).get("__init__") for base in reversed(type(self).__mro__)]
+        # Before Lightning compares them with each other, which arrays cannot be.
+        require_kinds({name: hint for init in inits for name, hint in hints_of(init).items()}, given)
         for role in ("policy", "reference", "critic"):
             require(given.get(role) != "", f"model.{role}", "empty text", "a model's folder, or its name on the hub")
         self.save_hyperparameters(plain_arguments(given))

@@ -7,7 +7,7 @@ from typing import Any
 from lit_rlhf.algorithms.chosen import ChosenFunction, with_settings
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.settings import CriticSettings
-from lit_rlhf.errors import named_by
+from lit_rlhf.errors import named_by, require_types
 from lit_rlhf.losses import gae, ppo_policy_loss
 from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.adapters import LoRA
@@ -71,6 +71,7 @@ class PPO(OnPolicyModule):
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
+        require_types(PPO.__init__, locals())
         critic_settings = CriticSettings(value_coef, value_clip_range, critic_warmup, critic_learning_rate)
         defaults = inspect.signature(PPO.__init__).parameters
         super().__init__(

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_types
 
 COMPILED = ("Norm", "MLP", "RotaryEmbedding")  # how the classes of these parts end in transformers
 
@@ -27,6 +27,7 @@ class CompileModel(Callback):
     """
 
     def __init__(self, backend: Literal["inductor", "aot_eager", "eager"] = "inductor") -> None:
+        require_types(CompileModel.__init__, locals())
         self.backend = backend
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

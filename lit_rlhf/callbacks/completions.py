@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.data.locating import input_files
+from lit_rlhf.errors import require_types
 from lit_rlhf.files import make_room, strict_json, write_lines
 
 
@@ -23,6 +24,7 @@ class CompletionWriter(BasePredictionWriter):
 
     def __init__(self, file: str = "predictions.jsonl") -> None:
         super().__init__(write_interval="epoch")
+        require_types(CompletionWriter.__init__, locals())
         self.file = file
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
 from lit_rlhf.algorithms.lightning_tools import require_steps
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, writing_into
 from lit_rlhf.models.adapter_folders import Origin
 from lit_rlhf.models.fingerprints import Fingerprints
@@ -42,6 +42,7 @@ class HuggingFaceExport(Callback):
         dtype: Dtype | None = None,
         merge: bool | None = None,
     ) -> None:
+        require_types(HuggingFaceExport.__init__, locals())
         require(which in (None, "best", "last"), "export.which", which, "best, last or null")
         self.folder = folder
         self.which = which

@@ -13,6 +13,7 @@ from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.callbacks.performance import compute_dtype
 from lit_rlhf.engine.logprobs import chunk_size
 from lit_rlhf.engine.memory import bytes_of, storage_of
+from lit_rlhf.errors import require_types
 from lit_rlhf.models.decoding import cache_bytes
 from lit_rlhf.models.holding import num_weights
 from lit_rlhf.models.places import parameters_of, place_of
@@ -44,6 +45,7 @@ class MemoryTable(Callback):
     """
 
     def __init__(self, show: bool = True) -> None:
+        require_types(MemoryTable.__init__, locals())
         self.show = show
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
 
+from lit_rlhf.errors import require_types
+
 BESIDE_THE_BAR = ("train/grad_norm", "train/learning_rate", "perf/tokens_per_second")  # what a bar has no room for
 
 SCORES = ("rollout/reward", "rollout/shaped_score")  # the score again, where there is one reward and no shaping
@@ -56,6 +58,7 @@ class ProgressLines(Callback):
     """
 
     def __init__(self, always: bool = False) -> None:
+        require_types(ProgressLines.__init__, locals())
         self.always = always
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.errors import require
+from lit_rlhf.errors import require, require_types
 
 
 class SampleTable(Callback):
@@ -19,6 +19,7 @@ class SampleTable(Callback):
     """
 
     def __init__(self, num_prompts: int = 8) -> None:
+        require_types(SampleTable.__init__, locals())
         require(num_prompts >= 0, "num_prompts", num_prompts, "0 or more")
         self.num_prompts = num_prompts
 

@@ -27,7 +27,7 @@ from lit_rlhf.data.naming import DEMO, STAGES, Role
 from lit_rlhf.data.prompts import PromptDataset, load_prompts
 from lit_rlhf.data.reader import LossOn, Truncation
 from lit_rlhf.data.settings import BatchSettings, TokenizationSettings
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.signals import SIGNALS
 
 __all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
@@ -91,6 +91,7 @@ class ExamplesDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
+        require_types(ExamplesDataModule.__init__, locals())
         require_held_out_rows(train, validation)
         given = {"train": train, "validation": validation, "test": test or validation, "predict": predict}
         self.sources = named_sources(given, format, columns, self.kind)

@@ -29,7 +29,7 @@ from lit_rlhf.data.mapping import Format
 from lit_rlhf.data.naming import STAGES, Role
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.settings import TokenizationSettings
-from lit_rlhf.errors import UserError, require_alike
+from lit_rlhf.errors import UserError, require_alike, require_types
 from lit_rlhf.models.fingerprints import require_same
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import Experience, require_micro_batches, require_room
@@ -96,6 +96,7 @@ class RolloutDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
+        require_types(RolloutDataModule.__init__, locals())
         require_held_out_rows(train, validation)
         self.rewards = Rewards.given(reward, rewards, reward_weights, monitors)
         held_out = {"validation": validation, "test": test or validation, "predict": predict or validation}

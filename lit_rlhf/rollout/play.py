@@ -108,6 +108,7 @@ class RolloutBackend:
     """
 
     def __init__(self, cuda_graphs: bool = True) -> None:
+        require_types(RolloutBackend.__init__, locals())
         self.cuda_graphs = cuda_graphs
 
     def play(

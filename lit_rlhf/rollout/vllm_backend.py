@@ -15,7 +15,7 @@ import numpy as np
 
 from lit_rlhf.engine.linear_head import autocast_dtype
 from lit_rlhf.engine.sharding import full_state_dict, is_sharded
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.models.policy import Policy, merged_copy
 from lit_rlhf.rollout.play import GenerationSettings, Play, RolloutBackend
 from token_mdp import TokenVectorEnv
@@ -40,6 +40,7 @@ class VLLMBackend(RolloutBackend):
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(cuda_graphs=False)
+        require_types(VLLMBackend.__init__, locals())
         if not 0 < gpu_memory_utilization < 1:
             raise UserError(f"gpu_memory_utilization ({gpu_memory_utilization}) must lie between 0 and 1")
         self.gpu_memory_utilization = gpu_memory_utilization

@@ -56,9 +56,9 @@ class Sharing(NamedTuple):
 
 
 # float32 weights and gradients, two moments. DDP holds gradients once more in its buckets, and sums them by a ring:
-# each goes out twice. FSDP2 gathers weights for the forward and the backward pass, and scatters gradients.
+# each goes out twice. FSDP2 gathers weights in bfloat16 for the forward and the backward pass, and scatters gradients.
 DDP = Sharing("DDP", 12 + 4, 4, cut=False, exchanged=2 * 4)
-FSDP2 = Sharing("FSDP2", 12, 4, cut=True, exchanged=3 * 4)
+FSDP2 = Sharing("FSDP2", 12, 4, cut=True, exchanged=2 * 2 + 4)
 
 
 def sharing_for(model: Model) -> Sharing:
@@ -74,17 +74,16 @@ def held(model: Model, gpus: int, bytes_per_weight: float) -> float:
 def learning(model: Model, gpus: int, networks: int = 1) -> float:
     """Bytes on a GPU while networks learn, blocks being computed twice: their inputs in float32, and units at hand."""
     sharing = sharing_for(model)
-    gathered = 3 * 4 * model.unit if sharing.cut else 0.0
+    gathered = (2 * 2 + 4) * model.unit if sharing.cut else 0.0
     inputs = 4 * model.layers * model.width * min(MICRO_BATCH, STEP_TOKENS // gpus)
     return networks * (held(model, gpus, sharing.rest + sharing.gradient) + inputs) + gathered
 
 
 def rollout(model: Model, gpus: int) -> float:
-    """Bytes on a GPU while PPO plays: the policy whole in float32 and its cast, all roles at rest, keys and values."""
+    """Bytes on a GPU while PPO plays: the policy whole in bfloat16, all roles at rest, keys and values."""
     sharing = sharing_for(model)
-    whole = (4 if sharing.cut else 0) + 2
     roles = held(model, gpus, 2 * sharing.rest + 2) + 2 * model.weights  # a reward model is in pieces under none
-    return whole * model.weights + roles + keys_and_values(model) * slots(gpus) * (PROMPT + RESPONSE)
+    return 2 * model.weights + roles + keys_and_values(model) * slots(gpus) * (PROMPT + RESPONSE)
 
 
 def slots(gpus: int) -> int:
@@ -129,7 +128,7 @@ def ppo_iteration(model: Model, gpus: int) -> tuple[float, float, float]:
     learnt = compute((2 * 6 + 4 * 2) * model.weights * tokens)  # policy and critic learn; four roles read
     micro_batches = math.ceil(tokens / MICRO_BATCH)
     passes = 2 * sharing.exchanged * (micro_batches if sharing.cut else 1)
-    gathers = (4 + 3 * 4 * micro_batches) if sharing.cut else 0  # for the rollout; three roles once more to score
+    gathers = (2 + 3 * 2 * micro_batches) if sharing.cut else 0  # for the rollout; three roles once more to score
     return played, learnt, exchange((passes + gathers) * model.weights, gpus)
 
 

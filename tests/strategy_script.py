@@ -121,7 +121,8 @@ def outcome(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     weights = full_state_dict(module.exportable())
     checksum = sum(float(w.double().abs().sum()) for w in weights.values())
-    return {"metrics": metrics, "steps": trainer.global_step, "checksum": checksum}
+    held_in = sorted({str(parameter.dtype) for parameter in module.parameters()})
+    return {"metrics": metrics, "steps": trainer.global_step, "checksum": checksum, "held_in": held_in}
 
 
 def gather(mine: Any) -> list[Any]:
@@ -149,6 +150,7 @@ def main(folder: Path, name: str, runs: Sequence[str]) -> None:
         watching: dict[str, list[Callback]] = {"stopped_ppo": [between], "best_reward_model": [first]}
         logprobs.CHUNK_MOST = 4 * VOCABULARY * 7 if run.startswith("chunked") else CHUNK_MOST
         options = WHOLE_TRAINER if run in WHOLE_RUNS else {"max_epochs": 2, "gradient_clip_val": 1.0}
+        precision = "bf16-mixed" if name == "fsdp2_bf16" else "32-true"
         trainer = Trainer(
             default_root_dir=folder / name / run,
             accelerator="cpu",
@@ -160,6 +162,7 @@ def main(folder: Path, name: str, runs: Sequence[str]) -> None:
             num_sanity_val_steps=0,
             enable_checkpointing=run == "best_reward_model",
             logger=False,
+            precision=precision,
             **options,
         )
         trainer.fit(module, data)

@@ -249,6 +249,8 @@ class AlignmentModule(LearningModule):
     def configure_model(self) -> None:
         """Shard every network under FSDP2 (`ModelParallelStrategy`); other strategies need nothing.
 
+        Under `bf16-mixed` shards are float32, weights are gathered in bfloat16, and gradients summed in float32.
+
         Raises:
             UserError: the strategy has groups of ranks that would share tensors, and so do the same work.
         """
@@ -260,8 +262,9 @@ class AlignmentModule(LearningModule):
                     f"trainer.strategy: tensor_parallel_size is {group}, so that {group} ranks would do the same work; "
                     f"tensor parallelism is not supported, set tensor_parallel_size: 1 and data_parallel_size: {ranks}"
                 )
+            compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             for network in self.networks():
-                shard(network, mesh["data_parallel"])
+                shard(network, mesh["data_parallel"], compute)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is, and what its export needs beside weights."""

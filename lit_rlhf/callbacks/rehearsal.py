@@ -136,7 +136,8 @@ def rehearse(
         trainer.fit(module, datamodule=data)
     peaks = dict(memory.peaks)
     if sharing == "shards":
-        peaks = sharded(peaks, phases.held, largest_unit(module), ranks)
+        gathered_in = torch.bfloat16 if str(options.get("precision")) == "bf16-mixed" else torch.float32
+        peaks = sharded(peaks, phases.held, largest_unit(module, gathered_in), ranks, gathered_in)
     return Rehearsal(phases.held, peaks, phases.flops, phases.tokens, micro_batches[0])
 
 
@@ -153,43 +154,59 @@ def sharing_of(strategy: Any) -> Sharing:
     )
 
 
-def sharded(peaks: Mapping[str, int], held: Sequence[Held], unit: int, ranks: int) -> dict[str, int]:
+class Unit(NamedTuple):
+    """What FSDP2 gathers by itself: a block, or what is outside of blocks; in bytes."""
+
+    gathered: int  # its whole weights
+    gradient: int  # its whole gradient, in float32 while ranks sum it
+
+
+def sharded(
+    peaks: Mapping[str, int], held: Sequence[Held], unit: Unit, ranks: int, gathered_in: torch.dtype = torch.float32
+) -> dict[str, int]:
     """Peaks of one rank where FSDP2 shards weights, gradients and moments over all; by arithmetic, from those of one.
+
+    Casts of weights that autocast made on one rank are left in them, though weights gathered in bfloat16 need none.
 
     Args:
         peaks: of a rank that holds everything.
         held: what that is.
-        unit: bytes of the largest part whose weights are gathered at one time.
+        unit: the largest.
         ranks: that share.
+        gathered_in: the dtype that weights are gathered in, unless they are held in less.
 
     Returns:
-        In the forward and backward passes two parts are gathered, and one whole gradient is there; a rollout gathers
+        In the forward and backward passes two units are gathered, and one whole gradient is there; a rollout gathers
         all weights; loading is as it was, since each rank reads a whole model before it keeps its share.
     """
     away = 1 - 1 / ranks
     weights, gradients = (sum(getattr(row, name) for row in held) for name in ("weights", "gradients"))
     moments, caches = sum(row.optimizer or 0 for row in held), sum(row.weights for row in held if row.role in BUFFERS)
     weights -= caches
+    whole = gathered_in.itemsize * sum(row.trained + row.frozen for row in held if row.role not in BUFFERS)
     saved = {
         "start": weights,
-        "rollout": 0,
-        "reward": 0,
-        "scoring": weights - 2 * unit,
-        "training step": weights + gradients + moments - 3 * unit,
+        "rollout": weights - whole,
+        "reward": weights - whole,
+        "scoring": weights - 2 * unit.gathered,
+        "training step": weights + gradients + moments - 2 * unit.gathered - unit.gradient,
         "optimiser step": weights + gradients + moments,
         "between steps": weights + gradients + moments,  # Lightning drops gradients before the next backward pass
     }
     return {phase: size - int(away * max(0, saved.get(phase, 0))) for phase, size in peaks.items()}
 
 
-def largest_unit(module: AlignmentModule) -> int:
-    """Bytes of the largest part that FSDP2 gathers by itself: a block, or what is outside of blocks."""
-    sizes = [0]
+def largest_unit(module: AlignmentModule, gathered_in: torch.dtype) -> Unit:
+    """The unit of FSDP2 that takes most."""
+    units = [Unit(0, 0)]
     for network in roles(module):
         names = set(network.model._no_split_modules or ())
-        blocks = [bytes_of(part.parameters()) for part in network.modules() if type(part).__name__ in names]
-        sizes += [*blocks, bytes_of(network.parameters()) - sum(blocks)]
-    return max(sizes)
+        blocks = [list(part.parameters()) for part in network.modules() if type(part).__name__ in names]
+        inside = {id(p) for block in blocks for p in block}
+        for weights in (*blocks, [p for p in network.parameters() if id(p) not in inside]):
+            gathered = sum(p.numel() * min(p.itemsize, gathered_in.itemsize) for p in weights)
+            units.append(Unit(gathered, 4 * sum(p.numel() for p in weights if p.requires_grad)))
+    return max(units, key=lambda unit: 2 * unit.gathered + unit.gradient)
 
 
 def shorten_epoch(module: Any, data: Any, accumulate: int, memory: LiveMemory) -> list[int]:

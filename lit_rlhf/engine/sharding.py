@@ -7,26 +7,39 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
-def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+def shard(network: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None = None) -> None:
     """Shard a network over a mesh: each transformer block by itself, the rest (embeddings, head) as the root.
+
+    Gradients are summed over ranks in float32, whatever they are made in.
 
     Args:
         network: a `Policy` or `Scorer`; already sharded ones are left alone.
         mesh: one-dimensional, the data-parallel ranks.
+        compute: the dtype that weights are gathered in, where autocast computes in it; None = that they are held in.
     """
     if isinstance(network, FSDPModule):
         return
-    block_names = set(network.model._no_split_modules or ())  # type: ignore[union-attr, arg-type]
+    model: Any = network.model
+    block_names = set(model._no_split_modules or ())
+    # Autocast sees to what is computed in which dtype: inputs stay as they are, and so between blocks in float32.
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in network.modules():
         if type(module).__name__ in block_names:
-            fully_shard(module, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
+    if compute is not None:
+        model.get_input_embeddings().register_forward_hook(widen)
     for method in ("decode", "decode_padded", "recompute", "nll", "score"):
         if hasattr(network, method):
             register_fsdp_forward_method(network, method)
+
+
+def widen(module: nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+    """What an embedding gives, in float32, as one would give it whose weights are not gathered in less."""
+    return embedded.float()
 
 
 @contextmanager

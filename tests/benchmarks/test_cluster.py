@@ -31,7 +31,7 @@ def test_figures_worked_out_by_hand():
     assert keys_and_values(MIDDLE) == 2 * 2 * 32 * 8 * 128  # bytes: keys and values in bfloat16, 8 heads of 128
     products, network = sft_step(MIDDLE, 64)
     assert products == pytest.approx(6 * 8.03e9 * 2**20 / 64 / (989e12 * 0.4))
-    assert network == pytest.approx(12 * 8.03e9 * 63 / 64 / 400e9)  # one micro-batch: gathered twice, scattered once
-    # 16 bytes a weight over 64, inputs of 32 blocks, and two units with the gradient of a third.
-    inputs, units = 4 * 32 * 4096 * 16_384, 3 * 4 * 2 * 128_256 * 4096
+    assert network == pytest.approx(8 * 8.03e9 * 63 / 64 / 400e9)  # one micro-batch: gathered twice, scattered once
+    # 16 bytes a weight over 64, inputs of 32 blocks, and two units in bfloat16 with the gradient of a third.
+    inputs, units = 4 * 32 * 4096 * 16_384, 8 * 2 * 128_256 * 4096
     assert learning(MIDDLE, 64) == pytest.approx(16 * 8.03e9 / 64 + inputs + units)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lit_rlhf.callbacks.memory import Held
-from lit_rlhf.callbacks.rehearsal import rehearse, sharded, sharing_of
+from lit_rlhf.callbacks.rehearsal import Unit, largest_unit, rehearse, sharded, sharing_of
 from lit_rlhf.engine.memory import LiveMemory, shapes
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import LoRA
@@ -88,7 +88,7 @@ def test_shards_divide_what_is_held_but_for_what_is_gathered():
     held = [Held("policy", "own model", 25, 0, 100, 100, 200), Held("logits", "", 0, 0, 50, 0, 0)]
     peaks = {"load": 100, "start": 100, "rollout": 150, "training step": 1000, "optimiser step": 450}
     peaks["between steps"] = 420
-    assert sharded(peaks, held, unit=10, ranks=4) == {
+    assert sharded(peaks, held, Unit(10, 10), ranks=4) == {
         "load": 100,
         "start": 100 - 75,
         "rollout": 150,
@@ -96,7 +96,17 @@ def test_shards_divide_what_is_held_but_for_what_is_gathered():
         "optimiser step": 450 - 300,
         "between steps": 420 - 300,
     }
-    assert sharded(peaks, held, 10, ranks=1) == peaks
+    assert sharded(peaks, held, Unit(10, 10), ranks=1) == peaks
+    half = sharded(peaks, held, Unit(5, 10), 4, torch.bfloat16)  # a rollout gathers all in two bytes, not in four
+    assert half["rollout"] == 150 - int(0.75 * 50)
+    assert half["training step"] == 1000 - int(0.75 * (400 - 20))
+
+
+def test_the_largest_unit_of_shards_is_gathered_in_the_dtype_of_autocast(inputs):
+    module = make_stage("sft", inputs)[0]
+    count = sum(weight.numel() for weight in module.policy.model.model.layers[0].parameters())
+    assert largest_unit(module, torch.float32) == (4 * count, 4 * count)
+    assert largest_unit(module, torch.bfloat16) == (2 * count, 4 * count)
 
 
 @pytest.mark.parametrize(

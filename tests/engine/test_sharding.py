@@ -69,6 +69,33 @@ def test_weights_are_whole_while_gathered_and_in_pieces_again_afterwards(sharded
     assert all(in_pieces(sharded))
 
 
+def test_weights_are_float32_in_pieces_and_bfloat16_where_they_are_gathered(plain, mesh):
+    policy, batch = copy.deepcopy(plain), pack(random_examples(4))
+    shard(policy, mesh, torch.bfloat16)
+    with gathered(policy):
+        assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (network.nll(batch)[0] for network in (policy, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+    norms = []
+    for network, nll in ((policy, ours), (plain, theirs)):
+        nll.backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
+        norms.append(total_norm([parameter.grad for parameter in network.parameters()]))
+    torch.testing.assert_close(*norms, rtol=0.01, atol=0)
+
+
+def test_states_between_blocks_are_float32_as_under_autocast_alone(plain, mesh):
+    policy, batch, seen = copy.deepcopy(plain), pack(random_examples(4)), []
+    shard(policy, mesh, torch.bfloat16)
+    for network in (policy, plain):
+        network.model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            network(batch)
+    assert seen[0].dtype == seen[1].dtype == torch.float32
+    torch.testing.assert_close(*seen, rtol=0, atol=0.02)
+
+
 def test_a_network_that_is_not_sharded_is_gathered_as_it_is(plain):
     before = list(plain.parameters())
     with gathered(plain):

@@ -54,8 +54,8 @@ def require_alike(given: Any, mine: Any, name: str, needed: Collection[str] = ()
 
     Args:
         given: as it was stored.
-        mine: what it is to take the place of: mappings of the same names, lists as long, numbers where it has numbers;
-            None takes anything.
+        mine: what it is to take the place of: mappings of the same names, lists as long, numbers where it has numbers,
+            tensors of the shape; None takes anything.
         name: of the state, for the message.
         needed: names that a mapping must have; others may be missing, as in a state of an older version.
 
@@ -74,6 +74,8 @@ def require_alike(given: Any, mine: Any, name: str, needed: Collection[str] = ()
         right = right and isinstance(given, Mapping)
     elif isinstance(mine, list | tuple):
         expected, right = f"a list of {len(mine)}", isinstance(given, list | tuple) and len(given) == len(mine)
+    elif hasattr(mine, "shape"):
+        expected, right = f"a tensor of {tuple(mine.shape)}", getattr(given, "shape", None) == mine.shape
     else:
         expected, right = kinds.get(type(mine), ("", True))
     if not right:

@@ -4,19 +4,25 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as sharded
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
 from torch import Tensor
 
-from lit_rlhf.errors import UserError, require_alike
+from lit_rlhf.errors import UserError, one_line, require_alike
 
 META = "meta.pt"  # where Lightning keeps all but tensors beside sharded ones
 VERSION = "pytorch-lightning_version"
+CALLBACKS: dict[type[Callback], tuple[str, ...]] = {  # Lightning's that have a state, and what each must find in it
+    EarlyStopping: ("wait_count", "stopped_epoch", "best_score", "patience"),
+    ModelCheckpoint: ("best_model_score", "best_model_path"),
+    Timer: (),
+}
 OTHERWISE = (
     "is no checkpoint of the Trainer's, such as a run keeps under its default_root_dir; an exported model is named by "
     "model.policy. Or it was cut short: then take an older one"
@@ -110,13 +116,13 @@ def read_weights(path: str | Path, network: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) -> None:
     """Refuse a checkpoint whose tensors are not those of this module."""
     shapes = {name: (_shape(given, name), _shape(mine, name)) for name in sorted(given.keys() | mine.keys())}
     differing = [f"{name} ({theirs} there, {ours} here)" for name, (theirs, ours) in shapes.items() if theirs != ours]
     if given and differing:
         raise UserError(
-            f"ckpt_path: the checkpoint is of another model, {len(differing)} tensors differ, like {differing[0]}; "
+            f"ckpt_path: {file} is of another model, {len(differing)} tensors differ, like {differing[0]}; "
             "give the model settings of its run"
         )
 
@@ -128,7 +134,7 @@ def _shape(tensors: Mapping[str, Any], name: str) -> str:
     return str(tuple(held.shape)) if isinstance(held, Tensor) else f"a {type(held).__name__}"
 
 
-def require_state(checkpoint: Mapping[str, Any]) -> None:
+def require_state(checkpoint: Mapping[str, Any], file: str) -> None:
     """Refuse a checkpoint that training would go on from with a new optimiser or schedule, or from no known place.
 
     Lightning takes up what is there, and begins the rest anew.
@@ -142,9 +148,7 @@ def require_state(checkpoint: Mapping[str, Any]) -> None:
         whole = all(isinstance(one, Mapping) and all(isinstance(s, Mapping) for s in one.values()) for one in held)
         parts["optimizer_states"] = whole and (all(held) or not checkpoint["global_step"])
     if lacking := [name for name, whole in parts.items() if not whole]:
-        raise UserError(
-            f"ckpt_path: the checkpoint is damaged: its {lacking[0]} is not what a run writes; take an older one"
-        )
+        raise UserError(f"ckpt_path: {file} is damaged: its {lacking[0]} is not what a run writes; take an older one")
 
 
 def require_loops(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) -> None:
@@ -162,6 +166,34 @@ def require_loops(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) 
     require_alike(loaders, [{}] * (len(loaders) if isinstance(loaders, list) else 1), f"{name} combined_loader")
 
 
+def require_callbacks(given: Mapping[str, Any], callbacks: Iterable[Callback], file: str) -> None:
+    """Refuse states of Lightning's own callbacks that these could not go on from, or would go wrong with later.
+
+    Args:
+        given: states by callback, in a checkpoint.
+        callbacks: of this run.
+        file: of the checkpoint.
+    """
+    for callback in callbacks:
+        kind = next((kind for kind in CALLBACKS if isinstance(callback, kind)), None)
+        if kind is None or callback.state_key not in given:
+            continue
+        state, mine = given[callback.state_key], callback.state_dict()
+        if kind is Timer:  # whole only as long as it has not run
+            mine = {"time_elapsed": {stage: float(seconds) for stage, seconds in mine["time_elapsed"].items()}}
+        name = f"ckpt_path: {file} is damaged, so take an older one: its callbacks[{kind.__name__}]"
+        require_alike(state, mine, name, CALLBACKS[kind])
+        if kind is ModelCheckpoint:
+            kept, none_yet = state.get("best_k_models", {}), ("best_model_score", "current_score")
+            score = torch.zeros(())
+            scores = {key: score for key in none_yet if state.get(key) is not None}
+            require_alike(state, scores | {"dirpath": ""}, name)
+            require_alike(kept, dict.fromkeys(kept, score), f"{name}['best_k_models']")
+            if (worst := state.get("kth_best_model_path", "")) not in ("", *kept):
+                expected = f"one of the best_k_models ({one_line(list(kept))})"
+                raise UserError(f"{name}['kth_best_model_path']: expected {expected}, found {worst}")
+
+
 def moments_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of the optimiser, by names that say so."""
     return {
@@ -173,11 +205,11 @@ def moments_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def require_finite(weights: Mapping[str, Tensor]) -> None:
+def require_finite(weights: Mapping[str, Tensor], file: str) -> None:
     """Refuse a checkpoint of a run that had broken down, or whose file is damaged."""
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if broken:
         raise UserError(
-            f"ckpt_path: {len(broken)} of {len(weights)} tensors of the checkpoint hold NaN or infinity, like "
-            f"{broken[0]}; take an older one"
+            f"ckpt_path: {len(broken)} of {len(weights)} tensors of {file} hold NaN or infinity, like {broken[0]}; "
+            "take an older one"
         )

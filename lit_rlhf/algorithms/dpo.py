@@ -238,7 +238,8 @@ class DPO(PreferenceModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take loss and cache of the run that goes on."""
         super().on_load_checkpoint(checkpoint)
-        self.loss.load_state_dict(checkpoint["loss"])
+        with named_by(f"ckpt_path: {self.resumed_file} is damaged, so take an older one: its loss"):
+            self.loss.load_state_dict(checkpoint["loss"])
         fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fits and checkpoint["reference_cache"] and not self.cache_reference and self.policy.adapters is None:
             raise UserError(

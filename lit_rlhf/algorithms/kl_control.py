@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
-from lit_rlhf.errors import UserError, require, require_types
+from lit_rlhf.errors import UserError, require, require_alike, require_types
 from lit_rlhf.losses.kl import ESTIMATORS, clamped_logratio, with_k2_gradient
 
 
@@ -86,6 +86,7 @@ class KLController:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the coefficient of a checkpoint."""
+        require_alike(state, {"kl_coef": 0.0}, "kl", ("kl_coef",))
         self.kl_coef = state["kl_coef"]
 
 

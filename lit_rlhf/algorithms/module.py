@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.checkpoint import (
     moments_of,
+    require_callbacks,
     require_facts,
     require_finite,
     require_loops,
@@ -32,7 +33,7 @@ from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard
-from lit_rlhf.errors import UserError, hints_of, require, require_kinds
+from lit_rlhf.errors import UserError, hints_of, named_by, require, require_kinds
 from lit_rlhf.models.fingerprints import Fingerprints, require_same
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
 from lit_rlhf.models.network import Network
@@ -276,30 +277,34 @@ class AlignmentModule(LearningModule):
         checkpoint["tokens"] = len(self.tokenizer)
         checkpoint["chat_template"] = self.tokenizer.chat_template  # may be the data's
 
+    @property
+    def resumed_file(self) -> str:
+        """The checkpoint that is taken up, in words."""
+        return "the checkpoint" if self._trainer is None else str(self.trainer.ckpt_path)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another algorithm, or on other weights than are in the folders that it stood on.
 
         Where the data stood is kept, see `on_train_start`.
         """
-        mine, theirs = type(self).__name__, checkpoint.get("algorithm")
+        mine, theirs, file = type(self).__name__, checkpoint.get("algorithm"), self.resumed_file
         if theirs not in (None, mine):
             raise UserError(
-                f"ckpt_path: the checkpoint is of {theirs}, this run is of {mine}; resume the same config, or start "
+                f"ckpt_path: {file} is of {theirs}, this run is of {mine}; resume the same config, or start "
                 f"{mine} from the model that {theirs} exported, by model.policy"
             )
         here = self.stands_on()
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
             here = {self.exported: here[self.exported]}  # nothing else has a say
-        require_same(checkpoint.get("stands_on", {}), here, adapter=self.exported)
+        require_same(checkpoint.get("stands_on", {}), here, self.exported, file)
         weights = checkpoint.get("state_dict", {})  # none where each rank reads its own shard
-        require_same_shapes(weights, self.state_dict())
-        require_state(checkpoint)
+        require_same_shapes(weights, self.state_dict(), file)
+        require_state(checkpoint, file)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            require_loops(
-                checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict(), str(self.trainer.ckpt_path)
-            )
+            require_loops(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict(), file)
+            require_callbacks(checkpoint.get("callbacks", {}), self.trainer.callbacks, file)  # type: ignore[attr-defined]
             self.resumed = checkpoint
-        require_finite({**weights, **moments_of(checkpoint)})
+        require_finite({**weights, **moments_of(checkpoint)}, file)
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self.untrained = None
 
@@ -310,7 +315,8 @@ class AlignmentModule(LearningModule):
         schedule before the checkpoint's loops are restored, and then it does not.
         """
         for state in self.loader_states:
-            self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
+            with named_by(f"ckpt_path: {self.resumed_file}"):
+                self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
         self.loader_states, self.untrained = [], None
         self.take_found_rate()
         require_validation(self.trainer)

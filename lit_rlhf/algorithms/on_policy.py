@@ -16,7 +16,7 @@ from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, Updat
 from lit_rlhf.data.batches import PromptBatch, RolloutBatch
 from lit_rlhf.engine.early_backward import backward_early
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
-from lit_rlhf.errors import UserError, named_by
+from lit_rlhf.errors import UserError, named_by, require_alike
 from lit_rlhf.losses import PolicyTokens, ScoredRollout, value_loss
 from lit_rlhf.losses.advantages import explained_variance, token_rewards, whiten
 from lit_rlhf.losses.kl import k1, k3
@@ -315,6 +315,10 @@ class OnPolicyModule(AlignmentModule):
         """Go on where the checkpoint was taken."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["on_policy"]
-        self.kl.load_state_dict(state["kl"])
-        self.shaping.load_state_dict(state["shaping"])
+        mine: dict[str, Any] = {"kl": None, "shaping": None, "rollout_metrics": {}, "stopped": False}
+        name = f"ckpt_path: {self.resumed_file} is damaged, so take an older one: its on_policy"
+        require_alike(state, mine, name, tuple(mine))
+        with named_by(name):
+            self.kl.load_state_dict(state["kl"])
+            self.shaping.load_state_dict(state["shaping"])
         self.rollout_metrics, self.stopped = state["rollout_metrics"], state["stopped"]

@@ -1,5 +1,6 @@
 """The optimiser by its name: AdamW of torch, or that of bitsandbytes with moments in 8 bits; and its stored states."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_rlhf.algorithms.settings import OptimizerSettings
-from lit_rlhf.errors import UserError, require_alike
+from lit_rlhf.errors import UserError, one_line, require_alike
 from lit_rlhf.models.holding import require_bitsandbytes
 
 NEEDED = ("lr", "betas", "eps", "weight_decay")  # of a group, for a step
+BELOW = {"lr": math.inf, "initial_lr": math.inf, "weight_decay": math.inf, "betas": 1, "eps": 1}  # and not below 0
+VARIES = ("params", "fused", *BELOW)  # all else of a group is as a run of this library has it
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -31,6 +34,7 @@ def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, sched
     name = f"ckpt_path: {file} is damaged, or of another run, so take an older one: its"
     for given in checkpoint.get("lr_schedulers", ()):
         require_alike(given, schedule.state_dict(), f"{name} lr_schedulers", ("base_lrs", "last_epoch", "lr_lambdas"))
+        _require_below(math.inf, given["base_lrs"], f"{name} lr_schedulers['base_lrs']")
     for given in checkpoint.get("optimizer_states", ()):
         own = [{**group, "params": None} for group in optimizer.param_groups]
         require_alike(given, {"param_groups": own, "state": {}}, f"{name} optimizer_states", ("param_groups", "state"))
@@ -38,9 +42,21 @@ def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, sched
             part = f"{name} param_groups[{number}]"
             require_alike(group, {}, part, ("params", *(key for key in NEEDED if key in mine)))
             require_alike(group["params"], [None] * len(mine["params"]), f"{part}['params']")
+            for key, limit in BELOW.items():
+                _require_below(limit, group.get(key, 0.0), f"{part}[{key!r}]")
+            for key in group.keys() & mine.keys() - set(VARIES):
+                if group[key] != mine[key]:
+                    raise UserError(f"{part}[{key!r}]: expected {mine[key]}, found {one_line(repr(group[key]))}")
             for key, parameter in zip(group["params"], mine["params"], strict=True):
                 if key in given["state"] and type(optimizer) is AdamW and isinstance(key, int):
                     _require_moments(given["state"][key], parameter, f"{name} state[{key}]")
+
+
+def _require_below(limit: float, given: Any, name: str) -> None:
+    values = given if isinstance(given, list | tuple) else [given]
+    if not all(0 <= value < limit for value in values):
+        bound = "" if limit == math.inf else f" and below {limit}"
+        raise UserError(f"{name}: expected 0 or more{bound}, found {given}")
 
 
 def _require_moments(given: Any, parameter: nn.Parameter, name: str) -> None:

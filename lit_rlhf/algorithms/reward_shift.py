@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rlhf.errors import require_alike
+
 
 class RewardShift:
     """δ: the mean implicit reward ½ (β h_w + β h_l) of the pairs of all steps before, on all ranks.
@@ -36,4 +38,5 @@ class RewardShift:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        require_alike(state, self.state_dict(), "reward_shift", ("mean", "pairs_seen"))
         self.mean, self.pairs_seen = state["mean"], state["pairs_seen"]

@@ -12,7 +12,7 @@ from lit_rlhf.algorithms.reward_model import RewardModel, stored_score_head
 from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_apart, require_replaceable, starts_of
 from lit_rlhf.cli.checkpoints import require_checkpoint
 from lit_rlhf.data.chat import stop_token_ids
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_alike
 from lit_rlhf.models.adapter_folders import Origin, named_base, saved_adapter
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.loading import load_shape
@@ -57,6 +57,9 @@ def export(
             f"ckpt_path: {ckpt_path} does not say what its run started from, which gives config and tokenizer; name "
             "that model by --policy"
         )
+    origin: dict[str, Any] | None = None if facts.get("adapter") is None else {}
+    damaged = f"ckpt_path: {ckpt_path} is damaged, so take an older one: its facts"
+    require_alike(facts, {"exported": "", "algorithm": "", "tokens": 0, "adapter": origin}, damaged)
     network = facts["exported"]
     head = stored_score_head(facts) if network == RewardModel.exported else None
     try:
@@ -76,7 +79,7 @@ def export(
     if not weights:
         raise UserError(f"ckpt_path: {ckpt_path} holds no weights of a {network}")
     if adapter is None:
-        require_same_shapes(weights, model.state_dict())
+        require_same_shapes(weights, model.state_dict(), str(ckpt_path))
     stops = stop_token_ids(tokenizer, model.generation_config)
     made = artefact(model, tokenizer, stops, as_dtype(dtype, "dtype"), head, adapter, merge)
     named = parameters if isinstance(parameters, Mapping) else {}

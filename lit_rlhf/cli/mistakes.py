@@ -49,9 +49,9 @@ def users_mistake(error: BaseException | None, root: Path | None = None) -> Base
         if isinstance(error, ModuleNotFoundError) and (told := missing_package(str(error))):
             return told
         if not others_code(error):
-            if while_restoring(error):
+            if file := while_restoring(error):
                 return UserError(
-                    f"ckpt_path: the checkpoint does not fit this run, or is damaged ({type(error).__name__}: "
+                    f"ckpt_path: {file} does not fit this run, or is damaged ({type(error).__name__}: "
                     f"{one_line(error, 200)}); resume the config that wrote it, or take an older one"
                 )
             if isinstance(error, MisconfigurationException) or (raised_in_lightning(error) and on_purpose(error)):
@@ -97,11 +97,13 @@ def refused_by_constructor(error: BaseException) -> bool:
     )
 
 
-def while_restoring(error: BaseException) -> bool:
-    """Whether an error came up while Lightning took up a checkpoint."""
-    return any(
-        module.endswith(".checkpoint_connector") and "restore" in function for module, function in modules(error)
-    )
+def while_restoring(error: BaseException) -> str | None:
+    """The checkpoint that Lightning was taking up when an error came up, if it was."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        named = frame.f_globals.get("__name__", "").endswith(".checkpoint_connector")
+        if named and "restore" in frame.f_code.co_name:
+            return str(getattr(getattr(frame.f_locals.get("self"), "trainer", None), "ckpt_path", "the checkpoint"))
+    return None
 
 
 def raised_in_lightning(error: BaseException) -> bool:

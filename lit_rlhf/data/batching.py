@@ -248,17 +248,20 @@ class ResumableLoader(DataLoader):
         sampler = self.sampler
         assert isinstance(sampler, TokenBudgetSampler)
         mine = {"epoch": 0, "taken": 0, "length": 0, "plan": sampler.fingerprint()}
-        require_alike(state, mine, "ckpt_path: the checkpoint is damaged: its combined_loader", tuple(mine))
+        require_alike(state, mine, "it is damaged: its combined_loader", tuple(mine))
+        if state["taken"] > state["length"]:
+            most = f"expected at most {state['length']}, found {state['taken']}"
+            raise UserError(f"it is damaged: its combined_loader['taken']: {most}")
         before, now = state.get("accumulate"), sampler.accumulate_grad_batches or 1  # older checkpoints do not say
         if 0 < state["taken"] < state["length"] and before not in (None, now):
             raise UserError(
-                f"accumulate_grad_batches ({now}) was {before} when the checkpoint was taken in the middle of epoch "
+                f"accumulate_grad_batches ({now}) was {before} when it was taken in the middle of epoch "
                 f"{state['epoch']}: its next step would not be the mean of its rows; resume with {before}, or from a "
                 "checkpoint of an epoch's end"
             )
         if 0 < state["taken"] < state["length"] and state["plan"] != sampler.fingerprint():
             raise UserError(
-                f"the checkpoint stopped after {state['taken']} micro-batches of epoch {state['epoch']}, but data, "
+                f"it stopped after {state['taken']} micro-batches of epoch {state['epoch']}, but data, "
                 "max_tokens, batch_size, seed or the number of ranks have changed, so what is left is unknown; resume "
                 "with the same, or from a checkpoint of an epoch's end"
             )

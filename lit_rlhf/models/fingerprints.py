@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from lit_rlhf.engine.memory import only_shapes
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, require_alike
 
 Fingerprints = dict[str, str]  # folder or hub name -> fingerprint of the weights there
 INDEX = "model.safetensors.index.json"
@@ -83,18 +83,28 @@ def _tensors_in(file: Path, *about: int) -> tuple[bytes, ...]:
     return tuple(lines)
 
 
-def require_same(given: Mapping[str, Fingerprints], mine: Mapping[str, Fingerprints], adapter: str = "") -> None:
+def require_same(
+    given: Mapping[str, Fingerprints],
+    mine: Mapping[str, Fingerprints],
+    adapter: str = "",
+    file: str = "the checkpoint",
+) -> None:
     """Refuse to go on from a checkpoint on other weights than it stood on.
 
     Args:
         given: by role, what the run of the checkpoint stood on.
         mine: what this one does; a role that it has not, or keeps in its checkpoints, is not looked at.
         adapter: the role that is of no use without these weights, since an adapter on them is all that has learnt.
+        file: of the checkpoint.
 
     Raises:
         UserError: says which folder, and what to do.
     """
+    name = f"ckpt_path: {file} is damaged, so take an older one: its stands_on"
+    require_alike(given, {}, name)
+    require_alike(given, {role: {} for role in given}, name)
     for role in sorted(given.keys() & mine.keys()):
+        require_alike(given[role], dict.fromkeys(given[role], ""), f"{name}[{role!r}]")
         lost = [folder for folder, mark in given[role].items() if mark not in mine[role].values()]
         if not lost:
             continue

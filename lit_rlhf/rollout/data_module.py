@@ -153,9 +153,10 @@ class RolloutDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
             return
         given, here = state_dict.get("stands_on", {}), self.rewards.stands_on()
-        require_same(
-            {option: held for option, held in given.items() if held.keys() == here.get(option, {}).keys()}, here
-        )
+        file = "the checkpoint" if self.trainer is None else str(self.trainer.ckpt_path)
+        require_same(given, {}, file=file)
+        same = {option: mine for option, mine in here.items() if set(given.get(option, ())) == mine.keys()}
+        require_same(given, same, file=file)
 
     def train_dataloader(self) -> "RolloutLoader":
         """One pass over it is one PPO iteration.
@@ -293,25 +294,25 @@ class RolloutLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        name = "ckpt_path: the checkpoint is damaged: its combined_loader"
+        name = "it is damaged: its combined_loader"
         require_alike(state, {}, name, ("ranks",))
         if len(state["ranks"]) != self.trainer.world_size:
             raise UserError(
-                f"the checkpoint was written by {len(state['ranks'])} ranks, this run has {self.trainer.world_size}: "
+                f"it was written by {len(state['ranks'])} ranks, this run has {self.trainer.world_size}: "
                 "prompts and rollouts cannot be divided anew; resume with as many ranks"
             )
         mine = state["ranks"][self.trainer.global_rank]
         require_alike(mine, {"done": 0, "plan": self.plan}, name, ("done", "plan", "env", "experience"))
         if mine["done"] and mine["plan"] != self.plan:
             raise UserError(
-                f"the checkpoint stopped in the middle of an iteration of {mine['plan']}, this run has {self.plan}; "
+                f"it stopped in the middle of an iteration of {mine['plan']}, this run has {self.plan}; "
                 "resume with the same, or from a checkpoint of an iteration's end"
             )
         if mine["env"] is not None:
             try:
                 self.env.load_state_dict(mine["env"])
             except ValueError as error:
-                raise UserError(f"ckpt_path: {error}; resume with the data settings of the run") from error
+                raise UserError(f"{error}; resume with the data settings of the run") from error
             self.env_seed = None
         self.experience = None if mine["experience"] is None else Experience.from_state_dict(mine["experience"])
         self.done = mine["done"]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
-from lit_rlhf.errors import UserError, require, require_types
+from lit_rlhf.errors import UserError, require, require_alike, require_types
 from lit_rlhf.losses.advantages import Moments
 
 
@@ -123,4 +123,5 @@ class RewardShaping:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the statistics of a checkpoint."""
+        require_alike(state, self.state_dict(), "shaping", ("seen",))
         self.seen = Moments(*torch.tensor(state["seen"], dtype=torch.float64))

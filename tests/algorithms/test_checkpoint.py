@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as sharded
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from safetensors.torch import save_file
 
 from lit_rlhf import SFT, UserError
@@ -15,6 +16,7 @@ from lit_rlhf.algorithms.checkpoint import (
     moments_of,
     read_facts,
     read_weights,
+    require_callbacks,
     require_finite,
     require_loops,
     require_same_shapes,
@@ -92,7 +94,7 @@ def test_a_module_is_loaded_from_checkpoints_alone_and_any_other_file_is_one_lin
 
 def test_what_is_no_tensor_differs_from_one():
     with pytest.raises(UserError, match=r"1 tensors differ, like a \(a str there, \(2,\) here\)"):
-        require_same_shapes({"a": "x"}, {"a": torch.zeros(2)})
+        require_same_shapes({"a": "x"}, {"a": torch.zeros(2)}, "a.ckpt")
 
 
 WHOLE = {
@@ -112,11 +114,11 @@ DAMAGED = {  # which part -> what stands there
 
 @pytest.mark.parametrize("part", DAMAGED)
 def test_a_checkpoint_that_training_would_go_on_from_with_something_new_is_refused(part):
-    require_state(WHOLE)
-    require_state(WHOLE | {"global_step": 0, "optimizer_states": [{"state": {}}]})  # before the first step
-    require_state({"loops": WHOLE["loops"], "global_step": 3})  # weights alone
-    with pytest.raises(UserError, match=f"its {part.strip()} is not what a run writes"):
-        require_state(WHOLE | {part.strip(): DAMAGED[part]})
+    require_state(WHOLE, "a.ckpt")
+    require_state(WHOLE | {"global_step": 0, "optimizer_states": [{"state": {}}]}, "a.ckpt")  # before the first step
+    require_state({"loops": WHOLE["loops"], "global_step": 3}, "a.ckpt")  # weights alone
+    with pytest.raises(UserError, match=f"^ckpt_path: a.ckpt is damaged: its {part.strip()} is not what a run writes"):
+        require_state(WHOLE | {part.strip(): DAMAGED[part]}, "a.ckpt")
 
 
 LOOP = {"state_dict": {}, "epoch_progress": {"current": {"ready": 0}}, "epoch_loop.batch_progress": {"total": 0}}
@@ -142,9 +144,47 @@ def test_counters_of_the_loop_that_are_none_are_refused_by_file_and_name(part, v
         require_loops({key: LOOP[key] for key in LOOP if key != "epoch_progress"}, LOOP, "a.ckpt")
 
 
+def callbacks_and_states():
+    callbacks = [EarlyStopping("val/loss"), ModelCheckpoint(monitor="val/loss"), Timer()]
+    score, saver = torch.tensor(1.0), callbacks[1]
+    saver.dirpath, saver.best_model_score, saver.current_score = "here", score, score
+    saver.best_k_models, saver.best_model_path, saver.kth_best_model_path = {"a": score, "b": score}, "a", "b"
+    callbacks[2]._offset = 1.5
+    return callbacks, {callback.state_key: callback.state_dict() for callback in callbacks}
+
+
+@pytest.mark.parametrize(
+    ("number", "key", "value", "words"),
+    [
+        (0, "wait_count", "x", "expected a whole number from 0 on, found str"),
+        (0, "best_score", [1.0], r"expected a tensor of \(\), found list"),
+        (1, "best_k_models", [1], "expected a mapping, found list"),
+        (1, "best_k_models", {"b": "x"}, r"\['b'\]: expected a tensor of \(\), found str"),
+        (1, "kth_best_model_path", "c", r"expected one of the best_k_models \(\['a', 'b'\]\), found c"),
+        (1, "best_model_path", 3, "expected text, found int"),
+        (1, "current_score", "x", r"expected a tensor of \(\), found str"),
+        (1, "dirpath", 3, "expected text, found int"),
+        (2, "time_elapsed", {"train": "x"}, r"\['train'\]: expected a finite number, found str"),
+    ],
+)
+def test_states_that_lightnings_callbacks_would_fail_with_are_refused_by_file_and_name(number, key, value, words):
+    callbacks, states = callbacks_and_states()
+    require_callbacks(states, callbacks, "a.ckpt")
+    require_callbacks({}, callbacks, "a.ckpt")  # of a run without them
+    fresh = [EarlyStopping("val/loss"), ModelCheckpoint(monitor="val/loss"), Timer()]  # as resuming finds them
+    require_callbacks(states, fresh, "a.ckpt")
+    named = rf"^ckpt_path: a\.ckpt is damaged.* callbacks\[{type(callbacks[number]).__name__}\]\['{key}'\].*"
+    states[callbacks[number].state_key][key] = value
+    with pytest.raises(UserError, match=named + words):
+        require_callbacks(states, callbacks, "a.ckpt")
+    states[callbacks[number].state_key] = [1]
+    with pytest.raises(UserError, match=r"expected a mapping.*, found list \(\[1\]\)"):
+        require_callbacks(states, callbacks, "a.ckpt")
+
+
 def test_moments_of_the_optimiser_that_are_not_finite_are_named():
     moments = moments_of(WHOLE)
-    require_finite(moments)
+    require_finite(moments, "a.ckpt")
     moments["exp_avg of parameter 0 in optimizer_states"][0] = torch.inf
     with pytest.raises(UserError, match=r"1 of 2 tensors .* like exp_avg of parameter 0 in optimizer_states"):
-        require_finite(moments)
+        require_finite(moments, "a.ckpt")

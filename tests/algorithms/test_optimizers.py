@@ -24,6 +24,15 @@ HARM = {  # part of a state, as it stands on its own line below -> what stands t
     "param_groups[0]['lr']": ("x", "expected a finite number, found str ('x')"),
     "param_groups[1]['weight_decay']": (float("nan"), "expected a finite number, found float (nan)"),
     "param_groups[0]['betas']": ((0.9,), "expected a list of 2, found tuple ((0.9,))"),
+    "param_groups[0]['lr'] ": (-1.0, "expected 0 or more, found -1.0"),
+    "param_groups[0]['initial_lr']": (-1.0, "expected 0 or more, found -1.0"),
+    "param_groups[1]['weight_decay'] ": (-3.0, "expected 0 or more, found -3.0"),
+    "param_groups[1]['eps']": (2.0, "expected 0 or more and below 1, found 2.0"),
+    "param_groups[1]['betas']": ((1.5, 0.9), "expected 0 or more and below 1, found (1.5, 0.9)"),
+    "param_groups[0]['amsgrad']": (True, "expected False, found True"),
+    "param_groups[0]['maximize']": (True, "expected False, found True"),
+    "param_groups[0]['differentiable']": (True, "expected False, found True"),
+    "param_groups[0]['foreach']": (3, "expected None, found 3"),
     "param_groups[0]['params']": ([], "expected a list of 1, found list ([])"),
     "param_groups": ([3, 4], "expected a mapping, found int (3)"),
     "param_groups[0]": ({}, "expected a mapping with params, lr, betas, eps, weight_decay, found dict ({})"),
@@ -33,6 +42,7 @@ HARM = {  # part of a state, as it stands on its own line below -> what stands t
     "state[0]['exp_avg_sq']": ("x", "expected a tensor of (2, 2), found str"),
     "state[1]['step']": (torch.ones(2), "expected a tensor of (), found one of (2,)"),
     "last_epoch": ("x", "expected a whole number from 0 on, found str ('x')"),
+    "base_lrs ": ([0.1, -0.1], "expected 0 or more, found [0.1, -0.1]"),
     "base_lrs": ([0.1], "expected a list of 2, found list ([0.1])"),
 }
 

@@ -107,7 +107,7 @@ def test_an_iteration_under_way_is_not_gone_on_with_by_another_plan(inputs, tmp_
 def test_the_checkpoint_of_another_algorithm_is_refused_by_name(inputs, tmp_path):
     _, trainer = fit("sft", inputs, tmp_path / "sft")
     trainer.save_checkpoint(tmp_path / "sft.ckpt")
-    with pytest.raises(UserError, match="the checkpoint is of SFT, this run is of DPO"):
+    with pytest.raises(UserError, match=r"ckpt_path: \S+\.ckpt is of SFT, this run is of DPO"):
         fit("dpo", inputs, tmp_path / "dpo", ckpt_path=tmp_path / "sft.ckpt")
 
 
@@ -137,17 +137,28 @@ def test_a_damaged_state_is_refused_by_file_before_a_step_is_computed_with_it(in
     fit("sft", inputs, tmp_path)
     file = tmp_path / "step=2.ckpt"
     whole = torch.load(file)
-    for part in ("optimizer", "counters", "data"):
+    said = {
+        "optimizer": "exp_avg",
+        "counters": "fit_loop",
+        "data": "combined_loader",
+        "callback": r"ModelCheckpoint\]\['best_k_models",
+        "ground": "stands_on",
+    }
+    for part in said:
         checkpoint = copy.deepcopy(whole)
         loop = checkpoint["loops"]["fit_loop"]
         if part == "optimizer":
             checkpoint["optimizer_states"][0]["state"][0]["exp_avg"] = torch.ones(3)
         elif part == "counters":
             loop["epoch_progress"]["total"]["ready"] = "x"
-        else:
+        elif part == "data":
             loop["state_dict"]["combined_loader"] = [{"epoch": "x"}]
+        elif part == "callback":
+            next(iter(checkpoint["callbacks"].values()))["best_k_models"] = [3]
+        else:
+            checkpoint["stands_on"] = {"policy": "x"}
         torch.save(checkpoint, file)
-        with pytest.raises(UserError, match=f"^ckpt_path: {'the checkpoint' if part == 'data' else file} is damaged"):
+        with pytest.raises(UserError, match=f"^ckpt_path: {file}(: it)? is damaged.*{said[part]}"):
             fit("sft", inputs, tmp_path, ckpt_path=file)
 
 

@@ -258,9 +258,7 @@ def test_other_accumulation_in_mid_epoch_is_refused_and_at_an_epochs_end_is_take
     state = {**make_loader(0).state_dict(), "taken": 2}
     other = ResumableLoader(Squares(LENGTHS), TokenBudgetSampler(LENGTHS, max_tokens=90, accumulate_grad_batches=4))
     state["plan"] = other.sampler.fingerprint()
-    with pytest.raises(
-        UserError, match=r"accumulate_grad_batches \(4\) was 1 when the checkpoint was taken in the mid"
-    ):
+    with pytest.raises(UserError, match=r"accumulate_grad_batches \(4\) was 1 when it was taken in the mid"):
         other.load_state_dict(state)
     other.load_state_dict({**state, "taken": state["length"]})
     other.load_state_dict({name: value for name, value in state.items() if name != "accumulate"})  # does not say

@@ -78,6 +78,12 @@ def test_a_checkpoint_goes_on_from_the_same_weights_under_whatever_name():
     require_same({}, {"policy": {"a": "2"}})  # of before there were fingerprints
 
 
+@pytest.mark.parametrize("given", ["x", [1], {"policy": "x"}, {"policy": [1]}, {"policy": {"a": 3}}, {3: 3}])
+def test_what_names_no_weights_by_role_is_refused_by_file_and_place(given):
+    with pytest.raises(UserError, match=r"^ckpt_path: a\.ckpt is damaged, .* its stands_on\S*: expected (a map|text)"):
+        require_same(given, {"policy": {"a": "1"}}, file="a.ckpt")
+
+
 @pytest.mark.parametrize(
     ("given", "mine", "words"),
     [

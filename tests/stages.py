@@ -60,6 +60,7 @@ def make_stage(stage: str, folder: Path, **options: Any) -> tuple[AlignmentModul
             tokenizer=module.tokenizer,
             rollout_size=16,
             num_slots=4,
+            max_tokens=80,  # half of what an optimiser step can have
             max_new_tokens=8,
         )
         return module, data

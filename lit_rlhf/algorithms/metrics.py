@@ -22,6 +22,10 @@ class MetricsModule(LightningModule):
         """Sum of a tensor over all ranks, back on the CPU."""
         return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
 
+    def most_of_ranks(self, counts: Tensor) -> Tensor:
+        """The greatest of all ranks' values, one by one, back on the CPU."""
+        return self.trainer.strategy.reduce(counts.to(self.device), reduce_op="max").cpu()
+
     def mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Means of scalars over all ranks, which weigh alike."""
         sums = self.sum_over_ranks(torch.stack([value.double() for value in metrics.values()]))

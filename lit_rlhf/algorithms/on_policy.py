@@ -13,7 +13,7 @@ from lit_rlhf.algorithms.kl_control import FixedKL, KLController, KLPenalty
 from lit_rlhf.algorithms.lightning_tools import takes_gradients_early
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, UpdateSettings
-from lit_rlhf.data.batches import PromptBatch, RolloutBatch
+from lit_rlhf.data.batches import NoBatch, PromptBatch, RolloutBatch
 from lit_rlhf.engine.early_backward import backward_early
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
 from lit_rlhf.errors import UserError, named_by, require_alike
@@ -23,7 +23,8 @@ from lit_rlhf.losses.kl import k1, k3
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.roles import HoldReference, OnTrunk, Reference, Values, policy_parameters, reference_of
-from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means, plan_minibatches
+from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means
+from lit_rlhf.rollout.minibatches import Minibatches
 from lit_rlhf.rollout.play import GenerationSettings, Play, complete, episode_rows
 from lit_rlhf.rollout.shaping import RewardShaping
 from token_mdp import Episode, FinishReason
@@ -52,7 +53,8 @@ class OnPolicyModule(AlignmentModule):
         shaping: normalisation, clipping, length and missing-end penalties of rewards; None = rewards as they come.
         entropy_coef: weight of the entropy bonus.
         ppo_epochs: passes over a rollout.
-        num_minibatches: optimiser steps per pass; with accumulate_grad_batches, each takes several micro-batches.
+        num_minibatches: optimiser steps per pass; each takes as many micro-batches as `data.max_tokens` asks for, and
+            `accumulate_grad_batches` at least.
         target_kl: end an iteration's learning before the step whose minibatch shows a mean KL per token from the
             rollout's policy, k3 over all ranks, beyond this; null = never.
         temperature: divides the logits in sampling and in training alike.
@@ -121,8 +123,10 @@ class OnPolicyModule(AlignmentModule):
         critic = {} if self.critic is None else {"critic": self.critic}
         return {**super().views(), "reference": self.reference, **critic}
 
-    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: RolloutBatch | NoBatch, batch_idx: int) -> Tensor:
         """One micro-batch of the current rollout: Σ weight · term, a mean over the tokens of the global minibatch."""
+        if isinstance(batch, NoBatch):
+            return torch.zeros((), device=self.device, requires_grad=True)
         tokens, updates = batch.packed, self.updates
         with self.policy.shared_pass():
             value = [] if self.critic is None else [self.value_term(batch)]
@@ -198,13 +202,13 @@ class OnPolicyModule(AlignmentModule):
             groups += self.optimizer_settings.groups(self.critic.parameters(), rate)
         return groups
 
-    def experience(self, played: Play) -> Experience:
+    def experience(self, played: Play, minibatches: Minibatches) -> Experience:
         """Score a rollout once: charge the KL to the tokens, and credit them with advantages.
 
         The forward passes run on the micro-batches of the first pass, as they will be trained on: the first ratio of
         new to old policy is exactly 1.
         """
-        rollout = self.planned(played)
+        rollout = self.planned(played, minibatches)
         old_logprobs, ref_logprobs, old_values = self.forward_rollout(rollout)
 
         scores = self.scores(rollout)
@@ -228,13 +232,12 @@ class OnPolicyModule(AlignmentModule):
         self.finish_rollout(rollout.means(scores, old_logprobs, ref_logprobs), old_values, returns, len(scores))
         return rollout.experience(columns, self.sum_over_ranks(rollout.step_tokens()).tolist())
 
-    def planned(self, played: Play) -> PlannedRollout:
+    def planned(self, played: Play, minibatches: Minibatches) -> PlannedRollout:
         """The rollout, cut into the micro-batches of this iteration."""
         rng = np.random.default_rng([self.sampling.seed, self.trainer.current_epoch, self.global_rank])
-        passes, minibatches = self.updates.ppo_epochs, self.updates.num_minibatches
-        accumulation = self.trainer.accumulate_grad_batches
-        plan = plan_minibatches(len(played.episodes), passes, minibatches, accumulation, rng)
-        return PlannedRollout(played, plan, minibatches)
+        num_tokens = np.array([len(e.prompt_ids) + len(e.response_ids) for e in played.episodes])
+        plan = minibatches.plan(num_tokens, rng, self.most_of_ranks)
+        return PlannedRollout(played, plan, minibatches.num_minibatches)
 
     @torch.no_grad()
     def forward_rollout(self, rollout: PlannedRollout) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -19,6 +19,7 @@ from lit_rlhf.models.holding import num_weights
 from lit_rlhf.models.places import parameters_of, place_of
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.trunk import runs_packed
+from lit_rlhf.rollout.minibatches import Minibatches
 
 HEADER = ("role", "where it lives", "trained", "frozen", "weights", "grads", "moments")
 
@@ -89,7 +90,7 @@ def buffers(trainer: Trainer, module: AlignmentModule) -> Iterator[Held]:
     policy, data = getattr(module, "policy", None), cast(Any, getattr(trainer, "datamodule", None))
     if not isinstance(policy, Policy):
         return
-    tokens = most_response_tokens(trainer, module, data)
+    tokens = most_response_tokens(data)
     limit = chunk_size(policy.head, module.device)
     tokens = limit if tokens is None else min(limit, tokens)
     size = tokens * policy.vocabulary_size * compute_dtype(trainer).itemsize
@@ -101,12 +102,11 @@ def buffers(trainer: Trainer, module: AlignmentModule) -> Iterator[Held]:
         yield Held("slot cache", f"{slots} slots of {length}", 0, 0, size, 0, 0)
 
 
-def most_response_tokens(trainer: Trainer, module: AlignmentModule, data: Any) -> int | None:
+def most_response_tokens(data: Any) -> int | None:
     """Of a micro-batch, by the settings; None where these set no limit."""
     if hasattr(data, "rewards"):
-        updates: Any = module.updates
-        parts = trainer.world_size * updates.num_minibatches * trainer.accumulate_grad_batches
-        return int(-(-data.settings.rollout_size // parts) * data.settings.max_new_tokens)
+        cut: Minibatches = data.minibatches()
+        return min(cut.most_tokens, cut.episodes_of_part * data.settings.max_new_tokens)
     return cast(int | None, data.batches.max_tokens) if hasattr(data, "batches") else None
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.data.batches import RolloutBatch
+from lit_rlhf.data.batches import NoBatch, RolloutBatch
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.models.holding import num_weights
 from lit_rlhf.models.policy import Policy, Scorer
@@ -66,14 +66,9 @@ class Performance(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count; log at the steps at which Lightning writes what is logged."""
-        self.on_policy = isinstance(batch, RolloutBatch)
-        self.batches += 1
-        self.tokens += batch.packed.input_ids.numel()
-        self.padding += batch.packed.layout.padding_fraction()
-        for network in roles(pl_module):
-            # Frozen networks of on-policy training run in rollouts only.
-            if not self.on_policy or any(p.requires_grad for p in network.parameters()):
-                self.flops = self.flops + step_flops(network, batch.packed, *self.weights[id(network)])
+        self.on_policy = isinstance(batch, RolloutBatch | NoBatch)
+        if not isinstance(batch, NoBatch):
+            self.count(batch.packed, pl_module)
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not self.on_policy and stepped and every and self.step % every == 0:
@@ -81,6 +76,16 @@ class Performance(Callback):
             self.report(trainer, pl_module)
             self.since = time.perf_counter()
         self.idle_since = time.perf_counter()
+
+    def count(self, packed: PackedBatch, pl_module: LightningModule) -> None:
+        """Add a micro-batch."""
+        self.batches += 1
+        self.tokens += packed.input_ids.numel()
+        self.padding += packed.layout.padding_fraction()
+        for network in roles(pl_module):
+            # Frozen networks of on-policy training run in rollouts only.
+            if not self.on_policy or any(p.requires_grad for p in network.parameters()):
+                self.flops = self.flops + step_flops(network, packed, *self.weights[id(network)])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, wherever in the epoch training ended."""

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.callbacks.memory import Held, buffers, held_roles
 from lit_rlhf.callbacks.performance import matrix_weights, roles, step_flops
+from lit_rlhf.data.batches import NoBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.heaviest import heaviest
 from lit_rlhf.engine.memory import LiveMemory, bytes_of, counting, shapes
@@ -31,6 +32,7 @@ from lit_rlhf.rollout.rehearsal import RehearsedPlay, silence
 KEPT = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 BUFFERS = ("logits", "slot cache")  # rows of what is held that are no weights
 BATCHES = 2  # of an optimiser step
+PHASES = ("load", "start", "rollout", "reward", "scoring", "training step", "optimiser step", "between steps")
 Sharing = Literal["none", "replicas", "shards"]
 
 
@@ -75,6 +77,8 @@ class Phases(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Forward and backward passes follow."""
         self.memory.phase = "training step"
+        if isinstance(batch, NoBatch) or batch.packed.input_ids.numel() < self.tokens:
+            return
         self.tokens = batch.packed.input_ids.numel()
         learning = [n for n in roles(pl_module) if any(p.requires_grad for p in n.parameters())]
         flops = [step_flops(n, batch.packed, matrix_weights(n), matrix_weights(n, frozen=True)) for n in learning]
@@ -134,7 +138,7 @@ def rehearse(
     with counting(memory), parked_apart(module, memory):
         micro_batches = shorten(module, data, accumulate, memory)
         trainer.fit(module, datamodule=data)
-    peaks = dict(memory.peaks)
+    peaks = {phase: memory.peaks[phase] for phase in PHASES if phase in memory.peaks}
     if sharing == "shards":
         gathered_in = torch.bfloat16 if str(options.get("precision")) == "bf16-mixed" else torch.float32
         peaks = sharded(peaks, phases.held, largest_unit(module, gathered_in), ranks, gathered_in)
@@ -231,23 +235,32 @@ def shorten_epoch(module: Any, data: Any, accumulate: int, memory: LiveMemory) -
 
 def shorten_rollout(module: Any, data: Any, accumulate: int, memory: LiveMemory) -> list[int]:
     """Play no more episodes than two optimiser steps take, or than there are slots; micro-batches stay as large."""
-    settings, updates = data.settings, module.updates
-    size = -(-settings.rollout_size // (updates.num_minibatches * accumulate))
-    taken = min(accumulate, BATCHES)
-    steps = max(2, -(-min(settings.num_slots, settings.rollout_size) // (size * taken)))
-    data.settings = replace(settings, rollout_size=steps * size * taken)
-    module.updates = replace(updates, num_minibatches=steps, ppo_epochs=1)
+    dealt, count = data.train_dataloader, [0]
+
+    def train_dataloader() -> Any:
+        settings, data.trainer.accumulate_grad_batches = data.settings, accumulate
+        whole = data.minibatches()
+        count[0] = len(whole)
+        size, taken = whole.episodes_of_part, min(accumulate, BATCHES)
+        if whole.micro_batches > accumulate:
+            played.learnt = whole.max_tokens // -(-whole.max_tokens // whole.longest)
+            size, taken = min(size * accumulate, BATCHES * (whole.max_tokens // played.learnt)), 1
+        steps = max(2, -(-min(settings.num_slots, settings.rollout_size) // (size * taken)))
+        data.settings = replace(settings, rollout_size=steps * size * taken)
+        module.updates = replace(module.updates, num_minibatches=steps, ppo_epochs=1)
+        data.trainer.accumulate_grad_batches = taken
+        return dealt()
 
     def phase(name: str) -> None:
         memory.phase = name
 
-    data.backend = RehearsedPlay(phase)
+    data.backend = played = RehearsedPlay(phase)
     silence(data.rewards)
     experience, forward_packed, most = module.experience, module.forward_packed, [0]
 
-    def scored(played: Any) -> Any:
+    def scored(*played: Any) -> Any:
         phase("scoring")
-        return experience(played)
+        return experience(*played)
 
     def forward_heavier(packed: PackedBatch) -> list[Tensor]:  # of passes alone, the heaviest takes most
         if len(packed.input_ids) <= most[0]:
@@ -255,8 +268,9 @@ def shorten_rollout(module: Any, data: Any, accumulate: int, memory: LiveMemory)
         most[0] = len(packed.input_ids)
         return list(forward_packed(packed))
 
+    data.train_dataloader = train_dataloader
     module.experience, module.forward_packed = scored, forward_heavier
-    return [updates.num_minibatches * accumulate * updates.ppo_epochs]
+    return count
 
 
 @contextmanager

@@ -21,7 +21,6 @@ MOST_GPUS = 2**16
 ADVICE = {  # what a config may change, where it does not do so already
     "model.activation_checkpointing": "blocks are computed twice",
     "data.max_tokens": "half the tokens of a micro-batch",
-    "trainer.accumulate_grad_batches": "half the episodes of a micro-batch",
     "model.lora": "an adapter on frozen weights",
     "model.hold_reference": "the reference is parked on the CPU between uses",
     "model.cache_reference": "the reference's log-probs are computed once",
@@ -81,7 +80,7 @@ def plan(argv: Sequence[str]) -> None:
         cli, found = rehearsed(argv)
         print("\n".join(report(cli, found)))
         if max(found.peaks.values()) > cli.device.memory:
-            print("\n".join(advice(cli, argv)))
+            print("\n".join(advice(cli, found, argv)))
     finally:
         log.setLevel(level)
 
@@ -150,24 +149,22 @@ def times(cli: PlanCLI, found: Rehearsal) -> Iterator[str]:
     yield f"  {found.micro_batches * seconds:.3g} s for {found.micro_batches} such, an {unit}"
 
 
-def advice(cli: PlanCLI, argv: Sequence[str]) -> Iterator[str]:
+def advice(cli: PlanCLI, found: Rehearsal, argv: Sequence[str]) -> Iterator[str]:
     """What each change would come to."""
     yield "what would take less:"
-    for option, value in changes(cli):
+    for option, value in changes(cli, found):
         try:
-            _, found = rehearsed([*argv, f"--{option}={value}"])
+            _, less = rehearsed([*argv, f"--{option}={value}"])
         except (UserError, SystemExit):
             continue  # does not go together with the rest
-        yield f"  --{option}={value}: {size_of(max(found.peaks.values()))} ({ADVICE[option]})"
+        yield f"  --{option}={value}: {size_of(max(less.peaks.values()))} ({ADVICE[option]})"
 
 
-def changes(cli: PlanCLI) -> Iterator[tuple[str, str]]:
+def changes(cli: PlanCLI, found: Rehearsal) -> Iterator[tuple[str, str]]:
     """Options that the config could change, with another value."""
     model, data = (copy.copy(part.init_args) for part in (cli.config.model, cli.config.data))
-    if data.get("max_tokens"):
-        yield "data.max_tokens", str(max(1, data.max_tokens // 2))
-    elif hasattr(cli.datamodule, "rewards"):
-        yield "trainer.accumulate_grad_batches", str(2 * cli.config.trainer.accumulate_grad_batches)
+    if "max_tokens" in data:
+        yield "data.max_tokens", str(max(1, found.tokens // 2))
     if "activation_checkpointing" in model and not model.activation_checkpointing:
         yield "model.activation_checkpointing", "true"
     if "lora" in model and model.lora is None and not model.get("from_scratch"):

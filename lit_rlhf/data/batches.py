@@ -71,3 +71,7 @@ class RolloutBatch(NamedTuple):
     denominator: Tensor  # () float32: response tokens of the minibatch over all ranks / (accumulation steps x ranks)
     old_values: Tensor | None = None  # (M,) critic at rollout; None without a critic
     returns: Tensor | None = None  # (M,) what the critic is to predict; likewise
+
+
+class NoBatch(NamedTuple):
+    """In place of a micro-batch that an optimiser step could have needed, had its episodes been longer."""

@@ -1,8 +1,8 @@
 """The environment side of on-policy training: prompts, reward, slots, lengths."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.batches import PromptBatch, RolloutBatch
+from lit_rlhf.data.batches import NoBatch, PromptBatch, RolloutBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.checks import (
     check_tools,
@@ -32,7 +32,8 @@ from lit_rlhf.data.settings import TokenizationSettings
 from lit_rlhf.errors import UserError, require_alike, require_types
 from lit_rlhf.models.fingerprints import require_same
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.rollout.experience import Experience, require_micro_batches, require_room
+from lit_rlhf.rollout.experience import Experience
+from lit_rlhf.rollout.minibatches import Minibatches, require_room
 from lit_rlhf.rollout.play import Play, RolloutBackend, check_context, make_env
 from lit_rlhf.rollout.rewards import Reward
 from lit_rlhf.rollout.scoring import Rewards
@@ -56,6 +57,8 @@ class RolloutDataModule(LightningDataModule):
         monitors: further rewards by name, logged as rollout/<name> but not learnt from.
         rollout_size: episodes per iteration, over all ranks.
         num_slots: episodes played at the same time on each rank; a quarter of its episodes or fewer keeps them busy.
+        max_tokens: of a micro-batch in scoring and learning, prompts and responses: an optimiser step takes as many
+            micro-batches as that needs, and `accumulate_grad_batches` at least; null = no limit.
         max_prompt_length: longer prompts lose tokens on the left; null = what the model's context leaves.
         max_new_tokens: length limit of a response.
         stop_strings: texts that end a response as soon as they stand in it, as stop tokens do; they stay in it.
@@ -83,6 +86,7 @@ class RolloutDataModule(LightningDataModule):
         monitors: dict[str, Reward | Callable[..., Any]] | None = None,
         rollout_size: int = 256,
         num_slots: int = 64,
+        max_tokens: int | None = 16_384,
         max_prompt_length: int | None = None,
         max_new_tokens: int = 64,
         stop_strings: tuple[str, ...] = (),
@@ -102,7 +106,7 @@ class RolloutDataModule(LightningDataModule):
         held_out = {"validation": validation, "test": test or validation, "predict": predict or validation}
         self.sources = named_sources({"train": train, **held_out}, format, columns, "prompts")
         self.settings = RolloutSettings(
-            rollout_size, num_slots, max_new_tokens, tuple(stop_strings), max_validation_prompts, seed
+            rollout_size, num_slots, max_tokens, max_new_tokens, tuple(stop_strings), max_validation_prompts, seed
         )
         self.tokenization = TokenizationSettings(
             max_prompt_length=max_prompt_length,
@@ -114,6 +118,7 @@ class RolloutDataModule(LightningDataModule):
         self.backend = RolloutBackend() if backend is None else backend
         self.tokenizer = tokenizer
         self.prompts: dict[str, PromptBatch] = {}
+        self.accumulate_grad_batches: int | None = None  # as the Trainer had it before `max_tokens` asked for more
 
     def prepare_data(self) -> None:
         """Tokenise on one process per machine; the others find the cache."""
@@ -170,7 +175,35 @@ class RolloutDataModule(LightningDataModule):
         size, ranks = self.settings.rollout_size, self.trainer.world_size
         if size % ranks:
             raise UserError(f"rollout_size ({size}) must divide among {ranks} ranks; try {size - size % ranks}")
+        self.accumulate_grad_batches = self.trainer.accumulate_grad_batches
+        needed = self.minibatches().micro_batches
+        if needed > self.accumulate_grad_batches and self.trainer.strategy.handles_gradient_accumulation:
+            raise UserError(
+                f"max_tokens ({self.settings.max_tokens}) cuts an optimiser step into up to {needed} micro-batches, "
+                f"which {type(self.trainer.strategy).__name__} must know before; set trainer.accumulate_grad_batches: "
+                f"{needed}"
+            )
+        self.trainer.accumulate_grad_batches = needed
         return RolloutLoader(self)
+
+    def teardown(self, stage: str) -> None:
+        """Leave the Trainer as it was given."""
+        if self.trainer is not None and self.accumulate_grad_batches is not None:
+            self.trainer.accumulate_grad_batches = self.accumulate_grad_batches
+            self.accumulate_grad_batches = None
+
+    def minibatches(self) -> Minibatches:
+        """How the episodes of each iteration are cut, on this rank."""
+        assert self.trainer is not None
+        updates: Any = self.trainer.lightning_module.updates
+        return Minibatches(
+            self.settings.rollout_size // self.trainer.world_size,
+            updates.ppo_epochs,
+            updates.num_minibatches,
+            self.accumulate_grad_batches or self.trainer.accumulate_grad_batches,
+            self.settings.max_tokens,
+            max(map(len, self.prompts["train"].prompt_ids)) + self.settings.max_new_tokens,
+        )
 
     def val_dataloader(self) -> DataLoader | list:
         """This rank's share of the held-out prompts."""
@@ -227,14 +260,11 @@ class RolloutLoader:
         self.data = data
         self.trainer = data.trainer
         self.agent: Any = data.trainer.lightning_module
-        plan = self.plan
-        sizes = data.settings
-        require_room(sizes.rollout_size, self.trainer.num_nodes, sizes.max_new_tokens, plan["ppo_epochs"])
-        num_episodes = sizes.rollout_size // self.trainer.world_size
-        require_micro_batches(num_episodes, plan["num_minibatches"], plan["accumulate_grad_batches"])
+        sizes, self.minibatches = data.settings, data.minibatches()
+        require_room(sizes.rollout_size, self.trainer.num_nodes, sizes.max_new_tokens, self.minibatches.ppo_epochs)
         self.prompts = data.training_share()
         policy, tokenizer = cast(Policy, self.agent.policy), cast(PreTrainedTokenizerBase, data.tokenizer)
-        num_slots = min(sizes.num_slots, num_episodes)
+        num_slots = min(sizes.num_slots, self.minibatches.num_episodes)
         limits = (sizes.max_new_tokens, sizes.stop_strings)
         self.env = make_env(policy, tokenizer, self.prompts, num_slots, *limits, data.rewards)
         self.env_seed: int | None = sizes.seed + data.trainer.global_rank  # until the first rollout
@@ -242,21 +272,12 @@ class RolloutLoader:
         self.experience: Experience | None = None  # of the iteration under way
         self.done = 0  # its micro-batches handed out so far
 
-    @property
-    def plan(self) -> dict[str, int]:
-        """What an iteration's micro-batches are cut by."""
-        return {
-            "ppo_epochs": self.agent.updates.ppo_epochs,
-            "num_minibatches": self.agent.updates.num_minibatches,
-            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
-        }
-
     def __len__(self) -> int:
-        return math.prod(self.plan.values())
+        return len(self.minibatches)
 
-    def __iter__(self) -> Iterator[RolloutBatch]:
+    def __iter__(self) -> Iterator[RolloutBatch | NoBatch]:
         if self.experience is None or self.done == len(self):
-            self.experience, self.done = self.agent.experience(self.play()), 0
+            self.experience, self.done = self.agent.experience(self.play(), self.minibatches), 0
         for number in range(self.done, len(self)):
             self.done += 1
             # After a stop, steps are taken for form's sake (`OnPolicyModule.on_before_optimizer_step`): one episode.
@@ -285,7 +306,7 @@ class RolloutLoader:
             "env": None if self.env_seed is not None else self.env_before or self.env.state_dict(),
             "experience": self.experience.state_dict() if under_way and self.experience is not None else None,
             "done": self.done if under_way else 0,
-            "plan": self.plan,
+            "plan": asdict(self.minibatches),
         }
         states: list[Any] = [mine] * self.trainer.world_size
         if dist.is_available() and dist.is_initialized():
@@ -302,10 +323,11 @@ class RolloutLoader:
                 "prompts and rollouts cannot be divided anew; resume with as many ranks"
             )
         mine = state["ranks"][self.trainer.global_rank]
-        require_alike(mine, {"done": 0, "plan": self.plan}, name, ("done", "plan", "env", "experience"))
-        if mine["done"] and mine["plan"] != self.plan:
+        plan = asdict(self.minibatches)
+        require_alike(mine, {"done": 0, "plan": {}}, name, ("done", "plan", "env", "experience"))
+        if mine["done"] and mine["plan"] != plan:
             raise UserError(
-                f"it stopped in the middle of an iteration of {mine['plan']}, this run has {self.plan}; "
+                f"it stopped in the middle of an iteration of {mine['plan']}, this run has {plan}; "
                 "resume with the same, or from a checkpoint of an iteration's end"
             )
         if mine["env"] is not None:

@@ -1,18 +1,17 @@
-"""A scored rollout and its cut into minibatches."""
+"""A scored rollout, cut into minibatches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
-from lit_rlhf.data.batches import RolloutBatch
+from lit_rlhf.data.batches import NoBatch, RolloutBatch
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
-from lit_rlhf.errors import UserError
 from lit_rlhf.losses.advantages import make_row_mask, pad_rows, unpad_rows
 from lit_rlhf.losses.kl import k1
+from lit_rlhf.rollout.minibatches import Plan
 from lit_rlhf.rollout.play import Play
 from token_mdp import Episode, FinishReason
 
@@ -23,13 +22,15 @@ class Experience(NamedTuple):
     prompt_ids: list[np.ndarray]  # (P,) each
     response_ids: list[np.ndarray]  # (T,) each
     tokens: dict[str, list[Tensor]]  # (T,) each: the token columns of RolloutBatch, by their names there
-    plan: list[list[np.ndarray]]  # per optimiser step, the episodes of each of its micro-batches
+    plan: Plan
     step_tokens: list[float]  # per optimiser step, its response tokens over all ranks
 
-    def micro_batch(self, number: int, num_ranks: int, limit: int | None = None) -> RolloutBatch:
+    def micro_batch(self, number: int, num_ranks: int, limit: int | None = None) -> RolloutBatch | NoBatch:
         """The micro-batch of this number among those of all passes; with a limit, only its first episodes."""
         step, part = divmod(number, len(self.plan[0]))
         rows = self.plan[step][part][:limit]
+        if not len(rows):
+            return NoBatch()
         return RolloutBatch(
             packed=pack_episodes(self.prompt_ids, self.response_ids, rows),
             denominator=torch.tensor(self.step_tokens[step] / (len(self.plan[step]) * num_ranks), dtype=torch.float32),
@@ -65,14 +66,14 @@ class PlannedRollout:
 
     Args:
         played: the episodes.
-        plan: per optimiser step, the episodes of each of its micro-batches.
+        plan: of all passes.
         num_minibatches: optimiser steps of a pass.
     """
 
-    def __init__(self, played: Play, plan: list[list[np.ndarray]], num_minibatches: int) -> None:
+    def __init__(self, played: Play, plan: Plan, num_minibatches: int) -> None:
         self.plan = plan
         self.played = played
-        self.first_pass = [rows for step in plan[:num_minibatches] for rows in step]
+        self.first_pass = [rows for step in plan[:num_minibatches] for rows in step if len(rows)]
         self.order = np.concatenate(self.first_pass)
         self.episodes = [played.episodes[i] for i in self.order]
         self.lengths = torch.tensor([len(episode.response_ids) for episode in self.episodes])  # (B,)
@@ -150,58 +151,3 @@ def episode_means(episodes: Sequence[Episode]) -> dict[str, Tensor]:
         **{name: np.mean([e.components[name] for e in episodes]) for name in episodes[0].components},
     }
     return {name: torch.tensor(float(mean)) for name, mean in means.items()}
-
-
-def plan_minibatches(
-    num_episodes: int, passes: int, num_minibatches: int, accumulation: int, rng: np.random.Generator
-) -> list[list[np.ndarray]]:
-    """A fresh permutation per pass, cut into optimiser steps and these into micro-batches.
-
-    Args:
-        num_episodes: episodes of this rank.
-        passes: over the rollout.
-        num_minibatches: optimiser steps per pass.
-        accumulation: micro-batches per optimiser step.
-        rng: shuffles.
-
-    Returns:
-        passes x num_minibatches steps, each a list of `accumulation` arrays of episode numbers.
-
-    Raises:
-        UserError: fewer episodes than micro-batches.
-    """
-    require_micro_batches(num_episodes, num_minibatches, accumulation)
-    micro = num_minibatches * accumulation
-    plan = []
-    for _ in range(passes):
-        parts = np.array_split(rng.permutation(num_episodes), micro)
-        plan += [parts[i : i + accumulation] for i in range(0, micro, accumulation)]
-    return plan
-
-
-def require_micro_batches(num_episodes: int, num_minibatches: int, accumulation: int) -> None:
-    """Refuse to cut a rank's episodes into more micro-batches than there are."""
-    if num_episodes < num_minibatches * accumulation:
-        raise UserError(
-            f"a rollout of {num_episodes} episodes per rank cannot be cut into num_minibatches ({num_minibatches}) x "
-            f"accumulate_grad_batches ({accumulation}) micro-batches; raise rollout_size or lower these"
-        )
-
-
-def require_room(rollout_size: int, num_nodes: int, max_new_tokens: int, passes: int) -> None:
-    """Refuse rollouts that a machine's memory cannot hold, before hours are spent on playing them.
-
-    Args:
-        rollout_size: episodes over all ranks.
-        num_nodes: machines that share them.
-        max_new_tokens: the longest that a response may be.
-        passes: over a rollout, each of which has an order of its own.
-    """
-    # An episode with its arrays, its columns of tokens, and its number in each pass.
-    needed = rollout_size // num_nodes * (1000 + 40 * max_new_tokens + 16 * passes)
-    memory = psutil.virtual_memory().total
-    if needed > memory:
-        raise UserError(
-            f"rollout_size ({rollout_size}) episodes of up to max_new_tokens ({max_new_tokens}), in ppo_epochs "
-            f"({passes}) orders, would take about {needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB"
-        )

@@ -13,7 +13,7 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.play import GenerationSettings, Play, RolloutBackend
 from lit_rlhf.rollout.rewards import Reward
 from lit_rlhf.rollout.scoring import Rewards
-from token_mdp import TokenVectorEnv
+from token_mdp import Episode, TokenVectorEnv
 
 
 class RehearsedPlay(RolloutBackend):
@@ -24,11 +24,16 @@ class RehearsedPlay(RolloutBackend):
 
     Args:
         phase: called with what is done from here on.
+
+    Attributes:
+        learnt: tokens of an episode that are learnt from, so that some together are all that a micro-batch may have;
+            None = all.
     """
 
     def __init__(self, phase: Callable[[str], None]) -> None:
         super().__init__(cuda_graphs=False)
         self.phase = phase
+        self.learnt: int | None = None
 
     @torch.no_grad()
     def play(
@@ -62,8 +67,15 @@ class RehearsedPlay(RolloutBackend):
                 observation, _, _, _, info = env.step(np.full(env.num_envs, token))
         del decoder
         self.phase("reward")
-        episodes = env.pop_episodes()
+        episodes = [self.cut(episode) for episode in env.pop_episodes()]
         return Play(episodes, [np.zeros(len(episode.response_ids), np.float32) for episode in episodes])
+
+    def cut(self, episode: Episode) -> Episode:
+        """An episode of as many tokens as are learnt from; a short prompt makes for a longer response."""
+        if self.learnt is None:
+            return episode
+        room = max(1, self.learnt - len(episode.prompt_ids))
+        return episode._replace(response_ids=np.resize(episode.response_ids, room))
 
 
 class Silent(Reward):

@@ -12,6 +12,7 @@ class RolloutSettings:
 
     rollout_size: int
     num_slots: int
+    max_tokens: int | None
     max_new_tokens: int
     stop_strings: tuple[str, ...]
     max_validation_prompts: int
@@ -25,6 +26,7 @@ class RolloutSettings:
                 f"rollout_size ({self.rollout_size}), num_slots ({self.num_slots}), max_new_tokens "
                 f"({self.max_new_tokens}) and max_validation_prompts ({self.max_validation_prompts}) must be 1 or more"
             )
+        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more, or null")
         require(all(self.stop_strings), "stop_strings", self.stop_strings, "texts, none of them empty")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
 

@@ -1,11 +1,8 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
 
-from lit_rlhf.errors import UserError
-from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means, plan_minibatches
+from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means
 from lit_rlhf.rollout.play import Play
 from token_mdp import Episode, FinishReason
 
@@ -106,25 +103,6 @@ def test_the_gap_of_the_sampler_is_over_the_tokens_that_it_sampled():
     means = rollout.means(torch.zeros(4), sampled - 0.5, sampled - 0.5 - 2.0)
     assert means["rollout/sampler_gap"].item() == pytest.approx(0.5)
     assert means["rollout/kl"].item() == pytest.approx(2.0 * 10 / 4)  # summed over each response
-
-
-@pytest.mark.parametrize(("episodes", "minibatches", "accumulation"), [(12, 3, 2), (13, 2, 3), (7, 7, 1), (5, 1, 1)])
-def test_each_pass_meets_each_episode_once_in_parts_of_nearly_equal_size(episodes, minibatches, accumulation):
-    plan = plan_minibatches(episodes, 3, minibatches, accumulation, np.random.default_rng(0))
-    assert len(plan) == 3 * minibatches and {len(step) for step in plan} == {accumulation}
-    parts = list(itertools.chain(*plan))
-    a_pass = minibatches * accumulation
-    passes = [np.concatenate(parts[i : i + a_pass]) for i in range(0, len(parts), a_pass)]
-    assert all(sorted(rows) == list(range(episodes)) for rows in passes)
-    assert len({tuple(rows) for rows in passes}) == 3  # a fresh permutation each
-    sizes = {len(part) for part in parts}
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_fewer_episodes_than_micro_batches_are_refused_with_the_numbers():
-    message = r"5 episodes per rank .* num_minibatches \(3\) x accumulate_grad_batches \(2\)"
-    with pytest.raises(UserError, match=message):
-        plan_minibatches(5, 1, 3, 2, np.random.default_rng(0))
 
 
 def test_means_of_episodes_by_hand():

@@ -9,6 +9,7 @@ from lit_rlhf.rollout.settings import RolloutSettings
 SIZES = {
     "rollout_size": 16,
     "num_slots": 8,
+    "max_tokens": 64,
     "max_new_tokens": 4,
     "stop_strings": (),
     "max_validation_prompts": 2,
@@ -25,6 +26,7 @@ SIZES = {
         ),
         ({"num_slots": -1}, "num_slots (-1)"),
         ({"max_new_tokens": 0}, "max_new_tokens (0)"),
+        ({"max_tokens": 0}, "max_tokens (0) must be 1 or more, or null"),
         ({"max_validation_prompts": 0}, "max_validation_prompts (0) must be 1 or more"),
         ({"stop_strings": ("end", "")}, "stop_strings (('end', '')) must be texts, none of them empty"),
         ({"seed": -1}, "seed (-1) must be 0 or more"),

@@ -1,0 +1,136 @@
+"""How a rollout is cut: optimiser steps by episodes, their micro-batches by tokens."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from lit_rlhf.errors import UserError
+
+Plan = list[list[np.ndarray]]  # per optimiser step, the episodes of each of its micro-batches; some may have none
+NONE = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Minibatches:
+    """The cut of a rank's rollout, by the settings alone: an iteration has as many micro-batches as any other.
+
+    Args:
+        num_episodes: of this rank.
+        ppo_epochs: passes over the rollout.
+        num_minibatches: optimiser steps of a pass.
+        accumulate_grad_batches: micro-batches of an optimiser step at least.
+        max_tokens: of a micro-batch at most, prompts and responses; None = no limit.
+        longest: tokens that an episode can have.
+
+    Raises:
+        UserError: fewer episodes than micro-batches, or a `max_tokens` that the longest episode does not fit into.
+    """
+
+    num_episodes: int
+    ppo_epochs: int
+    num_minibatches: int
+    accumulate_grad_batches: int
+    max_tokens: int | None
+    longest: int
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be cut."""
+        if self.num_episodes < self.num_minibatches * self.accumulate_grad_batches:
+            raise UserError(
+                f"a rollout of {self.num_episodes} episodes per rank cannot be cut into num_minibatches "
+                f"({self.num_minibatches}) x accumulate_grad_batches ({self.accumulate_grad_batches}) micro-batches; "
+                "raise rollout_size or lower these"
+            )
+        if self.max_tokens is not None and self.longest > self.max_tokens:
+            raise UserError(
+                f"the longest prompt and max_new_tokens are {self.longest} tokens, more than max_tokens "
+                f"({self.max_tokens}) allows in a micro-batch; raise max_tokens to {self.longest}, or lower "
+                "max_prompt_length or max_new_tokens"
+            )
+
+    @property
+    def episodes_of_part(self) -> int:
+        """Of an optimiser step's `accumulate_grad_batches`-th part at most."""
+        return -(-self.num_episodes // (self.num_minibatches * self.accumulate_grad_batches))
+
+    @property
+    def micro_batches(self) -> int:
+        """Of an optimiser step, where all episodes are as long as can be."""
+        together = self.episodes_of_part if self.max_tokens is None else self.max_tokens // self.longest
+        return self.accumulate_grad_batches * -(-self.episodes_of_part // together)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a micro-batch."""
+        most = self.episodes_of_part * self.longest
+        return most if self.max_tokens is None else min(most, self.max_tokens)
+
+    def __len__(self) -> int:
+        return self.ppo_epochs * self.num_minibatches * self.micro_batches
+
+    def plan(self, num_tokens: np.ndarray, rng: np.random.Generator, agree: Callable[[Tensor], Tensor]) -> Plan:
+        """A fresh permutation per pass, cut into optimiser steps and these into micro-batches.
+
+        Args:
+            num_tokens: (episodes,) of each episode.
+            rng: shuffles.
+            agree: the greatest of all ranks' numbers, since sharded weights have all ranks take each pass together.
+
+        Returns:
+            ppo_epochs x num_minibatches steps, each a list of `micro_batches` arrays of episode numbers. The empty ones
+            come first: the last micro-batch of a step is the one after which Lightning steps.
+        """
+        parts_of_pass = self.num_minibatches * self.accumulate_grad_batches
+        passes = [np.array_split(rng.permutation(self.num_episodes), parts_of_pass) for _ in range(self.ppo_epochs)]
+        filled = [fill(part, num_tokens, self.max_tokens) for parts in passes for part in parts]
+        counts = agree(torch.tensor([len(parts) for parts in filled])).tolist()
+        cut = [halve(parts, count) for parts, count in zip(filled, counts, strict=True)]
+        starts = range(0, len(cut), self.accumulate_grad_batches)
+        steps = [list(itertools.chain(*cut[i : i + self.accumulate_grad_batches])) for i in starts]
+        return [[NONE] * (self.micro_batches - len(step)) + step for step in steps]
+
+
+def fill(rows: np.ndarray, num_tokens: np.ndarray, max_tokens: int | None) -> list[np.ndarray]:
+    """Cut episodes where the next one would be too much; their order stays."""
+    if max_tokens is None:
+        return [rows]
+    ends, taken = [], 0
+    for number, tokens in enumerate(num_tokens[rows].tolist()):
+        if taken + tokens > max_tokens:
+            ends.append(number)
+            taken = 0
+        taken += tokens
+    return np.split(rows, ends)
+
+
+def halve(parts: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """Cut the parts of most episodes in two until there are so many."""
+    parts = list(parts)
+    while len(parts) < count:
+        largest = max(range(len(parts)), key=lambda number: len(parts[number]))
+        parts[largest : largest + 1] = np.array_split(parts[largest], 2)
+    return parts
+
+
+def require_room(rollout_size: int, num_nodes: int, max_new_tokens: int, passes: int) -> None:
+    """Refuse rollouts that a machine's memory cannot hold, before hours are spent on playing them.
+
+    Args:
+        rollout_size: episodes over all ranks.
+        num_nodes: machines that share them.
+        max_new_tokens: the longest that a response may be.
+        passes: over a rollout, each of which has an order of its own.
+    """
+    # An episode with its arrays, its columns of tokens, and its number in each pass.
+    needed = rollout_size // num_nodes * (1000 + 40 * max_new_tokens + 16 * passes)
+    memory = psutil.virtual_memory().total
+    if needed > memory:
+        raise UserError(
+            f"rollout_size ({rollout_size}) episodes of up to max_new_tokens ({max_new_tokens}), in ppo_epochs "
+            f"({passes}) orders, would take about {needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB"
+        )

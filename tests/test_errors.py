@@ -14,6 +14,7 @@ import torch
 import lit_rlhf
 from lit_rlhf import DPO, PPO, SFT, PreferenceDataModule, RewardModel, RolloutDataModule, SFTDataModule
 from lit_rlhf.errors import UserError, looks_like_a_path, one_line, place_of, require, require_types
+from lit_rlhf.rollout.data_module import OF_REWARDS
 
 
 @pytest.mark.parametrize("name", ["./model", "../model", "/nowhere/model", "~/model", "a/b/c", r"runs\sft", ".hidden"])
@@ -171,7 +172,7 @@ def names_of(constructor):
 EVERY_OPTION = [
     (constructor, name)
     for constructor in (SFT, RewardModel, DPO, PPO, SFTDataModule, PreferenceDataModule, RolloutDataModule)
-    for name in sorted(names_of(constructor))
+    for name in sorted(names_of(constructor) - set(OF_REWARDS))
 ]
 
 
@@ -180,6 +181,14 @@ def test_every_option_that_is_given_an_array_is_named(constructor, name):
     for array in ARRAYS:
         with pytest.raises(UserError, match=rf"{name} \([^\n]+\) must be [^\n]+$"):
             constructor(**{name: array})
+
+
+@pytest.mark.parametrize("name", OF_REWARDS)
+def test_what_stands_for_rewards_and_is_an_array_is_named(name):
+    for array in ARRAYS:
+        given = {name: array} if name in ("reward", "rewards") else {"reward": ones, name: array}
+        with pytest.raises(UserError, match=r"^data\.(reward: \S[^\n]* is no function|[^\n]* must be a mapping)"):
+            RolloutDataModule(**given)
 
 
 def raised_by(call):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -11,8 +12,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_rlhf.data.messages import Row
 from lit_rlhf.errors import UserError, named_by, require
+from lit_rlhf.time_limit import time_limit
 
 LONGEST = 2**24  # characters that a template may make of one conversation, millions of tokens
+SLOWEST = 10.0  # seconds that a template may take for one conversation, a hundred thousand times what one takes
 Span = tuple[int, int]  # first character, and one past the last
 
 
@@ -81,9 +84,10 @@ class Renderer:
         """Messages as text, and with `return_assistant_tokens_mask` what the template's `{% generation %}` marks."""
         shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
         try:
-            rendered: Any = render_jinja_template(
-                [shown], tools=self.tools, chat_template=self.template, **options, **self.variables
-            )
+            with time_limit(SLOWEST if current_thread() is main_thread() else None):
+                rendered: Any = render_jinja_template(
+                    [shown], tools=self.tools, chat_template=self.template, **options, **self.variables
+                )
         except TemplateSyntaxError as error:
             raise UserError(
                 f"the chat template is not valid Jinja: {error.message} (its line {error.lineno})"
@@ -91,6 +95,11 @@ class Renderer:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             roles = [message["role"] for message in messages]
             raise UserError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+        except TimeoutError as error:
+            raise UserError(
+                f"the chat template had not written one conversation of {len(messages)} messages after {SLOWEST:g} "
+                "seconds: look for a loop in it that takes too many turns"
+            ) from error
         except RecursionError as error:
             raise UserError(
                 "nested too deep for the chat template, or the template calls itself without end"
@@ -192,7 +201,7 @@ def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     try:
         text = Renderer(tokenizer)([{"role": "user", "content": "?"}, {"role": "assistant", "content": content}])
     except UserError as error:
-        if isinstance(error.__cause__, TemplateSyntaxError):
+        if isinstance(error.__cause__, TemplateSyntaxError | TimeoutError):
             raise
         return None  # a template that asks for more than a question and an answer
     after = text.rfind(content) + len(content)

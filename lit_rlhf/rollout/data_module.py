@@ -40,6 +40,8 @@ from lit_rlhf.rollout.scoring import Rewards
 from lit_rlhf.rollout.settings import RolloutSettings
 from lit_rlhf.signals import SIGNALS
 
+OF_REWARDS = ("reward", "rewards", "reward_weights", "monitors")  # options that `Rewards` checks
+
 
 class RolloutDataModule(LightningDataModule):
     """Prompts, a token environment to play them in, and the reward that ends an episode.
@@ -100,7 +102,8 @@ class RolloutDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        require_types(RolloutDataModule.__init__, locals())
+        given = locals()
+        require_types(RolloutDataModule.__init__, {name: given[name] for name in given if name not in OF_REWARDS})
         require_held_out_rows(train, validation)
         self.rewards = Rewards.given(reward, rewards, reward_weights, monitors)
         held_out = {"validation": validation, "test": test or validation, "predict": predict or validation}

@@ -31,7 +31,7 @@ from lit_rlhf.models.policy import Policy, Scorer, freeze
 from lit_rlhf.models.roles import OnTrunk, add_reward_model, shares_base
 from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 from lit_rlhf.models.weights import load_config
-from lit_rlhf.rollout.time_limit import time_limit
+from lit_rlhf.time_limit import time_limit
 from token_mdp.columns import columns_for
 from token_mdp.rewards import bare
 

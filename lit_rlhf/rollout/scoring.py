@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf import time_limit
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.errors import UserError, named_by, one_line
 from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.rollout import rewards, time_limit
+from lit_rlhf.rollout import rewards
 from lit_rlhf.rollout.rewards import Reward, TextReward, path_of
 from lit_rlhf.signals import Stop
 from token_mdp import Episode, RewardError
@@ -73,7 +74,7 @@ class Rewards:
     ) -> None:
         several = isinstance(reward, Mapping | list | tuple)
         learnt = named_rewards(reward) if several else {SINGLE: (as_reward(reward, "data.reward"), 1.0)}
-        weights, monitors = weights or {}, monitors or {}
+        weights, monitors = {} if weights is None else weights, {} if monitors is None else monitors
         for option, given in (("reward_weights", weights), ("monitors", monitors)):
             if not isinstance(given, Mapping):
                 raise UserError(
@@ -113,7 +114,7 @@ class Rewards:
             UserError: both are given, or none is.
         """
         if (one is None) == (several is None):
-            both = "both given" if several else "both missing"
+            both = "both given" if several is not None else "both missing"
             raise UserError(f"data.reward and data.rewards are {both}: give one reward, or several by name, and null")
         return cls(several if one is None else one, weights, monitors)
 

@@ -1,9 +1,13 @@
+import json
+
 import pytest
 from transformers import GenerationConfig
 
 from lit_rlhf.data.chat import Renderer, set_template, stop_token_ids
+from lit_rlhf.data.modules import SFTDataModule
 from lit_rlhf.errors import UserError
 from tests.chat_templates import QWEN3
+from tests.data.small_rows import attach
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 
@@ -78,6 +82,27 @@ def test_a_template_that_writes_without_measure_is_one_error(monkeypatch):
         UserError, match=r"writes \d+ characters of one conversation, more than the 999 .* look for a l"
     ):
         Renderer(byte_tokenizer(loop))([USER])
+
+
+def test_a_template_whose_loops_write_nothing_without_end_is_one_error_and_so_is_its_row(monkeypatch, tmp_path):
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = byte_tokenizer(
+        "{% if messages[0].content == 'long' %}"
+        + loops
+        + "{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    monkeypatch.setattr("lit_rlhf.data.chat.SLOWEST", 0.2)
+    assert Renderer(tokenizer)([USER]) == USER["content"]
+    said = "the chat template had not written one conversation of 1 messages after 0.2 seconds: look for a loop"
+    with pytest.raises(UserError, match=said):
+        Renderer(tokenizer)([{"role": "user", "content": "long"}])
+    rows = tmp_path / "rows.jsonl"
+    turns = [[{"role": "user", "content": text}, ASSISTANT] for text in ("short", "long")]
+    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: the chat template had not written"):
+        attach(SFTDataModule(str(rows), None, tokenizer=tokenizer))
+    with pytest.raises(UserError, match=r"^chat_template: .* had not written"):  # whatever the row
+        set_template(tokenizer, loops, {})
 
 
 @pytest.mark.parametrize("template", ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])

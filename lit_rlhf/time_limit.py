@@ -1,4 +1,4 @@
-"""A limit on the time that a function of the user's may take."""
+"""A limit on the time that code of others may take: a function of the user's, a chat template."""
 
 import signal
 import threading

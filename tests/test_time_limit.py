@@ -7,7 +7,7 @@ import traceback
 import pytest
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.rollout.time_limit import time_limit
+from lit_rlhf.time_limit import time_limit
 
 
 def loop():

@@ -28,6 +28,7 @@ from lit_rlhf.engine import logprobs
 from lit_rlhf.engine.logprobs import CHUNK_MOST
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.losses import bco_pair_loss
+from lit_rlhf.models.holding import reading_in
 from tests.stages import STAGES, make_stage
 from tests.tiny import VOCABULARY
 
@@ -142,7 +143,8 @@ def main(folder: Path, name: str, runs: Sequence[str]) -> None:
         # Left to itself, this strategy takes both processes for one tensor-parallel group and shards nothing.
         sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         strategy: Any = "ddp" if name == "ddp" else sharded
-        module, data = make_stage(stage, folder, **options)
+        with reading_in(torch.float32, uncut=name == "fsdp2_uncut"):  # as the command line does for this strategy
+            module, data = make_stage(stage, folder, **options)
         if stage == "ppo":
             module.kl = Hears()  # type: ignore[assignment]
         shares, between = Shares(), BetweenRanks()

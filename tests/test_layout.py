@@ -39,6 +39,7 @@ THINGS = {
     "envs/test_torchrl.py": "another library",
     "envs/test_wrappers.py": "another library",
     "losses/test_family.py": "what holds for every preference loss",
+    "models/test_cut_reading.py": "from reading to pieces",
     "test_api.py": "of the docs",
     "test_audit.py": "of a tool beside it",
     "test_docs.py": "of the docs",

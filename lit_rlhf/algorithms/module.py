@@ -266,6 +266,8 @@ class AlignmentModule(LearningModule):
             compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             for network in self.networks():
                 shard(network, mesh["data_parallel"], compute)
+                if isinstance(network, Network):
+                    network.settle()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is, and what its export needs beside weights."""

@@ -111,7 +111,8 @@ class AlignmentCLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         given = self.config if subcommand is None else self.config[subcommand]
         try:
-            with reading_in(dtype_by(given.trainer.precision)):  # else they would be there in float32 first
+            # Else they would be there in float32, or whole on each rank, first.
+            with reading_in(dtype_by(given.trainer.precision), cuts(given.trainer.strategy)):
                 super().instantiate_classes()
         except UserError:
             raise
@@ -255,6 +256,11 @@ def command(argv: list[str], from_shell: bool) -> None:
         auto_cli(program, args=argv[1:], as_positional=False, parser_class=Program, **about)
     else:
         run(None if from_shell else argv)  # LightningCLI warns when it is handed the process's own arguments
+
+
+def cuts(strategy: Any) -> bool:
+    """Whether a Trainer's strategy, as a config names it, cuts networks over ranks (FSDP2)."""
+    return str(getattr(strategy, "class_path", strategy)).rpartition(".")[2] == "ModelParallelStrategy"
 
 
 def runs() -> dict[str, str]:

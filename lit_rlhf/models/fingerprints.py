@@ -48,20 +48,25 @@ def fingerprints(sources: Iterable[str]) -> Fingerprints:
     return {source: mark for source, mark in held.items() if mark is not None}
 
 
-def weight_files(source: str) -> list[Path]:
-    """The files that a model is read from, or an adapter where there is no model."""
-    if whole := found_file(source, "model.safetensors"):
+def weight_files(source: str, local: bool = True) -> list[Path]:
+    """The files that a model is read from, or an adapter where there is no model.
+
+    Args:
+        source: folder or hub name.
+        local: of a name, look into the hub's cache alone.
+    """
+    if whole := found_file(source, "model.safetensors", local):
         return [whole]
-    if index := found_file(source, INDEX):
+    if index := found_file(source, INDEX, local):
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        return [file for name in names if (file := found_file(source, name))]
-    return [own] if (own := found_file(source, "adapter_model.safetensors")) else []
+        return [file for name in names if (file := found_file(source, name, local))]
+    return [own] if (own := found_file(source, "adapter_model.safetensors", local)) else []
 
 
-def found_file(source: str, name: str) -> Path | None:
+def found_file(source: str, name: str, local: bool = True) -> Path | None:
     """A file of a folder, or of the hub's cache."""
     with suppress(OSError):  # no such folder any more
-        file = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(source, name, local_files_only=local, _raise_exceptions_for_missing_entries=False)
         return None if file is None else Path(file)
     return None
 

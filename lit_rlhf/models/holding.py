@@ -19,6 +19,8 @@ FrozenDtype = Literal["float32", "bfloat16", "nf4"]
 # What `frozen_dtype` may be beside a precision that casts weights, or computes in another half precision.
 BESIDE = {"bf16-true": ("bfloat16", "nf4"), "16-true": (), "64-true": (), "16-mixed": ("float32",)}
 
+UNCUT = [False]  # see `reading_in`
+
 
 def require_frozen_dtype(frozen_dtype: str | None) -> None:
     """Refuse what is no dtype of frozen weights, or cannot be made here; before any weight is read."""
@@ -92,14 +94,28 @@ def num_weights(parameter: Tensor) -> int:
 
 
 @contextmanager
-def reading_in(dtype: torch.dtype) -> Iterator[None]:
-    """While inside, weights are read in this dtype, unless a model is told otherwise."""
+def reading_in(dtype: torch.dtype, uncut: bool = False) -> Iterator[None]:
+    """While inside, weights are read in this dtype, unless a model is told otherwise.
+
+    Args:
+        dtype: of weights.
+        uncut: all networks that are made will be cut over ranks (`AlignmentModule.configure_model`). Until then their
+            weights are left as they are in files, so that ranks of a machine share their pages, and none holds a whole
+            model: pieces alone are cast.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    UNCUT.append(uncut)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
+        UNCUT.pop()
+
+
+def stays_uncut(held: FrozenDtype | None) -> bool:
+    """Whether weights that are read now, to be held so, are left to be cut first."""
+    return UNCUT[-1] and held != "nf4"
 
 
 @contextmanager

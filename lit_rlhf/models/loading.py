@@ -5,12 +5,14 @@ that never learn in one of their own if asked for (`holding.py`); an export goes
 """
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapter_folders import SavedAdapter, named_base, saved_adapter
@@ -56,13 +58,14 @@ def load_policy(
     start = None if from_scratch else saved_adapter(name)
     base = name if start is None else start.base
     held = frozen_base(start, lora, merge_start, frozen_dtype, learns)
-    with reading_in(torch.float32 if merge_start else torch.get_default_dtype()):  # sums are made before they are cast
+    with reading_for(lora, merge_start):
         read_as = None if merge_start else held
         model = load_model(AutoModelForCausalLM, base, from_scratch, trust_remote_code, held=read_as)
     stored = stored_architectures(base, trust_remote_code)
     if not from_scratch and (has_score_head(stored) or (start is not None and start.scores)):
         raise UserError(f"{name} holds a reward model ({stored}), not a policy; name the folder of a causal LM")
     policy = Policy(model)
+    policy.uncut = model.__dict__.get("uncut")
     choose_attention(policy, str(name))
     adapt(policy, name, start, lora, merge_start, "policy", held)
     note_sources(policy, () if from_scratch else (base, name), learns)
@@ -115,7 +118,7 @@ def load_scorer(
     start = saved_adapter(name)
     base = name if start is None else start.base
     held = frozen_base(start, lora, merge_start, frozen_dtype, learns)
-    with reading_in(torch.float32 if merge_start else torch.get_default_dtype()):
+    with reading_for(lora, merge_start):
         kind, read_as = AutoModelForSequenceClassification, None if merge_start else held
         model = load_model(kind, base, False, trust_remote_code, 1, bool(fresh_head), read_as)
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -128,13 +131,23 @@ def load_scorer(
             f"{name} holds no trained reward head: its config names {architectures}. Where one is to be trained, set "
             "model.fresh_head: null"
         )
+    if model.__dict__.get("uncut") is not None:
+        model.score.to(model.__dict__["uncut"])
     if fresh_head:
         initialize_score_head(model)
     scorer = Scorer(model, fresh_head)
+    scorer.uncut = model.__dict__.get("uncut")
     choose_attention(scorer, str(name))
     adapt(scorer, name, start, lora, merge_start, role, held)
     note_sources(scorer, (base, name), learns)
     return scorer
+
+
+def reading_for(lora: LoRA | None, merge_start: bool) -> AbstractContextManager[None]:
+    """Read weights in what they are computed with: merged ones in float32, before casts, and DoRA's norms as held."""
+    if merge_start:
+        return reading_in(torch.float32)
+    return reading_in(torch.get_default_dtype()) if lora is not None and lora.use_dora else nullcontext()
 
 
 def note_sources(network: Policy | Scorer, names: tuple[str | Path, ...], learns: bool) -> None:
@@ -196,18 +209,25 @@ def scorer_from_policy(policy: Policy, trust_remote_code: bool = False) -> Score
     """A scorer on a copy of the policy's trunk, with a fresh head."""
     config = copy.deepcopy(policy.model.config)
     config.num_labels = 1
+    shared = policy.uncut is not None
+    options: dict[str, Any] = {"attn_implementation": policy.model.config._attn_implementation}
+    if shared:
+        options["dtype"] = next(backbone(policy.model).parameters()).dtype
     try:
-        model = AutoModelForSequenceClassification.from_config(
-            config, attn_implementation=policy.model.config._attn_implementation, trust_remote_code=trust_remote_code
-        )
+        with no_init_weights() if shared else nullcontext():
+            model = AutoModelForSequenceClassification.from_config(
+                config, trust_remote_code=trust_remote_code, **options
+            )
     except ValueError as error:
         raise UserError(
             f"transformers has no sequence classification model for {type(config).__name__}, which a critic "
             "or a reward model is; SFT and DPO need none"
         ) from error
-    backbone(model).load_state_dict(backbone(policy.model).state_dict())
+    backbone(model).load_state_dict(backbone(policy.model).state_dict(), assign=shared)  # until both are cut
+    if shared:
+        model.score.to(policy.uncut)
     disable_dropout(model)
     initialize_score_head(model)
     scorer = Scorer(model, fresh_head=True)
-    scorer.quiet = policy.quiet
+    scorer.quiet, scorer.uncut = policy.quiet, policy.uncut
     return scorer.train()

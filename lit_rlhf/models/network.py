@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,8 @@ class Network(nn.Module):
         self.read_from: tuple[str, ...] = ()  # folders and hub names of the weights that it was made of
         self.stands_on: Fingerprints = {}  # those among them whose weights no checkpoint holds
         self.checkpointing: Checkpointing | None = None  # of activations
+        # What pieces will be held in, where its weights are shared with files or other networks until they are cut.
+        self.uncut: torch.dtype | None = None
         self.register_state_dict_post_hook(without_base)
         self.register_load_state_dict_pre_hook(with_base)
 
@@ -62,6 +65,12 @@ class Network(nn.Module):
             self.adapters.switch(self.active if adapters is None else adapters)
         if self.checkpointing is not None:
             self.checkpointing.switch()
+
+    def settle(self) -> None:
+        """Hold pieces in the dtype that they learn in, once they are cut; weights in half precision widen exactly."""
+        if self.uncut == torch.float32:
+            self.float()
+        self.uncut = None
 
     def checkpoint_activations(self) -> None:
         """Compute blocks twice from now on, rather than keep what their gradients are made of."""

@@ -273,8 +273,13 @@ def frozen_copy(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
         policy: as it is.
         dtype: of its weights; None = those of the policy.
     """
-    cast = {} if dtype is None else {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in policy.parameters()}
-    return freeze(copy.deepcopy(policy, cast))  # what is there already is not copied in float32 first
+    cast, shared = {}, policy.uncut is not None
+    if dtype is not None or shared:  # what is there already is not copied as it is first; what will be cut, not at all
+        cast = {id(p): nn.Parameter(p.detach().to(dtype or p.dtype, copy=not shared)) for p in policy.parameters()}
+    copied = copy.deepcopy(policy, cast)
+    if shared and dtype is not None:
+        copied.uncut = dtype
+    return freeze(copied)
 
 
 def merged_copy(policy: Policy) -> Policy:

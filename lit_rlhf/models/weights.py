@@ -1,7 +1,7 @@
 """The weights of a folder or hub name, read whole or refused by the names of their tensors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,8 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from lit_rlhf.engine.memory import only_shapes
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import silent_transformers
-from lit_rlhf.models.holding import FrozenDtype, dtype_of, quantization
+from lit_rlhf.models.fingerprints import weight_files
+from lit_rlhf.models.holding import FrozenDtype, dtype_of, quantization, stays_uncut
 from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, resolve
 from lit_rlhf.models.probe import disable_dropout
 from lit_rlhf.models.rehearsal import shape_of
@@ -136,7 +137,7 @@ def _read(
                 source,
                 config=config,
                 attn_implementation="eager",  # `choose_attention` sees to ours
-                dtype=dtype_of(held),
+                dtype=read_as(source, held),
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -150,6 +151,7 @@ def _read(
             f"{name}: its weights do not fit together ({first_line(error)}): tensors that belong together, such as "
             "those of the experts of a layer, are missing or differ in shape; copy the folder anew"
         ) from error
+    model.__dict__["uncut"] = dtype_of(held) if stays_uncut(held) else None
     head = ("score.",) if fresh_head else ()
     check_shapes(report["mismatched_keys"], name, head)
     stored_head = has_score_head(architectures_of(config, name)) and not fresh_head
@@ -158,6 +160,26 @@ def _read(
     check_finite(model, source, name, head)
     untie(model)
     return cast(PreTrainedModel, model)
+
+
+def read_as(source: str, held: FrozenDtype | None) -> torch.dtype:
+    """The dtype to read weights in that shall be held so; that of the files where pieces can be widened from it."""
+    wanted = dtype_of(held)
+    if wanted != torch.float32 or not stays_uncut(held):
+        return wanted
+    stored = dtypes_in(weight_files(source, local=False))
+    if stored == {"BF16"}:
+        return torch.bfloat16
+    return torch.float16 if stored == {"F16"} else wanted
+
+
+def dtypes_in(files: Iterable[Path]) -> set[str]:
+    """Of the numbers in files, as safetensors names them."""
+    found = set()
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            found |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118 (it is no mapping)
+    return {dtype for dtype in found if dtype.startswith(("F", "BF"))}
 
 
 def untie(model: PreTrainedModel) -> None:

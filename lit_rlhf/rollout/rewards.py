@@ -24,7 +24,7 @@ from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, named_by, one_line, require, require_types
 from lit_rlhf.models.adapter_folders import named_base, saved_adapter
 from lit_rlhf.models.fingerprints import fingerprints
-from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype
+from lit_rlhf.models.holding import FrozenDtype, reading_in, require_frozen_dtype
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.loading import load_scorer
 from lit_rlhf.models.policy import Policy, Scorer, freeze
@@ -125,7 +125,8 @@ class RewardModelReward(Reward):
     def load(self) -> Scorer:
         """The reward model as a network of its own."""
         trusted, frozen_dtype = self.trust_remote_code, self.frozen_dtype
-        scorer = freeze(load_scorer(self.name, False, trusted, frozen_dtype=frozen_dtype, learns=False))
+        with reading_in(torch.get_default_dtype()):  # whole, whatever is cut
+            scorer = freeze(load_scorer(self.name, False, trusted, frozen_dtype=frozen_dtype, learns=False))
         self.stands_on = scorer.stands_on
         return scorer
 

@@ -61,9 +61,12 @@ def test_two_machines_learn_what_two_devices_of_one_do(stage, tmp_path):
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-def fit(folder, strategy, *runs):
-    """What these runs of the script, or all, come to on two ranks."""
+def fit(folder, strategy, *runs, dtype=None):
+    """What these runs of the script, or all, come to on two ranks, from a model in float32 or in another dtype."""
     write_inputs(folder)
+    if dtype is not None:
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        model.to(dtype).save_pretrained(folder / "model")
     script = str(Path(__file__).parents[1] / "strategy_script.py")
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root}/envs"}
@@ -102,6 +105,16 @@ def test_a_step_of_mixed_precision_in_pieces_is_near_the_step_that_one_device_ta
     assert all(run["held_in"] == ["torch.float32"] for name, run in results.items() if name != "lora_ppo")
     assert math.isfinite(results.pop("lora_ppo")["metrics"]["train/loss"])
     check_whole_steps(results, tmp_path, "bf16-mixed", rel=0.02)
+
+
+@pytest.mark.slow
+def test_weights_that_are_cast_once_they_are_cut_learn_as_those_that_were_cast_before(tmp_path):
+    runs = "reward_model", "dpo", "dpo_moving", "head_ppo", "lora_ppo"
+    results = []
+    for strategy in ("fsdp2", "fsdp2_uncut"):
+        (tmp_path / strategy).mkdir()
+        results.append(fit(tmp_path / strategy, strategy, *runs, dtype=torch.bfloat16))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])

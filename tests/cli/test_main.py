@@ -12,13 +12,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 
-from lit_rlhf import SFT
+from lit_rlhf import SFT, UserError
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.cli import main
 from lit_rlhf.cli.main import AlignmentCLI, WholeConfig
 from lit_rlhf.data import batching
 from lit_rlhf.files import NEW
-from lit_rlhf.models import loading
+from lit_rlhf.models import holding, loading
 from tests.cli.command_line import QUICK, run
 
 
@@ -221,6 +221,23 @@ def test_weights_are_read_in_what_the_precision_holds_and_never_in_float32_first
     once = [f"--trainer.default_root_dir={tmp_path}", "--trainer.fast_dev_run=true", f"--trainer.precision={precision}"]
     assert run("fit", "--config", "configs/sft.yaml", *QUICK, *once) == 0
     assert read == [{dtype}] and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("strategy", "cut"), [("auto", False), ("lightning.pytorch.strategies.ModelParallelStrategy", True)]
+)
+def test_weights_are_left_as_they_are_in_files_where_the_strategy_will_cut_them(strategy, cut, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(*args, **kwargs):
+        seen.append(holding.UNCUT[-1])
+        raise UserError("seen")
+
+    monkeypatch.setattr(loading, "load_model", stop)
+    options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.strategy={strategy}"]
+    assert run("fit", "--config", "configs/sft.yaml", *QUICK, *options) == 2
+    assert seen == [cut] and holding.UNCUT == [False]
 
 
 @pytest.mark.filterwarnings("ignore")

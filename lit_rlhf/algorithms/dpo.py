@@ -18,6 +18,7 @@ from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
+from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.roles import HoldReference, Reference, SameBase, own_reference, reference_of, shares_base
@@ -114,6 +115,11 @@ class DPO(PreferenceModule):
         cached = "none" if self.reference_free else "log-probs, cached"
         held = cached if self.cache_reference or self.reference_free else moving or self.still_reference
         return {**super().views(), "reference": held}
+
+    def stands_on(self) -> dict[str, Fingerprints]:
+        """As of all roles; of a reference whose log-probs are cached too, where a resumed run could compute them."""
+        held = {} if self.still_reference is None else {"reference": self.still_reference.stands_on}
+        return {**super().stands_on(), **held}
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the preference loss of its pairs."""

@@ -119,6 +119,26 @@ def test_an_adapter_that_goes_on_learning_keeps_its_start_as_reference_and_no_ot
     assert trainer_of(path).predict(module, data, ckpt_path=path)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_reference_on_the_policys_base_is_the_same_with_and_without_a_cache_of_it(cached, inputs, tmp_path):
+    fit("sft", inputs, tmp_path / "sft", trainer=ONE, lora=ADAPTER)
+    started = shutil.copytree(inputs, tmp_path / "started", ignore=shutil.ignore_patterns("model"))
+    shutil.copytree(tmp_path / "sft" / "model", started / "model")
+    fit("dpo", started, tmp_path / "run", trainer=ONE, cache_reference=cached)
+    path, twice = shutil.copy(tmp_path / "run" / "last.ckpt", tmp_path / "run" / "kept.ckpt"), {"max_epochs": 2}
+    ends = [
+        fit("dpo", started, tmp_path / "run", trainer=twice, ckpt_path=path, cache_reference=to).state_dict()
+        for to in (True, False)
+    ]
+    assert all(torch.allclose(weight, ends[1][name], atol=1e-6) for name, weight in ends[0].items())
+    fit("sft", inputs, tmp_path / "other", trainer=ONE, lora=ADAPTER, seed=5)
+    shutil.rmtree(started / "model")
+    shutil.copytree(tmp_path / "other" / "model", started / "model")
+    for to in (True, False):
+        with pytest.raises(UserError, match=rf"{started}/model, which the reference of its run stood on"):
+            again("dpo", started, path, cache_reference=to)
+
+
 @pytest.fixture
 def judged(inputs, tmp_path):
     """A checkpoint of PPO, and the folder of the reward model that it learnt by: whole, or an adapter on its base."""

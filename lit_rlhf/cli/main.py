@@ -16,6 +16,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lit_rlhf.algorithms.module import AlignmentModule
@@ -173,6 +175,10 @@ class AlignmentCLI(LightningCLI):
             kwargs["precision"] = default_precision(given.get("accelerator", "auto"))
         if self.subcommand == "predict" and given.get("logger") is None:
             kwargs["logger"] = False  # there is nothing to draw
+        elif given.get("logger") in (None, True) and not given.get("barebones"):
+            # As the Trainer makes it, without the -1 that it would draw as hp_metric.
+            root, version = given.get("default_root_dir") or Path.cwd(), SLURMEnvironment.job_id()
+            kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
         if given.get("enable_model_summary") is None:
             kwargs["enable_model_summary"] = False  # `MemoryTable` says more
         callbacks = given.get("callbacks")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_rlhf import SFT, UserError
 from lit_rlhf.algorithms.module import AlignmentModule
@@ -106,6 +107,22 @@ def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path, monkeypatch, ca
     assert run("fit", "--config", config, *QUICK, *options) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "of data.num_workers has died" in line and "--ckpt_path=last" in line
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_default_logger_draws_no_metric_of_its_own_and_one_that_a_user_names_stays_as_it_is(workdir, monkeypatch):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    drawn = {}
+    for root, logger in (
+        ("plain", []),
+        ("named", ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=x"]),
+    ):
+        options = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", f"--trainer.default_root_dir={root}"]
+        assert run("fit", "--config", config, *QUICK, *options, "--trainer.log_every_n_steps=1", *logger) == 0
+        (folder,) = Path("x" if logger else root).glob("lightning_logs/version_*")
+        drawn[root] = set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
+    assert drawn["named"] - drawn["plain"] == {"hp_metric"} and "train/loss" in drawn["plain"]
 
 
 def test_what_a_killed_run_left_of_its_config_goes_with_the_next(tmp_path):

@@ -50,7 +50,7 @@ def training_step(shape: workload.Shape, num_sequences: int, response: int) -> C
 
     def step() -> None:
         policy.zero_grad()
-        policy.nll(batch)[0].backward()
+        policy.nll(batch).backward()
 
     return step
 

@@ -132,9 +132,10 @@ class DPO(PreferenceModule):
     def pair_losses(self, batch: PreferenceBatch, stage: str) -> Tensor:
         """(B,) losses of the pairs, logged."""
         chosen, rejected = sequence_logprobs(self.policy, batch.packed)
+        balance = self.balance_term("policy", len(chosen))
         ref_chosen, ref_rejected = self.reference_logprobs(batch, stage)
         inputs = self.loss.inputs_from(batch)
-        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **inputs)
+        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **inputs) + balance
 
         chosen_rewards, rejected_rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
         if stage == "train":

@@ -1,21 +1,25 @@
-"""How weights move: the optimiser and its schedule, clipping, and the step that is not taken."""
+"""How weights move: optimiser and schedule, clipping, the step that is not taken, and the balance of experts."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from lit_rlhf.algorithms.lightning_tools import scales_gradients, take_rate, take_scheduled_rate
+from lit_rlhf.algorithms.load_balance import LoadBalance, find_load_balance
 from lit_rlhf.algorithms.metrics import MetricsModule
 from lit_rlhf.algorithms.optimizers import make_optimizer, require_own_state
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.engine.sharding import total_norm
 from lit_rlhf.errors import UserError
+from lit_rlhf.losses import load_balancing_loss
+from lit_rlhf.models.network import Network
 
 FEW_STEPS = 20  # of which one is a share worth a word
 
@@ -23,6 +27,7 @@ FEW_STEPS = 20  # of which one is a share worth a word
 class LearningModule(MetricsModule):
     """A module whose weights AdamW moves, along a schedule."""
 
+    exported: ClassVar[str]
     optimizer_settings: OptimizerSettings
     # Apart: Lightning's LearningRateFinder sets the first of these; optimisers are made with the second.
     learning_rate: float
@@ -31,6 +36,31 @@ class LearningModule(MetricsModule):
     def __init__(self) -> None:
         super().__init__()
         self.resumed: dict[str, Any] | None = None  # a checkpoint, until the optimiser is there
+        self.load_balance: dict[str, LoadBalance] = {}  # of mixtures of experts that learn, by the network's name
+
+    def find_load_balance(self) -> None:
+        """Look at each network that learns: whether its config asks for its experts to be balanced."""
+        found = {role: find_load_balance(part) for role, part in self.named_children() if isinstance(part, Network)}
+        self.load_balance = {role: balance for role, balance in found.items() if balance is not None}
+
+    def balance_term(self, role: str, weight: int, told: bool = True) -> Tensor | float:
+        """() what the load-balancing loss of the pass just made adds to the mean loss; 0.0 where none is asked for.
+
+        Args:
+            role: name of the network that has learnt in it.
+            weight: how many items of the loss this micro-batch holds.
+            told: log the loss itself, without its coefficient.
+        """
+        balance = self.load_balance.get(role)
+        if balance is None or not torch.is_grad_enabled():
+            return 0.0
+        network = getattr(self, role)
+        uneven = load_balancing_loss(torch.cat(network.routers), balance.top_k)
+        network.routers = ()
+        if told:
+            name = "load_balancing_loss" if role == self.exported else f"{role}_load_balancing_loss"
+            self.log_mean("train", {name: uneven.detach()}, weight=weight)
+        return balance.coef * uneven
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only, and the schedule stepped after each optimiser step."""

@@ -27,7 +27,6 @@ from lit_rlhf.algorithms.checkpoint import (
 from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_arguments
 from lit_rlhf.algorithms.learning import LearningModule
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, warn_of_rounding
-from lit_rlhf.algorithms.load_balance import name_untrained
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.chat import stop_token_ids
@@ -50,6 +49,9 @@ class AlignmentModule(LearningModule):
     (`load_policy_with_tokenizer` makes both), and `generation` where the default does not suit. The class says what it
     `learns_from`, and defines `training_step` and `evaluate`.
 
+    Where the config of a mixture of experts asks for a load-balancing loss (`output_router_logits`, and a coefficient),
+    each network that learns adds that term, as transformers computes it, to its loss.
+
     Args:
         learning_rate: peak learning rate of AdamW.
         weight_decay: decoupled decay of matrices; norms, biases and other vectors are not decayed.
@@ -67,7 +69,6 @@ class AlignmentModule(LearningModule):
     learns_from: ClassVar[Kind]  # what the rows of its data are
     predicts_from: ClassVar[Kind] = "prompts"
     exported: ClassVar[str] = "policy"  # the network that this stage is about
-    balances_experts: ClassVar[bool] = False  # trains the load-balancing loss that the config of a mixture asks for
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
     generation: GenerationSettings = GenerationSettings()  # how `predict` and the sample tables write completions
@@ -182,8 +183,8 @@ class AlignmentModule(LearningModule):
         for network in self.children() if stage == "fit" and self.activation_checkpointing else ():
             if isinstance(network, Network):
                 network.checkpoint_activations()
-        if stage == "fit" and not self.balances_experts:
-            name_untrained(self.exportable(), type(self).__name__)
+        if stage == "fit":
+            self.find_load_balance()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate held-out data."""

@@ -140,7 +140,8 @@ class OnPolicyModule(AlignmentModule):
         if entropy is not None:
             terms.append(Term("entropy", -updates.entropy_coef, entropy))
 
-        losses = sum((term.weight * term.losses for term in terms), start=torch.zeros_like(logprobs))
+        balance = self.balance_term("policy", len(logprobs), told=not self.stopped)
+        losses = sum((term.weight * term.losses for term in terms), start=torch.zeros_like(logprobs)) + balance
         self.log_terms(batch, losses, terms, policy.metrics, k3(batch.old_logprobs, logprobs.detach()))
         return losses.sum() / batch.denominator
 
@@ -150,6 +151,7 @@ class OnPolicyModule(AlignmentModule):
         settings = self.critic_settings
         values = self.critic(batch.packed, batch.packed.predictors)
         losses = value_loss(values, batch.old_values, batch.returns, settings.value_clip_range)
+        losses = losses + self.balance_term("critic", len(values), told=not self.stopped)
         apart = self.policy.adapters is not None and not (
             isinstance(self.critic, OnTrunk) and self.critic.adapter is None
         )

@@ -81,6 +81,7 @@ class RewardModel(PreferenceModule):
         """One micro-batch: the Bradley-Terry loss of its pairs."""
         chosen, rejected = self.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
         losses = bradley_terry_loss(chosen, rejected, batch.margin)
+        losses = losses + self.balance_term("reward_model", len(chosen))
         self.log_pairs("train", batch, losses, agreement(chosen, rejected))
         return losses.sum() / batch.denominator
 

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lit_rlhf.algorithms.load_balance import find_load_balance
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.batches import SFTBatch
-from lit_rlhf.losses import load_balancing_loss, nll
+from lit_rlhf.losses import nll
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings
@@ -17,8 +15,7 @@ from lit_rlhf.rollout.play import GenerationSettings
 class SFT(AlignmentModule):
     """Supervised fine-tuning: minimise -Σ log π(y_t | x, y_<t) over the response tokens.
 
-    Ouyang et al. 2022, step 1, https://arxiv.org/abs/2203.02155. Where the config of a mixture of experts asks for a
-    load-balancing loss, the loss has that term, as in transformers; it weighs micro-batches by their response tokens.
+    Ouyang et al. 2022, step 1, https://arxiv.org/abs/2203.02155.
 
     Args:
         policy: folder or hub name of a Hugging Face causal LM, or of an adapter of PEFT; "demo" is the embedded one.
@@ -31,7 +28,6 @@ class SFT(AlignmentModule):
     """
 
     learns_from = "sft"
-    balances_experts = True
 
     def __init__(
         self,
@@ -48,7 +44,6 @@ class SFT(AlignmentModule):
             policy, from_scratch, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
         self.generation = generation
-        self.load_balance = find_load_balance(self.policy, policy)
         if from_scratch:
             self.untrained = (
                 "from_scratch is true, so the weights are random; to predict, set model.from_scratch: false and "
@@ -57,13 +52,9 @@ class SFT(AlignmentModule):
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the negative log-likelihood of the demonstrated tokens."""
-        balance, lengths = self.load_balance, batch.packed.response_lengths
-        total, router_logits = self.policy.nll(batch.packed, with_router_logits=balance is not None)
-        count = len(batch.packed.target_ids)
-        if balance is not None:
-            uneven = load_balancing_loss(torch.cat(router_logits), balance.top_k)
-            total = total + balance.coef * uneven * count
-            self.log_mean("train", {"load_balancing_loss": uneven.detach()}, weight=count)
+        lengths, count = batch.packed.response_lengths, len(batch.packed.target_ids)
+        total = self.policy.nll(batch.packed)
+        total = total + count * self.balance_term("policy", count)
         self.log_mean("train", {"loss": total.detach() / count}, weight=count)
         self.log_mean("train", {"response_length": lengths.mean()}, weight=len(lengths))
         return total / batch.denominator

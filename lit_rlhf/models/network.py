@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.models.adapter_folders import Origin
 from lit_rlhf.models.adapters import Adapters
 from lit_rlhf.models.checkpointing import Checkpointing
 from lit_rlhf.models.fingerprints import Fingerprints
+from lit_rlhf.models.trunk import packed_outputs
 
 
 class Network(nn.Module):
@@ -30,6 +32,8 @@ class Network(nn.Module):
         self.read_from: tuple[str, ...] = ()  # folders and hub names of the weights that it was made of
         self.stands_on: Fingerprints = {}  # those among them whose weights no checkpoint holds
         self.checkpointing: Checkpointing | None = None  # of activations
+        self.balanced = False  # whether a load-balancing loss of its experts is trained
+        self.routers: tuple[Tensor, ...] = ()  # (N, E) router logits by layer, of the last pass that it learns from
         # What pieces will be held in, where its weights are shared with files or other networks until they are cut.
         self.uncut: torch.dtype | None = None
         self.register_state_dict_post_hook(without_base)
@@ -65,6 +69,19 @@ class Network(nn.Module):
             self.adapters.switch(self.active if adapters is None else adapters)
         if self.checkpointing is not None:
             self.checkpointing.switch()
+
+    def read(self, batch: PackedBatch, learns: bool = True) -> Tensor:
+        """(N, d) last hidden states; where experts are to be balanced, what their routers gave is kept.
+
+        Args:
+            batch: N nodes.
+            learns: whether this is a pass of the network's own role.
+        """
+        asked = {"output_router_logits": True} if self.balanced and learns and torch.is_grad_enabled() else {}
+        hidden, routers = packed_outputs(self.model, batch.input_ids, batch.position_ids, batch.layout, **asked)
+        if asked:
+            self.routers = routers
+        return hidden
 
     def settle(self) -> None:
         """Hold pieces in the dtype that they learn in, once they are cut; weights in half precision widen exactly."""

@@ -24,8 +24,6 @@ from lit_rlhf.models.trunk import (
     CACHES,
     arguments_of,
     backbone,
-    packed_hidden_states,
-    packed_outputs,
     padded_outputs,
 )
 
@@ -72,7 +70,7 @@ class Policy(Network):
         for read, hidden in self.kept or ():
             if read == asked:
                 return hidden
-        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
+        hidden = self.read(batch, learns=adapters is None or tuple(adapters) == self.active)
         if self.kept is not None:
             self.kept = [(asked, hidden)]
         return hidden
@@ -101,21 +99,11 @@ class Policy(Network):
         head = cast(ScalarHead, self.heads[role])
         return cast(Tensor, head(self.hidden_states(batch, head.adapters)[nodes]))
 
-    def nll(self, batch: PackedBatch, with_router_logits: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """-Σ log π over all response tokens, for losses that weigh them alike, and what a load-balancing loss needs.
-
-        Args:
-            batch: N nodes.
-            with_router_logits: of a mixture of experts.
-
-        Returns:
-            () float32 the sum, and (N, E) router logits of each layer with experts, or none.
-        """
+    def nll(self, batch: PackedBatch) -> Tensor:
+        """() float32 -Σ log π over all response tokens, for losses that weigh them alike."""
         self.switch()
-        asked = {"output_router_logits": True} if with_router_logits else {}
-        hidden, routers = packed_outputs(self.model, batch.input_ids, batch.position_ids, batch.layout, **asked)
-        states = self.scaled(hidden[batch.predictors])
-        return nll_sum(self.head, states, batch.target_ids, unused_ids=self.unused_ids), routers
+        states = self.scaled(self.read(batch)[batch.predictors])
+        return nll_sum(self.head, states, batch.target_ids, unused_ids=self.unused_ids)
 
     def decode(
         self,
@@ -242,7 +230,7 @@ class Scorer(Network):
     def forward(self, batch: PackedBatch, nodes: Tensor) -> Tensor:
         """Score at each of the given nodes: (len(nodes),) float32."""
         self.switch()
-        hidden = packed_hidden_states(self.model, batch.input_ids, batch.position_ids, batch.layout)
+        hidden = self.read(batch)
         return scalar(cast(nn.Linear, self.model.score), hidden[nodes]) + self.bias
 
     @property

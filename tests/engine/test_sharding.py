@@ -75,7 +75,7 @@ def test_weights_are_float32_in_pieces_and_bfloat16_where_they_are_gathered(plai
     with gathered(policy):
         assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = (network.nll(batch)[0] for network in (policy, plain))
+        ours, theirs = (network.nll(batch) for network in (policy, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
     norms = []
     for network, nll in ((policy, ours), (plain, theirs)):
@@ -114,7 +114,7 @@ def test_the_norm_is_that_of_all_gradients_as_one_vector(sharded, plain):
     batch = pack(random_examples(4))
     norms = []
     for policy in (sharded, plain):
-        policy.nll(batch)[0].backward()
+        policy.nll(batch).backward()
         norms.append(total_norm([parameter.grad for parameter in policy.parameters()]))
     assert not isinstance(norms[0], DTensor)
     torch.testing.assert_close(*norms)

@@ -34,7 +34,7 @@ def test_logprobs_and_gradients_are_those_of_pefts_own_forward_on_separate_rows(
     monkeypatch.setattr(logprobs, "CHUNK_LEAST", 0)
     for most in (2**30, 5 * 4 * 40):  # the logits at once, and those of a few tokens at a time
         monkeypatch.setattr(logprobs, "CHUNK_MOST", most)
-        for total in (lambda: policy(batch)[0].sum(), lambda: -policy.nll(batch)[0]):
+        for total in (lambda: policy(batch)[0].sum(), lambda: -policy.nll(batch)):
             policy.zero_grad()
             total().backward()
             assert relative(policy(batch)[0], expected) < 1e-5

@@ -131,7 +131,7 @@ def test_adapters_of_peft_act_and_learn_on_trunk_and_head(way, monkeypatch):
         monkeypatch.setattr(logprobs, "CHUNK_LEAST", 0)
         monkeypatch.setattr(logprobs, "CHUNK_MOST", chunk_most)
         policy.zero_grad()
-        (-policy.nll(batch)[0]).backward()
+        (-policy.nll(batch)).backward()
         torch.testing.assert_close(policy(batch)[0], expected, rtol=1e-4, atol=1e-4)
         for name, gradient in gradients.items():
             torch.testing.assert_close(policy.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-4)

@@ -46,7 +46,7 @@ from lit_rlhf.cli.mistakes import (
 )
 from lit_rlhf.cli.parser import Parser, Program
 from lit_rlhf.cli.ranks import Ranks, rank, tell
-from lit_rlhf.cli.terminal import log_above_bars, quiet_libraries, quiet_threads
+from lit_rlhf.cli.terminal import leave_to_the_run, log_above_bars, quiet_libraries
 from lit_rlhf.cli.values import wrong_values
 from lit_rlhf.cli.yaml_files import PARTS, check_configs
 from lit_rlhf.errors import UserError, require
@@ -220,7 +220,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     argv = list(sys.argv[1:] if args is None else args)
     quiet_libraries()
-    quiet_threads()
+    leave_to_the_run()
     log_above_bars()
     if str(Path.cwd()) not in sys.path:  # a user's own functions are found here, as with `python -m lit_rlhf`
         sys.path.insert(0, str(Path.cwd()))

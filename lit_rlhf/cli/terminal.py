@@ -4,11 +4,13 @@ import logging
 import sys
 import threading
 import warnings
+from typing import Any
 
 import datasets
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf.callbacks.progress import draws_bars
+from lit_rlhf.cli.mistakes import DEAD_WORKER
 
 NEWS_TO_NOBODY = ("Tip: For seamless", "TPU available: False", "Loading `train_dataloader`")
 
@@ -44,16 +46,25 @@ def is_news(record: logging.LogRecord) -> bool:
     return not any(said in record.getMessage() for said in NEWS_TO_NOBODY)
 
 
-def quiet_threads() -> None:
-    """Leave what a disk refuses TensorBoard's thread to the main one, which is handed the same error and tells it."""
-    told = threading.excepthook
+def leave_to_the_run() -> None:
+    """Leave errors that show up beside the run to it: it meets them again, and tells them.
+
+    What a disk refuses TensorBoard's thread is handed to the main one. That a worker died is raised by torch as the
+    signal comes, in whatever runs then: in a destructor or between the halves of a fork it is lost, and found again
+    when the worker's next batch is awaited.
+    """
+    told, aside = threading.excepthook, sys.unraisablehook
 
     def tell(failed: threading.ExceptHookArgs) -> None:
         ours = isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")
         if not ours:
             told(failed)
 
-    threading.excepthook = tell
+    def tell_aside(lost: Any) -> None:
+        if not (isinstance(lost.exc_value, RuntimeError) and DEAD_WORKER.search(str(lost.exc_value))):
+            aside(lost)
+
+    threading.excepthook, sys.unraisablehook = tell, tell_aside
 
 
 def log_above_bars() -> None:

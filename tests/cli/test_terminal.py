@@ -10,7 +10,7 @@ import pytest
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from lit_rlhf.cli.terminal import is_news, log_above_bars, quiet_threads
+from lit_rlhf.cli.terminal import is_news, leave_to_the_run, log_above_bars
 
 
 def test_loggers_that_hold_the_terminal_write_to_what_stands_for_it_while_a_bar_is_drawn(monkeypatch):
@@ -28,7 +28,7 @@ def test_loggers_that_hold_the_terminal_write_to_what_stands_for_it_while_a_bar_
 def test_a_disk_that_fills_up_under_the_curves_is_told_by_the_main_thread_alone(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(threading, "excepthook", lambda failed: told.append(failed.exc_type))
-    quiet_threads()
+    leave_to_the_run()
     writer = EventFileWriter(str(tmp_path / "logs"))
     monkeypatch.setattr(writer._general_file_writer, "write", full)
     writer.add_event(event_pb2.Event(step=1))
@@ -38,6 +38,23 @@ def test_a_disk_that_fills_up_under_the_curves_is_told_by_the_main_thread_alone(
     thread.start()
     thread.join()
     assert told == [OSError]
+
+
+def test_a_worker_whose_death_comes_up_where_nothing_can_be_raised_is_told_by_the_run_alone(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: told.append(str(lost.exc_value)))
+    leave_to_the_run()
+
+    class Dies:
+        def __init__(self, error):
+            self.error = error
+
+        def __del__(self):
+            raise self.error
+
+    for said in ("DataLoader worker (pid 7) is killed by signal: Killed. ", "another"):
+        Dies(RuntimeError(said))
+    assert told == ["another"]
 
 
 def full(data):

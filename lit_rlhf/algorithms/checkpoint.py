@@ -12,7 +12,9 @@ import torch
 import torch.distributed.checkpoint as sharded
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lit_rlhf.errors import UserError, one_line, require_alike
 
@@ -203,6 +205,18 @@ def moments_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
+
+
+def pieces_of(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+    """What this rank holds of weights and of the optimisers' states, by names that say so."""
+    names: dict[Any, str] = {parameter: name for name, parameter in module.named_parameters()}
+    held: dict[str, Any] = {name: parameter.detach() for parameter, name in names.items()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                held[f"{key} of {names.get(parameter, 'a parameter')} in optimizer_states"] = value
+    tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
 
 def require_finite(weights: Mapping[str, Tensor], file: str) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.checkpoint import (
     moments_of,
+    pieces_of,
     require_callbacks,
     require_facts,
     require_finite,
@@ -104,6 +105,7 @@ class AlignmentModule(LearningModule):
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
         self.frozen: dict[str, nn.Module] = {}
         self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
+        self.pieces_unread = False  # whether weights and optimiser come from a sharded checkpoint
         self.untrained: str | None = None  # what is random in the network that predicts, and what to do about it
 
     @classmethod
@@ -306,7 +308,7 @@ class AlignmentModule(LearningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             require_loops(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict(), file)
             require_callbacks(checkpoint.get("callbacks", {}), self.trainer.callbacks, file)  # type: ignore[attr-defined]
-            self.resumed = checkpoint
+            self.resumed, self.pieces_unread = checkpoint, not weights
         require_finite({**weights, **moments_of(checkpoint)}, file)
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self.untrained = None
@@ -320,7 +322,9 @@ class AlignmentModule(LearningModule):
         for state in self.loader_states:
             with named_by(f"ckpt_path: {self.resumed_file}"):
                 self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
-        self.loader_states, self.untrained = [], None
+        if self.pieces_unread:  # each rank has read its own, past `on_load_checkpoint`
+            require_finite(pieces_of(self, self.trainer.optimizers), self.resumed_file)
+        self.loader_states, self.untrained, self.pieces_unread = [], None, False
         self.take_found_rate()
         require_validation(self.trainer)
         warn_of_rounding(self.parameters(), self.learning_rate, str(self.trainer.precision))

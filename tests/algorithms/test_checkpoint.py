@@ -14,6 +14,7 @@ from lit_rlhf.algorithms.checkpoint import (
     META,
     VERSION,
     moments_of,
+    pieces_of,
     read_facts,
     read_weights,
     require_callbacks,
@@ -180,6 +181,17 @@ def test_states_that_lightnings_callbacks_would_fail_with_are_refused_by_file_an
     states[callbacks[number].state_key] = [1]
     with pytest.raises(UserError, match=r"expected a mapping.*, found list \(\[1\]\)"):
         require_callbacks(states, callbacks, "a.ckpt")
+
+
+def test_what_a_rank_has_read_of_a_sharded_checkpoint_is_named_where_it_is_not_finite():
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    require_finite(pieces_of(layer, [optimizer]), "a.ckpt")
+    optimizer.state[layer.bias]["exp_avg"][0] = torch.nan
+    with pytest.raises(UserError, match=r"1 of 8 tensors of a.ckpt .* like exp_avg of bias in optimizer_states"):
+        require_finite(pieces_of(layer, [optimizer]), "a.ckpt")
 
 
 def test_moments_of_the_optimiser_that_are_not_finite_are_named():

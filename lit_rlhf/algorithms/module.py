@@ -30,6 +30,7 @@ from lit_rlhf.algorithms.learning import LearningModule
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, warn_of_rounding
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard
@@ -170,6 +171,9 @@ class AlignmentModule(LearningModule):
         for network in self.networks():
             if isinstance(network, Policy):
                 keep_to_tokens(network, self.tokenizer, "model.tokenizer")
+        # A precision that holds weights in 16 bits would round what batches bring along: denominators, log-probs of the
+        # rollout and of the reference, advantages. Networks are given ids.
+        self.trainer.precision_plugin.convert_input = as_it_is  # type: ignore[method-assign]
         quantized = {"frozen_dtype: nf4": self.frozen_dtype, "optimizer: adamw_8bit": self.optimizer_settings.optimizer}
         if isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
             for option, value in quantized.items():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf import SFT, LoRA, UserError
@@ -105,6 +106,25 @@ def test_a_stage_learns_and_is_exported_in_half_precision(stage, inputs, tmp_pat
     kind = AutoModelForSequenceClassification if stage == "reward_model" else AutoModelForCausalLM
     exported = kind.from_pretrained(tmp_path / "model", dtype="auto")
     assert exported.dtype == torch.bfloat16
+
+
+class Numbers(Callback):
+    """The dtypes of what batches bring along beside ids."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen |= {
+            column.dtype for column in batch if isinstance(column, torch.Tensor) and column.is_floating_point()
+        }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_batches_bring_along_is_not_rounded_in_half_precision(stage, inputs, tmp_path):
+    numbers = Numbers()
+    make_trainer(tmp_path, precision="bf16-true", max_epochs=1, callbacks=[numbers]).fit(*make_stage(stage, inputs))
+    assert numbers.seen == {torch.float32}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -15,13 +15,13 @@ UNTESTED = {
 }
 # Test files that stand for a thing of several files: whole runs, promises over a room, other people's libraries.
 THINGS = {
+    "algorithms/test_deepspeed.py": "another library",
     "algorithms/test_held_weights.py": "whole runs",
     "algorithms/test_lora.py": "whole runs",
     "algorithms/test_policy_gradient.py": "theory",
     "algorithms/test_quantized.py": "whole runs",
     "algorithms/test_resume.py": "whole runs",
     "algorithms/test_retrained.py": "whole runs",
-    "algorithms/test_strategies.py": "whole runs",
     "benchmarks/": "of the folder benchmarks/",
     "callbacks/test_tensorboard.py": "whole runs",
     "cli/test_configs.py": "of the folder configs/",

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.errors import UserError, one_line, require_alike
 
+DEEPSPEED = Path("checkpoint", "mp_rank_00_model_states.pt")  # where it keeps weights, and what Lightning hands it
 META = "meta.pt"  # where Lightning keeps all but tensors beside sharded ones
 VERSION = "pytorch-lightning_version"
 CALLBACKS: dict[type[Callback], tuple[str, ...]] = {  # Lightning's that have a state, and what each must find in it
@@ -38,9 +39,14 @@ def read_facts(path: str | Path) -> dict[str, Any]:
         path: a file of torch's, or the folder of a sharded checkpoint, which has no `state_dict` here.
     """
     path = Path(path)
-    file = path / META if path.is_dir() else path
+    file = path / (DEEPSPEED if is_deepspeeds(path) else META) if path.is_dir() else path
     facts: dict[str, Any] = torch.load(file, weights_only=True, mmap=True, map_location="meta")
     return facts
+
+
+def is_deepspeeds(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of DeepSpeed's, which was written to its end."""
+    return (folder / DEEPSPEED).is_file() and (folder / "latest").is_file()
 
 
 def checked_facts(path: Path, option: str) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def read_weights(path: str | Path, network: str) -> dict[str, Tensor]:
         network: its name in the module, such as "policy".
     """
     path, prefix = Path(path), f"{network}.model."
-    if path.is_dir():
+    if path.is_dir() and not is_deepspeeds(path):
         key = f"state_dict.{prefix}"
         stored = sharded.FileSystemReader(path).read_metadata().state_dict_metadata
         weights = {
@@ -114,7 +120,10 @@ def read_weights(path: str | Path, network: str) -> dict[str, Tensor]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # this process reads by itself
             sharded.load({f"{key}{name}": tensor for name, tensor in weights.items()}, checkpoint_id=path, no_dist=True)
         return weights
-    state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
+    if path.is_dir():
+        state = torch.load(path / DEEPSPEED, weights_only=True, mmap=True, map_location="cpu")["module"]
+    else:
+        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

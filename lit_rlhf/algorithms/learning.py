@@ -16,6 +16,7 @@ from lit_rlhf.algorithms.load_balance import LoadBalance, find_load_balance
 from lit_rlhf.algorithms.metrics import MetricsModule
 from lit_rlhf.algorithms.optimizers import make_optimizer, require_own_state
 from lit_rlhf.algorithms.settings import OptimizerSettings
+from lit_rlhf.algorithms.strategies import norm_of_own_step, steps_by_itself
 from lit_rlhf.engine.sharding import total_norm
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import load_balancing_loss
@@ -109,6 +110,9 @@ class LearningModule(MetricsModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log this step, gradient norm before clipping included; refuse one that would write NaN into the weights."""
         self.log_step()
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        if steps_by_itself(self.trainer):
+            return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = total_norm(gradients)
         if not scales_gradients(self.trainer) and not torch.isfinite(norm):  # there inf means "scale down"
@@ -118,7 +122,22 @@ class LearningModule(MetricsModule):
                 "learning_rate, set trainer.gradient_clip_val, or look for outliers in the data"
             )
         self.log("train/grad_norm", norm)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The same of a strategy that sums gradients within its step: it is known once the step was taken.
+
+        Raises:
+            UserError: it has written NaN into the weights.
+        """
+        if steps_by_itself(self.trainer):
+            norm = norm_of_own_step(self.trainer)
+            if not torch.isfinite(norm):
+                raise UserError(
+                    f"the gradient norm was {norm.item()} at step {self.global_step}, which has ruined the weights: go "
+                    "back to an older checkpoint. Lower learning_rate, set trainer.gradient_clip_val, or look for "
+                    "outliers in the data"
+                )
+            self.log("train/grad_norm", norm)
 
     def take_found_rate(self) -> None:
         """Go on at a rate that LearningRateFinder has set, or at the one that this run's own schedule has here."""

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from lightning.pytorch.core.saving import load_hparams_from_yaml
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_argume
 from lit_rlhf.algorithms.learning import LearningModule
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, warn_of_rounding
 from lit_rlhf.algorithms.settings import OptimizerSettings
+from lit_rlhf.algorithms.strategies import check_strategy, holds_pieces
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.chat import stop_token_ids
@@ -173,9 +173,10 @@ class AlignmentModule(LearningModule):
                 keep_to_tokens(network, self.tokenizer, "model.tokenizer")
         # A precision that holds weights in 16 bits would round what batches bring along: denominators, log-probs of the
         # rollout and of the reference, advantages. Networks are given ids.
-        self.trainer.precision_plugin.convert_input = as_it_is  # type: ignore[method-assign]
+        self.trainer.precision_plugin.convert_input = as_it_is  # type: ignore[assignment, method-assign]
         quantized = {"frozen_dtype: nf4": self.frozen_dtype, "optimizer: adamw_8bit": self.optimizer_settings.optimizer}
-        if isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+        check_strategy(self.trainer)
+        if holds_pieces(self.trainer):
             for option, value in quantized.items():
                 if option.endswith(f": {value}"):
                     raise UserError(f"{option} cannot be held in pieces, as trainer.strategy would have it: use ddp")

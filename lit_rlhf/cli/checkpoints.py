@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_rlhf.algorithms.checkpoint import OTHERWISE, VERSION, checked_facts
+from lit_rlhf.algorithms.checkpoint import OTHERWISE, VERSION, checked_facts, is_deepspeeds
 from lit_rlhf.data.messages import describe
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import clear, replacing
@@ -92,8 +92,8 @@ def newest_checkpoint(root: Path) -> Path | None:
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of sharded weights that was written to its end."""
-    return all((folder / name).is_file() for name in SHARDED)
+    """Whether a folder is a checkpoint of sharded weights, or of DeepSpeed's, that was written to its end."""
+    return all((folder / name).is_file() for name in SHARDED) or is_deepspeeds(folder)
 
 
 def require_checkpoint(path: Path, training: bool = False) -> None:

@@ -8,15 +8,49 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_rlhf import RewardModel
+from lit_rlhf import RewardModel, UserError
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
+from lit_rlhf.algorithms.strategies import check_strategy
 from lit_rlhf.cli.export import export
 from lit_rlhf.losses.advantages import Moments
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
 from tests.strategy_script import WHOLE_RUNS, WHOLE_TRAINER, free_port, outcome
+
+
+class Made:
+    """A strategy of Lightning's that was made where it can run."""
+
+    def __init__(self, kind, **config):
+        self.strategy = object.__new__(kind)
+        self.strategy.__dict__["config"] = config
+        self.accumulate_grad_batches, self.precision = 1, "32-true"
+
+
+@pytest.mark.parametrize(
+    ("made", "more", "message"),
+    [
+        (Made(FSDPStrategy), {}, r"strategy \(fsdp\) is FSDP1, which is not supported: use .*ModelParallelStrategy"),
+        (Made(DeepSpeedStrategy, zero_optimization={"stage": 3}), {}, "cuts or offloads more than ZeRO-2 does"),
+        (Made(DeepSpeedStrategy, zero_optimization={"offload_optimizer": {"device": "cpu"}}), {}, "or offloads more"),
+        (Made(DeepSpeedStrategy), {"accumulate_grad_batches": 4}, r"accumulate_grad_batches \(4\): .*data.max_tokens"),
+        (Made(DeepSpeedStrategy), {"precision": "16-mixed"}, r"precision \(16-mixed\) .* use bf16-mixed"),
+    ],
+)
+def test_strategies_under_which_a_run_would_go_wrong_are_refused_with_what_to_use(made, more, message):
+    for name, value in more.items():
+        setattr(made, name, value)
+    with pytest.raises(UserError, match=message):
+        check_strategy(made)
+
+
+def test_deepspeed_asks_no_loader_for_a_batch_size():
+    made = Made(DeepSpeedStrategy, zero_optimization={"stage": 2})
+    check_strategy(made)
+    assert made.strategy.config["train_micro_batch_size_per_gpu"] == 1
 
 
 def agents(options, nodes, per_node):

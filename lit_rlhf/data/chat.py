@@ -10,7 +10,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_rlhf.data.messages import Row
+from lit_rlhf.data.messages import WEIGHTS, Row
 from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.time_limit import time_limit
 
@@ -82,7 +82,7 @@ class Renderer:
 
     def with_marks(self, messages: list[Row], **options: Any) -> tuple[str, list[Span]]:
         """Messages as text, and with `return_assistant_tokens_mask` what the template's `{% generation %}` marks."""
-        shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+        shown = [{name: value for name, value in message.items() if name not in WEIGHTS} for message in messages]
         try:
             with time_limit(SLOWEST if current_thread() is main_thread() else None):
                 rendered: Any = render_jinja_template(

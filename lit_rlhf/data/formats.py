@@ -10,7 +10,7 @@ import math
 from decimal import Decimal
 from typing import Any, Literal
 
-from lit_rlhf.data.messages import Row, answer, checked_messages, describe, listed, template_columns
+from lit_rlhf.data.messages import Row, answer, checked_messages, describe, listed, require_no_media, template_columns
 from lit_rlhf.errors import UserError
 
 Kind = Literal["sft", "preference", "prompts", "scored"]  # scored: completions to be scored
@@ -46,10 +46,13 @@ def check_row(row: Any, kind: Kind, place: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected an object with {EXPECTED[kind]}, found {describe(row)}")
     columns = to_tokenize(row, kind, place)
+    has_messages = any(isinstance(value, list) for value in columns.values())
+    if kind in READ or has_messages:  # a picture beside a prompt of text may be for the reward
+        require_no_media(row, place, "column")
     # Of prompts every column stays as it is: rewards read them, and `predict` writes them.
     if kind in ("prompts", "scored"):
         return row
-    if not any(isinstance(value, list) for value in columns.values()):
+    if not has_messages:
         _require_no_template_columns(row, place)
     return columns
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lit_rlhf.data.formats import READ, Kind
-from lit_rlhf.data.messages import Row, describe, listed
+from lit_rlhf.data.messages import MEDIA, Row, describe, listed
 from lit_rlhf.errors import UserError
 
 Format = Literal["alpaca", "sharegpt"]
@@ -44,7 +44,7 @@ def require_read(columns: Mapping[str, str], kind: Kind, shape: Format | None) -
         return
     known = dict.fromkeys((*OF_SHAPE[shape], *READ[kind]))
     for ours, theirs in columns.items():
-        if ours not in known and theirs not in known:
+        if ours not in known and theirs not in (*known, *MEDIA):
             near = difflib.get_close_matches(ours, known, n=1)
             said = f"; did you mean {near[0]}?" if near else "."
             raise UserError(

@@ -11,6 +11,11 @@ from lit_rlhf.errors import UserError, one_line
 
 Row = dict[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")  # where templates look for what was thought before an answer
+# Whether a turn is learnt: OpenAI's word, and those of Axolotl and ms-swift.
+WEIGHTS = ("weight", "train", "loss", "loss_weight", "loss_scale")
+OF_PARTS = ("train_detail", "training_detail")  # Axolotl's, of which words of a turn are
+# What other programs keep beside texts that speak of them by marks such as <image>.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # What rendering is asked for by us, or said by another column.
 OURS = (
     "messages",
@@ -83,9 +88,33 @@ def check_template_kwargs(given: Row, where: str) -> None:
         raise UserError(f"{where}: {', '.join(clash)} cannot be set there; it holds variables of the template alone")
 
 
+def weight_of(message: Row) -> tuple[str, int] | None:
+    """What a checked message says of whether it is to be learnt: in which of its fields, and 0 or 1."""
+    return next(((name, int(message[name])) for name in WEIGHTS if name in message), None)
+
+
 def learns(message: Row, by_default: bool = True) -> bool:
-    """Whether a turn is to be learnt, by its `weight` where it has one."""
-    return bool(message.get("weight", by_default))
+    """Whether a turn is to be learnt, by its weight where it has one."""
+    given = weight_of(message)
+    return by_default if given is None else bool(given[1])
+
+
+def require_no_media(holder: Row, place: str, kind: str) -> None:
+    """Refuse pictures and sounds beside text, whose marks would be learnt as words.
+
+    Args:
+        holder: a row or a message.
+        place: of it.
+        kind: of its names, for the message: column or field.
+    """
+    for name in MEDIA:
+        if not _is_empty(holder.get(name)):
+            aside = f", put it aside by `columns: {{aside: {name}}}`" if kind == "column" else ", leave it out"
+            raise UserError(
+                f"{place}, {kind} '{name}': found {describe(holder[name])}, where nothing is expected: only texts are "
+                f"read, and a mark such as <image> in them would be learnt as words. Take rows without; where no text "
+                f"speaks of it{aside}"
+            )
 
 
 def listed(names: Iterable[Any]) -> str:
@@ -118,12 +147,23 @@ def _checked_message(message: Any, place: str) -> Row:
         content is None and (calls or any(name in checked for name in REASONING))
     ):
         raise UserError(f"{place}: expected text as `content`, found {describe(content)}")
-    if "weight" in checked:
-        weight = checked["weight"]
-        if not isinstance(weight, int | float) or weight not in (0, 1):
-            raise UserError(f"{place}: expected 0 or 1 as `weight`, learnt or not, found {describe(weight)}")
-        checked["weight"] = int(weight)
+    require_no_media(checked, place, "field")
+    if details := [name for name in OF_PARTS if checked.get(name)]:
+        raise UserError(f"{place}: `{details[0]}` is not read: a turn is learnt whole, or not at all by `weight`: 0")
+    weights = [name for name in WEIGHTS if name in checked]
+    for name in weights:
+        if not isinstance(weight := checked[name], int | float) or weight not in (0, 1):
+            raise UserError(f"{place}: expected 0 or 1 as `{name}`, learnt or not, found {describe(weight)}")
+        checked[name] = int(weight)
+        if checked[name] != checked[weights[0]]:
+            raise UserError(f"{place}: `{weights[0]}` and `{name}` say different things of one turn; leave one")
     return checked
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return all(_is_empty(part) for part in (value.values() if isinstance(value, dict) else value))
+    return not value or value in ("[]", "{}", "null")
 
 
 def _text_of_parts(parts: list[Any], place: str) -> str:
@@ -136,6 +176,8 @@ def _text_of_parts(parts: list[Any], place: str) -> str:
             raise UserError(
                 f'{place}: expected text or parts {{"type": "text", "text": "..."}} as `content`, found {kind}'
             )
+        if isinstance(part, dict) and (given := [name for name in WEIGHTS if part.get(name) is not None]):
+            raise UserError(f"{place}: `{given[0]}` stands in a part of `content`; give it to the whole message")
         texts.append(text)
     return "\n".join(texts)
 

@@ -8,7 +8,7 @@ import itertools
 import re
 
 from lit_rlhf.data.chat import Renderer, Span, Text
-from lit_rlhf.data.messages import REASONING, Row, learns
+from lit_rlhf.data.messages import REASONING, Row, learns, weight_of
 from lit_rlhf.errors import UserError
 
 PROBE = "HERE-THE-TURN-BEGINS"
@@ -32,9 +32,9 @@ def completed(render: Renderer, prompt: list[Row], response: list[Row]) -> Text:
     Raises:
         UserError: the template does not render the prompt as the beginning of the whole, or a turn has weight 0.
     """
-    if not all(learns(message) for message in response):
+    if unlearnt := [message for message in response if not learns(message)]:
         raise UserError(
-            "a turn of weight 0 stands in a response that is compared or scored whole; leave the weight out"
+            f"a turn of {_said(unlearnt[0])} stands in a response that is compared or scored whole; leave that out"
         )
     messages, before = joined(prompt, response), render.prompt(prompt)
     first = len(messages) - len(response)
@@ -174,8 +174,13 @@ def _check_weights(messages: list[Row], first: int) -> None:
         if (message["role"] != "assistant" or number < first) and learns(message, by_default=False):
             why = "only the assistant's turns are learnt" if number >= first else "a prompt is not learnt"
             raise UserError(
-                f"message {number} of role {message['role']!r} has weight 1, but {why}; leave the weight out"
+                f"message {number} of role {message['role']!r} has {_said(message)}, but {why}; leave that out"
             )
+
+
+def _said(message: Row) -> str:
+    """The weight of a message that has one, by its own name."""
+    return " ".join(map(str, weight_of(message) or ()))
 
 
 def _assistants(messages: list[Row]) -> list[int]:

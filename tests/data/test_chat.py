@@ -138,3 +138,11 @@ def test_a_rows_arguments_come_before_those_of_all_rows():
 def test_the_weight_of_a_message_is_no_business_of_the_template():
     shows = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
     assert "weight" not in Renderer(byte_tokenizer(shows))([USER, {**ASSISTANT, "weight": 0}])
+
+
+def test_a_template_is_not_shown_whether_a_turn_is_learnt():
+    tokenizer = byte_tokenizer("{% for name in messages[0] %}{{ name }} {% endfor %}")
+    shown = Renderer(tokenizer)(
+        [{"role": "assistant", "content": "a", "weight": 1, "train": 1, "loss": 1, "name": "b"}]
+    )
+    assert shown == "role content name "

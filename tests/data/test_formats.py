@@ -164,7 +164,7 @@ def test_prompts_keep_every_column_as_it_is_and_are_read_as_messages(kind):
     assert check_row(row, kind, "here") is row
     read = {"prompt": [ASK], "completion": [YES], "tools": TOOLS}
     assert to_tokenize(row, kind) == {name: read[name] for name in read if kind == "scored" or name != "completion"}
-    text = {"prompt": "q", "completion": "yes", "tools": "any", "chat_template_kwargs": 3}
+    text = {"prompt": "q", "completion": "yes", "tools": "any", "chat_template_kwargs": 3, "image": "a.png"}
     assert check_row(text, kind, "here") is text, "beside text, columns of these names are the user's"
 
 
@@ -179,6 +179,10 @@ def test_prompts_keep_every_column_as_it_is_and_are_read_as_messages(kind):
         ("sft", {"messages": [ASK, YES], "tools": "x"}, "here, column 'tools': not valid JSON"),
         ("prompts", {"prompt": [ASK], "tools": 3}, "here, column 'tools': expected a list of objects"),
         ("scored", {"prompt": [ASK], "completion": [{"role": "assistant"}]}, "column 'completion', message 0"),
+        ("sft", {"messages": [ASK, YES], "images": ["a.png"]}, "here, column 'images': found a list"),
+        ("sft", {"text": "<image>", "image": "a.png"}, "here, column 'image': found text"),
+        ("preference", {"prompt": "q", "chosen": "y", "rejected": "n", "audio": {"bytes": b"x"}}, "column 'audio'"),
+        ("prompts", {"prompt": [ASK], "videos": ["a.mp4"]}, "column 'videos'"),
     ],
 )
 def test_rows_of_messages_that_do_not_fit_are_named_too(kind, row, message):

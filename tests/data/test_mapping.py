@@ -41,6 +41,7 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are():
     [
         ("sft", None, {"text": "a", "completion": "b", "tools": "c"}),
         ("sft", None, {"other": "tools"}),  # puts it aside
+        ("sft", None, {"other": "images"}),
         ("sft", "alpaca", {"instruction": "q", "output": "a"}),
         ("sft", "sharegpt", {"conversations": "c", "system": "s"}),
         ("preference", None, {"chosen": "a", "rejected": "b", "margin": "c"}),

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lit_rlhf.data.messages import check_template_kwargs, checked_messages, template_columns
+from lit_rlhf.data.messages import check_template_kwargs, checked_messages, learns, require_no_media, template_columns
 from lit_rlhf.errors import UserError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern", "unit": None}}}
@@ -44,11 +44,35 @@ def test_tool_calls_may_be_json_and_reasoning_may_stand_alone():
         ({"role": "assistant", "content": "a", "weight": 0.5}, "expected 0 or 1 as `weight`, .* found float \\(0.5\\)"),
         ({"role": "assistant", "content": "a", "weight": "0"}, "expected 0 or 1 as `weight`"),
         ({"role": None, "content": "a"}, 'expected {"role": "user"'),
+        ({"role": "assistant", "content": "a", "train": "no"}, "expected 0 or 1 as `train`, .* found text"),
+        ({"role": "assistant", "content": "a", "loss_scale": 0.5}, "expected 0 or 1 as `loss_scale`"),
+        ({"role": "assistant", "content": "a", "weight": 1, "loss": False}, "`weight` and `loss` say different things"),
+        ({"role": "assistant", "content": "a", "train_detail": [{"begin_offset": 0}]}, "`train_detail` is not read"),
+        ({"role": "user", "content": [{"text": "a", "train": False}]}, "`train` stands in a part of `content`"),
+        ({"role": "user", "content": "<image>q", "images": ["a.png"]}, "field 'images': found a list .* leave it out"),
     ],
 )
 def test_a_message_that_says_what_cannot_be_read_is_named(message, words):
     with pytest.raises(UserError, match=f"here, message 0.*{words}"):
         checked_messages([message], "here")
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "loss", "loss_weight", "loss_scale"])
+@pytest.mark.parametrize("value", [False, 0, 0.0])
+def test_whether_a_turn_is_learnt_may_be_said_by_the_names_of_other_programs(name, value):
+    turn = {"role": "assistant", "content": "a"}
+    left_out, learnt, silent = checked_messages([{**turn, name: value}, {**turn, name: True}, turn], "here")
+    assert [learns(left_out), learns(learnt), learns(silent)] == [False, True, True]
+    assert learns({**left_out, "role": "user"}, by_default=False) is learns(silent, by_default=False) is False
+
+
+def test_pictures_and_sounds_are_refused_by_their_column_unless_there_are_none():
+    for name in ("image", "images", "video", "videos", "audio", "audios"):
+        for empty in (None, "", [], {}, [None], {"bytes": None, "path": ""}, "[]"):
+            require_no_media({"text": "a", name: empty}, "here", "column")
+        for filled in ("a.png", ["a.png"], [{"bytes": b"x", "path": None}]):
+            with pytest.raises(UserError, match=f"here, column '{name}': found .* `columns: {{aside: {name}}}`"):
+                require_no_media({name: filled}, "here", "column")
 
 
 def test_tools_and_arguments_may_be_json_and_null_or_empty_ones_are_none():

@@ -96,11 +96,13 @@ def test_words_that_the_template_leaves_out_are_refused_rather_than_learnt_as_no
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, QWEN25, LLAMA3])
-def test_turns_of_weight_zero_are_read_and_not_learnt(template):
-    turns = [user("A"), assistant("BAD", weight=0), user("C"), assistant("D", weight=1), user("E"), assistant("F")]
+@pytest.mark.parametrize("name", ["weight", "train", "loss"])
+def test_turns_of_weight_zero_are_read_and_not_learnt(template, name):
+    bad, good = assistant("BAD", **{name: 0}), assistant("D", **{name: 1})
+    turns = [user("A"), bad, user("C"), good, user("E"), assistant("F")]
     assert learnt({"messages": turns}, template) == ["D<|im_end|>", "F<|im_end|>"]
     assert learnt({"prompt": turns[:1], "completion": turns[1:]}, template) == ["D<|im_end|>", "F<|im_end|>"]
-    last = [user("A"), assistant("B"), user("C"), assistant("BAD", weight=0)]
+    last = [user("A"), assistant("B"), user("C"), bad]
     assert learnt({"messages": last}, template) == ["B<|im_end|>"]
 
 
@@ -128,6 +130,7 @@ def test_where_every_token_is_learnt_a_turn_of_weight_zero_is_not():
             {"prompt": [user("A"), assistant("B", weight=1), user("C")], "completion": [assistant("D")]},
             "message 1 of role 'assistant' has weight 1, but a prompt is not learnt",
         ),
+        ({"messages": [user("A") | {"train": 1}, assistant("B")]}, "message 0 of role 'user' has train 1, but only"),
     ],
 )
 def test_a_weight_that_asks_for_what_is_not_learnt_is_refused(row, message):

@@ -1,6 +1,7 @@
 """Play several policies on the same held-out prompts and put what they achieved side by side."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -221,18 +222,33 @@ def model_and_config(folder: Path) -> tuple[Path, Any]:
 
 
 def print_table(results: dict[str, dict[str, Any]], baseline: str) -> None:
-    """The comparison as a table in the terminal: a column per policy, so that eighty characters hold it."""
+    """The comparison as tables, a column per policy: as many side by side as a terminal is wide, in a file all."""
+    console, left = Console(), list(results)
+
+    def width(count: int) -> int:
+        room = console.options.update_width(sys.maxsize)
+        return console.measure(table_of(results, left[:count], baseline), options=room).maximum
+
+    if not console.is_terminal:
+        console.width = max(console.width, width(len(left)))
+    while left:
+        count = next((count for count in range(len(left), 1, -1) if width(count) <= console.width), 1)
+        console.print(table_of(results, left[:count], baseline))
+        left = left[count:]
+
+
+def table_of(results: dict[str, dict[str, Any]], names: Sequence[str], baseline: str) -> Table:
+    """The table of some of the policies; no number is cut, and no name."""
     table = Table(title="Held-out prompts", title_justify="left")
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
+    table.add_column("", overflow="fold")
+    for name in names:
+        table.add_column(escape(name), justify="right", overflow="fold")
     for key, (heading, form) in FIGURES.items():
         if key in results[baseline]:
-            table.add_row(
-                escape(heading.format(baseline=baseline)),
-                *("-" if row[key] is None else format(row[key], form) for row in results.values()),
-            )
-    Console().print(table)
+            shown = (results[name][key] for name in names)
+            cells = ("-" if value is None else format(value, form) for value in shown)
+            table.add_row(escape(heading.format(baseline=baseline)), *cells)
+    return table
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

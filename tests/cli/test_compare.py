@@ -1,6 +1,7 @@
 """What `compare` measures."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_rlhf import RewardModelReward, UserError
 from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
-from lit_rlhf.cli.compare import FIGURES, compare, read_summary
+from lit_rlhf.cli.compare import FIGURES, compare, print_table, read_summary
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.engine.attention import IMPLEMENTATION
 from lit_rlhf.rollout.play import GenerationSettings
@@ -200,3 +201,18 @@ def test_results_replace_neither_a_folder_nor_the_prompts(root):
     for output, words in {str(root): "is a folder", str(root / "prompts.jsonl"): "is what is read for it"}.items():
         with pytest.raises(UserError, match=f"output: .* {words}"):
             compare(**options, prompts=str(root / "prompts.jsonl"), generation=generation, output=output)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_number_and_no_name_is_cut_where_many_policies_do_not_fit_side_by_side(terminal, monkeypatch, capsys):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    results = {f"policy_{number}": dict.fromkeys(FIGURES, 1000 + number) for number in range(12)}
+    print_table(results, "policy_0")
+    told = re.sub("\x1b[^m]*m", "", capsys.readouterr().out)
+    assert told.count("Held-out prompts") == (3 if terminal else 1)
+    assert all(told.count(f" {1000 + number} ") >= 3 and f" policy_{number} " in told for number in range(12))
+    assert "…" not in told and (not terminal or max(map(len, told.splitlines())) <= 80)

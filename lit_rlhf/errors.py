@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-# Types of single values: what is of them, and how they are called.
+# Types of values: what is of them, and how they are called. First those of single values.
 PLAIN: dict[Any, tuple[Any, str]] = {
     bool: (bool, "true or false"),
     int: (Integral, "a whole number"),
@@ -87,7 +87,7 @@ def require_alike(given: Any, mine: Any, name: str, needed: Collection[str] = ()
 
 
 def require_types(owner: Any, given: Mapping[str, Any]) -> None:
-    """Refuse arguments that are of other types than their owner names: an array for a number, a mapping for settings.
+    """Refuse arguments that their owner does not take: an array for a number, a word that is none of its `Literal`.
 
     Args:
         owner: a constructor, or a dataclass.
@@ -110,30 +110,51 @@ def hints_of(owner: Any) -> dict[str, Any]:
 def require_kinds(hints: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """As `require_types`, of annotations by name."""
     for name, hint in hints.items():
-        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        kinds = [_kind(part) for part in parts]
-        if name in given and None not in kinds:
-            fits = any(_is(given[name], kind[0]) for kind in kinds if kind is not None)
-            require(fits, name, repr(given[name]), " or ".join(kind[1] for kind in kinds if kind is not None))
+        if name in given:
+            _require_kind(hint, given[name], name)
 
 
-def _kind(hint: Any) -> tuple[Any, str] | None:
-    """What is of an annotation, and how it is called; None where a value's type does not tell."""
+def _require_kind(hint: Any, value: object, name: str) -> None:
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [kind for part in parts if (kind := _kind(part)) is not None]
+    if len(kinds) < len(parts):  # a value does not tell
+        return
+    *others, last = [word for _, words in kinds for word in words]
+    fitting = [part for part, (kind, _) in zip(parts, kinds, strict=True) if _is(value, kind)]
+    require(bool(fitting), name, repr(value), f"{', '.join(others)} or {last}" if others else last)
+    for key, item_hint, item in _items(fitting[0], value):
+        _require_kind(item_hint, item, f"{name}[{key!r}]")
+
+
+def _kind(hint: Any) -> tuple[Any, tuple[str, ...]] | None:
+    """What is of an annotation, a type or words of a `Literal`, and how it is called; None if a value does not tell."""
     origin = get_origin(hint)
     if origin is Literal:
-        return PLAIN[type(get_args(hint)[0])]  # which text it is, its owner says
-    if origin in NESTED:
-        return NESTED[origin]
-    if hint in PLAIN:
-        return PLAIN[hint]
+        return frozenset(get_args(hint)), tuple(map(str, get_args(hint)))
+    if origin in NESTED or hint in PLAIN:
+        kind, word = NESTED.get(origin) or PLAIN[hint]
+        return kind, (word,)
     is_class = isinstance(hint, type) and hint is not Any and not getattr(hint, "_is_protocol", False)
-    return (hint, hint.__name__) if is_class and origin is None else None
+    return (hint, (hint.__name__,)) if is_class and origin is None else None
 
 
 def _is(value: object, kind: Any) -> bool:
+    if isinstance(kind, frozenset):
+        return isinstance(value, str) and value in kind
     if kind is bool:
         return type(value).__name__ in ("bool", "bool_")  # NumPy's too, which is not read for that
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _items(hint: Any, value: Any) -> list[tuple[Any, Any, Any]]:
+    """What a value holds that its annotation speaks of: where, by which annotation, and what."""
+    origin, hints = get_origin(hint), get_args(hint)
+    if origin is dict and hints:
+        return [(key, hints[1], item) for key, item in value.items()]
+    if origin in (list, tuple) and hints:
+        hints = hints if origin is tuple and ... not in hints else hints[:1] * len(value)
+        return [(at, *pair) for at, pair in enumerate(zip(hints, value, strict=False))]  # how many, their owner says
+    return []
 
 
 @contextmanager

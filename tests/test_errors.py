@@ -1,9 +1,10 @@
 import math
 import re
 from collections.abc import Callable
-from inspect import signature
+from inspect import isclass, signature
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args, get_origin
 
 import datasets
 import numpy as np
@@ -11,9 +12,11 @@ import pandas
 import pytest
 import torch
 
-import lit_rlhf
+import lit_rlhf.callbacks
+import lit_rlhf.losses
+import lit_rlhf.oracle
 from lit_rlhf import DPO, PPO, SFT, PreferenceDataModule, RewardModel, RolloutDataModule, SFTDataModule
-from lit_rlhf.errors import UserError, looks_like_a_path, one_line, place_of, require, require_types
+from lit_rlhf.errors import UserError, hints_of, looks_like_a_path, one_line, place_of, require, require_types
 from lit_rlhf.rollout.data_module import OF_REWARDS
 
 
@@ -75,10 +78,12 @@ def taking(
     count: int | None,
     rate: float,
     name: str | Path = "x",
-    kind: Literal["a"] = "a",
+    kind: Literal["a", "b", "c"] | None = "a",
     betas: tuple[float, float] = (0, 1),
     options: dict[str, Any] | None = None,
     loss: list[Path] | Callable[..., Any] = print,
+    stops: tuple[str, ...] = (),
+    ranks: dict[str, int] | None = None,
     frame: pandas.DataFrame | None = None,
     anything: Any = None,
     shaped: Shaped | None = None,
@@ -93,10 +98,11 @@ GIVEN = [
     ("count", [None, 3, np.int32(3)], ["3", 3.0, True], "a whole number or null"),
     ("rate", [1, 0.5, np.float32(1), math.nan], ["1", None, False, 1j], "a number"),
     ("name", ["x", Path("x")], [3], "text or Path"),
-    ("kind", ["a", "b: choices are told by who has them"], [3, None], "text"),
-    ("betas", [(1, 2), [1, 2]], [0.5, {1: 2}], "a list"),
+    ("kind", ["a", "b", None], [3, "A", "", True, ["a"]], "a, b, c or null"),
+    ("betas", [(1, 2), [1, 2], (1, 2, 3)], [0.5, {1: 2}, "12"], "a list"),
     ("options", [{}, None], [[], "x"], "a mapping or null"),
     ("loss", [[], print, Path], ["print", 1.0], "a list or a function"),
+    ("stops", [(), ["END"]], ["END", 3], "a list"),
     ("frame", [None], [{"a": 1}, 3, True], "DataFrame or null"),
     ("anything", [object(), *ARRAYS], [], "any"),
     ("shaped", [object()], [], "any: a protocol is not asked"),
@@ -112,6 +118,20 @@ def test_values_of_another_type_than_the_annotation_are_refused(name, right, wro
     for value in wrong:
         with pytest.raises(UserError, match=rf"^{name} \({re.escape(repr(value))}\) must be {expected}$"):
             require_types(taking, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "item", "expected"),
+    [
+        ("betas", (1, "2"), "betas[1] ('2')", "a number"),
+        ("loss", [Path("x"), 3], "loss[1] (3)", "Path"),
+        ("stops", ["END", None], "stops[1] (None)", "text"),
+        ("ranks", {"q_proj": "4"}, "ranks['q_proj'] ('4')", "a whole number"),
+    ],
+)
+def test_items_of_another_type_than_the_annotation_says_are_refused_by_their_place(name, value, item, expected):
+    with pytest.raises(UserError, match=f"^{re.escape(item)} must be {expected}$"):
+        require_types(taking, {name: value})
 
 
 @pytest.mark.parametrize("value", ARRAYS, ids=lambda value: type(value).__name__)
@@ -162,6 +182,34 @@ def test_a_constructor_names_the_argument_that_is_of_another_type(name, argument
     *_, (argument, value) = arguments.items()
     with pytest.raises(UserError, match=rf"{argument} \({re.escape(repr(value))}\) must be [^\n]+$"):
         getattr(lit_rlhf, name)(**arguments)
+
+
+NEEDED = {"PPO": {"policy": "demo"}, "RewardModelReward": {"model": "x"}, "RolloutDataModule": {"reward": ones}}
+PUBLIC = [
+    constructor
+    for module in (lit_rlhf, lit_rlhf.callbacks, lit_rlhf.losses, lit_rlhf.oracle)
+    for constructor in (getattr(module, name) for name in module.__all__)
+    if isclass(constructor)
+]
+
+
+def words_of(constructor):
+    hints = {}
+    for base in reversed(constructor.__mro__):
+        hints |= hints_of(vars(base).get("__init__")) if base.__module__.startswith("lit_rlhf.") else {}
+    choices = {
+        name: [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal] for name, hint in hints.items()
+    }
+    return [(constructor, name, get_args(found[0])) for name, found in choices.items() if found]
+
+
+@pytest.mark.parametrize(("constructor", "name", "words"), [*chain.from_iterable(map(words_of, PUBLIC))])
+def test_a_word_that_an_option_does_not_have_is_refused_with_those_that_it_has(constructor, name, words):
+    assert all(isinstance(word, str) for word in words)
+    needed = NEEDED.get(constructor.__name__, {})
+    for misspelt in (words[-1].title(), "", "yes"):
+        with pytest.raises(UserError, match=rf"{name} \('?{misspelt}'?\)[^\n]* must be {words[0]}[^\n]* {words[-1]}"):
+            constructor(**needed, **{name: misspelt})
 
 
 def names_of(constructor):

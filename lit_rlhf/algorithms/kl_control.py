@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
-from lit_rlhf.errors import UserError, require, require_alike, require_types
+from lit_rlhf.errors import require, require_alike, require_types
 from lit_rlhf.losses.kl import ESTIMATORS, clamped_logratio, with_k2_gradient
 
 
@@ -33,11 +33,6 @@ class KLPenalty:
     def __post_init__(self) -> None:
         """Refuse other words."""
         require_types(type(self), vars(self))
-        if self.place not in ("reward", "loss") or self.estimator not in ESTIMATORS:
-            raise UserError(
-                f"KLPenalty's place ({self.place!r}) must be 'reward' or 'loss', and its estimator "
-                f"({self.estimator!r}) one of {sorted(ESTIMATORS)}"
-            )
 
     def estimate(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         """Estimates of the chosen kind, of the same shape."""

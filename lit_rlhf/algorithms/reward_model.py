@@ -61,8 +61,6 @@ class RewardModel(PreferenceModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if normalize not in (None, "mean", "mean_and_std"):
-            raise UserError(f"normalize ({normalize!r}) must be 'mean', 'mean_and_std' or null")
         self.normalize = normalize
         self.reward_model = load_scorer(
             policy, fresh_head, trust_remote_code, lora, merge_start, frozen_dtype=self.frozen_dtype

@@ -28,9 +28,6 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         """Refuse what AdamW could not compute with, and what is not installed."""
         require_types(type(self), vars(self))
-        require(self.optimizer in ("adamw", "adamw_8bit"), "optimizer", self.optimizer, "adamw or adamw_8bit")
-        schedules = ("constant", "cosine", "linear")
-        require(self.lr_scheduler in schedules, "lr_scheduler", self.lr_scheduler, "constant, cosine or linear")
         if self.optimizer == "adamw_8bit":
             require_bitsandbytes("optimizer: adamw_8bit")
         steps, what = self.warmup_steps, "a whole number of steps, or a share of them below 1"

@@ -43,7 +43,6 @@ class HuggingFaceExport(Callback):
         merge: bool | None = None,
     ) -> None:
         require_types(HuggingFaceExport.__init__, locals())
-        require(which in (None, "best", "last"), "export.which", which, "best, last or null")
         self.folder = folder
         self.which = which
         self.dtype = as_dtype(dtype, "export.dtype")

@@ -63,7 +63,6 @@ class LoRA:
         require(0 < self.alpha < float("inf"), "lora.alpha", self.alpha, "more than 0 and finite")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         require(bool(self.target_modules), "lora.target_modules", self.target_modules, "all-linear, or names of layers")
-        require(self.init in ("default", "gaussian"), "lora.init", self.init, "default or gaussian")
         ranks = all(1 <= r <= MOST_RANK for r in self.rank_pattern.values())
         require(ranks, "lora.rank_pattern", self.rank_pattern, f"1 to {MOST_RANK}")
         positive = all(0 < alpha < float("inf") for alpha in self.alpha_pattern.values())

@@ -177,7 +177,6 @@ def reference_of(
     Raises:
         UserError: there is no frozen base, or no such copy.
     """
-    require(hold in (None, "base", "copy", "parked"), "hold_reference", hold, "base, copy, parked or null")
     adapters = policy.adapters
     if hold == "base" and adapters is None:
         raise UserError(
@@ -246,7 +245,6 @@ def critic_place(policy: Policy, hold: HoldCritic | None, critic: str | None, sa
     Raises:
         UserError: it cannot live where it was asked to.
     """
-    require(hold in (None, "adapter", "head", "model"), "hold_critic", hold, "adapter, head, model or null")
     can = policy.adapters is not None if critic is None else shares_base(policy, saved)
     if hold == "head" and critic is not None:
         raise UserError(f"hold_critic: head learns on the policy's trunk, so {critic} would have no say: drop critic")

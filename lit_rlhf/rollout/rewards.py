@@ -98,8 +98,8 @@ class RewardModelReward(Reward):
         frozen_dtype: FrozenDtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        require_frozen_dtype(frozen_dtype)
         require_types(RewardModelReward.__init__, locals())
+        require_frozen_dtype(frozen_dtype)
         require(max_tokens >= 1, "max_tokens", max_tokens, "1 or more")
         self.name = model
         self.max_tokens = max_tokens

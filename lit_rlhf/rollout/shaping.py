@@ -26,8 +26,6 @@ class ShapingSettings:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing, and options that leave each other nothing to do."""
-        if self.normalize not in (None, "scale", "standardize"):
-            raise UserError(f"normalize ({self.normalize!r}) must be 'scale', 'standardize' or null")
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"clip ({self.clip}) must be more than 0, or null for no clipping")
         for name in ("length_penalty", "missing_end_penalty"):

@@ -130,7 +130,6 @@ def test_dropout_is_refused_where_two_passes_must_agree():
         ("alpha", float("inf")),
         ("dropout", 1.0),
         ("target_modules", []),
-        ("init", "pissa"),
         ("rank_pattern", {"q_proj": 0}),
         ("alpha_pattern", {"q_proj": -1.0}),
         ("alpha_pattern", {"(q_proj": 1.0}),

@@ -69,14 +69,6 @@ def test_the_reference_is_what_the_policy_was_wherever_it_lives(start, lora, hol
         assert storages(policy) == storages(policy, reference.policy) and len(storages(policy)) == 20
 
 
-def test_a_word_that_is_no_place_is_refused(runs):
-    policy = load_policy(runs / "base")
-    with pytest.raises(UserError, match=r"hold_reference \(disk\) must be base, copy, parked or null"):
-        reference_of(policy, {}, "disk")
-    with pytest.raises(UserError, match=r"hold_critic \(disk\) must be adapter, head, model or null"):
-        critic_place(policy, "disk", None, None)
-
-
 def test_another_adapter_on_the_same_base_is_a_reference_there(runs):
     policy = load_policy(runs / "base", lora=LoRA())
     reference = reference_of(policy, {}, None, saved_adapter(runs / "adapter"))

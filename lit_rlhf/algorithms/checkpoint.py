@@ -221,7 +221,7 @@ def pieces_of(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, T
     names: dict[Any, str] = {parameter: name for name, parameter in module.named_parameters()}
     held: dict[str, Any] = {name: parameter.detach() for parameter, name in names.items()}
     for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
+        for parameter, state in getattr(optimizer, "state", {}).items():  # DeepSpeed's may have none of its own
             for key, value in state.items():
                 held[f"{key} of {names.get(parameter, 'a parameter')} in optimizer_states"] = value
     tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}

@@ -6,6 +6,7 @@ each rank make one optimiser step.
 
 import bisect
 import heapq
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_rlhf.errors import UserError, require_alike
 
+EACH = 2**32  # above any number of micro-batches: a number below it and another one make one that sorts by the other
 ATTEMPTS = 4  # at an epoch's plan in random order before the examples are placed longest first
 
 
@@ -139,15 +141,17 @@ class TokenBudgetSampler(DistributedSampler):
         size = len(order) if self.batch_size is None else self.batch_size
         shortest = int(self.lengths.min())
         batches: list[list[int]] = []
-        rooms: list[tuple[int, int]] = []  # (tokens left, micro-batch), ascending; only those that can take more
+        rooms: list[int] = []  # tokens left x EACH + micro-batch, ascending; only those that can take more
         for example, length in zip(order.tolist(), self.lengths[order].tolist(), strict=True):
-            at = bisect.bisect_left(rooms, (length, -1))
-            room, batch = rooms.pop(at) if at < len(rooms) else (budget, len(batches))
-            if batch == len(batches):
+            at = bisect.bisect_left(rooms, length * EACH)
+            if at < len(rooms):
+                room, batch = divmod(rooms.pop(at), EACH)
+            else:
+                room, batch = budget, len(batches)
                 batches.append([])
             batches[batch].append(example)
             if room - length >= shortest and len(batches[batch]) < size:
-                bisect.insort(rooms, (room - length, batch))
+                bisect.insort(rooms, (room - length) * EACH + batch)
         return batches
 
     def _adjust(self, batches: list[list[int]], total: int) -> list[list[int]]:
@@ -156,8 +160,10 @@ class TokenBudgetSampler(DistributedSampler):
         def tokens(batch: list[int]) -> int:
             return int(self.lengths[batch].sum())
 
+        rows, ends = flat(batches)
+        lengths = np.add.reduceat(self.lengths[rows], ends[:-1]).tolist()
         if len(batches) > total:  # only where each holds one example
-            queue = [(tokens(batch), batch) for batch in batches]
+            queue = list(zip(lengths, batches, strict=True))
             heapq.heapify(queue)
             while len(queue) > total:
                 (_, one), (_, other) = heapq.heappop(queue), heapq.heappop(queue)
@@ -169,7 +175,7 @@ class TokenBudgetSampler(DistributedSampler):
                     )
             return [batch for _, batch in queue]
         done = [batch for batch in batches if len(batch) == 1]
-        queue = [(-tokens(batch), batch) for batch in batches if len(batch) > 1]
+        queue = [(-length, batch) for length, batch in zip(lengths, batches, strict=True) if len(batch) > 1]
         heapq.heapify(queue)
         while len(done) + len(queue) < total:
             largest = sorted(heapq.heappop(queue)[1], key=lambda example: -self.lengths[example])
@@ -185,16 +191,23 @@ class TokenBudgetSampler(DistributedSampler):
         steps = taken if self.accumulate_grad_batches is None else self.accumulate_grad_batches
         local = np.arange(len(batches)) // self.num_replicas
         step = local // steps
-        items = np.array([self.items[batch].sum() for batch in batches])
+        rows, ends = flat(batches)
+        items = np.add.reduceat(self.items[rows], ends[:-1])
         # Micro-batches beyond the Trainer's limit are never learnt from; a step that the limit cuts is shorter.
         totals = np.bincount(
             step, weights=np.where((local < taken) | (local // steps > (taken - 1) // steps), items, 0)
         )
         denominators = totals[step] / (steps * self.num_replicas)
         return [
-            MicroBatch(np.array(batch, dtype=np.int64), float(denominator))
-            for batch, denominator in zip(batches, denominators, strict=True)
+            MicroBatch(rows[start:end], denominator)
+            for (start, end), denominator in zip(itertools.pairwise(ends.tolist()), denominators.tolist(), strict=True)
         ]
+
+
+def flat(batches: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) examples of all micro-batches in a row, and (batches + 1,) where each begins and the last ends."""
+    ends = np.cumsum([0, *map(len, batches)])
+    return np.fromiter(itertools.chain.from_iterable(batches), np.int64, ends[-1]), ends
 
 
 class ResumableLoader(DataLoader):

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -23,6 +24,8 @@ from lit_rlhf.data.sources import weighted
 from lit_rlhf.data.token_cache import tokenized
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError
+
+ROWS = 128  # of a table that are looked at together
 
 
 class PackedDataset(Dataset):
@@ -57,12 +60,14 @@ class PackedDataset(Dataset):
         """Hash of the rows that an epoch takes and of all tokens, whatever file or cache they came from."""
         digest = hashlib.sha256(self.rows.tobytes())
         for name in self.table.column_names:
-            column = self.table.data.column(name).combine_chunks()
-            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-                digest.update(pc.list_value_length(column).to_numpy(zero_copy_only=False).tobytes())
-                column = column.flatten()
-            digest.update(f"{name} {column.type}".encode())
-            digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+            column, kind = self.table.data.column(name), self.table.data.schema.field(name).type
+            lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            if lists:
+                for part in parts(column):
+                    digest.update(pc.list_value_length(part).to_numpy(zero_copy_only=False).tobytes())
+            digest.update(f"{name} {kind.value_type if lists else kind}".encode())
+            for part in parts(column):
+                digest.update((part.flatten() if lists else part).to_numpy(zero_copy_only=False).tobytes())
         return digest.hexdigest()
 
     def _take(self, batch: MicroBatch) -> pa.Table:
@@ -81,10 +86,12 @@ class SFTDataset(PackedDataset):
 
     def items(self) -> np.ndarray:
         """(n,) response tokens."""
-        masks = self.table.data.column("loss_mask").combine_chunks()
-        sums = np.concatenate([[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False))])
-        ends = np.cumsum(pc.list_value_length(masks).to_numpy())
-        return np.diff(sums[np.concatenate([[0], ends])])[self.rows]
+        counts = []
+        for masks in parts(self.table.data.column("loss_mask")):
+            sums = np.concatenate([[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False))])
+            ends = np.cumsum(pc.list_value_length(masks).to_numpy())
+            counts.append(np.diff(sums[np.concatenate([[0], ends])]))
+        return np.concatenate(counts)[self.rows]
 
     def __getitem__(self, batch: MicroBatch) -> SFTBatch:
         table = self._take(batch)
@@ -126,6 +133,13 @@ class PreferenceDataset(PackedDataset):
             margin=torch.tensor(table["margin"].to_numpy(), dtype=torch.float32),
             denominator=torch.tensor(batch.denominator, dtype=torch.float32),
         )
+
+
+def parts(column: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """A column in runs of rows, so that what is computed of them is never there for all tokens at once."""
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), ROWS):
+            yield chunk.slice(start, ROWS)
 
 
 def ragged(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -1,9 +1,14 @@
+import tracemalloc
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
 from lit_rlhf.data.batches import PreferenceBatch, SFTBatch
+from lit_rlhf.data.examples import SFTDataset
 from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, load_prompts
 from lit_rlhf.errors import UserError
 from tests.data.small_rows import WORDS, attach, pair_file, sft_file, write
@@ -105,3 +110,36 @@ def test_real_conversations_keep_most_rows_and_share_their_prompts():
     rows = [row for row in table.select(range(50)) if row["chosen_ids"]]
     assert all(row["chosen_ids"][-1] == row["rejected_ids"][-1] == tokenizer.eos_token_id for row in rows)
     assert all(tokenizer.decode(row["prompt_ids"]).endswith("assistant:") for row in rows), "the space joins the answer"
+
+
+def large_table(num_rows: int, tokens: int) -> SFTDataset:
+    """Rows of so many tokens, in several chunks."""
+    ids = np.arange(num_rows * tokens, dtype=np.int32) % 100
+    ends = np.arange(0, num_rows * tokens + 1, tokens, dtype=np.int32)
+    lists = {
+        "input_ids": pa.ListArray.from_arrays(ends, ids),
+        "loss_mask": pa.ListArray.from_arrays(ends, ids % 3 == 0),
+    }
+    table = pa.table(lists | {"status": np.zeros(num_rows, np.int8)})
+    chunks = [table.slice(0, 3), table.slice(3, num_rows // 2), table.slice(3 + num_rows // 2)]
+    return SFTDataset(datasets.Dataset(pa.concat_tables(chunks)), np.arange(num_rows)[::2], [])
+
+
+def test_counts_and_fingerprint_of_rows_do_not_depend_on_how_they_lie_in_chunks():
+    several = large_table(2500, 7)
+    whole = SFTDataset(datasets.Dataset(several.table.data.table.combine_chunks()), several.rows, [])
+    expected = [sum(mask) for mask in several.table.data.column("loss_mask").to_pylist()][::2]
+    assert several.items().tolist() == whole.items().tolist() == expected
+    assert several.fingerprint() == whole.fingerprint()
+    other = SFTDataset(datasets.Dataset(whole.table.data.table), several.rows[::-1].copy(), [])
+    assert other.fingerprint() != whole.fingerprint()
+
+
+def test_what_is_counted_of_rows_takes_less_memory_than_a_byte_for_each_of_their_tokens():
+    dataset = large_table(20_000, 200)
+    tracemalloc.start()
+    dataset.items()
+    dataset.fingerprint()
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 20_000 * 200

@@ -180,12 +180,13 @@ def load_examples(
         table = tokenized(source, kind, role, tokenizer, options, num_proc)
         statuses = table.data.column("status").to_numpy()
         control_tokens = table.data.column("control_tokens")
-        report = Report.of(f"{role} data {source.name}", statuses, control_tokens, tokenizer)
+        repeats = table.data.column("repeats_prompt").to_numpy()
+        report = Report.of(f"{role} data {source.name}", statuses, control_tokens, tokenizer, repeats=repeats)
         report.say(options)
         if report.kept == 0:
             raise UserError(f"no row is left to use. {report}. The length limit is {options.max_length} tokens")
         rows.append(weighted(np.flatnonzero(statuses <= tokenize.EMPTY), source, seed) + offset)
-        tables.append(table)
+        tables.append(table.remove_columns("repeats_prompt"))  # counted, and no part of the examples
         reports.append(report)
         offset += len(table)
     dataset = SFTDataset if kind == "sft" else PreferenceDataset

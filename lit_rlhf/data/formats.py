@@ -6,6 +6,7 @@ beside one, `tools` and `chat_template_kwargs` go to the chat template, and a re
 A row that does not fit is an error that names file, line and column.
 """
 
+import itertools
 import math
 from decimal import Decimal
 from typing import Any, Literal
@@ -81,7 +82,8 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
         if not isinstance(row["text"], str):
             raise UserError(f"{place}, column 'text': expected text, found {describe(row['text'])}")
         return keep("text")
-    return _with_answers(keep("prompt", "completion"), row, place)
+    columns = _with_answers(keep("prompt", "completion"), row, place)
+    return _without_repeated_prompt(columns, place) if isinstance(columns["prompt"], list) else columns
 
 
 def as_prompt(row: Row) -> Row | None:
@@ -115,6 +117,24 @@ def _with_answers(columns: Row, row: Row, place: str) -> Row:
     if any(isinstance(value, list) for value in columns.values()):
         found = ", ".join(f"'{name}' is {describe(value)}" for name, value in columns.items())
         raise UserError(f"{place}: beside a prompt that is text, a response must be text too; {found}")
+    return columns
+
+
+def _without_repeated_prompt(columns: Row, place: str) -> Row:
+    """Messages of which the completion is a whole conversation, as in some data sets, cut to what follows the prompt.
+
+    Raises:
+        UserError: a part of the prompt stands in the completion, where the model would read it twice.
+    """
+    prompt, completion = columns["prompt"], columns["completion"]
+    if len(completion) > len(prompt) and completion[: len(prompt)] == prompt:
+        return {**columns, "completion": completion[len(prompt) :]}
+    opening = list(itertools.takewhile(lambda message: message["role"] != "assistant", completion))
+    if prompt[-1]["role"] != "tool" and prompt[-1] in opening:  # tools may answer alike
+        raise UserError(
+            f"{place}, column 'completion': message {opening.index(prompt[-1])} is the last one of 'prompt' again; "
+            "begin with what follows the prompt, or with all of the prompt"
+        )
     return columns
 
 

@@ -111,7 +111,8 @@ def load_prompts(
         place = functools.partial(_place_of_kept, source, of or kind, role, numbers)
         table = tokenized_rows(cached, place, kind, tokenizer, options, num_proc).data
         statuses, found = table.column("status").to_numpy(), table.column("control_tokens")
-        report = Report.of(f"{role} prompts {source.name}", statuses, found, tokenizer, learnt=False)
+        repeats = table.column("repeats_prompt").to_numpy() if "repeats_prompt" in FEATURES[kind] else ()
+        report = Report.of(f"{role} prompts {source.name}", statuses, found, tokenizer, learnt=False, repeats=repeats)
         kept = weighted(usable(report, statuses, options), source, seed)
         for name, values in ids.items():
             column = ragged(table.column(name))

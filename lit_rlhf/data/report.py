@@ -29,6 +29,7 @@ class Report:
     learnt: bool = True  # not prompts that are completed or scored
     control_rows: int = 0  # whose texts spell out control tokens
     control_tokens: dict[str, int] = field(default_factory=dict)  # control token -> rows
+    repeating: int = 0  # whose response begins with the whole prompt
 
     @classmethod
     def of(
@@ -38,8 +39,18 @@ class Report:
         control_tokens: Any = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
         learnt: bool = True,
+        repeats: Any = (),
     ) -> "Report":
-        """Count statuses, see `tokenize.STATUS`, and the control tokens of each row, named by the tokenizer."""
+        """Count what became of each row.
+
+        Args:
+            name: of the data.
+            statuses: see `tokenize.STATUS`.
+            control_tokens: ids of those that each row spells out.
+            tokenizer: names them.
+            learnt: whether they are not prompts that are completed or scored.
+            repeats: of each row, whether its response begins with the whole prompt.
+        """
         counts = Counter(np.asarray(statuses).tolist())
         truncated, empty = counts[tokenize.TRUNCATED], counts[tokenize.EMPTY]
         dropped = {word: counts[status] for status, word in enumerate(tokenize.STATUS) if status > tokenize.EMPTY}
@@ -59,10 +70,11 @@ class Report:
                 str(token if tokenizer is None else tokenizer.convert_ids_to_tokens(token)): count
                 for token, count in found.most_common()
             },
+            repeating=int(np.count_nonzero(repeats)),
         )
 
     def say(self, options: Options, note: str = "") -> None:
-        """Log it, with a note; warn where more than a tenth of the rows is not used whole, with what to do.
+        """Log it, with a note; warn where more than a tenth is not used whole or doubles its prompt, with what to do.
 
         Args:
             options: by which the rows were read.
@@ -77,6 +89,12 @@ class Report:
                 f"{self.name}: {lost} of {self.rows} rows are not used whole ({', '.join(causes)}). "
                 f"{self._remedy(options)}"
             )
+        if self.repeating > MUCH * self.rows:
+            rank_zero_warn(
+                f"{self.name}: in {self.repeating} of {self.rows} rows the response begins with the whole prompt, and "
+                "is read behind it: the prompt stands there twice. Cut it off the responses; where chosen and rejected "
+                "both begin with it, `columns: {aside: prompt}` does"
+            )
 
     def __str__(self) -> str:
         parts = [f"{self.rows} rows, {self.kept} used"]
@@ -84,6 +102,8 @@ class Report:
             parts.append(f"{self.truncated} of them truncated")
         if self.empty:
             parts.append(f"{self.empty} of them {tokenize.STATUS[tokenize.EMPTY]}")
+        if self.repeating:
+            parts.append(f"{self.repeating} whose response begins with the whole prompt")
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             parts.append(f"{self.rows - self.kept} dropped ({reasons})")

@@ -38,9 +38,10 @@ from lit_rlhf.files import clear, writing_into
 UNDER_WAY = "tmp*"  # names of what `datasets` is still writing
 _IDS = datasets.List(datasets.Value("int32"))
 _MASK = datasets.List(datasets.Value("bool"))
-_OF_EACH_ROW = {"status": datasets.Value("uint8"), "control_tokens": _IDS}
+_OF_PROMPTS = {"status": datasets.Value("uint8"), "control_tokens": _IDS}
+_OF_EACH_ROW = {**_OF_PROMPTS, "repeats_prompt": datasets.Value("bool")}
 FEATURES = {
-    "prompts": datasets.Features({"prompt_ids": _IDS, **_OF_EACH_ROW}),
+    "prompts": datasets.Features({"prompt_ids": _IDS, **_OF_PROMPTS}),
     "scored": datasets.Features({"prompt_ids": _IDS, "response_ids": _IDS, **_OF_EACH_ROW}),
     "sft": datasets.Features({"input_ids": _IDS, "loss_mask": _MASK, **_OF_EACH_ROW}),
     "preference": datasets.Features(

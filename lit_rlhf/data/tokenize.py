@@ -31,7 +31,7 @@ KEPT, TRUNCATED, EMPTY, TOO_LONG, NO_RESPONSE, TIE, NO_PROMPT, LONG_PROMPT = ran
 
 
 def tokenize_sft(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: Options) -> dict[str, list[Any]]:
-    """SFT rows to `input_ids`, `loss_mask` (True = the loss counts this token), `status` and `control_tokens`.
+    """SFT rows to `input_ids`, `loss_mask` (True = the loss counts this token) and what every row that is learnt has.
 
     The first token is in no loss: nothing predicts it.
     """
@@ -39,7 +39,22 @@ def tokenize_sft(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, option
     texts = [_sft_text(reader, reader.read(row)) for row in rows]
     masked = [_mask_sft(text, encoding, reader.stops, options) for text, encoding in reader.encode(texts)]
     ids, masks, statuses = map(list, zip(*masked, strict=True))
-    return {"input_ids": ids, "loss_mask": masks, "status": statuses, "control_tokens": reader.control}
+    return {"input_ids": ids, "loss_mask": masks, **_of_each_row(reader, rows, statuses)}
+
+
+def _of_each_row(reader: Reader, rows: Sequence[Row], statuses: list[int]) -> dict[str, list[Any]]:
+    """What is counted of rows with responses."""
+    repeats = [_repeats_prompt(row) for row in rows]
+    return {"status": statuses, "repeats_prompt": repeats, "control_tokens": reader.control}
+
+
+def _repeats_prompt(row: Row) -> bool:
+    """Whether a response that is text begins with the whole prompt, which it is appended to."""
+    prompt = row.get("prompt", "")
+    answers = [row.get(name) for name in ("completion", "chosen", "rejected")]
+    return isinstance(prompt, str) and any(
+        prompt.strip() and isinstance(answer, str) and answer.lstrip().startswith(prompt.strip()) for answer in answers
+    )
 
 
 def _sft_text(reader: Reader, row: Row) -> Text:
@@ -76,7 +91,8 @@ def _mask_sft(
     text: Text, encoding: Encoding, stops: Sequence[int], options: Options
 ) -> tuple[np.ndarray, np.ndarray, int]:
     ids, mask = _learnt(text, encoding, stops)
-    mask[:1] = False
+    says_nothing = options.loss_on == "response" and is_empty(ids[mask], stops)
+    mask[:1] = False  # of what has no prompt, all else is learnt
     if options.max_length is not None and len(ids) > options.max_length:
         if options.truncation == "drop":
             return ids[:0], mask[:0], TOO_LONG
@@ -85,7 +101,7 @@ def _mask_sft(
         return (ids, mask, TRUNCATED) if mask.any() else (ids[:0], mask[:0], LONG_PROMPT if learnt else NO_RESPONSE)
     if not mask.any():
         return ids[:0], mask[:0], NO_RESPONSE
-    return ids, mask, EMPTY if options.loss_on == "response" and is_empty(ids[mask], stops) else KEPT
+    return ids, mask, EMPTY if says_nothing else KEPT
 
 
 class Response(NamedTuple):
@@ -105,7 +121,7 @@ PAIR = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mas
 def tokenize_preference(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: Options
 ) -> dict[str, list[Any]]:
-    """Preference rows to `prompt_ids`, ids and masks of `chosen` and `rejected`, `margin`, `status`, `control_tokens`.
+    """Preference rows to `prompt_ids`, ids and masks of `chosen` and `rejected`, `margin`, and what every row has.
 
     The prompt is the tokens that both texts begin with and that lie wholly inside the prompt's text.
     """
@@ -117,7 +133,7 @@ def tokenize_preference(
         prompt, responses = _split_pair((chosen, rejected), "prompt" in row, reader.stops)
         fitted.append(_fit_pair(prompt, responses, reader.stops, options))
     columns = dict(zip(PAIR, map(list, zip(*fitted, strict=True)), strict=True))
-    return {**columns, "margin": [row["margin"] for row in rows], "control_tokens": reader.control}
+    return {**columns, "margin": [row["margin"] for row in rows], **_of_each_row(reader, rows, columns["status"])}
 
 
 def _response_text(reader: Reader, row: Row, column: str) -> Text:
@@ -218,7 +234,7 @@ def tokenize_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, op
 
 
 def tokenize_scored(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: Options) -> dict[str, list[Any]]:
-    """Prompts and completions to `prompt_ids`, `response_ids`, `status` and `control_tokens`, read as in training.
+    """Prompts and completions to `prompt_ids`, `response_ids` and what is counted of rows, read as in training.
 
     What is too long loses tokens of the prompt on its left, as in `tokenize_prompts`, then of the completion on its
     right.
@@ -237,7 +253,7 @@ def tokenize_scored(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, opt
         columns["prompt_ids"].append(prompt)
         columns["response_ids"].append(response[:room])
         columns["status"].append(status if len(prompt) else NO_PROMPT)
-    return {**columns, "control_tokens": reader.control}
+    return {**columns, **_of_each_row(reader, rows, columns["status"])}
 
 
 def _cut_prompt(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, options: Options) -> np.ndarray:

@@ -6,6 +6,7 @@ import pytest
 from lit_rlhf.data.formats import as_prompt, check_row, to_tokenize
 from lit_rlhf.errors import UserError
 
+SYSTEM = {"role": "system", "content": "s"}
 ASK = {"role": "user", "content": "q"}
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 
@@ -141,6 +142,9 @@ RAIN, SUN = {"role": "tool", "content": "rain"}, {"role": "tool", "content": "su
                 "margin": 0.0,
             },
         ),
+        # the same of demonstrations
+        ("sft", {"prompt": [ASK], "completion": [ASK, YES]}, {"prompt": [ASK], "completion": [YES]}),
+        ("sft", {"prompt": [ASK, YES], "completion": [ASK, NO]}, {"prompt": [ASK, YES], "completion": [ASK, NO]}),
         # tool turns inside a response; where the answers of tools differ, the call before them is the response's
         (
             "preference",
@@ -176,6 +180,8 @@ def test_prompts_keep_every_column_as_it_is_and_are_read_as_messages(kind):
         ("preference", {"prompt": [ASK], "chosen": [ASK], "rejected": [ASK]}, "'chosen': .* found \\[\\]"),
         ("preference", {"prompt": "q", "chosen": [YES], "rejected": "n"}, "a response must be text too"),
         ("preference", {"chosen": [ASK, YES], "rejected": "n"}, "a response must be text too"),
+        ("sft", {"prompt": [YES, ASK], "completion": [ASK, YES]}, "message 0 is the last one of 'prompt' again"),
+        ("scored", {"prompt": [ASK], "completion": [SYSTEM, ASK, YES]}, "message 1 is the last one of 'prompt'"),
         ("sft", {"messages": [ASK, YES], "tools": "x"}, "here, column 'tools': not valid JSON"),
         ("prompts", {"prompt": [ASK], "tools": 3}, "here, column 'tools': expected a list of objects"),
         ("scored", {"prompt": [ASK], "completion": [{"role": "assistant"}]}, "column 'completion', message 0"),

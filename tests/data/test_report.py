@@ -84,3 +84,23 @@ def test_every_row_is_kept_or_dropped_for_one_reason():
 def test_a_report_says_nothing_of_what_did_not_happen():
     assert str(Report.of("train data a.jsonl", statuses(kept=3))) == "train data a.jsonl: 3 rows, 3 used"
     assert Report.of("none", np.array([], dtype=int)) == Report("none", rows=0, kept=0)
+
+
+def test_responses_that_begin_with_the_whole_prompt_are_counted_and_many_of_them_warned_of(tmp_path, caplog):
+    caplog.set_level("INFO")
+    tokenizer = word_tokenizer(WORDS)
+    fine = [{"prompt": "how", "completion": " so", "chosen": " so", "rejected": " very"}] * 9
+    double = {"prompt": "how ", "completion": "how so", "chosen": "how so", "rejected": "how very"}
+    few, many = write(tmp_path / "few.jsonl", [*fine, double]), write(tmp_path / "many.jsonl", [*fine, double, double])
+    loads = [
+        lambda file: attach(SFTDataModule(file, None, tokenizer=tokenizer)),
+        lambda file: attach(PreferenceDataModule(file, None, tokenizer=tokenizer)),
+        lambda file: load_prompts(file, "predict", tokenizer, Options(None), kind="scored"),
+    ]
+    for load in loads:
+        load(few)
+        with pytest.warns(UserWarning, match=r"in 2 of 11 rows the response begins with the whole prompt.*aside"):
+            load(many)
+    assert caplog.text.count("1 whose response begins with the whole prompt") == 3
+    whole = write(tmp_path / "whole.jsonl", [double])
+    attach(PreferenceDataModule(whole, None, tokenizer=tokenizer, columns={"aside": "prompt"}))  # warns of nothing

@@ -13,6 +13,7 @@ from lit_rlhf.data.tokenize import (
     KEPT,
     LONG_PROMPT,
     NO_PROMPT,
+    NO_RESPONSE,
     TIE,
     TOO_LONG,
     TRUNCATED,
@@ -244,6 +245,18 @@ def test_an_empty_response_is_used_and_counted():
     [(ids, mask, status)] = sft([{"prompt": "a", "completion": ""}], tokenizer)
     assert (ids[mask].tolist(), status) == ([EOS], EMPTY)
     assert sft([{"text": "a"}], tokenizer, Options(None, loss_on="all"))[0][2] == KEPT, "a text of one token"
+
+
+def test_a_text_without_a_prompt_is_learnt_but_for_its_first_token_and_is_not_called_empty():
+    tokenizer = word_tokenizer("a b", bos=False)
+    opened = word_tokenizer("a b", bos=True)  # the beginning token predicts the first word
+    for row in ({"prompt": "", "completion": "a"}, {"text": "a"}):
+        (ids, mask, status), *_ = sft([row], tokenizer)
+        assert (tokenizer.decode(ids[:1]), ids[1:].tolist(), mask.tolist(), status) == ("a", [EOS], [False, True], KEPT)
+        (ids, mask, status), *_ = sft([row], opened)
+        assert (mask.tolist(), status) == ([False, True, True], KEPT)
+    assert sft([{"prompt": "", "completion": ""}], tokenizer)[0][2] == NO_RESPONSE
+    assert sft([{"prompt": "", "completion": ""}], opened)[0][2] == EMPTY
 
 
 def test_long_prompts_keep_their_end_and_the_beginning_token():

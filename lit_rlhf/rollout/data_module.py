@@ -179,14 +179,14 @@ class RolloutDataModule(LightningDataModule):
         if size % ranks:
             raise UserError(f"rollout_size ({size}) must divide among {ranks} ranks; try {size - size % ranks}")
         self.accumulate_grad_batches = self.trainer.accumulate_grad_batches
-        needed = self.minibatches().micro_batches
-        if needed > self.accumulate_grad_batches and self.trainer.strategy.handles_gradient_accumulation:
+        cut = self.minibatches()
+        if cut.micro_batches > cut.accumulate_grad_batches and self.trainer.strategy.handles_gradient_accumulation:
             raise UserError(
-                f"max_tokens ({self.settings.max_tokens}) cuts an optimiser step into up to {needed} micro-batches, "
-                f"which {type(self.trainer.strategy).__name__} must know before; set trainer.accumulate_grad_batches: "
-                f"{needed}"
+                f"data.max_tokens ({cut.max_tokens}) cuts an optimiser step of {cut.episodes_of_part} episodes into up "
+                f"to {cut.micro_batches} micro-batches, which {type(self.trainer.strategy).__name__} cannot sum: set "
+                f"max_tokens to {cut.episodes_of_part * cut.longest}, or raise num_minibatches"
             )
-        self.trainer.accumulate_grad_batches = needed
+        self.trainer.accumulate_grad_batches = cut.micro_batches
         return RolloutLoader(self)
 
     def teardown(self, stage: str) -> None:

@@ -118,7 +118,7 @@ class ExamplesDataModule(LightningDataModule):
         """Read and tokenise what this stage needs.
 
         Raises:
-            UserError: no tokenizer, or bad data.
+            UserError: no tokenizer, one of other tokens than the model has, or bad data.
         """
         if self.tokenizer is None:
             raise UserError(f"{type(self).__name__} needs the model's tokenizer: pass tokenizer=model.tokenizer")
@@ -126,9 +126,9 @@ class ExamplesDataModule(LightningDataModule):
             check_tools(self.trainer, stage)
         if stage != "predict":
             require_kind(self.trainer, self.kind)
-        options = self.tokenization.of_examples(self.tokenizer)
         require_rows(stage, self.sources)
-        self.tokenization.set_template(self.tokenizer)
+        self.tokenization.settle(self.tokenizer, self)
+        options = self.tokenization.of_examples(self.tokenizer)
         for name in STAGES[stage]:
             if name == "predict":
                 self.prompts = self.prompts or self._load_prompts()

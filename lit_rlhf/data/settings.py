@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.chat import set_template
@@ -11,6 +12,7 @@ from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.messages import check_template_kwargs
 from lit_rlhf.data.reader import LossOn, Options, Truncation
 from lit_rlhf.errors import UserError, require, require_types
+from lit_rlhf.models.tokens import share_tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class TokenizationSettings:
         require_processes(self.num_proc, "num_proc")
         check_template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
 
-    def set_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Give the tokenizer the template that was asked for, if one was."""
+    def settle(self, tokenizer: PreTrainedTokenizerBase, data: LightningDataModule) -> None:
+        """Give the tokenizer the template that was asked for, if one was, and hold it to that of the module."""
         set_template(tokenizer, self.chat_template, self.chat_template_kwargs)
+        share_tokenizer(getattr(data.trainer, "lightning_module", None), tokenizer, type(data).__name__)
 
     def of_examples(self, tokenizer: PreTrainedTokenizerBase) -> Options:
         """How rows that are learnt from become tokens within the model's context.

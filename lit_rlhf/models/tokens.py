@@ -108,12 +108,46 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToken
     Raises:
         UserError: the two differ in an id or a word.
     """
+    if differing := differing_tokens(tokenizer, other):
+        raise UserError(
+            f"{name} was trained with another tokenizer than the policy ({differing}): it would read other words than "
+            "the policy wrote. Start both from the same SFT model"
+        )
+
+
+def share_tokenizer(module: Any, tokenizer: PreTrainedTokenizerBase, owner: str) -> None:
+    """Hold a tokenizer that makes the ids a module learns from to the module's own, where that is another object.
+
+    Args:
+        module: learns; one of the user's own may have no `tokenizer`.
+        tokenizer: its texts are cut to the context of the module's from now on; its chat template becomes the module's,
+            so that it is exported.
+        owner: of the tokenizer, for the message.
+
+    Raises:
+        UserError: the two differ in an id or a word, or in what ends a response.
+    """
+    own = getattr(module, "tokenizer", None)
+    if own is None or own is tokenizer:
+        return
+    differing = differing_tokens(own, tokenizer)
+    if not differing and own.eos_token != tokenizer.eos_token:
+        differing = f"responses end with {tokenizer.eos_token} against {own.eos_token}"
+    if differing:
+        raise UserError(
+            f"{owner}.tokenizer is another than that of {type(module).__name__} ({differing}): its ids would be learnt "
+            "as other words. Pass tokenizer=model.tokenizer"
+        )
+    tokenizer.model_max_length = min(own.model_max_length, tokenizer.model_max_length)
+    own.chat_template = tokenizer.chat_template
+
+
+def differing_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
+    """In what another tokenizer differs, a pad token of its own aside; empty if in no id and no word."""
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if other.pad_token not in ours:
         theirs.pop(other.pad_token, None)
-    if ours != theirs:
-        differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
-        raise UserError(
-            f"{name} was trained with another tokenizer than the policy ({len(theirs)} against {len(ours)} tokens; for "
-            f"example {differing}): it would read other words than the policy wrote. Start both from the same SFT model"
-        )
+    if ours == theirs:
+        return ""
+    differing = sorted(set(ours.items()) ^ set(theirs.items()))[:3]
+    return f"{len(theirs)} against {len(ours)} tokens; for example {differing}"

@@ -138,8 +138,8 @@ class RolloutDataModule(LightningDataModule):
         require_kind(trainer, "prompts")
         require_rows(stage, self.sources)
         agent: Any = trainer.lightning_module
+        self.tokenization.settle(self.tokenizer, self)
         options = self.tokenization.of_prompts(self.tokenizer, self.settings.max_new_tokens)
-        self.tokenization.set_template(self.tokenizer)
         splits: tuple[Role, ...] = STAGES[stage]
         for split in splits:
             source = self.sources[split]

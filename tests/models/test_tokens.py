@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lit_rlhf.models.decoding import SlotDecoder, sample
 from lit_rlhf.models.loading import load_policy, load_policy_with_tokenizer
 from lit_rlhf.models.policy import frozen_copy
 from lit_rlhf.models.tokens import keep_to_tokens, load_tokenizer
+from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tiny import (
     ARCHITECTURES,
     VOCABULARY,
@@ -141,3 +143,31 @@ def test_a_network_with_another_tokenizer_is_refused_by_its_role(role, root):
 def test_a_network_with_the_policys_tokenizer_is_taken(root):
     PPO(f"{root}/theirs/model", critic=f"{root}/scorer/model")
     DPO(f"{root}/theirs/model", reference=f"{root}/theirs/model")
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+def test_data_in_other_tokens_than_the_models_are_refused_before_a_step(stage, root, tmp_path):
+    write_inputs(tmp_path)
+    module, data = make_stage(stage, tmp_path)
+    kind = type(data).__name__
+    data.tokenizer = load_tokenizer(root / "theirs" / "model", load_policy(root / "theirs" / "model").model.config)
+    said = rf"^{kind}\.tokenizer is another than that of {type(module).__name__} \(40 against 40 .*'w3', 3\)"
+    for run in ("fit", "validate", "predict"):
+        with pytest.raises(UserError, match=said):
+            getattr(make_trainer(tmp_path, max_steps=1), run)(module, data)
+    data.tokenizer = tiny_tokenizer()
+    data.tokenizer.eos_token = "w5"
+    with pytest.raises(UserError, match=r"\(responses end with w5 against </s>\): .* Pass tokenizer=model\.tokenizer$"):
+        make_trainer(tmp_path, max_steps=1).fit(module, data)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_an_equal_tokenizer_has_the_models_context_and_its_template_is_the_models(stage, tmp_path):
+    write_inputs(tmp_path)
+    module, data = make_stage(stage, tmp_path)
+    data.tokenizer = tiny_tokenizer()
+    data.tokenizer.model_max_length, module.tokenizer.model_max_length = 10**30, 40
+    data.tokenization = replace(data.tokenization, chat_template="{{ messages[0].content }}")
+    make_trainer(tmp_path, max_steps=1).fit(module, data)
+    assert data.tokenizer.model_max_length == 40
+    assert module.tokenizer.chat_template == "{{ messages[0].content }}"

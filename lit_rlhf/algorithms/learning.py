@@ -1,6 +1,9 @@
 """How weights move: optimiser and schedule, clipping, the step that is not taken, and the balance of experts."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from lit_rlhf.algorithms.hyperparameters import plain_arguments
 from lit_rlhf.algorithms.lightning_tools import scales_gradients, take_rate, take_scheduled_rate
 from lit_rlhf.algorithms.load_balance import LoadBalance, find_load_balance
 from lit_rlhf.algorithms.metrics import MetricsModule
-from lit_rlhf.algorithms.optimizers import make_optimizer, require_own_state
+from lit_rlhf.algorithms.optimizers import Change, changes, make_optimizer, require_own_state, take_options
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.algorithms.strategies import norm_of_own_step, steps_by_itself
 from lit_rlhf.engine.sharding import total_norm
@@ -37,6 +41,8 @@ class LearningModule(MetricsModule):
     def __init__(self) -> None:
         super().__init__()
         self.resumed: dict[str, Any] | None = None  # a checkpoint, until the optimiser is there
+        self.changed: dict[str, Change] = {}  # options of the optimiser, from the checkpoint's run to this one
+        self.made: list[dict[str, Any]] = []  # groups of the optimiser as they were made, without parameters
         self.load_balance: dict[str, LoadBalance] = {}  # of mixtures of experts that learn, by the network's name
 
     def find_load_balance(self) -> None:
@@ -87,6 +93,9 @@ class LearningModule(MetricsModule):
             )
         name = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler
         schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
+        self.made = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
         if self.resumed is not None:
             require_own_state(self.resumed, optimizer, schedule, str(self.trainer.ckpt_path))
             self.resumed = None
@@ -138,6 +147,30 @@ class LearningModule(MetricsModule):
                     "outliers in the data"
                 )
             self.log("train/grad_norm", norm)
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """What was asked of optimiser and schedule, as plain values; a rate that was found later is no option."""
+        return plain_arguments(asdict(self.optimizer_settings))
+
+    def note_changes(self, checkpoint: Mapping[str, Any], file: str) -> None:
+        """Know which options of the optimiser are other than those of a checkpoint's run."""
+        given = checkpoint.get("optimizer_options")
+        if given is None:  # of a version that kept the arguments alone, without those left at their defaults
+            given = checkpoint.get("hyper_parameters", {})
+            if isinstance(given, Mapping) and given:
+                named = [p for base in reversed(type(self).__mro__) for p in signature(base).parameters.values()]
+                given = {**plain_arguments({p.name: p.default for p in named}), **given}
+        self.changed = changes(given, self.optimizer_options(), file)
+
+    def take_own_options(self, file: str) -> None:
+        """Go on with the options of this run where a checkpoint has brought others."""
+        if not self.changed or not self.made:  # made by a subclass
+            return
+        for optimizer, plan in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            take_options(optimizer, plan.scheduler, self.made, self.changed)
+        told = ", ".join(f"{name} {now} (it was {before})" for name, (before, now) in self.changed.items())
+        rank_zero_info(f"ckpt_path: {file} goes on with options of this run: {told}")
+        self.changed = {}
 
     def take_found_rate(self) -> None:
         """Go on at a rate that LearningRateFinder has set, or at the one that this run's own schedule has here."""

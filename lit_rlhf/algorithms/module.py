@@ -281,6 +281,7 @@ class AlignmentModule(LearningModule):
         """Say whose checkpoint it is, and what its export needs beside weights."""
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["exported"] = self.exported
+        checkpoint["optimizer_options"] = self.optimizer_options()
         origin = getattr(self, self.exported).origin
         checkpoint["adapter"] = None if origin is None else asdict(origin)
         checkpoint["stands_on"] = self.stands_on()
@@ -313,6 +314,7 @@ class AlignmentModule(LearningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             require_loops(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict(), file)
             require_callbacks(checkpoint.get("callbacks", {}), self.trainer.callbacks, file)  # type: ignore[attr-defined]
+            self.note_changes(checkpoint, file)
             self.resumed, self.pieces_unread = checkpoint, not weights
         require_finite({**weights, **moments_of(checkpoint)}, file)
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
@@ -330,6 +332,7 @@ class AlignmentModule(LearningModule):
         if self.pieces_unread:  # each rank has read its own, past `on_load_checkpoint`
             require_finite(pieces_of(self, self.trainer.optimizers), self.resumed_file)
         self.loader_states, self.untrained, self.pieces_unread = [], None, False
+        self.take_own_options(self.resumed_file)
         self.take_found_rate()
         require_validation(self.trainer)
         warn_of_rounding(self.parameters(), self.learning_rate, str(self.trainer.precision))

@@ -195,6 +195,11 @@ class OnPolicyModule(AlignmentModule):
         """Whether the critic learns alone in this iteration."""
         return self.trainer.current_epoch < self.critic_settings.critic_warmup
 
+    def optimizer_options(self) -> dict[str, Any]:
+        """Those of the critic's optimiser, too."""
+        rate = {} if self.critic is None else {"critic_learning_rate": self.critic_settings.critic_learning_rate}
+        return {**super().optimizer_options(), **rate}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The critic's learning rate may be its own."""
         groups = self.optimizer_settings.groups(policy_parameters(self.policy), self.learning_rate)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lit_rlhf.algorithms.settings import OptimizerSettings
+from lit_rlhf.algorithms.settings import LEAST_EPS, OptimizerSettings
 from lit_rlhf.errors import UserError, one_line, require_alike
 from lit_rlhf.models.holding import require_bitsandbytes
 
@@ -17,6 +17,53 @@ NEEDED = ("lr", "betas", "eps", "weight_decay")  # of a group, for a step
 BELOW = {"lr": math.inf, "initial_lr": math.inf, "weight_decay": math.inf, "betas": 1, "eps": 1}  # and not below 0
 VARIES = ("params", "fused", *BELOW)  # all else of a group is as a run of this library has it
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Options of a module -> what they are called in the groups that they are made into.
+IN_GROUPS = {
+    "learning_rate": "initial_lr",
+    "critic_learning_rate": "initial_lr",
+    "weight_decay": "weight_decay",
+    "adam_betas": "betas",
+    "adam_eps": "eps",
+}
+Change = tuple[Any, Any]  # of an option: what the checkpoint's run had, and what this one has
+
+
+def changes(given: Any, mine: Mapping[str, Any], file: str) -> dict[str, Change]:
+    """The options that a run was given otherwise than the run of the checkpoint that it goes on from.
+
+    Args:
+        given: options of that run, perhaps among others; those that it does not name are as they were.
+        mine: of this one, as plain values.
+        file: of the checkpoint.
+
+    Raises:
+        UserError: they are no options, or of another optimiser, whose state has other parts.
+    """
+    require_alike(given, {}, f"ckpt_path: {file} is damaged, so take an older one: its options of the optimiser")
+    changed = {name: (given[name], now) for name, now in mine.items() if name in given and given[name] != now}
+    if "optimizer" in changed:
+        theirs, ours = changed["optimizer"]
+        raise UserError(
+            f"ckpt_path: {file} holds the state of optimizer {one_line(theirs)}, this run has {ours}: set "
+            f"model.optimizer: {one_line(theirs)}, or start a new run from what lit-rlhf export makes of it"
+        )
+    return changed
+
+
+def take_options(optimizer: Optimizer, schedule: Any, made: list[dict[str, Any]], names: Iterable[str]) -> None:
+    """Have a restored optimiser and its schedule go on with options of this run; what a checkpoint brings is its run's.
+
+    Args:
+        optimizer: with the groups that the checkpoint had.
+        schedule: a `LambdaLR`, of the same.
+        made: the groups as this run made them.
+        names: the options that are to be taken.
+    """
+    for key in {IN_GROUPS[name] for name in names if name in IN_GROUPS}:
+        for group, own in zip(optimizer.param_groups, made, strict=True):
+            group[key] = own[key]
+    if isinstance(schedule, LambdaLR):
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
 
 def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: LRScheduler, file: str) -> None:
@@ -42,8 +89,8 @@ def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, sched
             part = f"{name} param_groups[{number}]"
             require_alike(group, {}, part, ("params", *(key for key in NEEDED if key in mine)))
             require_alike(group["params"], [None] * len(mine["params"]), f"{part}['params']")
-            for key, limit in BELOW.items():
-                _require_below(limit, group.get(key, 0.0), f"{part}[{key!r}]")
+            for key in BELOW.keys() & group.keys():
+                _require_below(BELOW[key], group[key], f"{part}[{key!r}]")
             for key in group.keys() & mine.keys() - set(VARIES):
                 if group[key] != mine[key]:
                     raise UserError(f"{part}[{key!r}]: expected {mine[key]}, found {one_line(repr(group[key]))}")
@@ -53,6 +100,8 @@ def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, sched
 
 
 def _require_below(limit: float, given: Any, name: str) -> None:
+    if name.endswith("['eps']") and given < LEAST_EPS:
+        raise UserError(f"{name}: expected {LEAST_EPS:g} or more, found {given}")
     values = given if isinstance(given, list | tuple) else [given]
     if not all(0 <= value < limit for value in values):
         bound = "" if limit == math.inf else f" and below {limit}"

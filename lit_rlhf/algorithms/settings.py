@@ -12,6 +12,8 @@ from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.models.holding import require_bitsandbytes
 from lit_rlhf.rollout.play import GenerationSettings
 
+LEAST_EPS = 1e-37  # steps are computed in float32, where less is 0: 0 / 0 of a weight without a gradient
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -30,12 +32,16 @@ class OptimizerSettings:
         require_types(type(self), vars(self))
         if self.optimizer == "adamw_8bit":
             require_bitsandbytes("optimizer: adamw_8bit")
-        steps, what = self.warmup_steps, "a whole number of steps, or a share of them below 1"
-        require(0 <= steps < 1 or (steps < math.inf and steps == int(steps)), "warmup_steps", steps, what)
-        require(0 <= self.adam_eps < 1, "adam_eps", self.adam_eps, "0 or more, and below 1: steps are divided by it")
+        steps, what = self.warmup_steps, "0 or more: a whole number of steps, or a share of them below 1"
+        counts = 0 <= steps < 1 or (0 < steps < math.inf and steps == int(steps))
+        require(counts, "warmup_steps", steps, what)
+        divides = LEAST_EPS <= self.adam_eps < 1
+        require(divides, "adam_eps", self.adam_eps, f"{LEAST_EPS:g} or more, and below 1: steps are divided by it")
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "0 or more and finite")
+        whole = self.learning_rate * self.weight_decay <= 1
+        require(whole, "weight_decay", self.weight_decay, "1 / learning_rate or less: a step takes their product off")
         betas = self.adam_betas if isinstance(self.adam_betas, list | tuple) else ()
         decay = len(betas) == 2 and all(isinstance(beta, Real) and 0 <= beta < 1 for beta in betas)
         require(decay, "adam_betas", self.adam_betas, "two numbers in [0, 1)")
@@ -65,8 +71,8 @@ class UpdateSettings:
         require_types(type(self), vars(self))
         require(self.ppo_epochs >= 1, "ppo_epochs", self.ppo_epochs, "1 or more")
         require(self.num_minibatches >= 1, "num_minibatches", self.num_minibatches, "1 or more")
-        stops = self.target_kl is None or self.target_kl > 0
-        require(stops, "target_kl", self.target_kl, "more than 0, or null to take every step")
+        stops = self.target_kl is None or 0 < self.target_kl < math.inf
+        require(stops, "target_kl", self.target_kl, "more than 0 and finite, or null to take every step")
         require(0 <= self.entropy_coef < math.inf, "entropy_coef", self.entropy_coef, "0 or more and finite")
 
 
@@ -107,7 +113,7 @@ class CriticSettings:
         require(0 <= self.value_coef < math.inf, "value_coef", self.value_coef, "0 or more and finite")
         require(self.critic_warmup >= 0, "critic_warmup", self.critic_warmup, "0 or more")
         rate = self.critic_learning_rate
-        require((rate or 0) >= 0, "critic_learning_rate", rate, "0 or more, or null")
+        require(0 <= (rate or 0) < math.inf, "critic_learning_rate", rate, "0 or more and finite, or null")
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ class ShapingSettings:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing, and options that leave each other nothing to do."""
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip ({self.clip}) must be more than 0, or null for no clipping")
+        clips = self.clip is None or 0 < self.clip < math.inf
+        require(clips, "clip", self.clip, "more than 0 and finite, or null for no clipping")
         for name in ("length_penalty", "missing_end_penalty"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "0 or more, as it is subtracted, and finite")

@@ -28,6 +28,7 @@ HARM = {  # part of a state, as it stands on its own line below -> what stands t
     "param_groups[0]['initial_lr']": (-1.0, "expected 0 or more, found -1.0"),
     "param_groups[1]['weight_decay'] ": (-3.0, "expected 0 or more, found -3.0"),
     "param_groups[1]['eps']": (2.0, "expected 0 or more and below 1, found 2.0"),
+    "param_groups[0]['eps']": (0.0, "expected 1e-37 or more, found 0.0"),
     "param_groups[1]['betas']": ((1.5, 0.9), "expected 0 or more and below 1, found (1.5, 0.9)"),
     "param_groups[0]['amsgrad']": (True, "expected False, found True"),
     "param_groups[0]['maximize']": (True, "expected False, found True"),

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
 
 from lit_rlhf import KLPenalty, RewardShaping, UserError
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
@@ -112,13 +112,72 @@ def test_the_checkpoint_of_another_algorithm_is_refused_by_name(inputs, tmp_path
 
 
 class Rates(Callback):
-    """The rate of each optimiser step."""
+    """The rate of each optimiser step, and the groups at the last."""
 
     def __init__(self):
-        self.rates = []
+        self.rates, self.groups = [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.rates.append(optimizer.param_groups[0]["lr"])
+        self.groups = [{**group, "params": None} for group in optimizer.param_groups]
+
+
+CHANGED = {"learning_rate": 5e-2, "weight_decay": 0.3, "adam_betas": (0.8, 0.9), "adam_eps": 1e-3}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_options_of_this_run_are_honoured_where_the_checkpoints_run_had_others(stage, old, inputs, tmp_path, caplog):
+    changed = CHANGED | ({"critic_learning_rate": 0.25} if stage == "ppo" else {})
+    fit(stage, inputs, tmp_path, lr_scheduler="constant", warmup_steps=0)
+    file = tmp_path / "step=2.ckpt"
+    if old:  # of a version that kept hyper-parameters alone
+        checkpoint = torch.load(file)
+        del checkpoint["optimizer_options"]
+        torch.save(checkpoint, file)
+    module, data = make_stage(stage, inputs, lr_scheduler="constant", warmup_steps=0, **changed)
+    rates = Rates()
+    trainer = make_trainer(tmp_path, max_steps=4, max_epochs=9, callbacks=[rates])
+    with caplog.at_level("INFO"):
+        trainer.fit(module, data, ckpt_path=file)
+    assert rates.rates == [5e-2, 5e-2]
+    assert rates.groups[0]["weight_decay"] == 0.3 and rates.groups[1]["weight_decay"] == 0.0
+    assert {(tuple(group["betas"]), group["eps"]) for group in rates.groups} == {((0.8, 0.9), 1e-3)}
+    assert stage == "sft" or [group["lr"] for group in rates.groups] == [0.05, 0.05, 0.25, 0.25]
+    (said,) = [record.message for record in caplog.records if "goes on with options of this run" in record.message]
+    assert all(f"{name} " in said for name in changed) and "lr_scheduler" not in said
+    assert "learning_rate 0.05 (it was 0.01), weight_decay 0.3 (it was 0.0)" in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rate_that_was_found_goes_on_where_the_options_are_as_they_were(inputs, tmp_path, caplog):
+    module, data = make_stage("sft", inputs, lr_scheduler="constant", warmup_steps=0)
+    finder = LearningRateFinder(num_training_steps=30, early_stop_threshold=None)
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[finder])
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "found.ckpt")
+    module, data = make_stage("sft", inputs, lr_scheduler="constant", warmup_steps=0)
+    rates = Rates()
+    longer = make_trainer(tmp_path, max_steps=4, max_epochs=9, callbacks=[rates])
+    with caplog.at_level("INFO"):
+        longer.fit(module, data, ckpt_path=tmp_path / "found.ckpt")
+    assert rates.rates == [finder.optimal_lr.suggestion()] * 2 != [1e-2] * 2
+    assert "options of this run" not in caplog.text
+
+
+def test_the_state_of_another_optimiser_is_refused(inputs, tmp_path):
+    fit("sft", inputs, tmp_path)
+    file = tmp_path / "step=2.ckpt"
+    checkpoint = torch.load(file)
+    checkpoint["optimizer_options"]["optimizer"] = "adamw_8bit"
+    torch.save(checkpoint, file)
+    with pytest.raises(UserError, match=r"ckpt_path: \S+ holds the state of optimizer adamw_8bit, this run has adamw"):
+        fit("sft", inputs, tmp_path / "on", ckpt_path=file)
+    checkpoint["optimizer_options"] = 3
+    torch.save(checkpoint, file)
+    with pytest.raises(UserError, match=r"ckpt_path: \S+ is damaged.*options of the optimiser: expected a mapping"):
+        fit("sft", inputs, tmp_path / "on", ckpt_path=file)
 
 
 def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(inputs, tmp_path):

@@ -16,8 +16,8 @@ ACHIEVED = {  # stage -> metrics of its summary that say what it achieved
     "ppo": ("val/score", "val/gold", "val/kl"),
     "dpo": ("val/reward_accuracy", "val/reward_margin"),
 }
-# Where it is not that of the overlay, at which DPO leaves what the pairs can judge (KL 8.5 nats, half of them lost).
-LORA_RATE = {"dpo": ["--model.learning_rate=3.0e-4"]}
+# At the rate of the others DPO leaves what the pairs can judge (KL 8.5 nats, half of them lost).
+OVERLAYS = {"reward_model": "lora.yaml", "ppo": "lora.yaml", "dpo": "lora_dpo.yaml"}
 
 
 def demo(root: str = "runs/demo", seed: int = 0, lora: bool = False) -> None:
@@ -41,8 +41,9 @@ def demo(root: str = "runs/demo", seed: int = 0, lora: bool = False) -> None:
         "dpo": [f"--model.policy={model['sft']}"],
     }
     for stage, extra in options.items():
-        adapter = [f"--config={CONFIGS / 'overlays' / 'lora.yaml'}", *LORA_RATE.get(stage, [])]
-        run_stage(stage, root, seed, [*(adapter if lora and stage != "sft" else []), *extra, f"--data.seed={seed}"])
+        overlay = OVERLAYS.get(stage) if lora else None
+        adapter = [] if overlay is None else [f"--config={CONFIGS / 'overlays' / overlay}"]
+        run_stage(stage, root, seed, [*adapter, *extra, f"--data.seed={seed}"])
     subprocess.run([sys.executable, "-m", "lit_rlhf", "compare", f"--root={root}"], check=True)
 
 

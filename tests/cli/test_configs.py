@@ -32,11 +32,11 @@ def test_each_config_runs_two_steps_and_exports_a_model_that_transformers_loads(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("stage", ["reward_model", "ppo"])
+@pytest.mark.parametrize("stage", ["reward_model", "ppo", "dpo"])
 def test_the_overlays_for_little_memory_run_two_steps(stage, workdir, monkeypatch):
     configs = [
         Path("configs", f"{stage}.yaml"),
-        *(Path("configs/overlays", f"{o}.yaml") for o in ("lora", "low_memory")),
+        *(Path("configs/overlays", f"{o}.yaml") for o in ("lora_dpo" if stage == "dpo" else "lora", "low_memory")),
     ]
     given = [word for config in configs for word in ("--config", config.absolute())]
     monkeypatch.chdir(workdir)

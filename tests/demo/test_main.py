@@ -39,8 +39,8 @@ def test_the_demo_starts_each_stage_from_the_one_before_and_says_what_it_achieve
     for command in (reward_model, ppo, dpo):
         assert "--model.policy=runs/demo/sft/model" in command
         assert {"--seed_everything=3", "--data.seed=3"} < set(command)
-        assert (f"--config={demo.CONFIGS}/overlays/lora.yaml" in command) == lora
-    assert ("--model.learning_rate=3.0e-4" in dpo) == lora
+        overlay = "lora_dpo.yaml" if command is dpo else "lora.yaml"
+        assert (f"--config={demo.CONFIGS}/overlays/{overlay}" in command) == lora
     trained = "runs/demo/reward_model/model"
     assert {f"--model.critic={trained}", f"--data.reward.init_args.model={trained}", "--model.seed=3"} < set(ppo)
     assert comparison == ["compare", "--root=runs/demo"]

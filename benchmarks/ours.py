@@ -98,6 +98,8 @@ def arguments(folder: Path, task: str, options: argparse.Namespace) -> list[str]
         settings |= {"trainer.precision": options.precision}
     if task != "generate":
         settings |= {"model.learning_rate": 1e-5, "model.lr_scheduler": "constant", "export.folder": "null"}
+    if options.lora is not None:
+        settings |= {"model.lora": f"{{r: {options.lora}}}"}
     if task == "dpo_cached":
         settings |= {"model.cache_reference": "true"}
     if task == "ppo":
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--fixed", type=int, help="length of every response, instead of the heavy tail")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", help="of the Trainer; the device's own if not given")
+    parser.add_argument("--lora", type=int, help="rank of an adapter that learns in place of all weights")
     parser.add_argument("--bare", action="store_true")
     options = parser.parse_args()
 

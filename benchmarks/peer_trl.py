@@ -8,12 +8,14 @@ our rollouts.
 import argparse
 import contextlib
 import io
+import json
 import os
 import tempfile
 import warnings
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers import logging as transformers_logging
 
@@ -76,7 +78,7 @@ def make_trainer(task: str, options: argparse.Namespace, pairs: list[workload.Pa
         "seed": options.seed,
     }
     if options.tuned and not torch.cuda.is_available():
-        settings |= {"bf16": False, "gradient_checkpointing": False}
+        settings |= {"bf16": options.bf16, "gradient_checkpointing": False}
     elif options.tuned:
         settings |= {"gradient_checkpointing": False}
 
@@ -113,7 +115,31 @@ def make_trainer(task: str, options: argparse.Namespace, pairs: list[workload.Pa
     else:
         return make_ppo_trainer(options, pairs, shape, settings)
     data = datasets.Dataset.from_list(rows)
-    return kind(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    adapter = {} if options.lora is None else {"peft_config": adapter_config(options.lora)}
+    return kind(model, args=arguments, train_dataset=data, processing_class=tokenizer, **adapter)
+
+
+def adapter_config(rank: int) -> Any:
+    """Ours: on every linear layer but the head, its factor 32 / r."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def tensor_mb(options: argparse.Namespace, pairs: list[workload.Pair], shape: workload.Shape) -> float:
+    """Peak of the tensors of a training: what its models hold, and each allocation, by torch's profiler."""
+    trainer = make_trainer(options.task, options, pairs, shape)
+    named = ("model", "policy_model", "value_model", "ref_model", "reward_model")
+    models = [getattr(trainer, name, None) for name in named]
+    held = {p.data_ptr(): p.nbytes for model in models if model is not None for p in model.parameters()}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train()
+    now = peak = sum(held.values())
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak / 1e6
 
 
 def make_ppo_trainer(
@@ -124,11 +150,11 @@ def make_ppo_trainer(
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     arguments = PPOConfig(
-        response_length=workload.MAX_NEW_TOKENS,
+        response_length=options.response or workload.MAX_NEW_TOKENS,
         stop_token="eos",
         gradient_accumulation_steps=max(1, len(pairs) // options.batch),
-        num_ppo_epochs=4,
-        local_rollout_forward_batch_size=len(pairs),
+        num_ppo_epochs=1 if options.memory else 4,
+        local_rollout_forward_batch_size=options.batch if options.memory else len(pairs),
         num_sample_generations=0,
         total_episodes=len(pairs),
         missing_eos_penalty=1.0,
@@ -193,7 +219,11 @@ def main() -> None:
     parser.add_argument("--fixed", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tuned", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="tuned, and in bfloat16")
     parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--lora", type=int, help="rank of an adapter that learns in place of all weights")
+    parser.add_argument("--response", type=int, help="tokens of PPO's responses at most")
+    parser.add_argument("--memory", action="store_true", help="print the peak of tensors, in place of rounds")
     options = parser.parse_args()
 
     warnings.simplefilter("ignore")
@@ -204,6 +234,11 @@ def main() -> None:
     shape = workload.SHAPES[options.shape]
     pairs = workload.make_pairs(options.pairs, shape, options.seed)
     model = workload.make_model(shape).eval() if options.task == "generate" else None
+    if options.memory:
+        with contextlib.redirect_stdout(io.StringIO()):
+            megabytes = tensor_mb(options, pairs, shape)
+        print(json.dumps({"tensor_mb": megabytes}), flush=True)
+        return
 
     def train(pairs: list[workload.Pair]) -> dict[str, Any]:
         trainer, timer = make_trainer(options.task, options, pairs, shape), Clock()

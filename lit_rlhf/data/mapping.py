@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lit_rlhf.data.formats import READ, Kind
-from lit_rlhf.data.messages import MEDIA, Row, describe, listed
+from lit_rlhf.data.messages import MEDIA, Row, checked_messages, describe, listed
 from lit_rlhf.errors import UserError
 
 Format = Literal["alpaca", "sharegpt"]
@@ -96,14 +96,19 @@ def reshaped(row: Any, kind: Kind, shape: Format | None, place: str) -> Any:
     if shape is None or not isinstance(row, dict):
         return row
     read: Row = {name: value for name, value in row.items() if value is not None}
+    answers = (
+        ("chosen", "rejected") if kind == "preference" else ("output",) * (shape == "alpaca" and kind != "prompts")
+    )
+    needed = ("instruction" if shape == "alpaca" else "conversations", *answers)
+    if missing := [name for name in needed if name not in read]:
+        null = f", and null in {listed(set(row) - set(read))}" if len(read) < len(row) else ""
+        raise UserError(f"{place}: expected the column {missing[0]!r} of format {shape}; found {listed(read)}{null}")
     ours = _alpaca(read, kind, place) if shape == "alpaca" else _sharegpt(read, kind, place)
     return {**row, **ours}
 
 
 def _alpaca(row: Row, kind: Kind, place: str) -> Row:
     texts = {name: _text(row.get(name, ""), name, place) for name in ("instruction", "input", "system")}
-    if "instruction" not in row:
-        raise UserError(f"{place}: expected the column 'instruction' of format alpaca; found {listed(row)}")
     prompt = [_message("system", texts["system"])] if texts["system"] else []
     history = row.get("history", [])
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
@@ -120,8 +125,6 @@ def _alpaca(row: Row, kind: Kind, place: str) -> Row:
 
 
 def _sharegpt(row: Row, kind: Kind, place: str) -> Row:
-    if "conversations" not in row:
-        raise UserError(f"{place}: expected the column 'conversations' of format sharegpt; found {listed(row)}")
     messages = _turns(row["conversations"], "conversations", place)
     if "system" in row and _text(row["system"], "system", place):
         messages = [_message("system", row["system"]), *messages]
@@ -133,7 +136,11 @@ def _sharegpt(row: Row, kind: Kind, place: str) -> Row:
             name: [_message("assistant", value)] if isinstance(value, str) else _turns(value, name, place)
             for name, value in answers.items()
         }
-    if messages and messages[-1]["role"] == "assistant":
+    answered = messages[-1]["role"] == "assistant"
+    if (kind == "scored" and not answered) or (answered and len(messages) == 1):
+        expected = "a turn before the answer" if answered else "an answer at the end"
+        raise UserError(f"{place}, column 'conversations': expected {expected}, found nothing")
+    if answered:
         return {"prompt": messages[:-1], "completion": messages[-1:]}
     return {"prompt": messages}
 
@@ -151,7 +158,7 @@ def _turns(value: Any, column: str, place: str) -> list[Row]:
             )
         others = {name: value for name, value in turn.items() if name not in ("from", "value")}
         messages.append({**_message(SPEAKERS[turn["from"]], turn["value"]), **others})
-    return messages
+    return checked_messages(messages, f"{place}, column {column!r}", "turn", "value")
 
 
 def _message(role: str, content: str) -> Row:

@@ -28,12 +28,14 @@ OURS = (
 )
 
 
-def checked_messages(value: Any, place: str) -> list[Row]:
+def checked_messages(value: Any, place: str, item: str = "message", content: str = "content") -> list[Row]:
     """A message list as templates read it: without null fields, content as text.
 
     Args:
         value: as read.
         place: file, line and column, for the message.
+        item: what the file calls a message, likewise.
+        content: what it calls the content of one.
 
     Raises:
         UserError: it is no message list, or holds what is not text.
@@ -41,8 +43,8 @@ def checked_messages(value: Any, place: str) -> list[Row]:
     if not isinstance(value, list):
         raise UserError(f"{place}: expected text or a message list, found {describe(value)}")
     if not value:
-        raise UserError(f"{place}: the message list is empty")
-    return [_checked_message(message, f"{place}, message {number}") for number, message in enumerate(value)]
+        raise UserError(f"{place}: the list of {item}s is empty")
+    return [_checked_message(message, f"{place}, {item} {number}", content) for number, message in enumerate(value)]
 
 
 def without_null_fields(value: Any) -> Any:
@@ -131,7 +133,7 @@ def describe(value: Any) -> str:
     return name if isinstance(value, str) else f"{name} ({one_line(repr(value), 60)})"
 
 
-def _checked_message(message: Any, place: str) -> Row:
+def _checked_message(message: Any, place: str, field: str) -> Row:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f'{place}: expected {{"role": "user", "content": "..."}}, found {describe(message)}')
     checked = {name: value for name, value in message.items() if value is not None}
@@ -142,11 +144,11 @@ def _checked_message(message: Any, place: str) -> Row:
         raise UserError(f"{place}: expected a list of objects as `tool_calls`, found {describe(calls)}")
     content = checked.get("content")
     if isinstance(content, list):
-        checked["content"] = _text_of_parts(content, place)
+        checked["content"] = _text_of_parts(content, place, field)
     elif not isinstance(content, str) and not (
         content is None and (calls or any(name in checked for name in REASONING))
     ):
-        raise UserError(f"{place}: expected text as `content`, found {describe(content)}")
+        raise UserError(f"{place}: expected text as `{field}`, found {describe(content)}")
     require_no_media(checked, place, "field")
     if details := [name for name in OF_PARTS if checked.get(name)]:
         raise UserError(f"{place}: `{details[0]}` is not read: a turn is learnt whole, or not at all by `weight`: 0")
@@ -166,7 +168,7 @@ def _is_empty(value: Any) -> bool:
     return not value or value in ("[]", "{}", "null")
 
 
-def _text_of_parts(parts: list[Any], place: str) -> str:
+def _text_of_parts(parts: list[Any], place: str, field: str) -> str:
     """Content in the parts of OpenAI's format: texts, a line each; we read no images or sounds."""
     texts = []
     for part in parts:
@@ -174,10 +176,10 @@ def _text_of_parts(parts: list[Any], place: str) -> str:
         if not isinstance(text, str):
             kind = f"a part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else describe(part)
             raise UserError(
-                f'{place}: expected text or parts {{"type": "text", "text": "..."}} as `content`, found {kind}'
+                f'{place}: expected text or parts {{"type": "text", "text": "..."}} as `{field}`, found {kind}'
             )
         if isinstance(part, dict) and (given := [name for name in WEIGHTS if part.get(name) is not None]):
-            raise UserError(f"{place}: `{given[0]}` stands in a part of `content`; give it to the whole message")
+            raise UserError(f"{place}: `{given[0]}` stands in a part of `{field}`; give it to the whole message")
         texts.append(text)
     return "\n".join(texts)
 

@@ -1,7 +1,9 @@
 """Rows of a source, one by one with their places, in our columns and checked."""
 
 import itertools
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -36,13 +38,28 @@ def placed_rows(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, R
     """
     for place, read in _iterate(source, kind, role):
         try:
-            row = reshaped(renamed(read, source.columns, place), kind, source.format, place)
-            checked = check_row(row, kind, place)
+            row = renamed(read, source.columns, place)
+            with _naming_theirs(source):
+                checked = check_row(reshaped(row, kind, source.format, place), kind, place)
         except RecursionError as error:
             raise UserError(f"{place}: nested too deep to be read; leave out the column that is") from error
         if kind == "prompts" and role != "predict":
             _require_free_names(checked, place)
         yield place, checked
+
+
+@contextmanager
+def _naming_theirs(source: Source) -> Iterator[None]:
+    """Say of an error what the file calls the columns that it names."""
+    try:
+        yield
+    except UserError as error:
+        theirs = [
+            f"{ours!r} is the file's {named!r}"
+            for ours, named in source.columns.items()
+            if re.search(rf"['`]{re.escape(ours)}['`]", str(error))
+        ]
+        raise UserError(f"{error} ({', '.join(theirs)}, by `columns`)" if theirs else str(error)) from error
 
 
 def place_of(source: Source, kind: Kind, role: Role, number: int) -> str:

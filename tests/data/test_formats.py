@@ -55,7 +55,7 @@ def test_a_row_keeps_the_columns_of_its_format(kind, row, kept):
         ("sft", {"prompt": "q"}, "here: expected the columns .* found \\['prompt'\\]"),
         ("sft", {"text": 5}, "here, column 'text': expected text, found int \\(5\\)"),
         ("sft", {"messages": "hi"}, "here, column 'messages': expected a message list, found text"),
-        ("sft", {"messages": []}, "column 'messages': the message list is empty"),
+        ("sft", {"messages": []}, "column 'messages': the list of messages is empty"),
         ("sft", {"messages": [{"content": "x"}]}, "column 'messages', message 0: expected {\"role\""),
         ("sft", {"messages": [ASK, {"role": "assistant"}]}, "message 1: expected text as `content`, found nothing"),
         (

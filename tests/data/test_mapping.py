@@ -145,10 +145,18 @@ def test_what_stands_beside_the_words_of_a_turn_stays_there():
     ("shape", "row", "message"),
     [
         ("alpaca", {"prompt": "q"}, r"here: expected the column 'instruction' of format alpaca; found \['prompt'\]"),
-        ("alpaca", {"instruction": 5}, r"here, column 'instruction': expected text, found int \(5\)"),
+        ("alpaca", {"instruction": 5, "output": "y"}, r"here, column 'instruction': expected text, found int \(5\)"),
         ("alpaca", {"instruction": "x", "output": ["y"]}, "here, column 'output': expected text, found a list"),
-        ("alpaca", {"instruction": "x", "history": [["q"]]}, "column 'history': expected pairs .* found a list"),
-        ("alpaca", {"instruction": "x", "history": [["q", 1]]}, "column 'history': expected text, found int"),
+        (
+            "alpaca",
+            {"instruction": "x", "output": "y", "history": [["q"]]},
+            "column 'history': expected pairs .* found a list",
+        ),
+        (
+            "alpaca",
+            {"instruction": "x", "output": "y", "history": [["q", 1]]},
+            "column 'history': expected text, found int",
+        ),
         ("sharegpt", {"messages": []}, r"here: expected the column 'conversations' .* found \['messages'\]"),
         ("sharegpt", {"conversations": "x"}, "column 'conversations': expected a list of turns, found text"),
         (
@@ -158,8 +166,54 @@ def test_what_stands_beside_the_words_of_a_turn_stays_there():
         ),
         ("sharegpt", {"conversations": [{"from": ["human"], "value": "x"}]}, "turn 0: expected"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 0: expected"),
+        (
+            "alpaca",
+            {"instruction": "x", "output": None},
+            r"the column 'output' .* found \['instruction'\], and null in \['out",
+        ),
+        ("sharegpt", {"conversations": []}, "here, column 'conversations': the list of turns is empty"),
+        (
+            "sharegpt",
+            {"conversations": [*ASKED, {"from": "gpt", "value": None}]},
+            "here, column 'conversations', turn 1: expected text as `value`, found nothing",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": [{"type": "image"}]}]},
+            "turn 0: .* as `value`, found a part of type 'image'",
+        ),
     ],
 )
 def test_a_row_of_another_shape_than_declared_is_named_by_its_column(shape, row, message):
     with pytest.raises(UserError, match=message):
         reshaped(row, "sft", shape, "here")
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "row", "message"),
+    [
+        (
+            "preference",
+            "alpaca",
+            {"instruction": "x", "output": ["y", "n"]},
+            r"'chosen' .* found \['instruction', 'output'\]$",
+        ),
+        (
+            "preference",
+            "sharegpt",
+            {"conversations": ASKED, "chosen": "y"},
+            r"'rejected' .* found \['chosen', 'conversations'\]$",
+        ),
+        ("scored", "alpaca", {"instruction": "x"}, r"'output' of format alpaca; found \['instruction'\]$"),
+        ("scored", "sharegpt", {"conversations": ASKED}, "column 'conversations': expected an answer"),
+        (
+            "prompts",
+            "sharegpt",
+            {"conversations": [{"from": "gpt", "value": "a"}]},
+            "'conversations': expected a turn before",
+        ),
+    ],
+)
+def test_what_a_row_of_another_shape_lacks_is_named_by_columns_of_its_file(kind, shape, row, message):
+    with pytest.raises(UserError, match=message):
+        check_row(reshaped(row, kind, shape, "here"), kind, "here")

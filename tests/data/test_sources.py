@@ -194,3 +194,10 @@ def test_pairs_as_ultrafeedback_has_them_are_read_whatever_is_null(tmp_path):
     assert read(tmp_path / "rows.jsonl", kind="preference") == [pair]
     assert read(tmp_path / "rows.parquet", kind="preference") == [pair] * 2
     assert read(tmp_path / "rows.parquet", kind="sft") == [{"messages": [*pair["prompt"], *pair["chosen"]]}] * 2
+
+
+def test_what_is_wrong_with_a_renamed_column_is_said_by_the_files_name_too(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"question": "q", "answer": 5}, {"question": "q", "answer": None}])
+    [source] = parse_sources(str(file), columns={"prompt": "question", "completion": "answer"})
+    with pytest.raises(UserError, match=r"line 1, column 'completion': .* \('completion' is the file's 'answer', by"):
+        next(iterate_rows(source, "sft", "train"))

@@ -32,9 +32,10 @@ from lit_rlhf.algorithms.strategies import check_strategy, holds_pieces
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.chat import stop_token_ids
+from lit_rlhf.data.checks import require_data_module
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard
-from lit_rlhf.errors import UserError, hints_of, named_by, require, require_kinds
+from lit_rlhf.errors import UserError, hints_of, named_by, require, require_kinds, require_types
 from lit_rlhf.models.fingerprints import Fingerprints, require_same
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
 from lit_rlhf.models.network import Network
@@ -133,6 +134,7 @@ class AlignmentModule(LearningModule):
         Raises:
             UserError: it is of another algorithm, sharded, or does not say all that the constructor asks for.
         """
+        require_types(cls.load_from_checkpoint, {"checkpoint_path": checkpoint_path})
         facts = require_facts(Path(checkpoint_path), cls.__name__)
         stored = load_hparams_from_yaml(hparams_file) if hparams_file else facts.get("hyper_parameters", {})
         arguments = restored_arguments(cls, {name: value for name, value in stored.items() if name not in kwargs})
@@ -160,8 +162,10 @@ class AlignmentModule(LearningModule):
         """Every policy keeps to the tokens that the tokenizer has now: some may have been added since it was loaded.
 
         Raises:
-            UserError: the constructor of a subclass has left something out; options that do not go together.
+            UserError: loaders in place of a data module; the constructor of a subclass has left something out; options
+                that do not go together.
         """
+        require_data_module(self, stage)
         unset = [name for name in ("tokenizer", self.exported) if not hasattr(self, name)]
         if unset:
             raise UserError(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any, NamedTuple
@@ -138,7 +139,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
 
 
 def set_template(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, template_kwargs: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | PathLike[str] | None, template_kwargs: Mapping[str, Any]
 ) -> None:
     """Make a template the tokenizer's own, so that it is exported with it.
 
@@ -152,7 +153,7 @@ def set_template(
     """
     if chat_template is not None:
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-        tokenizer.chat_template = named.get(chat_template) or _read_template(chat_template)
+        tokenizer.chat_template = named.get(str(chat_template)) or _read_template(chat_template)
         with named_by("chat_template"):
             _end_of_turn_id(tokenizer)  # refuses one that is not valid
     if template_kwargs:
@@ -210,7 +211,8 @@ def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tail[0] if tail and tail[0] in special else None
 
 
-def _read_template(template: str) -> str:
+def _read_template(template: str | PathLike[str]) -> str:
+    template = fspath(template)
     if "{" in template:
         return template
     path = Path(template).expanduser().absolute()

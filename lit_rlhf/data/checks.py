@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -13,7 +14,9 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.mapping import Format, require_read
@@ -71,6 +74,24 @@ def require_kind(trainer: Any, kind: Kind) -> None:
         raise UserError(
             f"{type(module).__name__} learns from a {DATA_MODULES[wanted]}, not from a {DATA_MODULES[kind]}; "
             f"set data.class_path: lit_rlhf.{DATA_MODULES[wanted]}"
+        )
+
+
+LOADERS = {"fit": "train", "validate": "val"}  # else those of the stage's own name
+
+
+def require_data_module(module: LightningModule, stage: str) -> None:
+    """Refuse loaders that are given in place of a data module: their batches would know nothing of the Trainer's plan.
+
+    Raises:
+        UserError: neither a data module nor a loader of the module's own.
+    """
+    own = is_overridden(f"{LOADERS.get(stage, TrainerFn(stage).value)}_dataloader", module)
+    if getattr(module.trainer, "datamodule", None) is None and not own:
+        data = DATA_MODULES.get(getattr(module, "learns_from", ""), "data module")
+        raise UserError(
+            f"{type(module).__name__} takes its batches from a {data}, not from loaders: "
+            f"trainer.{TrainerFn(stage).value}(model, datamodule=data)"
         )
 
 

@@ -25,7 +25,7 @@ from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.mapping import Format
 from lit_rlhf.data.naming import DEMO, STAGES, Role
 from lit_rlhf.data.prompts import PromptDataset, load_prompts
-from lit_rlhf.data.reader import LossOn, Truncation
+from lit_rlhf.data.reader import LossOn, Options, Truncation
 from lit_rlhf.data.settings import BatchSettings, TokenizationSettings
 from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.signals import SIGNALS
@@ -108,14 +108,15 @@ class ExamplesDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.datasets: dict[str, PackedDataset] = {}
         self.prompts: PromptDataset | None = None
+        self.read_by: tuple[Options, Kind] | None = None  # what datasets and prompts follow from beside the rows
 
     def prepare_data(self) -> None:
-        """Tokenise on one process per machine; the others find the cache."""
-        assert self.trainer is not None and self.trainer.state.fn is not None
-        self.setup(self.trainer.state.fn.value)
+        """Tokenise on one process per machine, and the others find the cache; without a Trainer `setup` does it all."""
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise what this stage needs.
+        """Read and tokenise what this stage needs; without a Trainer its loaders are those of one rank.
 
         Raises:
             UserError: no tokenizer, one of other tokens than the model has, or bad data.
@@ -129,6 +130,8 @@ class ExamplesDataModule(LightningDataModule):
         require_rows(stage, self.sources)
         self.tokenization.settle(self.tokenizer, self)
         options = self.tokenization.of_examples(self.tokenizer)
+        if self.read_by != (options, self._predicts_from()):  # a model's context, too, may be another by now
+            self.datasets, self.prompts, self.read_by = {}, None, (options, self._predicts_from())
         for name in STAGES[stage]:
             if name == "predict":
                 self.prompts = self.prompts or self._load_prompts()
@@ -143,6 +146,8 @@ class ExamplesDataModule(LightningDataModule):
             UserError: a Trainer option that would change the batches behind the plan's back.
         """
         trainer: Any = self.trainer
+        if trainer is None:
+            return self._loader("train", self.batches.shuffle, None, 1)
         check_trainer_options(trainer)
         limits = (trainer.limit_train_batches, trainer.accumulate_grad_batches)
         loader = self._loader("train", self.batches.shuffle, *limits)
@@ -151,14 +156,13 @@ class ExamplesDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """This rank's share of the held-out rows, each exactly once."""
-        assert self.trainer is not None
-        limit = self.trainer.limit_val_batches
+        limit = None if self.trainer is None else self.trainer.limit_val_batches
         return self._loader("validation", False, limit) if "validation" in self.datasets else []
 
     def test_dataloader(self) -> DataLoader | list:
         """This rank's share of the test rows, each exactly once."""
-        assert self.trainer is not None
-        return self._loader("test", False, self.trainer.limit_test_batches) if "test" in self.datasets else []
+        limit = None if self.trainer is None else self.trainer.limit_test_batches
+        return self._loader("test", False, limit) if "test" in self.datasets else []
 
     def predict_dataloader(self) -> DataLoader | list:
         """Prompts, in the order of the data: the k-th batch of rank r is batch k W + r of all."""
@@ -196,7 +200,12 @@ class ExamplesDataModule(LightningDataModule):
         ranks = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return ranks or {"num_replicas": 1, "rank": 0}
 
+    def _predicts_from(self) -> Kind:
+        return getattr(getattr(self.trainer, "lightning_module", None), "predicts_from", "prompts")
+
     def _loader(self, name: str, shuffle: bool, limit: float | None, accumulate: int | None = None) -> ResumableLoader:
+        if name not in self.datasets:
+            raise UserError(f"{type(self).__name__} has read no rows of {name} yet: call prepare_data() and setup()")
         dataset = self.datasets[name]
         sampler = TokenBudgetSampler(
             dataset.lengths(),
@@ -215,8 +224,7 @@ class ExamplesDataModule(LightningDataModule):
 
     def _load_prompts(self, optional: bool = False) -> PromptDataset | None:
         assert self.tokenizer is not None
-        kind: Kind = getattr(getattr(self.trainer, "lightning_module", None), "predicts_from", "prompts")
-        how = self.tokenization
+        how, kind = self.tokenization, self._predicts_from()
         given = (self.tokenizer, how.of_examples(self.tokenizer), self.batches.seed, kind, how.num_proc)
         if (sources := self.sources["predict"]) is not None:
             return load_prompts(sources, "predict", *given)
@@ -255,10 +263,11 @@ class PreferenceDataModule(ExamplesDataModule):
     """Pairs: rows with `chosen` and `rejected`, a `prompt` unless both repeat it, and perhaps a `margin`."""
 
     kind = "preference"
+    warned = False  # once, not for each part of the data
 
     def setup(self, stage: str) -> None:
         """As of `ExamplesDataModule`; says so where the pairs have margins that the loss does not use."""
-        warned = bool(self.datasets)
         super().setup(stage)
-        for dataset in list(self.datasets.values())[: int(not warned)]:  # once, not for each part of the data
+        for dataset in list(self.datasets.values())[: int(self.trainer is not None and not self.warned)]:
             warn_of_unread_margins(self.trainer, dataset)
+            self.warned = True

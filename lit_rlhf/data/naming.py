@@ -52,7 +52,7 @@ def parse_sources(
     """
     if isinstance(sources, dict) and "source" not in sources:
         sources = [{"source": name, "weight": weight} for name, weight in sources.items()]
-    entries: list[Any] = sources if isinstance(sources, list) else [sources]
+    entries: list[Any] = list(sources) if isinstance(sources, list) or type(sources) is tuple else [sources]
     if not entries:
         raise UserError(f"{option}: the list of sources is empty; name a file, a folder, a dataset, or {DEMO!r}")
     defaults = {"weight": 1.0, "split": None, "config": None, "format": format, "columns": columns}

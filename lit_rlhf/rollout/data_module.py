@@ -28,6 +28,7 @@ from lit_rlhf.data.formats import Sources
 from lit_rlhf.data.mapping import Format
 from lit_rlhf.data.naming import STAGES, Role
 from lit_rlhf.data.prompts import load_prompts
+from lit_rlhf.data.reader import Options
 from lit_rlhf.data.settings import TokenizationSettings
 from lit_rlhf.errors import UserError, require_alike, require_types
 from lit_rlhf.models.fingerprints import require_same
@@ -121,34 +122,41 @@ class RolloutDataModule(LightningDataModule):
         self.backend = RolloutBackend() if backend is None else backend
         self.tokenizer = tokenizer
         self.prompts: dict[str, PromptBatch] = {}
+        self.read_by: Options | None = None  # what prompts follow from beside the rows
         self.accumulate_grad_batches: int | None = None  # as the Trainer had it before `max_tokens` asked for more
 
     def prepare_data(self) -> None:
-        """Tokenise on one process per machine; the others find the cache."""
-        assert self.trainer is not None and self.trainer.state.fn is not None
-        self.setup(self.trainer.state.fn.value)
+        """Tokenise on one process per machine, and the others find the cache; without a Trainer `setup` does it all."""
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
-        """Tokenise the prompts that this stage needs."""
+        """Tokenise the prompts that this stage needs; without a Trainer they are there to be looked at (`prompts`)."""
         if self.tokenizer is None:
             raise UserError("RolloutDataModule needs the policy's tokenizer: pass tokenizer=model.tokenizer")
         trainer = self.trainer
-        assert trainer is not None
-        check_tools(trainer, stage)
+        if trainer is not None:
+            check_tools(trainer, stage)
         require_kind(trainer, "prompts")
         require_rows(stage, self.sources)
-        agent: Any = trainer.lightning_module
         self.tokenization.settle(self.tokenizer, self)
         options = self.tokenization.of_prompts(self.tokenizer, self.settings.max_new_tokens)
+        if self.read_by != options:  # a model's context, too, may be another by now
+            self.prompts, self.read_by = {}, options
         splits: tuple[Role, ...] = STAGES[stage]
         for split in splits:
             source = self.sources[split]
             if source is not None and split not in self.prompts:
                 loaded = load_prompts(source, split, self.tokenizer, options, num_proc=self.tokenization.num_proc)
                 self.prompts[split] = loaded.take(np.arange(len(loaded)))
-                check_context(agent.policy, loaded.prompt_ids, self.settings.max_new_tokens)
+        if trainer is None:
+            return
+        agent: Any = trainer.lightning_module
+        needed = [split for split in splits if split in self.prompts]
+        for split in needed:
+            check_context(agent.policy, self.prompts[split].prompt_ids, self.settings.max_new_tokens)
         # Completions of `predict` are not scored.
-        played = [self.prompts[split] for split in splits if split in self.prompts and split != "predict"]
+        played = [self.prompts[split] for split in needed if split != "predict"]
         self.rewards.share(agent.policy)
         self.rewards.bind(self.tokenizer, trainer.strategy.root_device, played)
 
@@ -170,9 +178,14 @@ class RolloutDataModule(LightningDataModule):
         """One pass over it is one PPO iteration.
 
         Raises:
-            UserError: a Trainer option that would change the batches behind the plan's back, or an unequal share.
+            UserError: no Trainer, an option of it that would change the batches behind the plan's back, or an unequal
+                share.
         """
-        assert self.trainer is not None
+        if self.trainer is None:
+            raise UserError(
+                "RolloutDataModule.train_dataloader needs a Trainer, since its batches are what a policy plays: "
+                "trainer.fit(model, datamodule=data); to look at prompts, data.prompts after data.setup('fit')"
+            )
         check_trainer_options(self.trainer)
         require_whole_epochs(self.trainer)
         size, ranks = self.settings.rollout_size, self.trainer.world_size
@@ -224,8 +237,8 @@ class RolloutDataModule(LightningDataModule):
         """This rank's batches, the k-th of rank r being batch k W + r of all; as many on each rank."""
         if split not in self.prompts:
             return []
-        assert self.trainer is not None
-        prompts, ranks = take(self.prompts[split], slice(limit)), self.trainer.world_size
+        rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        prompts = take(self.prompts[split], slice(limit))
         count = len(prompts.prompt_ids)
         # Four times the slots, so that the longest episode of a batch does not idle the other slots for long.
         rounds = -(-count // (4 * self.settings.num_slots * ranks))
@@ -233,7 +246,7 @@ class RolloutDataModule(LightningDataModule):
             raise UserError(f"{count} {split} prompts are too few for {ranks} ranks")
         bounds = np.linspace(0, count, rounds * ranks + 1).astype(int).tolist()
         batches = [take(prompts, slice(start, end)) for start, end in itertools.pairwise(bounds)]
-        mine: Any = batches[self.trainer.global_rank :: ranks]
+        mine: Any = batches[rank::ranks]
         return DataLoader(mine, batch_size=None, collate_fn=as_it_is)
 
     def sample_prompts(self, count: int) -> PromptBatch | None:

@@ -152,3 +152,34 @@ def test_ranks_that_would_do_the_same_work_are_refused(inputs, tmp_path):
     module._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 4)}
     with pytest.raises(UserError, match=r"tensor_parallel_size is 4, .* set .*: 1 and data_parallel_size: 8"):
         module.configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize("run", ["fit", "validate", "test", "predict"])
+def test_loaders_in_place_of_a_data_module_are_refused_unless_they_are_the_modules_own(run, inputs, tmp_path):
+    module, data = make_stage("sft", inputs)
+    data.setup("fit")
+    loader = data.train_dataloader()  # planned for no Trainer's accumulation
+    said = rf"^SFT takes its batches from a SFTDataModule, not from loaders: trainer\.{run}\(model, datamodule=data\)$"
+    with pytest.raises(UserError, match=said):
+        getattr(make_trainer(tmp_path, max_steps=1), run)(module, loader)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_module_may_bring_loaders_of_its_own(inputs, tmp_path):
+    class Own(SFT):
+        def train_dataloader(self):
+            return loader
+
+    _, data = make_stage("sft", inputs)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    make_trainer(tmp_path, max_steps=1).fit(Own(str(inputs / "model")))
+
+
+def test_a_checkpoint_is_named_by_its_path(inputs, tmp_path):
+    with (
+        (inputs / "sft.jsonl").open() as file,
+        pytest.raises(UserError, match=r"^checkpoint_path \(<.*\) must be text or Path$"),
+    ):
+        SFT.load_from_checkpoint(file)

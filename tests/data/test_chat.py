@@ -47,8 +47,10 @@ def test_a_template_that_asks_for_more_than_a_question_and_an_answer_has_no_end_
 def test_a_template_is_read_from_a_file_without_the_mark_that_editors_begin_it_with(tmp_path):
     tokenizer = byte_tokenizer()
     (tmp_path / "chat.jinja").write_bytes(b"\xef\xbb\xbf" + CHATML.encode())
-    set_template(tokenizer, str(tmp_path / "chat.jinja"), {})
-    assert tokenizer.chat_template == CHATML
+    for path in (str(tmp_path / "chat.jinja"), tmp_path / "chat.jinja"):
+        tokenizer.chat_template = None
+        set_template(tokenizer, path, {})
+        assert tokenizer.chat_template == CHATML
     (tmp_path / "latin.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
     with pytest.raises(UserError, match=r"chat_template: .*latin\.jinja cannot be read as UTF-8"):
         set_template(tokenizer, str(tmp_path / "latin.jinja"), {})

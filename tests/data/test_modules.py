@@ -234,3 +234,34 @@ def test_what_a_row_says_and_cannot_have_is_named_by_file_and_line_in_every_kind
             attach(make(source, None, **options))
     with pytest.raises(UserError, match=rf"rows\.jsonl, line 2: .*{words}"):
         attach(SFTDataModule(source, source, predict=source, **options), "predict")
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_data_are_looked_at_without_a_trainer_as_one_rank_would(tmp_path, kind):
+    make, source = (SFTDataModule, sft_file) if kind == "sft" else (PreferenceDataModule, pair_file)
+    alone, trained = (
+        make(source(tmp_path), source(tmp_path, 21), max_tokens=40, tokenizer=word_tokenizer(WORDS)) for _ in range(2)
+    )
+    with pytest.raises(UserError, match=r"has read no rows of train yet: call prepare_data\(\) and setup\(\)"):
+        alone.train_dataloader()
+    alone.prepare_data()
+    for stage in ("fit", "test", "predict"):
+        alone.setup(stage)
+        attach(trained, stage)
+    for name in ("train", "val", "test"):
+        loaders = [getattr(data, f"{name}_dataloader")() for data in (alone, trained)]
+        ours, theirs = ([batch.packed.input_ids.tolist() for batch in loader] for loader in loaders)
+        assert ours == theirs and len(ours) > 1
+        denominators = [[float(batch.denominator) for batch in loader] for loader in loaders]
+        assert denominators[0] == denominators[1]
+    assert len(alone.predict_dataloader()) == len(trained.predict_dataloader()) == 1
+
+
+def test_rows_that_were_looked_at_are_cut_anew_to_the_context_of_the_model_that_comes(tmp_path):
+    module = SFTDataModule(sft_file(tmp_path), None, max_tokens=40, tokenizer=word_tokenizer(WORDS))
+    module.setup("fit")
+    longest = module.datasets["train"].lengths().max()
+    module.tokenizer.model_max_length = 4
+    with pytest.warns(UserWarning, match="12 of 20 rows are not used whole"):
+        attach(module)
+    assert longest > 4 == module.datasets["train"].lengths().max()

@@ -193,3 +193,18 @@ def test_the_loader_goes_on_in_mid_iteration_from_its_state(folder, tmp_path):
     for ours, theirs in zip(rest, expected, strict=True):
         assert torch.equal(ours.packed.target_ids, theirs.packed.target_ids)
         assert torch.equal(ours.advantages, theirs.advantages)
+
+
+def test_prompts_are_looked_at_without_a_trainer_and_batches_need_one(tmp_path):
+    write_inputs(tmp_path)
+    _, data = make_stage("ppo", tmp_path)
+    data.prepare_data()
+    data.setup("fit")
+    batches = [batch.prompt_ids for batch in data.val_dataloader()]
+    assert sum(map(len, batches)) == len(data.prompts["train"].prompt_ids) > 1
+    with pytest.raises(UserError, match=r"^RolloutDataModule\.train_dataloader needs a Trainer, [^\n]*$"):
+        data.train_dataloader()
+    data.settings = replace(data.settings, max_new_tokens=62)
+    with pytest.warns(UserWarning, match="A prompt may have 2 tokens"):  # what the context leaves now
+        data.setup("fit")
+    assert max(map(len, data.prompts["train"].prompt_ids)) == 2

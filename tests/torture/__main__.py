@@ -104,7 +104,7 @@ def worked(plan: Plan, number: int, base: Path, rng: random.Random) -> Iterable[
     kinds = {"SFT": ("DataLoader", "tokenising", "ranks"), "PPO": ("tokenising", "ranks"), "DPO": ("ranks",)}
     for kind in kinds.get(plan.stage, ()):
         trials, name = [], f"{plan.stage}: {kind} killed"
-        for wrong in workers.trials(plan, kind, number // 6, base / kind, rng):
+        for wrong in workers.trials(plan, kind, number // 6, base / f"{plan.stage}-{kind}", rng):
             trials.append(wrong)
             say(name, wrong)
         yield name, len(trials), trials

@@ -183,6 +183,7 @@ class Adapters:
             self._inject(name, config, trained)
         except ValueError as error:  # of layers that are not there
             raise UserError(f"adapter_config.json: {str(error).splitlines()[0]}") from error
+        self.require_ranks(name, own)
         try:
             with quiet_peft():
                 result: Any = set_peft_model_state_dict(self.model, own, adapter_name=name)
@@ -193,6 +194,22 @@ class Adapters:
         lacking = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
         if lacking:
             raise UserError(f"the adapter's file lacks {len(lacking)} weights that its config names, like {lacking[0]}")
+        if left := sorted(result.unexpected_keys):
+            raise UserError(
+                f"the adapter's file holds {len(left)} of {len(own)} weights that adapter_config.json does not name, "
+                f"like {left[0]}: they would be lost. Correct target_modules there, or copy both files of one adapter"
+            )
+
+    def require_ranks(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Refuse weights of another rank than their config says, which PEFT would call another base's."""
+        for key, tensor in weights.items():
+            layer, _, part = key.partition(".lora_")
+            held = self.layers[layer].r.get(name) if layer in self.layers else None
+            if part.removeprefix("embedding_") in ("A", "A.weight") and held not in (None, len(tensor)):
+                raise UserError(
+                    f"the adapter's file holds {layer} in rank {len(tensor)}, and adapter_config.json says {held}: "
+                    "correct r (or rank_pattern) there, or copy both files of one adapter"
+                )
 
     def require_same_base(self, weights: Mapping[str, Tensor]) -> None:
         """Refuse weights of the base in an adapter's file, where PEFT puts those of heads, that are not as they are."""

@@ -83,17 +83,20 @@ def check_missing(
         )
 
 
-def check_left_out(unexpected: Iterable[str], model: PreTrainedModel, name: str | Path, whole: bool) -> None:
+def check_left_out(
+    unexpected: Iterable[str], model: PreTrainedModel, name: str | Path, whole: bool, drawn: tuple[str, ...] = ()
+) -> None:
     """Refuse a config that leaves out weights of the folder, without which it is another model.
 
-    Those of blocks like the model's own are refused: further layers, biases or norms that the config denies. Others,
-    such as heads for other ends, are named.
+    Those of the model's own modules and of blocks like its own are refused: further layers, biases or norms that the
+    config denies. Others, such as heads for other ends, are named.
 
     Args:
         unexpected: tensors of the folder that the model has no place for.
         model: as loaded.
         name: for messages.
         whole: it is all that its config describes, not the text model of a larger one.
+        drawn: modules that are drawn anew.
     """
     lists = {path.rpartition(".")[0] for path, _ in model.named_modules() if path.rpartition(".")[2].isdigit()}
     blocks = tuple({"." + re.sub(r"\d+", "*", path) for path in lists})
@@ -101,18 +104,23 @@ def check_left_out(unexpected: Iterable[str], model: PreTrainedModel, name: str 
         getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     )  # which predict further tokens
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    of_blocks: list[str] = []
+    prefix = f"{model.base_model_prefix}."  # which a file may have or not
+    modules = {path.removeprefix(prefix) for path, _ in model.named_modules() if path} if whole else set()
+    own: list[str] = []
     others: list[str] = []
     for key in sorted(unexpected):
         numbered = re.match(r"(.*?)\.(\d+)\.", key)
         inside = numbered is not None and any(block.endswith(f".{numbered[1]}") for block in blocks)  # prefixes differ
         further = numbered is not None and layers <= int(numbered[2]) < layers + ahead
-        (of_blocks if inside and not further else others).append(key)
-    if of_blocks:
+        inside = inside or key.rpartition(".")[0].removeprefix(prefix) in modules
+        if not key.startswith(drawn):
+            (own if inside and not further else others).append(key)
+    if own:
+        shift = "; what is added to scores is score_bias in config.json" if "score.bias" in own else ""
         raise UserError(
-            f"{name}: config.json leaves out {len(of_blocks)} tensors of the weights, like {of_blocks[:3]}, without "
-            f"which they are another model (num_hidden_layers is {layers} there): correct config.json, or remove these "
-            "tensors from the weights"
+            f"{name}: config.json leaves out {len(own)} tensors of the weights, like {own[:3]}, without which they are "
+            f"another model (num_hidden_layers is {layers} there): correct config.json, or remove these tensors from "
+            f"the weights{shift}"
         )
     heads = ("score.", "lm_head.", "embed_out.")
     if whole and (left := [key for key in others if not key.startswith(heads)]):

@@ -155,8 +155,9 @@ def _read(
     head = ("score.",) if fresh_head else ()
     check_shapes(report["mismatched_keys"], name, head)
     stored_head = has_score_head(architectures_of(config, name)) and not fresh_head
-    check_missing(report["missing_keys"], model, name, () if stored_head else ("score.",))
-    check_left_out(report["unexpected_keys"], model, name, whole=type(model.config) is type(config))
+    drawn = () if stored_head else ("score.",)
+    check_missing(report["missing_keys"], model, name, drawn)
+    check_left_out(report["unexpected_keys"], model, name, type(model.config) is type(config), drawn)
     check_finite(model, source, name, head)
     untie(model)
     return cast(PreTrainedModel, model)

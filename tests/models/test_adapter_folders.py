@@ -120,6 +120,27 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path):
         load_policy(folder)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"target_modules": ["q_proj"]},
+            r"holds \d+ of \d+ weights that adapter_config.json does not name, like model\.",
+        ),
+        ({"target_modules": None}, r"holds \d+ of \d+ weights that adapter_config.json does not name, like model\."),
+        ({"use_dora": False}, r"holds \d+ of \d+ weights .* like model\.layers\.0\.\S+\.lora_magnitude_vector"),
+        ({"r": 8}, r"holds model\.layers\.0\.\S+ in rank 4, and adapter_config.json says 8: correct r"),
+        ({"rank_pattern": {"q_proj": 2}}, r"holds model\.layers\.0\.self_attn\.q_proj in rank 4, .* says 2: correct r"),
+    ],
+)
+def test_weights_of_an_adapter_that_its_config_does_not_cover_are_refused_by_name(settings, said, tmp_path):
+    folder = save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"), r=4, use_dora="use_dora" in settings)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(UserError, match=f"adapter: the adapter's file {said}"):
+        load_policy(folder)
+
+
 def test_weights_of_an_adapter_that_are_not_finite_are_refused(tmp_path):
     folder = save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
     file = folder / "adapter_model.safetensors"

@@ -91,6 +91,20 @@ def test_biases_and_norms_that_the_config_denies_are_not_dropped(key, changed):
         load_policy(changed(lambda weights: weights.update({f"model.layers.0.{key}": torch.ones(32)})))
 
 
+@pytest.mark.parametrize("key", ["model.norm.bias", "norm.bias", "lm_head.bias", "model.embed_tokens.scale"])
+def test_a_tensor_of_the_models_own_modules_is_not_dropped(key, changed):
+    with pytest.raises(UserError, match=rf"leaves out 1 tensors of the weights, like \['{key}'\]"):
+        load_policy(changed(lambda weights: weights.update({key: torch.ones(32)})))
+
+
+def test_the_bias_of_a_trained_head_is_not_dropped_and_the_way_to_have_it_is_told(changed):
+    rated = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    shifted = changed(lambda weights: weights.update(SCORE | {"score.bias": torch.ones(1)}), **rated)
+    with pytest.raises(UserError, match=r"leaves out 1 .* \['score.bias'\].* added to scores is score_bias in config"):
+        load_scorer(shifted)
+    load_scorer(shifted, fresh_head=True)
+
+
 def test_what_is_no_part_of_the_model_is_named_and_heads_for_other_ends_are_not(changed, caplog):
     with caplog.at_level("INFO"):
         load_policy(changed(lambda weights: weights.update({"mtp.norm.weight": torch.ones(32)} | SCORE)))

@@ -32,7 +32,7 @@ from lit_rlhf.algorithms.strategies import check_strategy, holds_pieces
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.chat import stop_token_ids
-from lit_rlhf.data.checks import require_data_module
+from lit_rlhf.data.checks import require_batch
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard
 from lit_rlhf.errors import UserError, hints_of, named_by, require, require_kinds, require_types
@@ -162,10 +162,8 @@ class AlignmentModule(LearningModule):
         """Every policy keeps to the tokens that the tokenizer has now: some may have been added since it was loaded.
 
         Raises:
-            UserError: loaders in place of a data module; the constructor of a subclass has left something out; options
-                that do not go together.
+            UserError: the constructor of a subclass has left something out; options that do not go together.
         """
-        require_data_module(self, stage)
         unset = [name for name in ("tokenizer", self.exported) if not hasattr(self, name)]
         if unset:
             raise UserError(
@@ -196,6 +194,12 @@ class AlignmentModule(LearningModule):
                 network.checkpoint_activations()
         if stage == "fit":
             self.find_load_balance()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse batches that are none of this library's, nor of a user's own kind."""
+        require_batch(self, batch)
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate held-out data."""

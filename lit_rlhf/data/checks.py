@@ -14,9 +14,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.mapping import Format, require_read
@@ -77,21 +75,13 @@ def require_kind(trainer: Any, kind: Kind) -> None:
         )
 
 
-LOADERS = {"fit": "train", "validate": "val"}  # else those of the stage's own name
-
-
-def require_data_module(module: LightningModule, stage: str) -> None:
-    """Refuse loaders that are given in place of a data module: their batches would know nothing of the Trainer's plan.
-
-    Raises:
-        UserError: neither a data module nor a loader of the module's own.
-    """
-    own = is_overridden(f"{LOADERS.get(stage, TrainerFn(stage).value)}_dataloader", module)
-    if getattr(module.trainer, "datamodule", None) is None and not own:
+def require_batch(module: LightningModule, batch: Any) -> None:
+    """Refuse batches of loaders that know nothing of packed rows, given in place of a data module."""
+    if not hasattr(batch, "_fields"):  # a NamedTuple, as those of `batches`
         data = DATA_MODULES.get(getattr(module, "learns_from", ""), "data module")
         raise UserError(
-            f"{type(module).__name__} takes its batches from a {data}, not from loaders: "
-            f"trainer.{TrainerFn(stage).value}(model, datamodule=data)"
+            f"{type(module).__name__} takes its batches from a {data}, and was given a loader of "
+            f"{type(batch).__name__}s: pass datamodule={data}(...) to the Trainer"
         )
 
 

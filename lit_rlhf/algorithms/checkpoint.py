@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import UserError, one_line, require_alike
+from lit_rlhf.models.adapter_folders import Origin
 
 DEEPSPEED = Path("checkpoint", "mp_rank_00_model_states.pt")  # where it keeps weights, and what Lightning hands it
 META = "meta.pt"  # where Lightning keeps all but tensors beside sharded ones
@@ -25,6 +26,14 @@ CALLBACKS: dict[type[Callback], tuple[str, ...]] = {  # Lightning's that have a 
     EarlyStopping: ("wait_count", "stopped_epoch", "best_score", "patience"),
     ModelCheckpoint: ("best_model_score", "best_model_path"),
     Timer: (),
+}
+COMPUTES = {  # settings of an adapter, by PEFT's names, that its weights were learnt with -> our options
+    "r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "use_rslora": "lora.use_rslora",
+    "use_dora": "lora.use_dora",
+    "rank_pattern": "lora.rank_pattern",
+    "alpha_pattern": "lora.alpha_pattern",
 }
 OTHERWISE = (
     "is no checkpoint of the Trainer's, such as a run keeps under its default_root_dir; an exported model is named by "
@@ -130,11 +139,13 @@ def read_weights(path: str | Path, network: str) -> dict[str, Tensor]:
 def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) -> None:
     """Refuse a checkpoint whose tensors are not those of this module."""
     shapes = {name: (_shape(given, name), _shape(mine, name)) for name in sorted(given.keys() | mine.keys())}
+    for name in (name for name, tensor in given.items() if isinstance(tensor, Tensor) and not has_numbers(tensor)):
+        shapes[name] = (f"{given[name].layout}, {given[name].device}".removeprefix("torch."), shapes[name][1])
     differing = [f"{name} ({theirs} there, {ours} here)" for name, (theirs, ours) in shapes.items() if theirs != ours]
     if given and differing:
         raise UserError(
             f"ckpt_path: {file} is of another model, {len(differing)} tensors differ, like {differing[0]}; "
-            "give the model settings of its run"
+            "give the model settings of its run, or take an older checkpoint if this one was changed"
         )
 
 
@@ -142,7 +153,42 @@ def _shape(tensors: Mapping[str, Any], name: str) -> str:
     if name not in tensors:
         return "missing"
     held = tensors[name]
-    return str(tuple(held.shape)) if isinstance(held, Tensor) else f"a {type(held).__name__}"
+    if not isinstance(held, Tensor):
+        return f"a {type(held).__name__}"
+    kind = "" if held.is_floating_point() else f" of {held.dtype}".replace("torch.", "")  # which is made wider or not
+    return f"{tuple(held.shape)}{kind}"
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor holds all of its numbers, in order: not sparse, not on the meta device."""
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
+def require_same_adapter(given: Any, mine: Origin | None, file: str) -> None:
+    """Refuse a checkpoint of a run whose adapter, or the want of one, was not this one's.
+
+    Args:
+        given: the `Origin` of what had learnt in it, as a mapping.
+        mine: of this run.
+        file: of the checkpoint.
+    """
+    if given is None or mine is None:
+        if given is not mine:
+            theirs, ours = ("an adapter", "none") if mine is None else ("none", "an adapter")
+            raise UserError(
+                f"ckpt_path: the run of {file} trained {theirs}, this one trains {ours}: give model.lora and "
+                "model.policy as they were in its run"
+            )
+        return
+    name = f"ckpt_path: {file} is damaged, so take an older one: its adapter"
+    require_alike(given, {"settings": {}}, name, ("settings",))
+    for key, option in COMPUTES.items():
+        before, now = given["settings"].get(key), mine.settings.get(key)
+        if before != now:
+            raise UserError(
+                f"ckpt_path: the adapter of {file} has {option} {one_line(before)}, this run's has {one_line(now)}: "
+                "give model.lora and model.policy as they were in its run"
+            )
 
 
 def require_state(checkpoint: Mapping[str, Any], file: str) -> None:
@@ -230,9 +276,9 @@ def pieces_of(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, T
 
 def require_finite(weights: Mapping[str, Tensor], file: str) -> None:
     """Refuse a checkpoint of a run that had broken down, or whose file is damaged."""
-    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    broken = [name for name, weight in weights.items() if not has_numbers(weight) or not torch.isfinite(weight).all()]
     if broken:
         raise UserError(
-            f"ckpt_path: {len(broken)} of {len(weights)} tensors of {file} hold NaN or infinity, like {broken[0]}; "
-            "take an older one"
+            f"ckpt_path: {len(broken)} of {len(weights)} tensors of {file} hold NaN, infinity or no numbers, like "
+            f"{broken[0]}; take an older one"
         )

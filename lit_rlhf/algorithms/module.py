@@ -21,6 +21,7 @@ from lit_rlhf.algorithms.checkpoint import (
     require_facts,
     require_finite,
     require_loops,
+    require_same_adapter,
     require_same_shapes,
     require_state,
 )
@@ -312,6 +313,8 @@ class AlignmentModule(LearningModule):
                 f"ckpt_path: {file} is of {theirs}, this run is of {mine}; resume the same config, or start "
                 f"{mine} from the model that {theirs} exported, by model.policy"
             )
+        if "adapter" in checkpoint:
+            require_same_adapter(checkpoint["adapter"], getattr(self, self.exported).origin, file)
         here = self.stands_on()
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
             here = {self.exported: here[self.exported]}  # nothing else has a say

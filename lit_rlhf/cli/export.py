@@ -78,8 +78,7 @@ def export(
     weights = read_weights(ckpt_path, network)
     if not weights:
         raise UserError(f"ckpt_path: {ckpt_path} holds no weights of a {network}")
-    if adapter is None:
-        require_same_shapes(weights, model.state_dict(), str(ckpt_path))
+    require_same_shapes(weights, model.state_dict() if adapter is None else weights, str(ckpt_path))
     stops = stop_token_ids(tokenizer, model.generation_config)
     made = artefact(model, tokenizer, stops, as_dtype(dtype, "dtype"), head, adapter, merge)
     named = parameters if isinstance(parameters, Mapping) else {}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
 
-from lit_rlhf import KLPenalty, RewardShaping, UserError
+from lit_rlhf import KLPenalty, LoRA, RewardShaping, UserError
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.losses import bco_pair_loss
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
@@ -83,13 +83,52 @@ def test_the_checkpoint_of_another_model_is_refused_with_a_tensor_that_differs(i
         fit("sft", tmp_path / "other", tmp_path / "again", ckpt_path=tmp_path / "sft.ckpt")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensor: tensor.int(), r"\(32,\) of int32 there, \(32,\) here"),
+        (lambda tensor: tensor.to("meta"), r"strided, meta there, \(32,\) here"),
+        (lambda tensor: tensor.to_sparse(), r"sparse_coo, cpu there, \(32,\) here"),
+    ],
+)
+def test_tensors_that_are_whole_numbers_or_hold_none_are_refused_by_name(change, said, inputs, tmp_path):
+    fit("sft", inputs, tmp_path)
+    checkpoint, key = torch.load(tmp_path / "step=2.ckpt"), "policy.model.model.norm.weight"
+    checkpoint["state_dict"][key] = change(checkpoint["state_dict"][key])
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match=rf"other\.ckpt is of another model, 1 tensors differ, like {key} \({said}"):
+        fit("sft", inputs, tmp_path / "again", ckpt_path=tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine", "said"),
+    [
+        ({"lora": LoRA(r=4)}, {}, "trained an adapter, this one trains none: give model.lora and model.policy"),
+        ({}, {"lora": LoRA(r=4)}, "trained none, this one trains an adapter: give model.lora and model.policy"),
+        ({"lora": LoRA(r=4)}, {"lora": LoRA(r=3)}, "has lora.r 4, this run's has 3: give model.lora and"),
+        ({"lora": LoRA(r=4)}, {"lora": LoRA(r=4, alpha=2.0)}, "has lora.alpha 32.0, this run's has 2.0: give"),
+        (
+            {"lora": LoRA(r=4)},
+            {"lora": LoRA(r=4, target_modules=["q_proj"])},
+            r"is of another model, \d+ tensors differ, like \S+down_proj.lora_A\S+ \(\(4, 48\) there, missing here\)",
+        ),
+    ],
+)
+def test_the_checkpoint_of_another_adapter_or_of_none_is_refused_by_what_differs(theirs, mine, said, inputs, tmp_path):
+    fit("dpo", inputs, tmp_path, **theirs)
+    with pytest.raises(UserError, match=rf"^ckpt_path: .*step=2\.ckpt {said}"):
+        fit("dpo", inputs, tmp_path / "again", ckpt_path=tmp_path / "step=2.ckpt", **mine)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_the_checkpoint_of_a_run_that_broke_down_is_refused_with_a_tensor_that_did(inputs, tmp_path, value):
     module, trainer = fit("sft", inputs, tmp_path / "sft")
     with torch.no_grad():
         module.policy.model.model.norm.weight[3] = value
     trainer.save_checkpoint(tmp_path / "broken.ckpt")
-    with pytest.raises(UserError, match=r"1 of \d+ tensors .* NaN or infinity, like policy.model.model.norm.weight"):
+    with pytest.raises(
+        UserError, match=r"1 of \d+ tensors .* NaN, infinity or no numbers, like policy.model.model.norm.weight"
+    ):
         fit("sft", inputs, tmp_path / "again", ckpt_path=tmp_path / "broken.ckpt")
 
 

@@ -1,13 +1,16 @@
-"""Modules of the user's that fail while they are imported, which jsonargparse does not tell from other values."""
+"""Code of the user's that fails while it is imported or made, which jsonargparse does not tell from other values."""
 
 import re
 import sys
 import traceback
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.cli.mistakes import BETWEEN, modules, on_purpose
+from lit_rlhf.errors import UserError, one_line
 
+OURS = {"lit_rlhf", "token_mdp"}
 PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 
 
@@ -41,6 +44,25 @@ def left_while_imported(left: SystemExit) -> UserError | None:
     return UserError(
         f"{frames[-1].filename}:{frames[-1].lineno} ends the program while it is imported ({left.code}); put what is "
         "for the command line alone below `if __name__ == '__main__':`"
+    )
+
+
+def failed_constructor(kind: Any, error: Exception) -> str | None:
+    """Which class of a user's could not be made, why and where; None where the words of an error say all of it.
+
+    Args:
+        kind: the class that a config names.
+        error: of its constructor.
+    """
+    home = sys.modules.get(getattr(kind, "__module__", ""))
+    file, package = getattr(home, "__file__", None), getattr(home, "__name__", "").partition(".")[0]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    of_libraries = package in BETWEEN | OURS or modules(error)[-1][0].partition(".")[0] in OURS
+    if not frames or of_libraries or (isinstance(error, ValueError) and on_purpose(error)):
+        return None
+    return (
+        f"{kind.__module__}.{kind.__qualname__} cannot be made: {type(error).__name__}: {one_line(error, 200)}, in "
+        f"{frames[-1].filename}:{frames[-1].lineno}"
     )
 
 

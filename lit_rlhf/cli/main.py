@@ -35,7 +35,7 @@ from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.callbacks.progress import draws_bars
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
 from lit_rlhf.cli.commands import DESCRIPTION, PROGRAMS, RUNS, USAGE, require_command
-from lit_rlhf.cli.imports import left_while_imported
+from lit_rlhf.cli.imports import failed_constructor, left_while_imported
 from lit_rlhf.cli.mistakes import (
     missing_package,
     raised_in_lightning,
@@ -135,7 +135,10 @@ class AlignmentCLI(LightningCLI):
             return kind(*args, **kwargs)
         except Exception as error:
             self.failed = error
-            raise
+            if (told := failed_constructor(kind, error)) is None:
+                raise
+            self.failed = UserError(f"{Parser.naming(f'{kind.__module__}.{kind.__qualname__}')}{told}")
+            raise self.failed from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Look at the checkpoint before it, a model or any data is read."""

@@ -6,6 +6,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -148,6 +149,14 @@ class Parser(LightningArgumentParser):
         """An option as it stands on the command line, if it does."""
         given = (arg.split("=")[0] for arg in cls.typed)
         return next((option for option in given if option.replace(".init_args", "").endswith(name)), None)
+
+    @classmethod
+    def naming(cls, path: str) -> str:
+        """The option that names an import path, as the start of a message; empty if none is found that does."""
+        typed = [arg.partition("=")[0] for arg in cls.typed if arg.partition("=")[2] == path]
+        typed += [name for name, value in pairwise(cls.typed) if value == path and name.startswith("--")]
+        found = typed or [str(place) for place in places(cls.typed) if place.value == path]
+        return f"{found[0]}: " if found else ""
 
     @classmethod
     def as_typed(cls, name: str, value: str | None = None) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from lit_rlhf.cli.imports import failed_import
 from tests.cli.command_line import run
+from tests.tiny import save_tiny
 
 MODULES = {  # what a module holds -> what is said of it
     "def f(prompts, responses)\n    return 1\n": "cannot be imported: expected ':', in ",
@@ -29,6 +30,19 @@ def module(tmp_path, monkeypatch):
     yield make
     for name in names:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Options of a run of PPO that has a policy."""
+    policy, root = save_tiny(tmp_path_factory.mktemp("policy")), tmp_path_factory.mktemp("runs")
+    options = [
+        f"--model.policy={policy}",
+        "--model.critic=null",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={root}",
+    ]
+    return ["--config", "configs/ppo.yaml", *options]
 
 
 @pytest.mark.parametrize("content", MODULES, ids=lambda content: MODULES[content][:30])
@@ -69,3 +83,58 @@ def test_a_script_that_ends_the_program_while_it_is_imported_is_named(module, ca
     name = module("import sys\nsys.exit('usage: score FILE')\n")
     assert run("fit", "--config", "configs/ppo.yaml", f"--data.reward={name}.f") == 2
     assert f"{name}.py:2 ends the program while it is imported (usage: score FILE)" in capsys.readouterr().err
+
+
+CONSTRUCTORS = {  # what a constructor does -> what is said of it
+    "os.environ['MY_KEY']": "KeyError: 'MY_KEY'",
+    "open('weights.bin')": "FileNotFoundError: [Errno 2] No such file or directory: 'weights.bin'",
+    "raise RuntimeError('set MY_KEY')": "RuntimeError: set MY_KEY",
+    "int('x')": "ValueError: invalid literal for int() with base 10: 'x'",
+    "json.loads('{')": "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+}
+PARTS = {  # option -> what a class named by it stands on
+    "--data.reward": "object",
+    "--data.backend": "lit_rlhf.RolloutBackend",
+    "--model.kl": "lit_rlhf.FixedKL",
+    "--trainer.callbacks": "lightning.pytorch.callbacks.Callback",
+    "--trainer.logger": "lightning.pytorch.loggers.CSVLogger",
+}
+FAILING = """import json, os
+import lit_rlhf, lightning.pytorch.callbacks, lightning.pytorch.loggers
+class Own({base}):
+    def __init__(self):
+        {body}
+    def __call__(self, prompts, responses):
+        return [1.0] * len(responses)
+def score(prompts, responses):
+    return [1.0] * len(responses)
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("command", "option", "body"),
+    [("fit", "--data.reward", body) for body in CONSTRUCTORS]
+    + [("fit", option, "os.environ['MY_KEY']") for option in [*PARTS][1:]]
+    + [("plan", "--data.reward", "os.environ['MY_KEY']")],
+)
+def test_a_class_that_cannot_be_made_is_told_by_option_class_cause_and_place(
+    command, option, body, module, start, capsys
+):
+    name = module(FAILING.format(base=PARTS[option], body=body))
+    assert run(command, *start, f"--data.reward={name}.score", f"{option}={name}.Own") == 2
+    said = capsys.readouterr().err.splitlines()
+    told = f"error: {option}: {name}.Own cannot be made: {CONSTRUCTORS[body]}, in "
+    assert said[-1].startswith(told) and said[-1].endswith(f"{name}.py:5")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_class_that_a_config_names_is_told_by_its_line(module, start, tmp_path, capsys):
+    name = module(FAILING.format(base="object", body="os.environ['MY_KEY']"))
+    config = tmp_path / "own.yaml"
+    config.write_text(f"data:\n  init_args:\n    reward:\n      class_path: {name}.Own\n")
+    assert run("fit", *start, "--config", config) == 2
+    assert (
+        f"{config}, line 4, data.reward.class_path: {name}.Own cannot be made: KeyError: 'MY_KEY', in "
+        in capsys.readouterr().err
+    )

@@ -164,10 +164,6 @@ def test_a_backend_is_named_like_all_else_also_where_it_is_not_installed(backend
 FAULTY = """
 from lightning.pytorch.callbacks import Callback
 
-class Building(Callback):
-    def __init__(self):
-        None.there
-
 class Logging(Callback):
     def setup(self, trainer, pl_module, stage):
         pl_module.log("x", 3.0)  # Lightning refuses it in words
@@ -189,7 +185,6 @@ class Refusing(Callback):
 @pytest.mark.parametrize(
     ("callback", "raised", "frame"),
     [
-        ("Building", AttributeError, "None.there"),
         ("Logging", MisconfigurationException, "pl_module.log"),
         ("Restoring", KeyError, 'state["b"]'),
     ],

@@ -4,6 +4,7 @@ import logging
 import sys
 import threading
 import warnings
+from types import TracebackType
 from typing import Any
 
 import datasets
@@ -51,9 +52,10 @@ def leave_to_the_run() -> None:
 
     What a disk refuses TensorBoard's thread is handed to the main one. That a worker died is raised by torch as the
     signal comes, in whatever runs then: in a destructor or between the halves of a fork it is lost, and found again
-    when the worker's next batch is awaited.
+    when the worker's next batch is awaited. A process that was about to hand tensors to one that died finds its
+    connection gone, in a thread of multiprocessing's, which calls the hook of uncaught errors.
     """
-    told, aside = threading.excepthook, sys.unraisablehook
+    told, aside, uncaught = threading.excepthook, sys.unraisablehook, sys.excepthook
 
     def tell(failed: threading.ExceptHookArgs) -> None:
         ours = isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")
@@ -64,7 +66,12 @@ def leave_to_the_run() -> None:
         if not (isinstance(lost.exc_value, RuntimeError) and DEAD_WORKER.search(str(lost.exc_value))):
             aside(lost)
 
-    threading.excepthook, sys.unraisablehook = tell, tell_aside
+    def tell_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__")
+        if not (raised_in == "multiprocessing.resource_sharer" and isinstance(error, ConnectionError | EOFError)):
+            uncaught(kind, error, trace)
+
+    threading.excepthook, sys.unraisablehook, sys.excepthook = tell, tell_aside, tell_uncaught
 
 
 def log_above_bars() -> None:

@@ -57,6 +57,24 @@ def test_a_worker_whose_death_comes_up_where_nothing_can_be_raised_is_told_by_th
     assert told == ["another"]
 
 
+def test_a_connection_to_a_worker_that_died_is_no_news_of_its_own(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(str(error)))
+    leave_to_the_run()
+    for module in ("multiprocessing.resource_sharer", "another"):
+        for error in ("ConnectionResetError", "EOFError", "KeyError"):
+            try:
+                exec(f"raise {error}('{module} {error}')", {"__name__": module})
+            except Exception as raised:
+                sys.excepthook(type(raised), raised, raised.__traceback__.tb_next)
+    assert told == [
+        "'multiprocessing.resource_sharer KeyError'",
+        "another ConnectionResetError",
+        "another EOFError",
+        "'another KeyError'",
+    ]
+
+
 def full(data):
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -146,7 +146,7 @@ class AlignmentCLI(LightningCLI):
         subcommand = self.config.get("subcommand")  # none with `run=False`
         given = self.config if subcommand is None else self.config[subcommand]
         self._check_values(given)
-        if given.get("ckpt_path") is not None:
+        if subcommand is not None and given.get("ckpt_path") is not None:  # a plan reads none
             root = Path(given.trainer.default_root_dir or ".")
             given.ckpt_path = choose_checkpoint(given.ckpt_path, root, training=subcommand == "fit")
         seed = given.get("seed_everything")

@@ -42,6 +42,9 @@ class PlanCLI(AlignmentCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options of the plan, beside those of a run."""
         super().add_arguments_to_parser(parser)
+        # A run's config.yaml has the arguments of `Trainer.fit` too, which change nothing of what a run takes.
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="as of fit; plans are of any step")
+        parser.add_argument("--weights_only", type=bool | None, default=None, help="as of fit; no file is read here")
         parser.add_argument("--gpus", type=int | None, default=None, help="plan for so many GPUs")
         parser.add_argument("--memory", type=float | None, default=None, help="GB (10^9 bytes) of each; null = of this")
         parser.add_argument("--tflops", type=float | None, default=None, help="10^12 operations a second of each")

@@ -15,7 +15,7 @@ from lit_rlhf.models.fingerprints import fingerprint
 from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.policy import Policy, Scorer
-from lit_rlhf.models.weight_checks import has_score_head
+from lit_rlhf.models.weight_checks import check_special_tokens, has_score_head
 
 START = "start"  # the adapter that a run started from, where another learns on top of it
 
@@ -100,7 +100,9 @@ def load_start(network: Policy | Scorer, adapters: Adapters, start: SavedAdapter
     with named_by(start.name):
         adapters.load(place, config, weights, trained)
     with suppress(OSError):  # there need not be one
-        network.model.generation_config = GenerationConfig.from_pretrained(resolve(start.name))
+        generation = GenerationConfig.from_pretrained(resolve(start.name))
+        check_special_tokens(network.model.config, generation, start.name)
+        network.model.generation_config = generation
 
 
 def set_head(scorer: Scorer, weight: Tensor, bias: float | None) -> None:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from lit_rlhf.errors import UserError, one_line
 
 MOST_LAYERS = 10_000
+LISTS = dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), "a list of ids")  # of tokens that are never written
 
 
 def check_labels(config: PretrainedConfig, num_labels: int, name: str | Path) -> None:
@@ -45,14 +46,18 @@ def check_sizes(config: PretrainedConfig, name: str | Path) -> None:
 
 
 def check_special_tokens(config: PretrainedConfig, generation: GenerationConfig | None, name: str | Path) -> None:
-    """Refuse special tokens that the model has no embedding for: nothing could read, write or stop at them."""
+    """Refuse special tokens that are no ids of what the model embeds: nothing could read, write or stop at them."""
     text = config.get_text_config()
     for file, holder in (("config.json", text), ("generation_config.json", generation)):
-        for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        for key in ("eos_token_id", "pad_token_id", "bos_token_id", *LISTS):
             given = getattr(holder, key, None)
-            ids = given if isinstance(given, list | tuple) else [given]
+            ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
+            if not all(type(token) is int for token in ids):
+                raise UserError(
+                    f"{name}: {key} ({one_line(repr(given))}) in {file} must be {LISTS.get(key, 'an id, or a list')}"
+                )
             least = 0 if key == "eos_token_id" else -1  # some write -1 for a pad token that is none
-            beyond = [token for token in ids if isinstance(token, int) and not least <= token < text.vocab_size]
+            beyond = [token for token in ids if key not in LISTS and not least <= token < text.vocab_size]
             if beyond:
                 raise UserError(
                     f"{name}: {key} {beyond[0]} in {file} is no id of the model, which embeds {text.vocab_size} (0 to "

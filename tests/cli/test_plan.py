@@ -20,6 +20,18 @@ def test_each_config_has_a_plan(config, workdir, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_config_that_a_run_writes_has_a_plan_wherever_its_checkpoint_is(workdir, tmp_path, monkeypatch, capsys):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    assert run("fit", "--config", config, "--print_config") == 0
+    written = capsys.readouterr().out
+    assert "\nckpt_path: null\n" in written and "weights_only: null" in written
+    (tmp_path / "config.yaml").write_text(written.replace("ckpt_path: null", "ckpt_path: gone.ckpt"))
+    assert run("plan", "--config", tmp_path / "config.yaml") == 0, capsys.readouterr().err
+    assert "it fits into" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_what_does_not_fit_is_told_with_what_would_take_less(workdir, monkeypatch, capsys):
     config = Path("configs/sft.yaml").absolute()
     monkeypatch.chdir(workdir)

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -201,6 +202,15 @@ def test_special_tokens_beyond_the_vocabulary_are_refused_by_file_and_name(key, 
     given = [2, 9999] if key == "eos_token_id" else 9999
     with pytest.raises(UserError, match=rf"{key} 9999 in {file} is no id of the model, which embeds 40 \(0 to 39\)"):
         load_policy(changed(file=file, **{key: given}), from_scratch)
+
+
+@pytest.mark.parametrize("value", ["x", [[3]], {}, 3.0, True, {"suppress_tokens": [1, "a"]}])
+def test_special_tokens_that_are_no_ids_are_refused_by_file_and_name(value, changed):
+    values = value if isinstance(value, dict) and value else {"eos_token_id": value}
+    ((key, given),) = values.items()
+    said = rf"{key} \({re.escape(repr(given))}\) in generation_config.json must be (an id, or a list|a list of ids)"
+    with pytest.raises(UserError, match=said):
+        load_policy(changed(file="generation_config.json", **values))
 
 
 def test_no_pad_token_as_llama_says_it_is_none(changed):

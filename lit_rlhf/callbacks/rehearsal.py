@@ -16,9 +16,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lit_rlhf.algorithms.dpo import DPO
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.callbacks.memory import Held, buffers, held_roles
-from lit_rlhf.callbacks.performance import matrix_weights, roles, step_flops
+from lit_rlhf.callbacks.performance import forward_flops, matrix_weights, roles, step_flops
 from lit_rlhf.data.batches import NoBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.heaviest import heaviest
@@ -82,6 +83,8 @@ class Phases(Callback):
         self.tokens = batch.packed.input_ids.numel()
         learning = [n for n in roles(pl_module) if any(p.requires_grad for p in n.parameters())]
         flops = [step_flops(n, batch.packed, matrix_weights(n), matrix_weights(n, frozen=True)) for n in learning]
+        if isinstance(pl_module, DPO) and not (pl_module.cache_reference or pl_module.reference_free):
+            flops.append(forward_flops(pl_module.policy, batch.packed, matrix_weights(pl_module.policy)))
         self.flops = float(sum(map(float, flops)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

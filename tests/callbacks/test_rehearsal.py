@@ -42,6 +42,11 @@ def test_a_run_takes_what_was_planned(stage, lora, inputs, tmp_path):
     assert plan.flops > 0 < plan.micro_batches
 
 
+def test_a_reference_that_reads_every_step_takes_a_third_of_what_learning_takes(inputs):
+    with_reference, without = (planned("dpo", inputs, reference_free=free).flops for free in (False, True))
+    assert with_reference == pytest.approx(without * 4 / 3)
+
+
 def test_phases_come_in_their_order(inputs):
     phases = ["load", "start", "rollout", "scoring", "training step", "optimiser step", "between steps"]
     assert [phase for phase in planned("ppo", inputs).peaks if phase != "reward"] == phases

@@ -1,8 +1,8 @@
 """Signals that end a run, obeyed where nothing is half done.
 
-SIGTERM (Slurm, Kubernetes, `timeout`) and SIGINT (Ctrl-C) raise `Stop` where they meet the program; while it defers
-them they are noted, until it comes to a moment at which it can stop. `SIGNALS` serves the process, whose signals are
-one.
+SIGTERM (Slurm, Kubernetes, `timeout`), SIGINT (Ctrl-C), SIGHUP (terminal or SSH closed; `nohup` has it ignored) and
+SIGXCPU (a limit of CPU time) raise `Stop` where they meet the program; while it defers them they are noted, until it
+comes to a moment at which it can stop. `SIGNALS` serves the process, whose signals are one.
 """
 
 import _thread
@@ -12,14 +12,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-ENDING = (signal.SIGTERM, signal.SIGINT)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
+# What they mean to a forked process (a worker): those that a terminal sends to all of a group are for its parent.
+IN_FORKS: dict[int, Any] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: signal.SIG_IGN,
+    signal.SIGHUP: signal.SIG_IGN,
+    signal.SIGXCPU: signal.SIG_DFL,
+}
 SECONDS_APART = 0.5  # of a second Ctrl-C from the first; nearer ones are one, which terminal and torchrun both hand on
 STOPPING = "stopping after this step; Ctrl-C again ends the run at once, without a checkpoint"
 
@@ -54,12 +61,14 @@ class Listener:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         if os.getpid() != self.process:
-            if number == signal.SIGTERM:  # before `Fork.child`
+            if IN_FORKS.get(number) == signal.SIG_DFL:  # before `Fork.child`
                 die_of(number)
         elif number in self.deferred:
             self.waiting.append(number)
         elif not self.received:
             self.received, self.since = number, time.monotonic()
+            if number == signal.SIGHUP:
+                leave_terminal()
             if not self.deferring:
                 raise Stop(number)
             if number == signal.SIGINT and not getattr(
@@ -130,6 +139,19 @@ class Listener:
             raise Stop(asked)
 
 
+def leave_terminal() -> None:
+    """Write on to nowhere where the terminal is gone: a line that could not be printed would end the run at once."""
+    for output in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # no file of the system's
+            descriptor = output.fileno()
+            try:
+                os.write(descriptor, b"")
+            except OSError:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
 def die_of(number: int) -> None:
     """End the process by a signal, as if it had no handler."""
     signal.signal(number, signal.SIG_DFL)
@@ -137,7 +159,7 @@ def die_of(number: int) -> None:
 
 
 class Fork(threading.local):
-    """Has processes that are forked (workers) die of SIGTERM, and leave Ctrl-C to their parent.
+    """Has processes that are forked (workers) die of SIGTERM, and leave Ctrl-C and SIGHUP to their parent.
 
     A handler would not do: Python forgets what meets the child before it is one, and a worker that is sent home as it
     begins to wait for a lock would wait for ever. So the system keeps signals back until the child is ready.
@@ -164,7 +186,7 @@ class Fork(threading.local):
 
     def child(self) -> None:
         """In the child."""
-        for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.SIG_IGN)):
+        for number, handler in IN_FORKS.items():
             if isinstance(listener := signal.getsignal(number), Listener):
                 signal.signal(number, handler)
                 listener.__dict__.update(vars(Listener()))

@@ -44,7 +44,9 @@ def beside_a_rank_that_got(number):
     return SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device="cpu", reduce=reduce))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGXCPU, 152)]
+)
 def test_a_signal_stops_the_program_where_it_meets_it_with_the_status_that_a_shell_would_give(listener, number, status):
     with pytest.raises(Stop, match=number.name) as stop:
         os.kill(os.getpid(), number)
@@ -98,8 +100,12 @@ def test_a_process_that_was_forked_listens_no_longer_but_dies_of_sigterm_and_lea
     listener.deferring = True
     child = os.fork()
     if not child:
-        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-        os._exit(handlers == [signal.SIG_DFL, signal.SIG_IGN] and not listener.deferring and listener.process is None)
+        handlers = [signal.getsignal(number) for number in signals.ENDING]
+        os._exit(
+            handlers == [*signals.IN_FORKS.values()] == [signal.SIG_DFL, signal.SIG_IGN, signal.SIG_IGN, 0]
+            and not listener.deferring
+            and listener.process is None
+        )
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert all(signal.getsignal(number) is listener for number in signals.ENDING)
 
@@ -126,21 +132,37 @@ def test_a_child_that_is_sent_home_while_it_is_forked_dies(listener):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize(("number", "dies"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
+@pytest.mark.parametrize(
+    ("number", "dies"),
+    [(signal.SIGTERM, True), (signal.SIGINT, False), (signal.SIGHUP, False), (signal.SIGXCPU, True)],
+)
 def test_a_process_that_was_just_forked_obeys_its_parent_too(listener, died_of, number, dies):
     listener.process = os.getpid() + 1  # the one that listened
     os.kill(os.getpid(), number)
     assert (died_of == [number]) == dies and listener.received == 0
 
 
-def test_a_signal_that_is_ignored_stays_ignored_as_of_a_script_in_the_background():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_ignored_as_of_a_script_in_the_background_or_by_nohup(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with Listener().listening():
-            os.kill(os.getpid(), signal.SIGINT)
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_a_run_prints_on_to_nowhere_once_its_terminal_is_gone(listener, monkeypatch):
+    master, terminal = os.openpty()
+    with open(terminal, "wb", buffering=0) as output:
+        monkeypatch.setattr(sys, "stderr", output)
+        os.close(master)
+        with pytest.raises(OSError, match="Input/output error"):
+            output.write(b"a line")
+        with pytest.raises(Stop, match="SIGHUP"):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert output.write(b"a line") == 6
 
 
 def test_the_handlers_are_those_of_before_once_it_listens_no_more():

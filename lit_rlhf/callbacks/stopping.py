@@ -14,8 +14,9 @@ NAME = "stopped.ckpt"
 
 
 class GracefulStop(Callback):
-    """On SIGTERM and SIGINT (Ctrl-C) write `stopped.ckpt` into the run's folder and end with `Stop`, on all ranks.
+    """On a signal write `stopped.ckpt` into the run's folder and end with `Stop`, on all ranks.
 
+    The signals are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is closed) and SIGXCPU (a limit of CPU time).
     `fit` ends after the optimiser step under way or, as one process, in the midst of a rollout or a validation, which
     the resumed run does anew; it goes on to the same bits. A second Ctrl-C ends it at once. Slurm's requeueing
     (SIGUSR1) is Lightning's, put off to such a moment. Where the Trainer keeps no checkpoints, none is written here.

@@ -49,7 +49,9 @@ def test_more_processes_than_a_cpu_has_cores_are_refused_before_any_starts(monke
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGXCPU, 152)]
+)
 def test_a_run_that_a_signal_ends_says_how_it_goes_on(workdir, monkeypatch, capsys, number, status):
     config = Path("configs/sft.yaml").absolute()
     monkeypatch.chdir(workdir)

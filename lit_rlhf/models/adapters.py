@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_rlhf.errors import UserError, named_by, require, require_types
 
 ALL_LINEAR = "all-linear"
+PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 MOST_RANK = 2**16  # no layer is as wide
 
 
@@ -34,8 +35,8 @@ class LoRA:
         alpha: with r, the factor on B A.
         dropout: of what A is given, in training; for SFT and RewardModel alone, since PPO's ratio and DPO's log-ratio
             compare two passes of one network. The responses of a pair share it in the prompt that they share.
-        target_modules: the layers, by the ends of their names, or by a regular expression of whole names; all-linear =
-            every linear layer but the head.
+        target_modules: the layers, by the end of their name or a list of ends, or by a regular expression of whole
+            names; all-linear = every linear layer but the head.
         exclude_modules: layers among them that get none, likewise.
         use_rslora: the factor is alpha / √r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         use_dora: learn magnitudes of the columns apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
@@ -72,6 +73,10 @@ class LoRA:
             for pattern in [given] if isinstance(given, str) else given or ():
                 fault = regex_fault(pattern)
                 require(fault is None, f"lora.{option}", pattern, f"a name or a regular expression ({fault})")
+        for option in ("target_modules", "exclude_modules"):
+            given = getattr(self, option)
+            if isinstance(given, str) and PLAIN_NAME.fullmatch(given):  # of which PEFT would make a pattern
+                object.__setattr__(self, option, [given])
 
     def config(self, base: str, scores: bool) -> Any:
         """The same as PEFT's `LoraConfig`.
@@ -299,9 +304,13 @@ def require_layers(model: nn.Module, config: Any) -> None:
         if given is None or (isinstance(given, str) and given.lower() == ALL_LINEAR):
             continue
         if isinstance(given, str):
-            missing = [] if any(re.fullmatch(given, name) for name in names) else [given]
-        else:
-            missing = [end for end in given if not any(name == end or name.endswith(f".{end}") for name in names)]
+            if not any(re.fullmatch(given, name) for name in names):
+                raise UserError(
+                    f"lora.{option}: {given} is read as a regular expression of whole names and matches none, such as "
+                    f"{next(iter(names), 'none')}; a list names layers by the ends of their names"
+                )
+            continue
+        missing = [end for end in given if not any(name == end or name.endswith(f".{end}") for name in names)]
         refuse_missing(f"lora.{option}", missing, names)
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, option) or {}

@@ -148,7 +148,6 @@ def test_settings_that_mean_nothing_are_refused_by_their_name(option, value):
     "given",
     [
         {"target_modules": ["q_proj", "query"]},
-        {"target_modules": ".*query"},
         {"exclude_modules": ["query"]},
         {"rank_pattern": {"query": 2}},
         {"alpha_pattern": {"query": 2.0}},
@@ -229,3 +228,16 @@ def test_a_policy_that_a_user_has_given_adapters_acts_as_before():
 
 def test_lora_is_plain_settings():
     assert dataclasses.asdict(LoRA(r=4, target_modules=["q_proj"]))["target_modules"] == ["q_proj"]
+
+
+def test_one_plain_name_names_layers_by_its_end_as_a_list_of_one_does():
+    for option in ("target_modules", "exclude_modules"):
+        for name in ("q_proj", "self_attn.q_proj"):
+            assert getattr(LoRA(**{option: name}), option) == [name]
+        assert getattr(LoRA(**{option: r".*\.q_proj"}), option) == r".*\.q_proj"
+    assert LoRA(target_modules="all-linear").target_modules == "all-linear"
+    assert {name.rpartition(".")[2] for name in adapted_policy(target_modules="q_proj").adapters.layers} == {"q_proj"}
+    with pytest.raises(
+        UserError, match=r"lora.target_modules: q\|v is read as a regular expression of whole names and"
+    ):
+        adapted_policy(target_modules="q|v")

@@ -44,7 +44,7 @@ from lit_rlhf.cli.mistakes import (
     refused_option,
     users_mistake,
 )
-from lit_rlhf.cli.parser import Parser, Program
+from lit_rlhf.cli.parser import Parser, Program, with_bare_flags
 from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.cli.terminal import leave_to_the_run, log_above_bars, quiet_libraries
 from lit_rlhf.cli.values import wrong_values
@@ -227,7 +227,7 @@ def main(args: Sequence[str] | None = None) -> None:
     log_above_bars()
     if str(Path.cwd()) not in sys.path:  # a user's own functions are found here, as with `python -m lit_rlhf`
         sys.path.insert(0, str(Path.cwd()))
-    Parser.typed = argv
+    Parser.begin(argv)
     with SIGNALS.listening():
         try:
             command(argv, from_shell=args is None)
@@ -262,7 +262,7 @@ def command(argv: list[str], from_shell: bool) -> None:
     elif argv[0] in PROGRAMS:
         program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
         about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
-        auto_cli(program, args=argv[1:], as_positional=False, parser_class=Program, **about)
+        auto_cli(program, args=with_bare_flags(program, argv[1:]), as_positional=False, parser_class=Program, **about)
     else:
         run(None if from_shell else argv)  # LightningCLI warns when it is handed the process's own arguments
 
@@ -281,7 +281,7 @@ def runs() -> dict[str, str]:
 def run(argv: list[str] | None) -> Any:
     """One LightningCLI run; None reads the process's own arguments."""
     if argv is not None:
-        Parser.typed = argv
+        Parser.begin(argv)
     described = {"description": DESCRIPTION, **{name: {"description": said} for name, said in runs().items()}}
     return make_cli(AlignmentCLI, "lit-rlhf", described, save_config_callback=WholeConfig, args=argv)
 

@@ -6,9 +6,10 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import chdir
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, get_args
 
 import yaml
 from jsonargparse import auto_cli
@@ -19,9 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_rlhf.cli.commands import did_you_mean
 from lit_rlhf.cli.mistakes import LONGEST
 from lit_rlhf.cli.ranks import tell
+from lit_rlhf.cli.unknown_options import class_of, option_paths, settings_in, whereabouts
 from lit_rlhf.cli.wording import OPTION, wrong_value
-from lit_rlhf.cli.yaml_files import place_of_option, places
-from lit_rlhf.errors import UserError, one_line
+from lit_rlhf.cli.yaml_files import place_of_option, places, typed_places
+from lit_rlhf.errors import UserError, hints_of, one_line
 
 # jsonargparse lists every type that a value failed to be, and repeats the whole value.
 NOISE = (
@@ -63,8 +65,22 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    folder: ClassVar[Path] = Path()  # that it was typed in; jsonargparse reads a config from within the config's own
+
+    @classmethod
+    def begin(cls, argv: list[str]) -> None:
+        """Note a command line that is about to be parsed, for what is to be said of it."""
+        cls.typed, cls.folder = argv, Path.cwd()
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and where to look; exit with status 2."""
+        with chdir(self.folder):
+            said, hint = self.answer(message), self.hint
+        tell(f"error: {one_line(said, LONGEST)}\n{hint}")
+        raise SystemExit(2)
+
+    def answer(self, message: str) -> str:
+        """What to say in place of what jsonargparse says."""
         lines = [line for line in message.splitlines() if not line.strip().startswith(NOISE) and line.strip()]
         said = "\n".join(lines)
         if unknown := UNKNOWN.search(message):
@@ -76,7 +92,10 @@ class Parser(LightningArgumentParser):
             said = f"{option}{absent[0]}{did_you_mean(absent[2], dir(sys.modules.get(absent[1])))}"
         elif no_path := NO_PATH.search(message):
             option, given = no_path.groups()
-            said = f"{self.as_typed(option, given)}: expected an import path, got {given}{nearest_path(option, given)}"
+            settings = settings_in(message)
+            wanted = f"a mapping of options, such as '{settings}', or null" if settings else "an import path"
+            near = "" if settings else nearest_path(option, given)
+            said = f"{self.as_typed(option, given)}: expected {wanted}, got {given}{near}"
         elif no_mapping := NO_MAPPING.search(message):
             option, given = no_mapping.groups()
             wanted = "expected a mapping, or a YAML file that holds one"
@@ -96,22 +115,21 @@ class Parser(LightningArgumentParser):
             name = required[1].removeprefix("fit.")
             owner = class_with(name, self.typed)
             said = f"{owner}{name} is missing: give it by the option of that name, or in a config"
-        tell(f"error: {one_line(said, LONGEST)}\n{self.hint}")
-        raise SystemExit(2)
+        return said
 
     @property
     def hint(self) -> str:
         """Where all options are to be seen."""
-        model = f"lit-rlhf fit --model.help {self.model_in_use() or EXAMPLES['model']}"
+        model = f"lit-rlhf fit --model.help {self.in_use('model') or EXAMPLES['model']}"
         return f"For all options: lit-rlhf fit --help, {model}, lit-rlhf compare --help"
 
-    def model_in_use(self) -> str | None:
-        """Class path of the model that the command line, or a YAML which it names, is about; None if there is none."""
+    def in_use(self, part: str) -> str | None:
+        """Class path of the model or the data that the command line, or a YAML which it names, is about, if any."""
         typed = "\n".join(self.typed)
         yamls = [Path(name) for name in re.findall(r"^(?:--config|-c)[=\n](.+)$", typed, re.M)]
         texts = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in yamls if file.is_file())
-        named = re.search(r"^--model[=\n]([\w.]+)$", typed, re.M)
-        named = named or re.search(r"^model:\s+class_path: *([\w.]+)", texts, re.M)
+        named = re.search(rf"^--{part}[=\n]([\w.]+)$", typed, re.M)
+        named = named or re.search(rf"^{part}:\s+class_path: *([\w.]+)", texts, re.M)
         module, _, name = named[1].rpartition(".") if named else ("", "", "")
         return f"{module}.{name}" if hasattr(sys.modules.get(module), name) else None
 
@@ -124,14 +142,18 @@ class Parser(LightningArgumentParser):
         owner = full.lstrip("-").split(".")[0]
         if owner in EXAMPLES and "." in full and not any(arg.startswith(CLASS_GIVEN) for arg in self.typed):
             return f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={EXAMPLES[owner]}"
-        model = self.model_in_use()
+        model = self.in_use("model")
         if owner == "model" and model and is_base(pkgutil.resolve_name(model)):
             return f"{full}: {model} is a base that others stand on, not a method; name one, such as lit_rlhf.DPO"
         names = option_names(self, model)
-        last, first = name.split(".")[-1], name.split(".")[0]
-        near = did_you_mean(first if last in names else last, names | {"model", "data", "trainer"}, cutoff=0.7)
-        if last == full.lstrip("-") and last in names:  # it is elsewhere
+        kinds = {"trainer": Trainer, "model": class_of(model), "data": class_of(self.in_use("data"))}
+        last, first = name.split(".")[-1], full.lstrip("-").split(".")[0]
+        near = ""
+        if "." in full and first not in kinds:  # a part that there is not
+            near = did_you_mean(first, {*kinds, *names}, cutoff=0.7)
+        elif last == full.lstrip("-") and last in names:  # it is elsewhere
             near = f"; {last} is an option of a part: write it below model, data or trainer"
+        near = near or whereabouts(full, option_paths(kinds), names)
         return f"{f'{place.file}, line {place.line}: ' if place else ''}there is no option {full}{near}"
 
     def python_file(self, message: str) -> tuple[str, str] | None:
@@ -145,23 +167,28 @@ class Parser(LightningArgumentParser):
         return None
 
     @classmethod
-    def typed_option(cls, name: str) -> str | None:
-        """An option as it stands on the command line, if it does."""
-        given = (arg.split("=")[0] for arg in cls.typed)
-        return next((option for option in given if option.replace(".init_args", "").endswith(name)), None)
+    def typed_option(cls, name: str, value: str | None = None) -> str | None:
+        """An option as it stands on the command line, perhaps in a mapping; of several as of `place_of_option`."""
+        ends = f".{name}"
+        found = [
+            given
+            for given in typed_places(cls.typed)
+            if given[0].replace("--", ".").replace(".init_args", "").endswith(ends)
+        ]
+        alike = [given for given in found if value is not None and given[1] == value]
+        return (alike or found)[-1][0] if found else None
 
     @classmethod
     def naming(cls, path: str) -> str:
         """The option that names an import path, as the start of a message; empty if none is found that does."""
-        typed = [arg.partition("=")[0] for arg in cls.typed if arg.partition("=")[2] == path]
-        typed += [name for name, value in pairwise(cls.typed) if value == path and name.startswith("--")]
+        typed = [option for option, value in typed_places(cls.typed) if value == path]
         found = typed or [str(place) for place in places(cls.typed) if place.value == path]
         return f"{found[0]}: " if found else ""
 
     @classmethod
     def as_typed(cls, name: str, value: str | None = None) -> str:
         """An option as it stands on the command line, or its place in a config; by its own name where it is in none."""
-        return cls.typed_option(name) or str(place_of_option(cls.typed, name, value) or name)
+        return cls.typed_option(name, value) or str(place_of_option(cls.typed, name, value) or name)
 
 
 class Program(Parser):
@@ -171,6 +198,15 @@ class Program(Parser):
     def hint(self) -> str:
         """Where all options are to be seen."""
         return f"For all options: {self.prog} --help"
+
+
+def with_bare_flags(function: Callable[..., Any], argv: Sequence[str]) -> list[str]:
+    """A command line on which `--merge` alone, where it is true or false, says true."""
+    flags = {f"--{name}" for name, hint in hints_of(function).items() if bool in (hint, *get_args(hint))}
+    return [
+        f"{argument}=true" if argument in flags and after.startswith("-") else argument
+        for argument, after in pairwise([*argv, "--"])
+    ]
 
 
 def command(function: Callable[..., None]) -> None:

@@ -50,8 +50,10 @@ def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str
     words.sort(key=lambda word: word == "null")  # last, as an afterthought
     if option.endswith(("model", "data")) and words[0].startswith("the import path of a subclass"):
         words = words[:1]  # jsonargparse lets a class be null
+    if missing := NO_MODULE.search(message):
+        named = re.search(r"given class_path '([\w.]+)'", message)
+        shown = named[1] if named else shown
     wanted = ", or ".join(words).format(value.strip("[](), "))
-    missing = NO_MODULE.search(message)
     why = f"; there is no module {missing[1]} in the current folder or among what is installed" if missing else ""
     return f"{option}: expected {wanted}, got {shown}{why}" if wanted else None
 
@@ -70,7 +72,7 @@ def expectations(message: str) -> list[str]:
             words.append("the import path of a function")
         else:
             words.append(f"the import path of a subclass of {found['kind'] or found['base']}")
-    if "import path" in message and not any("import path" in word for word in words):
+    if ("import path" in message or "class_path" in message) and not any("import path" in word for word in words):
         for types in SUBTYPES.findall(message):
             words += [
                 f"the import path of a subclass of {kind}" for kind in re.findall(r"<class '(?:\w+\.)+(\w+)'>", types)

@@ -63,6 +63,9 @@ def check_configs(argv: Sequence[str], commands: Sequence[str], parts: Collectio
     Raises:
         UserError: with file and line.
     """
+    for argument, following in pairwise([*argv, "-"]):
+        if argument in ("-c=", "--config=") or (argument in ("-c", "--config") and not following.strip()):
+            raise UserError("--config: expected the name of a YAML file, got empty text")
     command = next((number for number, argument in enumerate(argv) if argument in commands), len(argv))
     ahead = config_files(argv[:command])
     for file in config_files(argv):
@@ -95,6 +98,23 @@ def places(argv: Sequence[str]) -> Iterator[Place]:
         except UserError:
             continue  # has been told, or is being told
         yield from _places(tree, file, ())
+
+
+def typed_places(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Each option of a command line, those of mappings that are written out there too, and its value as in `Place`."""
+    for argument, following in pairwise([*argv, ""]):
+        option, _, value = argument.partition("=")
+        if not option.startswith("--"):
+            continue
+        value = value if "=" in argument else following
+        yield option, value
+        try:
+            tree = yaml.compose(value, Loader=LOADER) if value.startswith(("{", "[")) else None
+        except (yaml.YAMLError, RecursionError):
+            continue  # is answered as what it is not
+        for part in tree.value if isinstance(tree, SequenceNode) else [tree]:
+            if isinstance(part, MappingNode):
+                yield from ((place.option, place.value) for place in _places(part, Path(), (option,)))
 
 
 def place_of_option(argv: Sequence[str], name: str, value: str | None = None) -> Place | None:
@@ -201,6 +221,7 @@ def _check(node: Node, file: Path, path: tuple[str, ...]) -> None:
     if isinstance(node, SequenceNode):
         for part in node.value:
             _check(part, file, path)
+            _require_class(part, file, path)
     if not isinstance(node, MappingNode):
         return
     lines: dict[str, int] = {}
@@ -216,6 +237,17 @@ def _check(node: Node, file: Path, path: tuple[str, ...]) -> None:
             raise UserError(f"{file}, line {line}, {key.value}: expected a mapping or a value, found a list")
     if "class_path" in lines or (len(path) == 1 and path[0] in PARTS):
         _check_class({key.value: value for key, value in node.value}, lines, file, path)
+
+
+def _require_class(part: Node, file: Path, path: tuple[str, ...]) -> None:
+    """Refuse arguments of no class in a list, whose parts are whole."""
+    names = {key.value: key.start_mark.line + 1 for key, _ in part.value} if isinstance(part, MappingNode) else {}
+    if "init_args" in names and not names.keys() & {"class_path", "<<"}:
+        option = ".".join(step for step in path if step != "init_args")
+        raise UserError(
+            f"{file}, line {names['init_args']}, {option}: init_args stand without a class_path; name the class above "
+            "them"
+        )
 
 
 def _require_mapping(key: Node, value: Node, file: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import credit_assignment, curves, frontier, optimality
 from lit_rlhf.cli.main import main
-from lit_rlhf.cli.parser import command
+from lit_rlhf.cli.parser import command, with_bare_flags
 
 ARGUMENTS = {  # program and arguments -> words of the answer
     (optimality.main, "--problems", "trap"): "problems: expected a list, '[trap]', got trap\nFor all options: ",
@@ -140,3 +140,16 @@ def test_an_option_of_a_base_class_is_answered_with_a_class_to_name(capsys, monk
         main()
     said = f"error: --model.policy: {base} is a base that others stand on, not a method; name one, such as lit_rlhf.DPO"
     assert capsys.readouterr().err.splitlines()[0] == said
+
+
+def test_a_bare_flag_of_a_program_says_true():
+    def program(name: str, merge: bool | None = None, force: bool = False) -> None: ...
+
+    assert with_bare_flags(program, ["--merge", "--name", "x", "--force"]) == [
+        "--merge=true",
+        "--name",
+        "x",
+        "--force=true",
+    ]
+    for argv in (["--merge", "false"], ["--merge=false", "--name=y"], []):
+        assert with_bare_flags(program, argv) == argv

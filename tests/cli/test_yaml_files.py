@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_rlhf import UserError
-from lit_rlhf.cli.yaml_files import check_configs, config_files, place_of_option, read_tree
+from lit_rlhf.cli.yaml_files import check_configs, config_files, place_of_option, read_tree, typed_places
 from tests.cli.command_line import run
 
 SFT = "model:\n  class_path: lit_rlhf.SFT\n  init_args:\n    policy: model\n"
@@ -160,3 +160,29 @@ def test_a_part_that_there_is_not_is_told_with_its_file_and_line(part, tmp_path,
     assert run("fit", "--config", file) == 2
     said = capsys.readouterr().err.split("error: ")[-1]
     assert said.startswith(f"{file}, line 8: there is no option {part}.lr")
+
+
+def test_arguments_in_a_list_without_their_class_are_refused_by_file_and_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("trainer:\n  callbacks:\n    - init_args: {monitor: val/loss}\n")
+    with pytest.raises(UserError, match=r"c\.yaml, line 3, trainer\.callbacks: init_args stand without a class_path"):
+        check_configs(["fit", f"--config={file}"], ["fit"])
+
+
+@pytest.mark.parametrize("typed", [["--config="], ["--config", ""], ["-c", " "]])
+def test_a_config_without_a_name_is_refused(typed):
+    with pytest.raises(UserError, match=r"^--config: expected the name of a YAML file, got empty text$"):
+        check_configs(["fit", *typed], ["fit"])
+
+
+def test_options_that_are_written_out_in_a_mapping_are_found_with_their_values():
+    argv = ["fit", "--model.lora={r: 4, init_args: {init: x}}", "--a", "[{b: 1}, c]", "--d={", "--e"]
+    assert list(typed_places(argv)) == [
+        ("--model.lora", "{r: 4, init_args: {init: x}}"),
+        ("--model.lora.r", "4"),
+        ("--model.lora.init", "x"),
+        ("--a", "[{b: 1}, c]"),
+        ("--a.b", "1"),
+        ("--d", "{"),
+        ("--e", ""),
+    ]

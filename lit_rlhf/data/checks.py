@@ -134,8 +134,11 @@ TOOLS = {  # of Lightning's, that change what is learnt in a way that these modu
 }
 
 
+LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+
+
 def check_tools(trainer: Any, stage: str) -> None:
-    """Refuse callbacks of Lightning's that would not do what they are for, and a training without a step.
+    """Refuse callbacks of Lightning's that would not do what they are for, and a run that would do nothing.
 
     Raises:
         UserError: with what to use in their place.
@@ -143,6 +146,8 @@ def check_tools(trainer: Any, stage: str) -> None:
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         nothing = stage == "fit" and getattr(trainer, name, None) == 0
         require(not nothing, name, 0, "more than 0, or nothing is learnt; validate, test and predict train nothing")
+    if limit := LIMITS.get(stage):
+        require(getattr(trainer, limit, None) != 0, limit, 0, f"more than 0, or {stage} does nothing")
     for callback in trainer.callbacks:
         for tool, reason in TOOLS.items():
             if isinstance(callback, tool):

@@ -120,6 +120,18 @@ def test_a_finder_of_rates_is_refused_where_it_could_find_none(options, words):
         check_tools(trainer(callbacks=[LearningRateFinder()], **options), "fit")
 
 
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [("validate", "limit_val_batches"), ("test", "limit_test_batches"), ("predict", "limit_predict_batches")],
+)
+def test_a_command_that_would_do_nothing_is_refused_and_training_without_validation_is_not(stage, name):
+    nothing = trainer(**{name: 0})
+    with pytest.raises(UserError, match=rf"{name} \(0\) must be more than 0, or {stage} does nothing"):
+        check_tools(nothing, stage)
+    check_tools(nothing, "fit")
+    check_tools(trainer(**{name: None}), stage)
+
+
 @pytest.mark.parametrize("name", ["max_epochs", "max_steps", "limit_train_batches"])
 def test_a_training_without_a_step_is_refused_and_a_validation_is_not(name):
     check_tools(trainer(**{name: 0}), "validate")

@@ -163,12 +163,19 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def make_folder(folder: Path, option: str) -> None:
-    """Make the folder that an option names: before an hour's work that ends in it, not after it."""
+@contextmanager
+def said_of(option: str, folder: Path) -> Iterator[None]:
+    """Tell what the system says of a folder, whatever that is, by the option that names it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise UserError(f"{option}: {folder.absolute()} cannot be made ({error})") from error
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make the folder that an option names: before an hour's work that ends in it, not after it."""
+    with said_of(option, folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{option}: {folder.absolute()} may not be written to")
 

@@ -14,7 +14,7 @@ from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
 from lit_rlhf.algorithms.lightning_tools import require_steps
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.errors import UserError, require, require_types
-from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, writing_into
+from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, said_of, writing_into
 from lit_rlhf.models.adapter_folders import Origin
 from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.saving import Artefact, write, write_settings
@@ -54,8 +54,9 @@ class HuggingFaceExport(Callback):
             return
         assert isinstance(pl_module, AlignmentModule)
         target = Path(trainer.default_root_dir) / self.folder
-        heal(target)
-        require_replaceable(target)
+        with said_of("export.folder", target):
+            heal(target)
+            require_replaceable(target)
         if self.which == "best" and not monitors(trainer):
             raise UserError(
                 "export.which is best, but no ModelCheckpoint has a monitor, such as val/loss, to tell by: give "
@@ -65,7 +66,8 @@ class HuggingFaceExport(Callback):
         rewards = getattr(getattr(trainer, "datamodule", None), "rewards", None)
         stands_on = [pl_module.stands_on()] + ([rewards.stands_on()] if isinstance(rewards, Rewards) else [])
         require_apart(target, starts_of(pl_module.hparams, made.adapter, stands_on))
-        rehearse(made, target)
+        with said_of("export.folder", target):
+            rehearse(made, target)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on rank 0, also where a checkpoint left nothing to train; all ranks join to collect the weights."""

@@ -1,9 +1,7 @@
 """What of an error a user can mend, in one line: our own words, and those of the libraries that a run stands on."""
 
-import errno
 import linecache
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Mapping
@@ -12,10 +10,10 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lit_rlhf.cli.disk_errors import DISK_ERRORS, disk_error
 from lit_rlhf.errors import UserError, one_line
 from token_mdp import RewardError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR)
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by|exited)")
 BETWEEN = {*sys.stdlib_module_names, "lightning", "torch", "jsonargparse"}  # packages that only do what a config says
 HANDED_BACK = ("estimated_stepping_batches", "clip_gradients")  # where our modules ask Lightning about a config
@@ -26,7 +24,14 @@ SPOKEN_OF = {
     "gpu backend": "accelerator",
     "MPSAccelerator": "accelerator",
 }
-WALL = ("Does not validate against", "Subtypes:", "Expected a <class 'NoneType'>", "Expected a <class 'list'>")
+OTHER_TYPE = re.compile(r"^Import path [\w.]+ does not correspond to a subclass of \w+$")
+WALL = (
+    "Errors:",
+    "Does not validate against",
+    "Subtypes:",
+    "Expected a <class 'NoneType'>",
+    "Expected a <class 'list'>",
+)
 
 
 def users_mistake(error: BaseException | None, root: Path | None = None) -> BaseException | None:
@@ -139,6 +144,7 @@ def refused_argument(message: str) -> UserError:
     first = next((number for number, line in enumerate(lines) if line.startswith("Errors:")), -1) + 1
     last = next((number for number, line in enumerate(lines) if line.startswith("Given value")), len(lines))
     said = [line for line in lines[first:last] if line and not line.startswith(WALL)]
+    said = [line for line in said if not OTHER_TYPE.search(line)] or said  # of a value that could be of several
     return UserError(f"{what[1] if what else 'an argument'}: {one_line(' '.join(said), LONGEST)}")
 
 
@@ -150,11 +156,3 @@ def missing_package(message: str) -> UserError | None:
     wanted = re.search(r"class_path '([\w.]+)'", message)
     needs = f"{wanted[1]} needs a package that" if wanted else "a package"
     return UserError(f"{needs} is not installed: pip install '{missing[1]}'")
-
-
-def disk_error(error: OSError, root: Path) -> str:
-    """What a disk would not do, and to which file; to those of which run, where a library leaves the file out."""
-    if error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    free = shutil.disk_usage(root).free / 2**20
-    return f"{error.strerror}, while files of {root.absolute()} were written; {free:.0f} MB are free there"

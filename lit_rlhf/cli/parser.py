@@ -100,11 +100,11 @@ class Parser(LightningArgumentParser):
             option, given = no_mapping.groups()
             wanted = "expected a mapping, or a YAML file that holds one"
             said = f"{self.as_typed(option)}: {wanted}, got {given or 'empty text'}"
-        elif UNNAMED in message:
-            said = f"--config: {message.partition(': ')[2].replace(UNNAMED, 'in ')}; name a file, or write YAML"
         elif file := self.python_file(message):
             option, name = file
             said = f"{option}: expected an import path, such as {Path(name).stem}.score, got the file {name}"
+        elif UNNAMED in message:
+            said = f"--config: {message.partition(': ')[2].replace(UNNAMED, 'in ')}; name a file, or write YAML"
         elif wrong := wrong_value(message, self.as_typed):
             said = wrong
         elif "No module named" in message:

@@ -127,10 +127,12 @@ def load_scorer(
     trained = has_score_head(architectures) or (start is not None and start.scores)
     fresh_head = not trained if fresh_head is None else fresh_head
     if not fresh_head and not trained:
-        raise UserError(
-            f"{name} holds no trained reward head: its config names {architectures}. Where one is to be trained, set "
-            "model.fresh_head: null"
-        )
+        remedy = "Where one is to be trained, set model.fresh_head: null"
+        if not learns:
+            remedy = "Train a reward model first (lit_rlhf.RewardModel), and name the folder that it exports"
+        elif role == "critic":
+            remedy = "Name a reward model, or set model.critic: null to start from the policy"
+        raise UserError(f"{name} holds no trained reward head: its config names {architectures}. {remedy}")
     if model.__dict__.get("uncut") is not None:
         model.score.to(model.__dict__["uncut"])
     if fresh_head:

@@ -199,3 +199,13 @@ def test_an_export_loads_in_transformers_and_a_failing_one_leaves_the_old_one(in
         export(module, weights, target)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     AutoModelForCausalLM.from_pretrained(target)
+
+
+@pytest.mark.parametrize("folder", ["a_file/model", "m" * 300])
+def test_a_folder_that_cannot_be_made_is_told_by_option_and_path_before_training(inputs, tmp_path, folder):
+    (tmp_path / "a_file").touch()
+    module, data = make_stage("sft", inputs)
+    trainer = make_trainer(tmp_path, callbacks=[HuggingFaceExport(folder=folder)], max_steps=1)
+    with pytest.raises(UserError, match=rf"^export\.folder: {tmp_path}/{folder} cannot be made \("):
+        trainer.fit(module, data)
+    assert trainer.global_step == 0

@@ -73,6 +73,10 @@ def test_a_file_in_place_of_an_import_path_is_told_as_such(tmp_path, monkeypatch
     config = Path("configs/ppo.yaml").absolute()
     monkeypatch.chdir(tmp_path)
     Path("score.py").write_text("def f(prompts, responses): return [0.0] * len(responses)\n")
+    Path("typed.py").write_text("def f(prompts: list) -> list: return {'a': 1}\n")
+    assert run("fit", "--config", config, "--data.reward=typed.py") == 2  # which YAML makes something else of
+    told = "error: --data.reward: expected an import path, such as typed.score, got the file typed.py"
+    assert capsys.readouterr().err.splitlines()[0] == told
     assert run("fit", "--config", config, "--data.reward=./score.py") == 2
     told = "error: --data.reward: expected an import path, such as score.score, got the file ./score.py"
     assert capsys.readouterr().err.splitlines()[0] == told

@@ -1,6 +1,5 @@
 """What a user gets wrong is answered by one message."""
 
-import errno
 import importlib.util
 import json
 import shutil
@@ -195,7 +194,11 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
         "target (-6.0) must be more than 0",
     ),
     "no room for a prompt": ("ppo", ["--data.max_new_tokens=256"], "max_new_tokens (256) leaves no room"),
-    "causal LM as reward model": ("ppo", ["--data.reward.init_args.model=runs/sft/model"], "no trained reward head"),
+    "causal LM as reward model": (
+        "ppo",
+        ["--data.reward.init_args.model=runs/sft/model"],
+        "no trained reward head: its config names ['LlamaForCausalLM']. Train a reward model first (lit_rlhf.Reward",
+    ),
     "reward model with another tokenizer": (
         "ppo",
         [*SMALL_PPO, "--data.reward.init_args.model=other_reward_model"],
@@ -310,17 +313,6 @@ def test_a_logger_whose_package_is_missing_is_answered_in_one_line(logger, workd
     )
 
 
-def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback(tmp_path):
-    full = OSError(errno.ENOSPC, "No space left on device", "runs/sft/last.ckpt")
-    wrapped = RuntimeError("while saving")
-    wrapped.__cause__ = full
-    assert str(users_mistake(wrapped)) == "runs/sft/last.ckpt: No space left on device"
-    assert users_mistake(RuntimeError("a mistake of ours")) is None
-    told = str(users_mistake(OSError(errno.ENOSPC, "No space left on device"), tmp_path))  # a library does not name it
-    assert told.startswith(f"No space left on device, while files of {tmp_path} were written; ")
-    assert told.endswith(" MB are free there")
-
-
 def test_what_lightning_refuses_in_words_is_the_users():
     assert str(users_mistake(MisconfigurationException("one\n two"))) == "one two"
 
@@ -332,4 +324,6 @@ def test_what_a_constructor_says_is_taken_out_of_the_wall_around_it():
         "Given value type: <class 'N'>\nGiven value: Namespace(class_path='lit_rlhf.SFT', init_args=Namespace(a=1))"
     )
     assert str(refused_argument(wall)) == "lit_rlhf.SFT: the size (64) is not a multiple of 7"
+    several = wall.replace("  - the", "  - Import path a.B does not correspond to a subclass of C\n  Errors:\n  - the")
+    assert str(refused_argument(several)) == "lit_rlhf.SFT: the size (64) is not a multiple of 7"
     assert str(refused_argument("plain\nwords")) == "an argument: plain words"

@@ -1,0 +1,33 @@
+"""What a disk or file system would not do, in one line."""
+
+import errno
+import os
+
+import pytest
+
+from lit_rlhf.cli.mistakes import users_mistake
+
+
+def test_a_full_disk_is_named_and_an_unknown_failure_keeps_its_traceback(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/sft/last.ckpt")
+    wrapped = RuntimeError("while saving")
+    wrapped.__cause__ = full
+    assert str(users_mistake(wrapped)) == "runs/sft/last.ckpt: No space left on device"
+    assert users_mistake(RuntimeError("a mistake of ours")) is None
+    told = str(users_mistake(OSError(errno.ENOSPC, "No space left on device"), tmp_path))  # a library does not name it
+    assert told.startswith(f"No space left on device, while files of {tmp_path} were written; ")
+    assert told.endswith(" MB are free there")
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EROFS])
+def test_what_a_file_system_would_not_do_is_told_by_the_file(number, tmp_path):
+    file = tmp_path / "a file"
+    file.touch()
+    told = str(users_mistake(OSError(number, os.strerror(number), str(file))))
+    assert told.startswith(f"{file}: {os.strerror(number)}")
+    assert told.endswith(", and is no folder") == (number == errno.EEXIST)
+
+
+def test_a_limit_on_the_size_of_files_is_told_by_what_sets_it(tmp_path):
+    told = str(users_mistake(OSError(errno.EFBIG, "File too large"), tmp_path))
+    assert told.startswith(f"File too large, while files of {tmp_path} were written; `ulimit -f`")

@@ -170,6 +170,12 @@ def said_of(option: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{option}: {folder.absolute()} cannot be made ({error})") from error
+    except UnicodeEncodeError as error:  # the name holds bytes that Python could not read in the system's encoding
+        shown = str(folder.absolute()).encode("utf-8", "backslashreplace").decode()
+        raise UserError(
+            f"{option}: {shown} has letters that this system's encoding lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or "
+            "name another folder"
+        ) from error
 
 
 def make_folder(folder: Path, option: str) -> None:

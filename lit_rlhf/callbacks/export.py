@@ -177,6 +177,8 @@ def rehearse(made: Artefact, target: Path) -> None:
         try:
             aside.mkdir(exist_ok=True)
             write_settings(made, aside)
+        except UnicodeEncodeError:
+            raise  # of the folder's name
         except (ValueError, TypeError) as error:
             raise UserError(f"this config and tokenizer could not be exported at the end: {error}") from error
         finally:

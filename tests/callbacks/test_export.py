@@ -209,3 +209,11 @@ def test_a_folder_that_cannot_be_made_is_told_by_option_and_path_before_training
     with pytest.raises(UserError, match=rf"^export\.folder: {tmp_path}/{folder} cannot be made \("):
         trainer.fit(module, data)
     assert trainer.global_step == 0
+
+
+def test_a_folder_whose_name_the_locale_cannot_read_is_told_by_option_and_path(inputs, tmp_path):
+    module, data = make_stage("sft", inputs)
+    name = "exp\udcc3\udcbc"  # as Python reads an umlaut of UTF-8 under LC_ALL=C
+    trainer = make_trainer(tmp_path, callbacks=[HuggingFaceExport(folder=name)], max_steps=1)
+    with pytest.raises(UserError, match=r"^export\.folder: \S+/exp\\udcc3\\udcbc has letters .* LC_ALL=C\.UTF-8"):
+        trainer.fit(module, data)

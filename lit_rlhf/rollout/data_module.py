@@ -1,18 +1,16 @@
 """The environment side of on-policy training: prompts, reward, slots, lengths."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.batches import NoBatch, PromptBatch, RolloutBatch
+from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.checks import (
     check_tools,
@@ -30,16 +28,14 @@ from lit_rlhf.data.naming import STAGES, Role
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.settings import TokenizationSettings
-from lit_rlhf.errors import UserError, require_alike, require_types
+from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.models.fingerprints import require_same
-from lit_rlhf.models.policy import Policy
-from lit_rlhf.rollout.experience import Experience
-from lit_rlhf.rollout.minibatches import Minibatches, require_room
-from lit_rlhf.rollout.play import Play, RolloutBackend, check_context, make_env
+from lit_rlhf.rollout.loader import RolloutLoader
+from lit_rlhf.rollout.minibatches import Minibatches
+from lit_rlhf.rollout.play import RolloutBackend, check_context
 from lit_rlhf.rollout.rewards import Reward
 from lit_rlhf.rollout.scoring import Rewards
 from lit_rlhf.rollout.settings import RolloutSettings
-from lit_rlhf.signals import SIGNALS
 
 OF_REWARDS = ("reward", "rewards", "reward_weights", "monitors")  # options that `Rewards` checks
 
@@ -174,7 +170,7 @@ class RolloutDataModule(LightningDataModule):
         same = {option: mine for option, mine in here.items() if set(given.get(option, ())) == mine.keys()}
         require_same(given, same, file=file)
 
-    def train_dataloader(self) -> "RolloutLoader":
+    def train_dataloader(self) -> RolloutLoader:
         """One pass over it is one PPO iteration.
 
         Raises:
@@ -262,98 +258,6 @@ class RolloutDataModule(LightningDataModule):
         if not mine.prompt_ids:
             raise UserError(f"{len(self.prompts['train'].prompt_ids)} training prompts are too few for {ranks} ranks")
         return mine
-
-
-class RolloutLoader:
-    """Iterating plays a rollout, hands it to the agent to score, and yields its minibatches.
-
-    Its state is the environment's prompt queue and random state, and the rollout that is being learnt from; one entry
-    per rank.
-    """
-
-    def __init__(self, data: RolloutDataModule) -> None:
-        assert data.trainer is not None
-        self.data = data
-        self.trainer = data.trainer
-        self.agent: Any = data.trainer.lightning_module
-        sizes, self.minibatches = data.settings, data.minibatches()
-        require_room(sizes.rollout_size, self.trainer.num_nodes, sizes.max_new_tokens, self.minibatches.ppo_epochs)
-        self.prompts = data.training_share()
-        policy, tokenizer = cast(Policy, self.agent.policy), cast(PreTrainedTokenizerBase, data.tokenizer)
-        num_slots = min(sizes.num_slots, self.minibatches.num_episodes)
-        limits = (sizes.max_new_tokens, sizes.stop_strings)
-        self.env = make_env(policy, tokenizer, self.prompts, num_slots, *limits, data.rewards)
-        self.env_seed: int | None = sizes.seed + data.trainer.global_rank  # until the first rollout
-        self.env_before: dict[str, Any] | None = None  # the rollout that is being played
-        self.experience: Experience | None = None  # of the iteration under way
-        self.done = 0  # its micro-batches handed out so far
-
-    def __len__(self) -> int:
-        return len(self.minibatches)
-
-    def __iter__(self) -> Iterator[RolloutBatch | NoBatch]:
-        if self.experience is None or self.done == len(self):
-            self.experience, self.done = self.agent.experience(self.play(), self.minibatches), 0
-        for number in range(self.done, len(self)):
-            self.done += 1
-            # After a stop, steps are taken for form's sake (`OnPolicyModule.on_before_optimizer_step`): one episode.
-            yield self.experience.micro_batch(number, self.trainer.world_size, limit=1 if self.agent.stopped else None)
-
-    def play(self) -> Play:
-        """The episodes of an iteration; a run that a signal ends meanwhile plays them anew when it goes on."""
-        self.env_before = None if self.env_seed is not None else self.env.state_dict()
-        rewards, in_precision = self.data.rewards, self.trainer.precision_plugin.forward_context()
-        with SIGNALS.interruptible(self.trainer), rewards.naming(self.prompts), in_precision:
-            played = self.data.backend.play(
-                self.agent.policy,
-                self.env,
-                self.agent.sampling.generation,
-                self.data.settings.rollout_size // self.trainer.world_size,
-                stream=self.trainer.global_rank,
-                env_seed=self.env_seed,
-            )
-        self.env_seed = self.env_before = None
-        return played._replace(episodes=rewards.settled(played.episodes, self.prompts))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of all ranks."""
-        under_way = self.done < len(self)
-        mine = {
-            "env": None if self.env_seed is not None else self.env_before or self.env.state_dict(),
-            "experience": self.experience.state_dict() if under_way and self.experience is not None else None,
-            "done": self.done if under_way else 0,
-            "plan": asdict(self.minibatches),
-        }
-        states: list[Any] = [mine] * self.trainer.world_size
-        if dist.is_available() and dist.is_initialized():
-            dist.all_gather_object(states, mine)
-        return {"ranks": states}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        name = "it is damaged: its combined_loader"
-        require_alike(state, {}, name, ("ranks",))
-        if len(state["ranks"]) != self.trainer.world_size:
-            raise UserError(
-                f"it was written by {len(state['ranks'])} ranks, this run has {self.trainer.world_size}: "
-                "prompts and rollouts cannot be divided anew; resume with as many ranks"
-            )
-        mine = state["ranks"][self.trainer.global_rank]
-        plan = asdict(self.minibatches)
-        require_alike(mine, {"done": 0, "plan": {}}, name, ("done", "plan", "env", "experience"))
-        if mine["done"] and mine["plan"] != plan:
-            raise UserError(
-                f"it stopped in the middle of an iteration of {mine['plan']}, this run has {plan}; "
-                "resume with the same, or from a checkpoint of an iteration's end"
-            )
-        if mine["env"] is not None:
-            try:
-                self.env.load_state_dict(mine["env"])
-            except ValueError as error:
-                raise UserError(f"{error}; resume with the data settings of the run") from error
-            self.env_seed = None
-        self.experience = None if mine["experience"] is None else Experience.from_state_dict(mine["experience"])
-        self.done = mine["done"]
 
 
 def take(prompts: PromptBatch, rows: slice) -> PromptBatch:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_rlhf import PPO, FixedKL, KLPenalty, RewardShaping, TextReward, UserError
-from lit_rlhf.rollout.data_module import RolloutLoader
+from lit_rlhf.rollout.loader import RolloutLoader
 from tests.ppo_runs import PROMPTS, Logged, Steps, away_from_reference, constant, count_w9, fit, make, moved, record
 from tests.tiny import EOS
 

@@ -4,14 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lit_rlhf import RolloutDataModule, TextReward, UserError
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.modules import load_prompts
 from lit_rlhf.rollout import data_module as rollouts
-from lit_rlhf.rollout.data_module import RolloutLoader
 from tests.ppo_runs import make
 from tests.stages import make_stage, make_trainer, share_of_w9, write_inputs
 
@@ -176,23 +174,6 @@ def test_a_rollout_that_cannot_be_cut_into_minibatches_is_refused_with_the_numbe
     module, data, trainer = make(folder, tmp_path, num_minibatches=20)
     with pytest.raises(UserError, match=r"rollout of 16 episodes .* num_minibatches \(20\)"):
         trainer.fit(module, data)
-
-
-def test_the_loader_goes_on_in_mid_iteration_from_its_state(folder, tmp_path):
-    module, data, trainer = make(folder, tmp_path)
-    trainer.fit(module, data)
-    loader = RolloutLoader(data)
-    whole = iter(loader)
-    for _ in range(5):
-        next(whole)
-    state = loader.state_dict()
-    other = RolloutLoader(data)
-    other.load_state_dict(state)
-    rest, expected = list(other), list(whole)
-    assert len(rest) == len(expected) == 11
-    for ours, theirs in zip(rest, expected, strict=True):
-        assert torch.equal(ours.packed.target_ids, theirs.packed.target_ids)
-        assert torch.equal(ours.advantages, theirs.advantages)
 
 
 def test_prompts_are_looked_at_without_a_trainer_and_batches_need_one(tmp_path):

@@ -146,7 +146,7 @@ class IdPairs(PreferenceDataModule):
         for side in ("chosen", "rejected"):
             columns[f"{side}_mask"] = [[True] * len(pair[side]) for pair in self.pairs]
         columns |= {"margin": [0.0] * len(self.pairs), "status": [0] * len(self.pairs)}
-        columns["control_tokens"] = [[]] * len(self.pairs)
+        columns |= {"control_tokens": [[]] * len(self.pairs), "repeats_prompt": [False] * len(self.pairs)}
         table = datasets.Dataset.from_dict(columns, FEATURES["preference"])
         self.datasets["train"] = PreferenceDataset(table, np.arange(len(table)), [])
 

@@ -7,8 +7,11 @@ import jaxtyping
 import pytest
 
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # Tianshou: compiling takes longer than its tests
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's `make test &` hands it on to all that runs there
+# What a shell's `make test &` and `nohup make test` hand on to all that runs there.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -96,12 +96,12 @@ def test_a_run_whose_weights_are_all_in_the_checkpoint_goes_on(stage, options, i
 
 def test_a_reference_that_is_named_counts_by_itself(inputs, tmp_path):
     save_tiny(tmp_path / "reference", seed=3)
-    for options in ({}, {"lora": ADAPTER}):
+    for run, options in (("full", {}), ("adapter", {"lora": ADAPTER})):
         options |= {"reference": str(tmp_path / "reference")}
-        fit("dpo", inputs, tmp_path / "run", trainer=ONE, **options)
+        fit("dpo", inputs, tmp_path / run, trainer=ONE, **options)
         tiny_model(seed=4 + len(options)).save_pretrained(tmp_path / "reference")
         with pytest.raises(UserError, match=rf"{tmp_path}/reference, which the reference of its run stood on"):
-            again("dpo", inputs, tmp_path / "run" / "last.ckpt", **options)
+            again("dpo", inputs, tmp_path / run / "last.ckpt", **options)
 
 
 def test_an_adapter_that_goes_on_learning_keeps_its_start_as_reference_and_no_other(inputs, tmp_path):

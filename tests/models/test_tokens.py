@@ -154,7 +154,7 @@ def test_data_in_other_tokens_than_the_models_are_refused_before_a_step(stage, r
     said = rf"^{kind}\.tokenizer is another than that of {type(module).__name__} \(40 against 40 .*'w3', 3\)"
     for run in ("fit", "validate", "predict"):
         with pytest.raises(UserError, match=said):
-            getattr(make_trainer(tmp_path, max_steps=1), run)(module, data)
+            getattr(make_trainer(tmp_path, max_steps=1, limit_val_batches=1), run)(module, data)
     data.tokenizer = tiny_tokenizer()
     data.tokenizer.eos_token = "w5"
     with pytest.raises(UserError, match=r"\(responses end with w5 against </s>\): .* Pass tokenizer=model\.tokenizer$"):

@@ -219,6 +219,12 @@ def require_loops(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) 
     name = f"ckpt_path: {file} is damaged, so take an older one: its fit_loop"
     counters = {key: value for key, value in mine.items() if key != "state_dict"}
     require_alike(given, counters, name, ("epoch_progress", "epoch_loop.batch_progress"))
+    for part in counters:
+        counts = given.get(part, {}).get("current", {})
+        for count in ("started", "processed", "completed"):
+            if counts.get(count, 0) > counts.get("ready", 0):
+                most = f"expected at most {counts.get('ready', 0)}, as are ready, found {counts[count]}"
+                raise UserError(f"{name}[{part!r}]['current'][{count!r}]: {most}")
     loaders = given["state_dict"].get("combined_loader", [])
     require_alike(loaders, [{}] * (len(loaders) if isinstance(loaders, list) else 1), f"{name} combined_loader")
 

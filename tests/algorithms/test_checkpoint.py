@@ -131,6 +131,11 @@ LOOP = {"state_dict": {}, "epoch_progress": {"current": {"ready": 0}}, "epoch_lo
         ("epoch_progress", {"current": {"ready": "x"}}, r"\['current'\]\['ready'\]: expected a whole number from 0 on"),
         ("epoch_progress", {"current": {"ready": -1}}, r"\['ready'\]: expected a whole number from 0 on, found int"),
         ("epoch_progress", 3, "expected a mapping, found int"),
+        (
+            "epoch_loop.batch_progress",
+            {"current": {"ready": 3, "completed": 500}},
+            r"\['completed'\]: expected at most 3, as are ready, found 500",
+        ),
         ("epoch_loop.batch_progress", None, "expected a mapping, found NoneType"),
         ("state_dict", {"combined_loader": "x"}, "combined_loader: expected a list of 1, found str"),
         ("state_dict", {"combined_loader": [{}, 3]}, r"combined_loader\[1\]: expected a mapping, found int"),

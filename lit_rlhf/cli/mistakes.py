@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_rlhf.cli.disk_errors import DISK_ERRORS, disk_error
+from lit_rlhf.cli.disk_errors import disk_error, refused_by_disk
 from lit_rlhf.errors import UserError, one_line
 from token_mdp import RewardError
 
@@ -44,8 +44,8 @@ def users_mistake(error: BaseException | None, root: Path | None = None) -> Base
     while error is not None:
         if isinstance(error, UserError | RewardError):
             return error
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            return UserError(disk_error(error, root or Path.cwd()))
+        if refused := refused_by_disk(error):
+            return UserError(disk_error(refused, root or Path.cwd()))
         if isinstance(error, RuntimeError) and (dead := DEAD_WORKER.search(str(error))):
             return UserError(
                 f"process {dead[1]} of data.num_workers has died; is the memory full? The run goes on from its newest "

@@ -17,7 +17,7 @@ import datasets
 
 from lit_rlhf.cli.main import main
 
-SECONDS = 90.0  # after which a run that takes about one hangs
+SECONDS = 240.0  # after which a run hangs that takes about one, or half a minute to say that a rank is not there
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -133,6 +133,7 @@ def test_a_step_of_the_whole_data_set_under_ddp_is_the_step_that_one_device_take
     check_whole_steps(fit(tmp_path, "ddp", *WHOLE_RUNS), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_step_of_mixed_precision_in_pieces_is_near_the_step_that_one_device_takes(tmp_path):
     results = fit(tmp_path, "fsdp2_bf16", *WHOLE_RUNS, "lora_ppo")
     assert {held for run in results.values() for held in run["held_in"]} == {"torch.float32", "torch.bfloat16"}

@@ -293,22 +293,17 @@ class TestModules:
         logprobs = oracle.logprobs(causal_lm(module.policy.model))
         assert kl_divergence(logprobs, oracle.optimal_logprobs).item() <= kl
 
-    # Ten copies leave much to chance: over seeds and processors the correlation is 0.86 to 0.97, the error 0.2 to 0.45.
-    @pytest.mark.parametrize(
-        ("copies", "correlation", "error"), [(10, 0.8, 0.6), pytest.param(60, 0.99, 0.15, marks=pytest.mark.slow)]
-    )
-    def test_the_reward_model_through_the_trainer_recovers_the_reward_and_is_calibrated(
-        self, words, folder, copies, correlation, error
-    ):
+    @pytest.mark.slow  # ten copies leave the correlation to chance: 0.86 to 0.97 over seeds and processors
+    def test_the_reward_model_through_the_trainer_recovers_the_reward_and_is_calibrated(self, words, folder):
         oracle, tree, compared = words.oracle(0.1), words.tree, is_sentence(words.tree)
-        module = learn_reward_module(folder, all_pairs(words, compared, copies))
+        module = learn_reward_module(folder, all_pairs(words, compared, copies=60))
         responses = [row[:length].numpy() for row, length in zip(tree.completions, tree.lengths, strict=True)]
         packed = pack([Example(np.array(PROMPT), (response,)) for response in responses])
         with torch.no_grad():
             scores = module.reward_model(packed, packed.last_nodes).double()
         learnt, true = scores[compared], oracle.rewards[0, compared]
-        assert torch.corrcoef(torch.stack([learnt, true]))[0, 1] >= correlation
-        assert (learnt - true - (learnt - true).mean()).abs().max() <= error
+        assert torch.corrcoef(torch.stack([learnt, true]))[0, 1] >= 0.99
+        assert (learnt - true - (learnt - true).mean()).abs().max() <= 0.15
         assert calibration_error(oracle, scores[None]) <= 0.03
         assert calibration_error(oracle, 3 * scores[None]) > 0.03  # too sure of itself
 

@@ -12,6 +12,7 @@ def test_each_case_is_a_line_of_how_long_its_processes_took(capsys):
     assert all(0 < line["least"] <= line["seconds"] <= line["most"] for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_is_timed_to_its_first_step_and_ends_there(monkeypatch, tmp_path):
     taken = startup.seconds("fit to the first step", str(tmp_path))
     assert 0 < taken < 120

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
-import lit_rlhf.rollout.data_module
 import lit_rlhf.rollout.play
 from benchmarks import workload
 from benchmarks.rounds import clock, serve
@@ -203,7 +202,7 @@ def main() -> None:
     ForcedLengths.lengths = workload.response_lengths(options.pairs, options.seed)
     if options.fixed is not None:
         ForcedLengths.lengths[:] = options.fixed
-    lit_rlhf.rollout.play.TokenVectorEnv = lit_rlhf.rollout.data_module.TokenVectorEnv = ForcedLengths  # type: ignore[misc]
+    lit_rlhf.rollout.play.TokenVectorEnv = ForcedLengths  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, options.task, shape, pairs)

@@ -86,6 +86,11 @@ def require_alike(given: Any, mine: Any, name: str, needed: Collection[str] = ()
             require_alike(given[key], mine[key], f"{name}[{key!r}]")
 
 
+def damaged(file: object, part: str) -> str:
+    """How a message about a part of a checkpoint begins that is not what a run writes."""
+    return f"ckpt_path: {file} is damaged, so take an older one: its {part}"
+
+
 def require_types(owner: Any, given: Mapping[str, Any]) -> None:
     """Refuse arguments that their owner does not take: an array for a number, a word that is none of its `Literal`.
 

@@ -4,7 +4,6 @@ Lightning lets DeepSpeed run on CUDA alone, though it has a backend for CPUs; th
 """
 
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -17,8 +16,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lit_rlhf import LoRA
 from lit_rlhf.callbacks import HuggingFaceExport
+from tests.forked_ranks import in_two_ranks
 from tests.stages import make_stage
-from tests.strategy_script import WHOLE, free_port
+from tests.strategy_script import WHOLE
 
 CLIPPED = {"gradient_clip_val": 0.1}
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # stage, options of the module and of the Trainer
@@ -101,19 +101,5 @@ def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> flo
     return max(float((ours[key].float() - theirs[key].float()).abs().max()) for key in theirs)
 
 
-def one_rank(rank: int, port: int, folder: Path) -> None:
-    """As torchrun would start it."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-    os.environ.update({key: str(value) for key, value in {**ranks, **where}.items()})
-    main(folder)
-
-
 if __name__ == "__main__":
-    port, forked = free_port(), multiprocessing.get_context("fork")
-    started = [forked.Process(target=one_rank, args=(rank, port, Path(sys.argv[1]))) for rank in (0, 1)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    sys.exit(any(process.exitcode for process in started))
+    sys.exit(in_two_ranks(main, Path(sys.argv[1])))

@@ -1,11 +1,6 @@
-"""Run by `test_cut_reading.py`: networks read whole, and cut over two ranks as they are read; writes what came out.
-
-The ranks are forked from one process that has read the libraries.
-"""
+"""Run by `test_cut_reading.py`: networks read whole, and cut over two ranks as they are read; writes what came out."""
 
 import json
-import multiprocessing
-import os
 import sys
 import threading
 import time
@@ -24,7 +19,7 @@ from lit_rlhf.models.holding import reading_in
 from lit_rlhf.models.loading import load_policy, load_scorer, scorer_from_policy
 from lit_rlhf.models.network import Network
 from lit_rlhf.models.policy import frozen_copy
-from tests.strategy_script import free_port
+from tests.forked_ranks import in_two_ranks
 
 ADAPTED: dict[str, Any] = {"lora": LoRA(r=2, target_modules="all-linear")}
 CASES: dict[str, Callable[[Path], list[Network]]] = {  # what is read from a folder with `model` and `adapter` in it
@@ -115,19 +110,12 @@ def main(folder: Path) -> None:
         (folder / "results.json").write_text(json.dumps(results))
 
 
-def one_rank(rank: int, port: int, folder: Path) -> None:
-    """As torchrun would start it."""
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def in_a_group(folder: Path) -> None:
+    """With no Trainer that would make one."""
+    dist.init_process_group("gloo")
     main(folder)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    port, forked = free_port(), multiprocessing.get_context("fork")
-    started = [forked.Process(target=one_rank, args=(rank, port, Path(sys.argv[1]))) for rank in (0, 1)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    sys.exit(any(process.exitcode for process in started))
+    sys.exit(in_two_ranks(in_a_group, Path(sys.argv[1])))

@@ -1,12 +1,6 @@
-"""Run by `test_strategies.py`: all four stages a few steps under one strategy, on two ranks; writes JSON.
-
-The ranks are forked from one process that has read the libraries, with the environment that torchrun would give them.
-"""
+"""Run by `test_strategies.py`: all four stages a few steps under one strategy, on two ranks; writes JSON."""
 
 import json
-import multiprocessing
-import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +23,7 @@ from lit_rlhf.engine.logprobs import CHUNK_MOST
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.losses import bco_pair_loss
 from lit_rlhf.models.holding import reading_in
+from tests.forked_ranks import in_two_ranks
 from tests.stages import STAGES, make_stage
 from tests.tiny import VOCABULARY
 
@@ -195,27 +190,5 @@ def main(folder: Path, name: str, runs: Sequence[str]) -> None:
         (folder / f"{name}.json").write_text(json.dumps(results))
 
 
-def free_port() -> int:
-    """Of this machine."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def one_rank(rank: int, port: int, folder: Path, name: str, runs: Sequence[str]) -> None:
-    """As torchrun would start it."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-    os.environ.update({key: str(value) for key, value in {**ranks, **where}.items()})
-    main(folder, name, runs)
-
-
 if __name__ == "__main__":
-    port, forked = free_port(), multiprocessing.get_context("fork")
-    args = port, Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    ranks = [forked.Process(target=one_rank, args=(rank, *args)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(any(process.exitcode for process in ranks))
+    sys.exit(in_two_ranks(main, Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_rlhf.errors import UserError, one_line, require_alike
+from lit_rlhf.errors import UserError, damaged, one_line, require_alike
 from lit_rlhf.models.adapter_folders import Origin
 
 DEEPSPEED = Path("checkpoint", "mp_rank_00_model_states.pt")  # where it keeps weights, and what Lightning hands it
@@ -75,14 +75,14 @@ def checked_facts(path: Path, option: str) -> dict[str, Any]:
         raise UserError(f"{option}: {file} may not be read")
     if not path.is_file() or not zipfile.is_zipfile(path):
         raise UserError(f"{option}: {file} {OTHERWISE}")
-    damaged = f"{option}: {file} is damaged, or holds more than tensors and plain values; take an older one"
+    broken = f"{option}: {file} is damaged, or holds more than tensors and plain values; take an older one"
     checks = getattr(rank_zero_only, "rank", 0) == 0  # the sums take reading all of it; one rank is enough
     try:
         if checks and zipfile.ZipFile(path).testzip() is not None:
-            raise UserError(damaged)
+            raise UserError(broken)
         facts = read_facts(path)
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:  # as torch and Python report
-        raise UserError(damaged) from error
+        raise UserError(broken) from error
     if not isinstance(facts, dict) or VERSION not in facts:
         raise UserError(f"{option}: {file} {OTHERWISE}")
     return facts
@@ -129,10 +129,8 @@ def read_weights(path: str | Path, network: str) -> dict[str, Tensor]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # this process reads by itself
             sharded.load({f"{key}{name}": tensor for name, tensor in weights.items()}, checkpoint_id=path, no_dist=True)
         return weights
-    if path.is_dir():
-        state = torch.load(path / DEEPSPEED, weights_only=True, mmap=True, map_location="cpu")["module"]
-    else:
-        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
+    file, key = (path / DEEPSPEED, "module") if path.is_dir() else (path, "state_dict")
+    state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")[key]
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
@@ -180,7 +178,7 @@ def require_same_adapter(given: Any, mine: Origin | None, file: str) -> None:
                 "model.policy as they were in its run"
             )
         return
-    name = f"ckpt_path: {file} is damaged, so take an older one: its adapter"
+    name = damaged(file, "adapter")
     require_alike(given, {"settings": {}}, name, ("settings",))
     for key, option in COMPUTES.items():
         before, now = given["settings"].get(key), mine.settings.get(key)
@@ -216,7 +214,7 @@ def require_loops(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) 
         mine: of this run, before it began.
         file: of the checkpoint.
     """
-    name = f"ckpt_path: {file} is damaged, so take an older one: its fit_loop"
+    name = damaged(file, "fit_loop")
     counters = {key: value for key, value in mine.items() if key != "state_dict"}
     require_alike(given, counters, name, ("epoch_progress", "epoch_loop.batch_progress"))
     for part in counters:
@@ -244,7 +242,7 @@ def require_callbacks(given: Mapping[str, Any], callbacks: Iterable[Callback], f
         state, mine = given[callback.state_key], callback.state_dict()
         if kind is Timer:  # whole only as long as it has not run
             mine = {"time_elapsed": {stage: float(seconds) for stage, seconds in mine["time_elapsed"].items()}}
-        name = f"ckpt_path: {file} is damaged, so take an older one: its callbacks[{kind.__name__}]"
+        name = damaged(file, f"callbacks[{kind.__name__}]")
         require_alike(state, mine, name, CALLBACKS[kind])
         if kind is ModelCheckpoint:
             kept, none_yet = state.get("best_k_models", {}), ("best_model_score", "current_score")

@@ -16,7 +16,7 @@ from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, Updat
 from lit_rlhf.data.batches import NoBatch, PromptBatch, RolloutBatch
 from lit_rlhf.engine.early_backward import backward_early
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
-from lit_rlhf.errors import UserError, named_by, require_alike
+from lit_rlhf.errors import UserError, damaged, named_by, require_alike
 from lit_rlhf.losses import PolicyTokens, ScoredRollout, value_loss
 from lit_rlhf.losses.advantages import explained_variance, token_rewards, whiten
 from lit_rlhf.losses.kl import k1, k3
@@ -326,7 +326,7 @@ class OnPolicyModule(AlignmentModule):
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["on_policy"]
         mine: dict[str, Any] = {"kl": None, "shaping": None, "rollout_metrics": {}, "stopped": False}
-        name = f"ckpt_path: {self.resumed_file} is damaged, so take an older one: its on_policy"
+        name = damaged(self.resumed_file, "on_policy")
         require_alike(state, mine, name, tuple(mine))
         with named_by(name):
             self.kl.load_state_dict(state["kl"])

@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lit_rlhf.algorithms.settings import LEAST_EPS, OptimizerSettings
-from lit_rlhf.errors import UserError, one_line, require_alike
+from lit_rlhf.errors import UserError, damaged, one_line, require_alike
 from lit_rlhf.models.holding import require_bitsandbytes
 
 NEEDED = ("lr", "betas", "eps", "weight_decay")  # of a group, for a step
@@ -39,7 +39,7 @@ def changes(given: Any, mine: Mapping[str, Any], file: str) -> dict[str, Change]
     Raises:
         UserError: they are no options, or of another optimiser, whose state has other parts.
     """
-    require_alike(given, {}, f"ckpt_path: {file} is damaged, so take an older one: its options of the optimiser")
+    require_alike(given, {}, damaged(file, "options of the optimiser"))
     changed = {name: (given[name], now) for name, now in mine.items() if name in given and given[name] != now}
     if "optimizer" in changed:
         theirs, ours = changed["optimizer"]

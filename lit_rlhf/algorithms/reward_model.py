@@ -14,7 +14,7 @@ from lit_rlhf.algorithms.preference import PreferenceModule, agreement
 from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.data.batching import ResumableLoader
 from lit_rlhf.engine.sharding import gathered
-from lit_rlhf.errors import UserError, require_alike
+from lit_rlhf.errors import UserError, damaged, require_alike
 from lit_rlhf.losses import bradley_terry_loss
 from lit_rlhf.losses.advantages import Moments
 from lit_rlhf.models.adapters import LoRA
@@ -124,13 +124,10 @@ class RewardModel(PreferenceModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what was known about the scores."""
         super().on_load_checkpoint(checkpoint)
-        name, held = (
-            f"ckpt_path: {self.resumed_file} is damaged, so take an older one: its",
-            checkpoint.get("scores", {}),
-        )
-        require_alike(held, {}, f"{name} scores")
+        name, held = damaged(self.resumed_file, "scores"), checkpoint.get("scores", {})
+        require_alike(held, {}, name)
         moments = held.get("moments")
-        require_alike(moments, None if moments is None else [0.0, 0.0, 0.0], f"{name} scores['moments']")
+        require_alike(moments, None if moments is None else [0.0, 0.0, 0.0], f"{name}['moments']")
         self.score_moments = None if moments is None else Moments(*torch.tensor(moments, dtype=torch.float64))
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.errors import require_alike
+from lit_rlhf.errors import damaged, require_alike
 from lit_rlhf.files import write_json
 
 
@@ -44,7 +44,7 @@ class RunSummary(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on from those of a checkpoint."""
         state = checkpoint.get("summary", {"seconds": 0.0, "metrics": {}})  # none of a run without this callback
-        name = f"ckpt_path: {trainer.ckpt_path} is damaged, so take an older one: its summary"
+        name = damaged(trainer.ckpt_path, "summary")
         require_alike(state, {"seconds": 0.0, "metrics": {}}, name, ("seconds", "metrics"))
         self.seconds_before, self.metrics_before = state["seconds"], state["metrics"]
 

@@ -12,7 +12,7 @@ from lit_rlhf.algorithms.reward_model import RewardModel, stored_score_head
 from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_apart, require_replaceable, starts_of
 from lit_rlhf.cli.checkpoints import require_checkpoint
 from lit_rlhf.data.chat import stop_token_ids
-from lit_rlhf.errors import UserError, require_alike
+from lit_rlhf.errors import UserError, damaged, require_alike
 from lit_rlhf.models.adapter_folders import Origin, named_base, saved_adapter
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.loading import load_shape
@@ -58,8 +58,7 @@ def export(
             "that model by --policy"
         )
     origin: dict[str, Any] | None = None if facts.get("adapter") is None else {}
-    damaged = f"ckpt_path: {ckpt_path} is damaged, so take an older one: its facts"
-    require_alike(facts, {"exported": "", "algorithm": "", "tokens": 0, "adapter": origin}, damaged)
+    require_alike(facts, {"exported": "", "algorithm": "", "tokens": 0, "adapter": origin}, damaged(ckpt_path, "facts"))
     network = facts["exported"]
     head = stored_score_head(facts) if network == RewardModel.exported else None
     try:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from lit_rlhf.engine.memory import only_shapes
-from lit_rlhf.errors import UserError, require_alike
+from lit_rlhf.errors import UserError, damaged, require_alike
 
 Fingerprints = dict[str, str]  # folder or hub name -> fingerprint of the weights there
 INDEX = "model.safetensors.index.json"
@@ -105,7 +105,7 @@ def require_same(
     Raises:
         UserError: says which folder, and what to do.
     """
-    name = f"ckpt_path: {file} is damaged, so take an older one: its stands_on"
+    name = damaged(file, "stands_on")
     require_alike(given, {}, name)
     require_alike(given, {role: {} for role in given}, name)
     for role in sorted(given.keys() & mine.keys()):

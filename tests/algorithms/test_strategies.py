@@ -17,8 +17,9 @@ from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
 from lit_rlhf.algorithms.strategies import check_strategy
 from lit_rlhf.cli.export import export
 from lit_rlhf.losses.advantages import Moments
+from tests.forked_ranks import free_port
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
-from tests.strategy_script import WHOLE_RUNS, WHOLE_TRAINER, free_port, outcome
+from tests.strategy_script import WHOLE_RUNS, WHOLE_TRAINER, outcome
 
 
 class Made:

@@ -20,7 +20,6 @@ THINGS = {
     "algorithms/test_lora.py": "whole runs",
     "algorithms/test_policy_gradient.py": "theory",
     "algorithms/test_quantized.py": "whole runs",
-    "algorithms/test_resume.py": "whole runs",
     "algorithms/test_retrained.py": "whole runs",
     "benchmarks/": "of the folder benchmarks/",
     "callbacks/test_tensorboard.py": "whole runs",

@@ -1,33 +1,19 @@
-"""What the algorithms share: the policy and its tokenizer, frozen networks, sharding, checkpoints."""
+"""What the algorithms share: the policy and its tokenizer, frozen networks, sharding, exports."""
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from types import FrameType
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from lightning.pytorch.core.saving import load_hparams_from_yaml
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.algorithms.checkpoint import (
-    moments_of,
-    pieces_of,
-    require_callbacks,
-    require_facts,
-    require_finite,
-    require_loops,
-    require_same_adapter,
-    require_same_shapes,
-    require_state,
-)
-from lit_rlhf.algorithms.hyperparameters import plain_arguments, restored_arguments
-from lit_rlhf.algorithms.learning import LearningModule
+from lit_rlhf.algorithms.hyperparameters import plain_arguments
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, warn_of_rounding
+from lit_rlhf.algorithms.resuming import ResumableModule
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.algorithms.strategies import check_strategy, holds_pieces
 from lit_rlhf.data.batches import PromptBatch
@@ -36,8 +22,7 @@ from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.checks import require_batch
 from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.sharding import full_state_dict, shard
-from lit_rlhf.errors import UserError, hints_of, named_by, require, require_kinds, require_types
-from lit_rlhf.models.fingerprints import Fingerprints, require_same
+from lit_rlhf.errors import UserError, hints_of, require, require_kinds
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
 from lit_rlhf.models.network import Network
 from lit_rlhf.models.policy import Policy
@@ -46,7 +31,7 @@ from lit_rlhf.models.tokens import keep_to_tokens
 from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
 
 
-class AlignmentModule(LearningModule):
+class AlignmentModule(ResumableModule):
     """Base of SFT, RewardModel, PPO and DPO.
 
     The constructor of a subclass calls this one, then sets `tokenizer` and the network that `exported` names
@@ -107,57 +92,11 @@ class AlignmentModule(LearningModule):
         self.activation_checkpointing = activation_checkpointing
         # Networks that never learn live outside of the module tree: no strategy, optimiser or checkpoint meets them.
         self.frozen: dict[str, nn.Module] = {}
-        self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
-        self.pieces_unread = False  # whether weights and optimiser come from a sharded checkpoint
-        self.untrained: str | None = None  # what is random in the network that predicts, and what to do about it
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls,
-        checkpoint_path: str | Path,
-        map_location: Any = None,
-        hparams_file: str | Path | None = None,
-        strict: bool | None = None,
-        weights_only: bool | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """A module as a run's checkpoint holds it: with the run's arguments, weights and chat template.
-
-        Args:
-            checkpoint_path: a file; the model that its run started from must be where it was, for tokenizer and config.
-            map_location: as in `torch.load`.
-            hparams_file: YAML with the arguments, in place of those in the checkpoint.
-            strict: whether weights may be missing or left over.
-            weights_only: as in `torch.load`; None = True.
-            kwargs: arguments of the constructor in place of the run's; `trust_remote_code` is never the run's, and
-                functions and objects are only where they are this library's.
-
-        Raises:
-            UserError: it is of another algorithm, sharded, or does not say all that the constructor asks for.
-        """
-        require_types(cls.load_from_checkpoint, {"checkpoint_path": checkpoint_path})
-        facts = require_facts(Path(checkpoint_path), cls.__name__)
-        stored = load_hparams_from_yaml(hparams_file) if hparams_file else facts.get("hyper_parameters", {})
-        arguments = restored_arguments(cls, {name: value for name, value in stored.items() if name not in kwargs})
-        guards = {"trust_remote_code": False, "_instantiator": None}  # whatever the file may say
-        module = super().load_from_checkpoint(
-            checkpoint_path, map_location, None, strict, weights_only is not False, **(guards | arguments | kwargs)
-        )
-        module.tokenizer.chat_template = facts.get("chat_template", module.tokenizer.chat_template)
-        return module
 
     def networks(self) -> Iterator[nn.Module]:
         """Every network, trained and frozen: the models held in memory."""
         yield from self.children()
         yield from self.frozen.values()
-
-    def views(self) -> dict[str, Any]:
-        """The roles and where they live: networks, views of `roles.py`, or a word for what is neither."""
-        return {self.exported: getattr(self, self.exported)}
-
-    def stands_on(self) -> dict[str, Fingerprints]:
-        """By role, the folders whose weights no checkpoint holds, with the fingerprints of what was read from them."""
-        return {role: getattr(view, "stands_on", {}) for role, view in self.views().items()}
 
     def setup(self, stage: str) -> None:
         """Every policy keeps to the tokens that the tokenizer has now: some may have been added since it was loaded.
@@ -286,65 +225,9 @@ class AlignmentModule(LearningModule):
                 if isinstance(network, Network):
                     network.settle()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whose checkpoint it is, and what its export needs beside weights."""
-        checkpoint["algorithm"] = type(self).__name__
-        checkpoint["exported"] = self.exported
-        checkpoint["optimizer_options"] = self.optimizer_options()
-        origin = getattr(self, self.exported).origin
-        checkpoint["adapter"] = None if origin is None else asdict(origin)
-        checkpoint["stands_on"] = self.stands_on()
-        checkpoint["tokens"] = len(self.tokenizer)
-        checkpoint["chat_template"] = self.tokenizer.chat_template  # may be the data's
-
-    @property
-    def resumed_file(self) -> str:
-        """The checkpoint that is taken up, in words."""
-        return "the checkpoint" if self._trainer is None else str(self.trainer.ckpt_path)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another algorithm, or on other weights than are in the folders that it stood on.
-
-        Where the data stood is kept, see `on_train_start`.
-        """
-        mine, theirs, file = type(self).__name__, checkpoint.get("algorithm"), self.resumed_file
-        if theirs not in (None, mine):
-            raise UserError(
-                f"ckpt_path: {file} is of {theirs}, this run is of {mine}; resume the same config, or start "
-                f"{mine} from the model that {theirs} exported, by model.policy"
-            )
-        if "adapter" in checkpoint:
-            require_same_adapter(checkpoint["adapter"], getattr(self, self.exported).origin, file)
-        here = self.stands_on()
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
-            here = {self.exported: here[self.exported]}  # nothing else has a say
-        require_same(checkpoint.get("stands_on", {}), here, self.exported, file)
-        weights = checkpoint.get("state_dict", {})  # none where each rank reads its own shard
-        require_same_shapes(weights, self.state_dict(), file)
-        require_state(checkpoint, file)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            require_loops(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict(), file)
-            require_callbacks(checkpoint.get("callbacks", {}), self.trainer.callbacks, file)  # type: ignore[attr-defined]
-            self.note_changes(checkpoint, file)
-            self.resumed, self.pieces_unread = checkpoint, not weights
-        require_finite({**weights, **moments_of(checkpoint)}, file)
-        self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-        self.untrained = None
-
     def on_train_start(self) -> None:
-        """Put training data back to where the checkpoint was taken; learn at a rate that was found.
-
-        Lightning does the first when it sets up the loader; but `estimated_stepping_batches` sets it up for the
-        schedule before the checkpoint's loops are restored, and then it does not.
-        """
-        for state in self.loader_states:
-            with named_by(f"ckpt_path: {self.resumed_file}"):
-                self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
-        if self.pieces_unread:  # each rank has read its own, past `on_load_checkpoint`
-            require_finite(pieces_of(self, self.trainer.optimizers), self.resumed_file)
-        self.loader_states, self.untrained, self.pieces_unread = [], None, False
-        self.take_own_options(self.resumed_file)
-        self.take_found_rate()
+        """Go on where a checkpoint was taken; refuse what Lightning would not do as it was asked."""
+        super().on_train_start()
         require_validation(self.trainer)
         warn_of_rounding(self.parameters(), self.learning_rate, str(self.trainer.precision))
 

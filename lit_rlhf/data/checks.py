@@ -1,6 +1,7 @@
 """What both kinds of data module refuse: they plan an epoch's batches themselves, and choose no validation data."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -20,6 +21,7 @@ from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.mapping import Format, require_read
 from lit_rlhf.data.naming import DEMO, Source, parse_sources
 from lit_rlhf.errors import UserError, named_by, one_line, require
+from lit_rlhf.files import make_folder
 
 
 def named_sources(
@@ -148,6 +150,7 @@ def check_tools(trainer: Any, stage: str) -> None:
         require(not nothing, name, 0, "more than 0, or nothing is learnt; validate, test and predict train nothing")
     if limit := LIMITS.get(stage):
         require(getattr(trainer, limit, None) != 0, limit, 0, f"more than 0, or {stage} does nothing")
+    make_folders(trainer, stage)
     for callback in trainer.callbacks:
         for tool, reason in TOOLS.items():
             if isinstance(callback, tool):
@@ -183,6 +186,27 @@ def check_tools(trainer: Any, stage: str) -> None:
                     "trainer.callbacks: LearningRateFinder has nothing to find for a run that goes on at its own rate; "
                     "leave it out, or leave ckpt_path out"
                 )
+
+
+def make_folders(trainer: Any, stage: str) -> None:
+    """Make the folders that a run's checkpoints, logs and profile go into: Lightning does so when it has some of each.
+
+    Raises:
+        UserError: one of them is a file, lies below one, or may not be written to.
+    """
+    if trainer.fast_dev_run:
+        return
+    named = []
+    if stage == "fit":
+        named += [("callbacks", "dirpath", part, getattr(part, "dirpath", None)) for part in trainer.callbacks]
+    for logger in trainer.loggers:
+        named.append(("logger", "save_dir", logger, getattr(logger, "root_dir", None) or logger.save_dir))
+    profiler = trainer.profiler
+    named.append(("profiler", "dirpath", profiler, getattr(profiler, "dirpath", None)))
+    for option, argument, part, folder in named:
+        if folder and "://" not in str(folder):
+            path = Path(folder).expanduser()
+            make_folder(path, f"trainer.{option}: {argument} of {type(part).__name__}")
 
 
 def require_whole_epochs(trainer: Any) -> None:

@@ -41,6 +41,9 @@ def attach(module, stage="fit", rank=0, ranks=1, **options):
         "min_epochs": None,
         "log_every_n_steps": 50,
         "num_sanity_val_steps": 0,
+        "loggers": [],
+        "profiler": None,
+        "fast_dev_run": False,
     }
     module.trainer = SimpleNamespace(
         world_size=ranks,

@@ -1,6 +1,7 @@
 """What both kinds of data module refuse, check by check; test_modules.py has what a user meets of it."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,11 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_rlhf.data.checks import (
@@ -31,6 +35,7 @@ def trainer(**options):
     defaults = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "overfit_batches": 0.0, "callbacks": []}
     defaults |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "ckpt_path": None, "lightning_module": None}
     defaults |= {"reload_dataloaders_every_n_epochs": 0, "limit_train_batches": None, "fast_dev_run": False}
+    defaults |= {"loggers": [], "profiler": None}
     defaults |= {"strategy": None, "num_devices": 1, "num_nodes": 1}
     defaults |= {"min_steps": None, "min_epochs": None, "log_every_n_steps": 50, "num_sanity_val_steps": 2}
     return SimpleNamespace(**defaults | options)
@@ -184,3 +189,27 @@ def test_a_name_of_checkpoints_with_a_broken_brace_is_refused_before_the_first_i
         check_tools(trainer(callbacks=[ModelCheckpoint(tmp_path, filename=right)]), "fit")
     with pytest.raises(UserError, match=rf"trainer.callbacks: filename \({re.escape(name)}\) of ModelCheckpoint is no"):
         check_tools(trainer(callbacks=[ModelCheckpoint(tmp_path, filename=name)]), "fit")
+
+
+FOLDERS = {  # an option that names a folder -> what of a Trainer has it
+    "trainer.callbacks: dirpath": lambda folder: {"callbacks": [ModelCheckpoint(folder)]},
+    "trainer.callbacks: dirpath ": lambda folder: {"callbacks": [OnExceptionCheckpoint(folder)]},
+    "trainer.logger: save_dir": lambda folder: {"loggers": [TensorBoardLogger(folder)]},
+    "trainer.logger: save_dir ": lambda folder: {"loggers": [CSVLogger(folder, name="")]},
+    "trainer.profiler: dirpath": lambda folder: {"profiler": SimpleProfiler(folder, "profile")},
+}
+
+
+@pytest.mark.parametrize("option", FOLDERS)
+def test_a_folder_that_a_run_could_not_write_into_is_told_before_training_by_its_option(option, tmp_path):
+    (tmp_path / "file").touch()
+    check_tools(trainer(**FOLDERS[option](tmp_path / "made" / "on the way")), "fit")
+    assert (tmp_path / "made" / "on the way").is_dir()
+    check_tools(trainer(**FOLDERS[option]("memory://bucket/file")), "fit")  # of no disk
+    assert not Path("memory:").exists()
+    for bad in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=rf"^{option.strip()} of \w+: {bad}[\w/]* cannot be made"):
+            check_tools(trainer(**FOLDERS[option](bad)), "fit")
+        check_tools(trainer(**FOLDERS[option](bad), fast_dev_run=1), "fit")
+    if "callbacks" in option:
+        check_tools(trainer(**FOLDERS[option](bad)), "validate")  # which writes no checkpoint

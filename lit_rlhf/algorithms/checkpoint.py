@@ -244,6 +244,7 @@ def require_callbacks(given: Mapping[str, Any], callbacks: Iterable[Callback], f
             mine = {"time_elapsed": {stage: float(seconds) for stage, seconds in mine["time_elapsed"].items()}}
         name = damaged(file, f"callbacks[{kind.__name__}]")
         require_alike(state, mine, name, CALLBACKS[kind])
+        named = {f"[{key!r}]": part for key, part in state.items()}
         if kind is ModelCheckpoint:
             kept, none_yet = state.get("best_k_models", {}), ("best_model_score", "current_score")
             score = torch.zeros(())
@@ -253,6 +254,11 @@ def require_callbacks(given: Mapping[str, Any], callbacks: Iterable[Callback], f
             if (worst := state.get("kth_best_model_path", "")) not in ("", *kept):
                 expected = f"one of the best_k_models ({one_line(list(kept))})"
                 raise UserError(f"{name}['kth_best_model_path']: expected {expected}, found {worst}")
+            named |= {f"['best_k_models'][{path!r}]": score for path, score in kept.items()}
+        for key, score in named.items():
+            # None of these is ever NaN: Lightning keeps one as infinity.
+            if isinstance(score, Tensor) and (not has_numbers(score) or score.isnan().any()):
+                raise UserError(f"{name}{key}: expected a number or infinity, found {one_line(score)}")
 
 
 def moments_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -164,6 +164,12 @@ def callbacks_and_states():
     [
         (0, "wait_count", "x", "expected a whole number from 0 on, found str"),
         (0, "best_score", [1.0], r"expected a tensor of \(\), found list"),
+        (0, "best_score", torch.tensor(torch.nan), r"expected a number or infinity, found tensor\(nan\)"),
+        (0, "best_score", torch.zeros((), device="meta"), r"expected a number or infinity, found tensor\(.*meta"),
+        (1, "best_model_score", torch.tensor(torch.nan), r"expected a number or infinity, found tensor\(nan\)"),
+        (1, "kth_value", torch.tensor(torch.nan), r"expected a number or infinity, found tensor\(nan\)"),
+        (1, "current_score", torch.tensor(torch.nan), r"expected a number or infinity, found tensor\(nan\)"),
+        (1, "best_k_models", {"b": torch.tensor(torch.nan)}, r"\['b'\]: expected a number .*, found tensor\(nan\)"),
         (1, "best_k_models", [1], "expected a mapping, found list"),
         (1, "best_k_models", {"b": "x"}, r"\['b'\]: expected a tensor of \(\), found str"),
         (1, "kth_best_model_path", "c", r"expected one of the best_k_models \(\['a', 'b'\]\), found c"),

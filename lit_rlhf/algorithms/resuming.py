@@ -8,19 +8,19 @@ from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.algorithms.checkpoint import (
+from lit_rlhf.algorithms.checkpoint import require_facts
+from lit_rlhf.algorithms.hyperparameters import restored_arguments
+from lit_rlhf.algorithms.learning import LearningModule
+from lit_rlhf.algorithms.resumed_state import (
     moments_of,
     pieces_of,
     require_callbacks,
-    require_facts,
     require_finite,
     require_loops,
     require_same_adapter,
     require_same_shapes,
     require_state,
 )
-from lit_rlhf.algorithms.hyperparameters import restored_arguments
-from lit_rlhf.algorithms.learning import LearningModule
 from lit_rlhf.errors import UserError, named_by, require_types
 from lit_rlhf.models.fingerprints import Fingerprints, require_same
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_rlhf.algorithms.checkpoint import read_facts, read_weights, require_same_shapes
+from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
+from lit_rlhf.algorithms.resumed_state import require_same_shapes
 from lit_rlhf.algorithms.reward_model import RewardModel, stored_score_head
 from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_apart, require_replaceable, starts_of
 from lit_rlhf.cli.checkpoints import require_checkpoint

@@ -1,5 +1,6 @@
 """What a checkpoint holds, read without the run that wrote it."""
 
+import io
 import os
 import pickle
 import warnings
@@ -13,7 +14,7 @@ import torch.distributed.checkpoint as sharded
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, one_line, require
 
 DEEPSPEED = Path("checkpoint", "mp_rank_00_model_states.pt")  # where it keeps weights, and what Lightning hands it
 META = "meta.pt"  # where Lightning keeps all but tensors beside sharded ones
@@ -90,6 +91,25 @@ def require_facts(path: Path, algorithm: str) -> dict[str, Any]:
                 f"checkpoint_path: {path.absolute()} is damaged: its {key} is no mapping; take an older one"
             )
     return facts
+
+
+def require_location(map_location: Any) -> None:
+    """Refuse a place that tensors cannot be loaded to, or would have no numbers in.
+
+    Args:
+        map_location: as in `torch.load`.
+
+    Raises:
+        UserError: torch knows no such place, or it is the meta device.
+    """
+    archive = io.BytesIO()
+    torch.save(torch.zeros(1), archive)
+    archive.seek(0)
+    try:
+        placed = torch.load(archive, weights_only=True, map_location=map_location)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"map_location ({one_line(map_location)}) cannot be loaded to: {one_line(error)}") from error
+    require(not placed.is_meta, "map_location", map_location, "a device that holds numbers, such as cpu")
 
 
 def read_weights(path: str | Path, network: str) -> dict[str, Tensor]:

@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from lit_rlhf.errors import UserError
+import yaml
+
+from lit_rlhf.errors import UserError, one_line
 
 OURS = __name__.partition(".")[0] + "."
 FUNCTIONS = f"{OURS}losses."  # those that are chosen by name
@@ -57,6 +59,21 @@ def attributes(value: object) -> dict[str, Any]:
 def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments as a checkpoint keeps and a logger shows them."""
     return {name: plain(value) for name, value in arguments.items() if name not in NEVER_STORED}
+
+
+def read_arguments(file: Path) -> dict[str, Any]:
+    """Constructor arguments in their plain form, as a logger keeps them in its hparams.yaml.
+
+    Raises:
+        UserError: it cannot be read, or holds no mapping.
+    """
+    try:
+        arguments = yaml.full_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"hparams_file: {file.absolute()} cannot be read as YAML: {one_line(error)}") from error
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"hparams_file: expected arguments by name in {file.absolute()}, found {one_line(arguments)}")
+    return {str(name): value for name, value in arguments.items()}
 
 
 def restored_arguments(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.algorithms.checkpoint import require_facts
-from lit_rlhf.algorithms.hyperparameters import restored_arguments
+from lit_rlhf.algorithms.checkpoint import require_facts, require_location
+from lit_rlhf.algorithms.hyperparameters import read_arguments, restored_arguments
 from lit_rlhf.algorithms.learning import LearningModule
 from lit_rlhf.algorithms.resumed_state import (
     moments_of,
@@ -66,11 +65,14 @@ class ResumableModule(LearningModule):
                 functions and objects are only where they are this library's.
 
         Raises:
-            UserError: it is of another algorithm, sharded, or does not say all that the constructor asks for.
+            UserError: it is of another algorithm, sharded, or does not say all that the constructor asks for; an
+                argument that is none.
         """
-        require_types(cls.load_from_checkpoint, {"checkpoint_path": checkpoint_path})
+        named = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
+        require_types(cls.load_from_checkpoint, {"checkpoint_path": checkpoint_path, **named})
+        require_location(map_location)
         facts = require_facts(Path(checkpoint_path), cls.__name__)
-        stored = load_hparams_from_yaml(hparams_file) if hparams_file else facts.get("hyper_parameters", {})
+        stored = facts.get("hyper_parameters", {}) | (read_arguments(Path(hparams_file)) if hparams_file else {})
         arguments = restored_arguments(cls, {name: value for name, value in stored.items() if name not in kwargs})
         guards = {"trust_remote_code": False, "_instantiator": None}  # whatever the file may say
         module = super().load_from_checkpoint(

@@ -9,12 +9,7 @@ import torch.distributed.checkpoint as sharded
 from safetensors.torch import save_file
 
 from lit_rlhf import SFT, UserError
-from lit_rlhf.algorithms.checkpoint import (
-    META,
-    VERSION,
-    read_facts,
-    read_weights,
-)
+from lit_rlhf.algorithms.checkpoint import META, VERSION, read_facts, read_weights, require_location
 
 FACTS = {"global_step": 7, "epoch": 2, "reward_model": {"shift": 0.25}}
 WEIGHTS = {
@@ -83,3 +78,21 @@ def test_a_module_is_loaded_from_checkpoints_alone_and_any_other_file_is_one_lin
     write(tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=f"^checkpoint_path: .*{words}[^\n]*$"):
         SFT.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "place", ["meta", torch.device("meta"), {"cpu": "meta"}, lambda storage, _: storage.to("meta")]
+)
+def test_weights_are_not_loaded_to_where_they_have_no_numbers(place):
+    with pytest.raises(UserError, match=r"^map_location \(.*\) must be a device that holds numbers, such as cpu$"):
+        require_location(place)
+
+
+def test_a_place_for_weights_is_one_that_torch_knows():
+    for place in (None, "cpu", torch.device("cpu"), {"cuda:0": "cpu"}, lambda storage, _: storage):
+        require_location(place)
+    for place in ("bogus", 3, [1]):
+        with pytest.raises(UserError, match=r"^map_location \(.*\) cannot be loaded to: [^\n]*$"):
+            require_location(place)
+    with pytest.raises(UserError, match=r"^map_location"):  # before the file is read
+        SFT.load_from_checkpoint("a.ckpt", map_location="meta")

@@ -152,6 +152,29 @@ def test_arguments_that_are_given_go_before_those_of_the_run(runs):
     assert loaded.learning_rate == loaded.hparams.learning_rate == 0.5 and loaded.generation.seed == 9
 
 
+def test_arguments_of_a_file_go_before_those_of_the_run_and_the_others_are_the_runs(runs, tmp_path):
+    (tmp_path / "hparams.yaml").write_text("{learning_rate: 0.5}")
+    loaded = SFT.load_from_checkpoint(runs["sft"][1], hparams_file=tmp_path / "hparams.yaml")
+    assert (loaded.learning_rate, loaded.generation) == (0.5, OPTIONS["sft"]["generation"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read as YAML: .*No such file"),
+        ("{learning_rate: [", "cannot be read as YAML: .*line 1"),
+        ("!!python/object/apply:os.getcwd []", "cannot be read as YAML: could not determine a constructor"),
+        ("", "found None"),
+        ("- 3", r"found \[3\]"),
+    ],
+)
+def test_a_file_of_arguments_that_holds_none_is_told_by_name(content, words, runs, tmp_path):
+    if content is not None:
+        (tmp_path / "hparams.yaml").write_text(content)
+    with pytest.raises(UserError, match=rf"^hparams_file: .*{tmp_path}/hparams.yaml[^\n]*{words}[^\n]*$"):
+        SFT.load_from_checkpoint(runs["sft"][1], hparams_file=tmp_path / "hparams.yaml")
+
+
 def halved(chosen, rejected, ref_chosen, ref_rejected, beta):
     """A loss of a user's own."""
     return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta) / 2

@@ -60,7 +60,7 @@ class PromptStore:
 
 
 class PromptQueue:
-    """Deals prompt indices so that each comes exactly once per pass, whichever slot asks first.
+    """Deals prompt indices so that each comes once per pass, `group_size` times in a row, whichever slot asks first.
 
     Several `TokenEnv` may share one queue. The first that is reset with a seed lends it its random generator for good;
     seeds of the others leave the queue as it is, so that `SyncVectorEnv.reset(seed=0)`, which seeds all of them, deals
@@ -69,16 +69,18 @@ class PromptQueue:
     Args:
         num_prompts: number of prompts per pass.
         shuffle: a new random order for each pass, or always 0, 1, 2, …
+        group_size: episodes that a prompt is dealt to before the next one comes.
     """
 
-    def __init__(self, num_prompts: int, shuffle: bool = True) -> None:
+    def __init__(self, num_prompts: int, shuffle: bool = True, group_size: int = 1) -> None:
         check_flag("shuffle", shuffle)
+        self.group_size = check_count("group_size", group_size)
         self.num_prompts = check_count("num_prompts", num_prompts)
         self.shuffle = bool(shuffle)
         self.seeded = False  # whether one of the envs has lent it a generator of a known seed
         self._rng: np.random.Generator | None = None
         self._order: list[int] = []
-        self._cursor = 0
+        self._cursor = 0  # episodes dealt in this pass
 
     @property
     def started(self) -> bool:
@@ -93,11 +95,15 @@ class PromptQueue:
         """The next prompt index."""
         if self._rng is None:
             raise ResetNeeded("draw() before restart(rng): the queue has no random generator to deal by")
-        if self._cursor == len(self._order):
+        if self._cursor == len(self._order) * self.group_size:
             order = self._rng.permutation(self.num_prompts) if self.shuffle else np.arange(self.num_prompts)
             self._order, self._cursor = order.tolist(), 0
         self._cursor += 1
-        return self._order[self._cursor - 1]
+        return self._order[(self._cursor - 1) // self.group_size]
+
+    def next_group(self) -> None:
+        """Deal the next prompt from here on, though the group of the last one may not be full."""
+        self._cursor += -self._cursor % self.group_size
 
     def state_dict(self) -> dict[str, Any]:
         """Order and cursor; the random generator belongs to the env, which saves it."""
@@ -106,7 +112,7 @@ class PromptQueue:
     def load_state_dict(self, state: dict[str, Any], rng: np.random.Generator) -> None:
         """Continue where `state` stopped, with later passes shuffled by `rng`."""
         order = [int(index) for index in state["order"]]
-        if len(order) not in (0, self.num_prompts) or not 0 <= int(state["cursor"]) <= len(order):
+        if len(order) not in (0, self.num_prompts) or not 0 <= int(state["cursor"]) <= len(order) * self.group_size:
             raise ValueError(
                 f"cursor {state['cursor']} of {len(order)} prompts is saved, this queue deals {self.num_prompts}"
             )

@@ -30,7 +30,12 @@ def single_prompt(options: Mapping[str, Any] | None, prompts: PromptStore) -> in
 
 
 def vector_reset(
-    options: Mapping[str, Any] | None, prompts: PromptStore, num_slots: int, max_episodes: int | None, ready: bool
+    options: Mapping[str, Any] | None,
+    prompts: PromptStore,
+    num_slots: int,
+    max_episodes: int | None,
+    ready: bool,
+    group_size: int = 1,
 ) -> VectorReset:
     """What the options of `TokenVectorEnv.reset` ask for.
 
@@ -40,6 +45,7 @@ def vector_reset(
         num_slots: B.
         max_episodes: length of a new stream if the options say nothing about it.
         ready: whether there is a stream that a `reset_mask` could go on with.
+        group_size: episodes of a prompt, where the queue deals them.
 
     Raises:
         ValueError: an option that is unknown, malformed or contradicts another; the message has its value.
@@ -51,10 +57,20 @@ def vector_reset(
     prompt_indices = _checked_prompt_indices(options.get("prompt_index"), prompts, num_slots, slots)
     if mask is not None and "max_episodes" in options:
         raise ValueError("max_episodes starts a new stream and reset_mask continues one; pass one of them")
+    if prompt_indices is not None and group_size > 1:
+        raise ValueError(f"prompt_index places prompts and group_size ({group_size}) has them dealt; pass one of them")
     max_episodes = options.get("max_episodes", max_episodes)
     if max_episodes is not None:
-        max_episodes = check_count("max_episodes", max_episodes)
+        max_episodes = check_groups(max_episodes, group_size)
     return VectorReset(slots, prompt_indices, mask is None, max_episodes)
+
+
+def check_groups(max_episodes: Any, group_size: int) -> int:
+    """The length of a stream, which holds whole groups."""
+    count = check_count("max_episodes", max_episodes)
+    if count % group_size:
+        raise ValueError(f"max_episodes ({count}) must be a multiple of group_size ({group_size})")
+    return count
 
 
 def queue_seed(seed: Any, num_slots: int) -> int | None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+OLDER = {"group_size": 1}  # what states that do not name it were saved with
+
 
 def check_identity(state: Any, mine: Mapping[str, Any]) -> None:
     """Refuse what is no saved state, or that of an env that differs from this one in something that `mine` names."""
@@ -16,8 +18,8 @@ def check_identity(state: Any, mine: Mapping[str, Any]) -> None:
     if not isinstance(saved, Mapping):
         raise ValueError(f"the saved state ({state!r:.80}) must be what state_dict() returned")
     for name, value in mine.items():
-        if saved.get(name) != value:
-            raise ValueError(f"the saved state has {name} = {saved.get(name)!s:.80}, this env {value!s:.80}")
+        if (given := saved.get(name, OLDER.get(name))) != value:
+            raise ValueError(f"the saved state has {name} = {given!s:.80}, this env {value!s:.80}")
 
 
 @contextmanager

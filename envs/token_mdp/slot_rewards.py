@@ -19,10 +19,12 @@ from token_mdp.task import TokenTask
 Infos = dict[str, npt.NDArray[Any]]
 
 
-def empty_slots(task: TokenTask, num_slots: int, shuffle: bool, deferred: bool) -> tuple[Slots, Stream, SlotRewards]:
+def empty_slots(
+    task: TokenTask, num_slots: int, queue: PromptQueue, deferred: bool
+) -> tuple[Slots, Stream, SlotRewards]:
     """The parts of a vector env before its first reset."""
     slots = Slots(num_slots, task.prompts.max_length, task.max_new_tokens, task.flat)
-    stream = Stream(task.prompts, PromptQueue(len(task.prompts), shuffle), slots)
+    stream = Stream(task.prompts, queue, slots)
     return slots, stream, SlotRewards(task, slots, stream, deferred)
 
 

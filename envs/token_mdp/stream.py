@@ -69,12 +69,18 @@ class Stream:
         return running
 
     def start(self, max_episodes: int | None) -> None:
-        """A new stream of `max_episodes`, or of no end, with all slots empty."""
+        """A new stream of `max_episodes`, or of no end, with all slots empty; it begins with a group."""
+        self.next_group()
         self.remaining = max_episodes
         self.status[:] = PARKED
         self.prompt_index[:] = self.episode_id[:] = -1
         self.tokens_cut[:] = 0
         self._slots.clear(slice(None))
+
+    def next_group(self) -> None:
+        """Begin the next group: its episodes are those of `episode_id // group_size`."""
+        self.queue.next_group()
+        self.next_episode_id += -self.next_episode_id % self.queue.group_size
 
     def begin(self, slots: IntArray, prompt_indices: list[int] | None = None) -> IntArray:
         """Start an episode in each of `slots`, ascending, as far as the stream reaches; park the others.

@@ -19,8 +19,9 @@ from token_mdp.env import NO_EPISODE
 from token_mdp.episodes import Episode, FloatArray, IntArray
 from token_mdp.infos import SlotInfos, put
 from token_mdp.pictures import picture
+from token_mdp.prompts import PromptQueue
 from token_mdp.rendering import NO_RENDER_MODE, slot_text
-from token_mdp.reset_options import queue_seed, vector_reset
+from token_mdp.reset_options import check_groups, queue_seed, vector_reset
 from token_mdp.rewards import RewardFn, RewardSpec
 from token_mdp.saved_state import check_identity, filled, refusing_damage
 from token_mdp.slot_rewards import empty_slots
@@ -35,6 +36,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     ## Description, spaces, rewards, ends
     As in `TokenEnv`, batched: observations (B, …), rewards (B,) float64, flags (B,) bool. The prompts come from one
     queue, each exactly once per pass, whichever slot asks first. Within a step, slots are refilled in ascending order.
+    With `group_size=G` each prompt is dealt to G episodes in a row, those of one `episode_id // G`.
 
     ## Autoreset
     "SameStep" (default): a finished slot starts its next prompt in the same step; its last observation and info are in
@@ -62,6 +64,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
     reward_mode: "immediate" or "deferred".
     autoreset_mode: Gymnasium's mode, as a string or Enum.
     max_episodes: N of every stream; None never ends.
+    group_size: episodes of each prompt; N is a multiple of it, and no `prompt_index` places prompts then.
     copy: False returns the live arrays of observations and masks: faster, and overwritten by the next step.
     max_episode_steps: what `gymnasium.make_vec` passes on; T becomes the smaller of it and `max_new_tokens`.
     render_mode: "ansi": `render()` returns one text per slot; "human": each episode is printed when it ends;
@@ -102,6 +105,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         max_episodes: int | None = None,
         copy: bool = True,
         max_episode_steps: int | None = None,
+        group_size: int = 1,
     ) -> None:
         num_envs = check_count("num_envs", num_envs)
         check_choice("reward_mode", reward_mode, ("immediate", "deferred"))
@@ -110,8 +114,9 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         check_flag("copy", copy)
         mode = getattr(autoreset_mode, "value", autoreset_mode)
         check_choice("autoreset_mode", mode, tuple(choice.value for choice in AutoresetMode))
+        group_size = check_count("group_size", group_size)
         if max_episodes is not None:
-            max_episodes = check_count("max_episodes", max_episodes)
+            max_episodes = check_groups(max_episodes, group_size)
         if max_episode_steps is not None:
             max_new_tokens = min(
                 check_count("max_new_tokens", max_new_tokens), check_count("max_episode_steps", max_episode_steps)
@@ -155,7 +160,8 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         self.copy = copy
         self.max_episodes = max_episodes
         self._every_slot = np.arange(num_envs)
-        self._slots, self._stream, self._rewards = empty_slots(self.task, num_envs, shuffle, reward_mode == "deferred")
+        queue = PromptQueue(len(self.task.prompts), shuffle, group_size)
+        self._slots, self._stream, self._rewards = empty_slots(self.task, num_envs, queue, reward_mode == "deferred")
         self._infos = SlotInfos(self.task, self._slots, self._stream)
         self._ready = False  # before the first reset and after a failed function of the caller, step() is refused
         self._finish_reason = np.zeros(num_envs, dtype=np.int8)  # (B,) 0 while the episode goes on
@@ -191,11 +197,13 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
                 these slots, within the current stream, which counts the episodes that this cuts short;
                 `prompt_index`: int or (B,), prompts to start from instead of drawing from the queue.
         """
-        ask = vector_reset(options, self.task.prompts, self.num_envs, self.max_episodes, self._ready)
+        group_size = self._stream.queue.group_size
+        ask = vector_reset(options, self.task.prompts, self.num_envs, self.max_episodes, self._ready, group_size)
         seed = queue_seed(seed, self.num_envs)
         super().reset(seed=seed)
         if seed is not None or not self._stream.queue.started:
             self._stream.queue.restart(self.np_random)
+            self._stream.next_group()
         if ask.new_stream or not self._stream.started:
             self._stream.start(ask.max_episodes)
             if seed is not None:
@@ -319,14 +327,15 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         """Go on exactly as the env that gave `state`: `reset()` for the next stream, or `observe()` and `step()`.
 
         Raises:
-            ValueError: the state is of an env with another number of slots, or with other prompts, P, V, stop tokens
-                or strings, T, limit, layout of observations, gamma, shuffling, autoreset mode, reward mode, number of
-                reward components, or payment of steps; or it is damaged. The env is what it was.
+            ValueError: the state is of an env with another number of slots, or with other prompts, groups, P, V, stop
+                tokens or strings, T, limit, layout of observations, gamma, shuffling, autoreset mode, reward mode,
+                number of reward components, or payment of steps; or it is damaged. The env is what it was.
         """
         check_identity(state, self._identity())
         rng, _ = seeding.np_random()
-        shuffle, deferred = self._stream.queue.shuffle, self._rewards.deferred
-        slots, stream, rewards = empty_slots(self.task, self.num_envs, shuffle, deferred)
+        old, deferred = self._stream.queue, self._rewards.deferred
+        queue = PromptQueue(old.num_prompts, old.shuffle, old.group_size)
+        slots, stream, rewards = empty_slots(self.task, self.num_envs, queue, deferred)
         with refusing_damage():
             rng.bit_generator.state = state["np_random"]
             stream.load_state_dict(state["stream"], rng)
@@ -342,7 +351,9 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
 
     def _identity(self) -> dict[str, Any]:
         modes = {"reward_mode": self.reward_mode, "autoreset_mode": self.autoreset_mode.value}
-        return self.task.identity() | modes | {"shuffle": self._stream.queue.shuffle, "num_envs": self.num_envs}
+        queue = self._stream.queue
+        dealing = {"shuffle": queue.shuffle, "group_size": queue.group_size}
+        return self.task.identity() | modes | dealing | {"num_envs": self.num_envs}
 
     def _observe(self, slots: IntArray) -> tuple[VectorObservation, dict[str, Any]]:
         self._ready = False  # until action_mask went well

@@ -227,7 +227,8 @@ class OnPolicyModule(AlignmentModule):
             rewards = whiten(rewards, rollout.mask, moments, keep_mean=True)
 
         values = None if old_values is None else rollout.rows(old_values)
-        estimated = self.advantages(ScoredRollout(rewards, values, rollout.mask, scores, rollout.prompt_index))
+        of_prompts = rollout.prompt_index, rollout.group_index
+        estimated = self.advantages(ScoredRollout(rewards, values, rollout.mask, scores, *of_prompts))
         advantages, returns = rollout.flat(estimated.advantages), rollout.flat(estimated.returns)
         columns = {
             "old_logprobs": old_logprobs,
@@ -242,9 +243,10 @@ class OnPolicyModule(AlignmentModule):
     def planned(self, played: Play, minibatches: Minibatches) -> PlannedRollout:
         """The rollout, cut into the micro-batches of this iteration."""
         rng = np.random.default_rng([self.sampling.seed, self.trainer.current_epoch, self.global_rank])
-        num_tokens = np.array([len(e.prompt_ids) + len(e.response_ids) for e in played.episodes])
-        plan = minibatches.plan(num_tokens, rng, self.most_of_ranks)
-        return PlannedRollout(played, plan, minibatches.num_minibatches)
+        prompt_tokens = np.array([len(episode.prompt_ids) for episode in played.episodes])
+        response_tokens = np.array([len(episode.response_ids) for episode in played.episodes])
+        plan = minibatches.plan(prompt_tokens, response_tokens, rng, self.most_of_ranks)
+        return PlannedRollout(played, plan, minibatches.num_minibatches, minibatches.group_size)
 
     @torch.no_grad()
     def forward_rollout(self, rollout: PlannedRollout) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -134,7 +134,9 @@ def rehearse(
     plugin.convert_module = lambda model: model  # it was made in its dtype
     shorten = shorten_rollout if hasattr(data, "rewards") else shorten_epoch
     if hasattr(data, "rewards"):
-        data.settings = replace(data.settings, rollout_size=max(1, data.settings.rollout_size // ranks))
+        group = data.settings.group_size
+        size = max(1, data.settings.rollout_size // (ranks * group)) * group
+        data.settings = replace(data.settings, rollout_size=size)
         with shapes(), memory:  # adapters as reward models wait for the policy, on whose base they may stand
             data.rewards.share(module.policy)
             list(data.rewards.networks())
@@ -246,8 +248,10 @@ def shorten_rollout(module: Any, data: Any, accumulate: int, memory: LiveMemory)
         count[0] = len(whole)
         size, taken = whole.episodes_of_part, min(accumulate, BATCHES)
         if whole.micro_batches > accumulate:
-            played.learnt = whole.max_tokens // -(-whole.max_tokens // whole.longest)
-            size, taken = min(size * accumulate, BATCHES * (whole.max_tokens // played.learnt)), 1
+            rows = -(-whole.max_tokens // whole.tokens_of(whole.sharing))  # that a micro-batch is filled by
+            played.learnt, played.sharing = whole.max_tokens // rows, whole.sharing
+            groups = -(-BATCHES * (whole.max_tokens // played.learnt) * whole.sharing // whole.group_size)
+            size, taken = min(size * accumulate, groups * whole.group_size), 1
         steps = max(2, -(-min(settings.num_slots, settings.rollout_size) // (size * taken)))
         data.settings = replace(settings, rollout_size=steps * size * taken)
         module.updates = replace(module.updates, num_minibatches=steps, ppo_epochs=1)

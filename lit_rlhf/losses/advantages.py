@@ -108,7 +108,8 @@ class ScoredRollout(NamedTuple):
     values: Float[Tensor, "B T"] | None  # V of the state in which each token was taken; None without a critic
     response_mask: Bool[Tensor, "B T"]
     scores: Float[Tensor, " B"] | None = None  # verdict on each whole response, without the KL penalty
-    prompt_index: Int[Tensor, " B"] | None = None  # which prompt it is to; completions of one prompt have the same
+    prompt_index: Int[Tensor, " B"] | None = None  # which prompt it is to
+    group_index: Int[Tensor, " B"] | None = None  # completions of one prompt that were played together have the same
 
 
 class Advantages(NamedTuple):

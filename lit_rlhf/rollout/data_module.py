@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ class RolloutDataModule(LightningDataModule):
         reward_weights: weight of each of them by name; 1 for those not named.
         monitors: further rewards by name, logged as rollout/<name> but not learnt from.
         rollout_size: episodes per iteration, over all ranks.
+        group_size: completions of each prompt, which are played, packed and learnt from together; for methods that
+            compare them. `rollout_size` is a multiple of it.
         num_slots: episodes played at the same time on each rank; a quarter of its episodes or fewer keeps them busy.
         max_tokens: of a micro-batch in scoring and learning, prompts and responses: an optimiser step takes as many
             micro-batches as that needs, and `accumulate_grad_batches` at least; null = no limit.
@@ -84,6 +87,7 @@ class RolloutDataModule(LightningDataModule):
         reward_weights: dict[str, float] | None = None,
         monitors: dict[str, Reward | Callable[..., Any]] | None = None,
         rollout_size: int = 256,
+        group_size: int = 1,
         num_slots: int = 64,
         max_tokens: int | None = 16_384,
         max_prompt_length: int | None = None,
@@ -106,7 +110,14 @@ class RolloutDataModule(LightningDataModule):
         held_out = {"validation": validation, "test": test or validation, "predict": predict or validation}
         self.sources = named_sources({"train": train, **held_out}, format, columns, "prompts")
         self.settings = RolloutSettings(
-            rollout_size, num_slots, max_tokens, max_new_tokens, tuple(stop_strings), max_validation_prompts, seed
+            rollout_size,
+            num_slots,
+            max_tokens,
+            max_new_tokens,
+            tuple(stop_strings),
+            max_validation_prompts,
+            seed,
+            group_size,
         )
         self.tokenization = TokenizationSettings(
             max_prompt_length=max_prompt_length,
@@ -184,16 +195,18 @@ class RolloutDataModule(LightningDataModule):
             )
         check_trainer_options(self.trainer)
         require_whole_epochs(self.trainer)
-        size, ranks = self.settings.rollout_size, self.trainer.world_size
-        if size % ranks:
-            raise UserError(f"rollout_size ({size}) must divide among {ranks} ranks; try {size - size % ranks}")
+        size, group, ranks = self.settings.rollout_size, self.settings.group_size, self.trainer.world_size
+        if size % (group * ranks):
+            groups = "" if group == 1 else f" in groups of {group}"
+            fits = max(size - size % (group * ranks), group * ranks)
+            raise UserError(f"rollout_size ({size}) must divide among {ranks} ranks{groups}; try {fits}")
         self.accumulate_grad_batches = self.trainer.accumulate_grad_batches
         cut = self.minibatches()
         if cut.micro_batches > cut.accumulate_grad_batches and self.trainer.strategy.handles_gradient_accumulation:
             raise UserError(
                 f"data.max_tokens ({cut.max_tokens}) cuts an optimiser step of {cut.episodes_of_part} episodes into up "
                 f"to {cut.micro_batches} micro-batches, which {type(self.trainer.strategy).__name__} cannot sum: set "
-                f"max_tokens to {cut.episodes_of_part * cut.longest}, or raise num_minibatches"
+                f"max_tokens to {replace(cut, max_tokens=None).most_tokens}, or raise num_minibatches"
             )
         self.trainer.accumulate_grad_batches = cut.micro_batches
         return RolloutLoader(self)
@@ -215,6 +228,8 @@ class RolloutDataModule(LightningDataModule):
             self.accumulate_grad_batches or self.trainer.accumulate_grad_batches,
             self.settings.max_tokens,
             max(map(len, self.prompts["train"].prompt_ids)) + self.settings.max_new_tokens,
+            self.settings.group_size,
+            self.settings.max_new_tokens,
         )
 
     def val_dataloader(self) -> DataLoader | list:

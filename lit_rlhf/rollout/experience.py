@@ -26,7 +26,7 @@ class Experience(NamedTuple):
     step_tokens: list[float]  # per optimiser step, its response tokens over all ranks
 
     def micro_batch(self, number: int, num_ranks: int, limit: int | None = None) -> RolloutBatch | NoBatch:
-        """The micro-batch of this number among those of all passes; with a limit, only its first episodes."""
+        """The micro-batch of this number among those of all passes; with a limit, only its first prompts."""
         step, part = divmod(number, len(self.plan[0]))
         rows = self.plan[step][part][:limit]
         if not len(rows):
@@ -34,7 +34,7 @@ class Experience(NamedTuple):
         return RolloutBatch(
             packed=pack_episodes(self.prompt_ids, self.response_ids, rows),
             denominator=torch.tensor(self.step_tokens[step] / (len(self.plan[step]) * num_ranks), dtype=torch.float32),
-            **{name: torch.cat([column[i] for i in rows]) for name, column in self.tokens.items()},
+            **{name: torch.cat([column[i] for i in packed_order(rows)]) for name, column in self.tokens.items()},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Experience(NamedTuple):
             prompt_ids=[ids.numpy() for ids in state["prompt_ids"]],
             response_ids=[ids.numpy() for ids in state["response_ids"]],
             tokens=state["tokens"],
-            plan=[[rows.numpy() for rows in step] for step in state["plan"]],
+            plan=[[by_prompt(rows.numpy()) for rows in step] for step in state["plan"]],
             step_tokens=state["step_tokens"],
         )
 
@@ -68,17 +68,19 @@ class PlannedRollout:
         played: the episodes.
         plan: of all passes.
         num_minibatches: optimiser steps of a pass.
+        group_size: so many episodes in a row are completions of one prompt.
     """
 
-    def __init__(self, played: Play, plan: Plan, num_minibatches: int) -> None:
+    def __init__(self, played: Play, plan: Plan, num_minibatches: int, group_size: int = 1) -> None:
         self.plan = plan
         self.played = played
         self.first_pass = [rows for step in plan[:num_minibatches] for rows in step if len(rows)]
-        self.order = np.concatenate(self.first_pass)
+        self.order = np.concatenate([packed_order(rows) for rows in self.first_pass])
         self.episodes = [played.episodes[i] for i in self.order]
         self.lengths = torch.tensor([len(episode.response_ids) for episode in self.episodes])  # (B,)
         owners = torch.arange(len(self.episodes)).repeat_interleave(self.lengths)
         self.mask = make_row_mask(owners, len(self.episodes))  # (B, T)
+        self.group_size, self.group_index = group_size, torch.from_numpy(self.order // group_size)  # (B,)
         self.prompt_index = torch.tensor([episode.prompt_index for episode in self.episodes])  # (B,)
 
     def micro_batches(self) -> Iterator[PackedBatch]:
@@ -120,6 +122,9 @@ class PlannedRollout:
             "shaped_score": scores.mean(),
             "sampler_gap": (sampled - old_logprobs).abs().mean(),
         }
+        if self.group_size > 1:
+            in_groups = scores[torch.from_numpy(np.argsort(self.order))].view(-1, self.group_size)
+            means["equal_groups"] = (in_groups == in_groups[:, :1]).all(1).float().mean()
         return {f"rollout/{name}": mean for name, mean in means.items()}
 
     def experience(self, columns: Mapping[str, Tensor], step_tokens: list[float]) -> Experience:
@@ -136,10 +141,20 @@ class PlannedRollout:
 
 
 def pack_episodes(
-    prompt_ids: Sequence[np.ndarray], response_ids: Sequence[np.ndarray], rows: Sequence[int] | np.ndarray
+    prompt_ids: Sequence[np.ndarray], response_ids: Sequence[np.ndarray], rows: np.ndarray
 ) -> PackedBatch:
-    """Some episodes as a packed batch, in the order of `rows`."""
-    return pack([Example(prompt_ids[i], (response_ids[i],)) for i in rows])
+    """Some episodes as a packed batch, in their `packed_order`; those of a row share their prompt: (n, s) numbers."""
+    return pack([Example(prompt_ids[row[0]], tuple(response_ids[i] for i in row)) for row in rows])
+
+
+def packed_order(rows: np.ndarray) -> np.ndarray:
+    """(n s,) numbers of episodes as `pack` lays them: the first of each row, then the second of each, and so on."""
+    return rows.T.ravel()
+
+
+def by_prompt(rows: np.ndarray) -> np.ndarray:
+    """(n, s) numbers of episodes; those of a checkpoint from before groups are (n,)."""
+    return rows[:, None] if rows.ndim == 1 else rows
 
 
 def episode_means(episodes: Sequence[Episode]) -> dict[str, Tensor]:

@@ -37,7 +37,9 @@ class RolloutLoader:
         policy, tokenizer = cast(Policy, self.agent.policy), cast(PreTrainedTokenizerBase, data.tokenizer)
         num_slots = min(sizes.num_slots, self.minibatches.num_episodes)
         limits = (sizes.max_new_tokens, sizes.stop_strings)
-        self.env = make_env(policy, tokenizer, self.prompts, num_slots, *limits, data.rewards)
+        self.env = make_env(
+            policy, tokenizer, self.prompts, num_slots, *limits, data.rewards, group_size=sizes.group_size
+        )
         self.env_seed: int | None = sizes.seed + data.trainer.global_rank  # until the first rollout
         self.env_before: dict[str, Any] | None = None  # the rollout that is being played
         self.experience: Experience | None = None  # of the iteration under way
@@ -96,7 +98,7 @@ class RolloutLoader:
         mine = state["ranks"][self.trainer.global_rank]
         plan = asdict(self.minibatches)
         require_alike(mine, {"done": 0, "plan": {}}, name, ("done", "plan", "env", "experience"))
-        if mine["done"] and mine["plan"] != plan:
+        if mine["done"] and plan | mine["plan"] != plan:  # one of before groups tells nothing of them
             raise UserError(
                 f"it stopped in the middle of an iteration of {mine['plan']}, this run has {plan}; "
                 "resume with the same, or from a checkpoint of an iteration's end"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lit_rlhf.errors import UserError
 
-Plan = list[list[np.ndarray]]  # per optimiser step, the episodes of each of its micro-batches; some may have none
-NONE = np.empty(0, dtype=np.int64)
+# Per optimiser step, the episodes of each of its micro-batches, some of which may have none: (n, s) numbers. The s of a
+# row answer one prompt, which is packed once for them.
+Plan = list[list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,12 @@ class Minibatches:
         accumulate_grad_batches: micro-batches of an optimiser step at least.
         max_tokens: of a micro-batch at most, prompts and responses; None = no limit.
         longest: tokens that an episode can have.
+        group_size: episodes in a row that answer one prompt, and stay together in an optimiser step; in a micro-batch,
+            too, where as many fit into it.
+        longest_response: of `longest`, the tokens that are not shared in a group.
 
     Raises:
-        UserError: fewer episodes than micro-batches, or a `max_tokens` that the longest episode does not fit into.
+        UserError: fewer groups than micro-batches, or a `max_tokens` that the longest episode does not fit into.
     """
 
     num_episodes: int
@@ -37,12 +41,15 @@ class Minibatches:
     accumulate_grad_batches: int
     max_tokens: int | None
     longest: int
+    group_size: int = 1
+    longest_response: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be cut."""
-        if self.num_episodes < self.num_minibatches * self.accumulate_grad_batches:
+        if self.num_groups < self.num_minibatches * self.accumulate_grad_batches:
+            groups = "" if self.group_size == 1 else f" in {self.num_groups} groups"
             raise UserError(
-                f"a rollout of {self.num_episodes} episodes per rank cannot be cut into num_minibatches "
+                f"a rollout of {self.num_episodes} episodes per rank{groups} cannot be cut into num_minibatches "
                 f"({self.num_minibatches}) x accumulate_grad_batches ({self.accumulate_grad_batches}) micro-batches; "
                 "raise rollout_size or lower these"
             )
@@ -54,53 +61,78 @@ class Minibatches:
             )
 
     @property
+    def num_groups(self) -> int:
+        """Of this rank."""
+        return self.num_episodes // self.group_size
+
+    @property
+    def sharing(self) -> int:
+        """Episodes that are packed with one prompt: a whole group, or the largest equal part of it that fits."""
+        parts = (size for size in range(self.group_size, 1, -1) if self.group_size % size == 0)
+        return next((size for size in parts if self.max_tokens is None or self.tokens_of(size) <= self.max_tokens), 1)
+
+    def tokens_of(self, sharing: int) -> int:
+        """Of so many episodes and the prompt that they share, at most."""
+        return self.longest + (sharing - 1) * self.longest_response
+
+    @property
     def episodes_of_part(self) -> int:
         """Of an optimiser step's `accumulate_grad_batches`-th part at most."""
-        return -(-self.num_episodes // (self.num_minibatches * self.accumulate_grad_batches))
+        return self.group_size * -(-self.num_groups // (self.num_minibatches * self.accumulate_grad_batches))
 
     @property
     def micro_batches(self) -> int:
         """Of an optimiser step, where all episodes are as long as can be."""
-        together = self.episodes_of_part if self.max_tokens is None else self.max_tokens // self.longest
-        return self.accumulate_grad_batches * -(-self.episodes_of_part // together)
+        rows = self.episodes_of_part // self.sharing
+        together = rows if self.max_tokens is None else self.max_tokens // self.tokens_of(self.sharing)
+        return self.accumulate_grad_batches * -(-rows // together)
 
     @property
     def most_tokens(self) -> int:
         """Of a micro-batch."""
-        most = self.episodes_of_part * self.longest
+        most = self.episodes_of_part // self.sharing * self.tokens_of(self.sharing)
         return most if self.max_tokens is None else min(most, self.max_tokens)
 
     def __len__(self) -> int:
         return self.ppo_epochs * self.num_minibatches * self.micro_batches
 
-    def plan(self, num_tokens: np.ndarray, rng: np.random.Generator, agree: Callable[[Tensor], Tensor]) -> Plan:
+    def plan(
+        self,
+        prompt_tokens: np.ndarray,
+        response_tokens: np.ndarray,
+        rng: np.random.Generator,
+        agree: Callable[[Tensor], Tensor],
+    ) -> Plan:
         """A fresh permutation per pass, cut into optimiser steps and these into micro-batches.
 
         Args:
-            num_tokens: (episodes,) of each episode.
+            prompt_tokens: (episodes,) of each episode.
+            response_tokens: (episodes,) likewise.
             rng: shuffles.
             agree: the greatest of all ranks' numbers, since sharded weights have all ranks take each pass together.
 
         Returns:
-            ppo_epochs x num_minibatches steps, each a list of `micro_batches` arrays of episode numbers. The empty ones
-            come first: the last micro-batch of a step is the one after which Lightning steps.
+            ppo_epochs x num_minibatches steps, each a list of `micro_batches` arrays of episode numbers, (n, sharing).
+            The empty ones come first: the last micro-batch of a step is the one after which Lightning steps.
         """
         parts_of_pass = self.num_minibatches * self.accumulate_grad_batches
-        passes = [np.array_split(rng.permutation(self.num_episodes), parts_of_pass) for _ in range(self.ppo_epochs)]
-        filled = [fill(part, num_tokens, self.max_tokens) for parts in passes for part in parts]
+        groups = np.arange(self.num_episodes).reshape(self.num_groups, -1, self.sharing)
+        passes = [np.array_split(groups[rng.permutation(len(groups))], parts_of_pass) for _ in range(self.ppo_epochs)]
+        rows = [part.reshape(-1, self.sharing) for parts in passes for part in parts]
+        filled = [fill(r, prompt_tokens[r[:, 0]] + response_tokens[r].sum(1), self.max_tokens) for r in rows]
         counts = agree(torch.tensor([len(parts) for parts in filled])).tolist()
         cut = [halve(parts, count) for parts, count in zip(filled, counts, strict=True)]
         starts = range(0, len(cut), self.accumulate_grad_batches)
         steps = [list(itertools.chain(*cut[i : i + self.accumulate_grad_batches])) for i in starts]
-        return [[NONE] * (self.micro_batches - len(step)) + step for step in steps]
+        return [[groups[:0, 0]] * (self.micro_batches - len(step)) + step for step in steps]
 
 
 def fill(rows: np.ndarray, num_tokens: np.ndarray, max_tokens: int | None) -> list[np.ndarray]:
-    """Cut episodes where the next one would be too much; their order stays."""
+    """Cut rows, of so many tokens each, where the next one would be too much; their order stays."""
     if max_tokens is None:
         return [rows]
     ends, taken = [], 0
-    for number, tokens in enumerate(num_tokens[rows].tolist()):
+    for number, tokens in enumerate(num_tokens.tolist()):
         if taken + tokens > max_tokens:
             ends.append(number)
             taken = 0
@@ -109,7 +141,7 @@ def fill(rows: np.ndarray, num_tokens: np.ndarray, max_tokens: int | None) -> li
 
 
 def halve(parts: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """Cut the parts of most episodes in two until there are so many."""
+    """Cut the parts of most rows in two until there are so many."""
     parts = list(parts)
     while len(parts) < count:
         largest = max(range(len(parts)), key=lambda number: len(parts[number]))

@@ -214,8 +214,9 @@ def make_env(
     stop_strings: Sequence[str],
     rewards: Rewards | None,
     shuffle: bool = True,
+    group_size: int = 1,
 ) -> TokenVectorEnv:
-    """The environment in which a policy answers these prompts; without rewards it scores 0.
+    """The environment in which a policy answers these prompts, so often each; without rewards it scores 0.
 
     Raises:
         UserError: sizes that this machine cannot hold, or columns that no reward could be handed.
@@ -236,6 +237,7 @@ def make_env(
             abstain=rewards is not None and rewards.abstain,
             reward_mode="deferred",
             shuffle=shuffle,
+            group_size=group_size,
             copy=False,
         )
     except ValueError as error:

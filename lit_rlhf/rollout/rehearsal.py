@@ -26,14 +26,16 @@ class RehearsedPlay(RolloutBackend):
         phase: called with what is done from here on.
 
     Attributes:
-        learnt: tokens of an episode that are learnt from, so that some together are all that a micro-batch may have;
-            None = all.
+        learnt: tokens that are learnt from of episodes that share a prompt, so that some of these together are all that
+            a micro-batch may have; None = all.
+        sharing: how many episodes share one.
     """
 
     def __init__(self, phase: Callable[[str], None]) -> None:
         super().__init__(cuda_graphs=False)
         self.phase = phase
         self.learnt: int | None = None
+        self.sharing = 1
 
     @torch.no_grad()
     def play(
@@ -74,7 +76,7 @@ class RehearsedPlay(RolloutBackend):
         """An episode of as many tokens as are learnt from; a short prompt makes for a longer response."""
         if self.learnt is None:
             return episode
-        room = max(1, self.learnt - len(episode.prompt_ids))
+        room = max(1, (self.learnt - len(episode.prompt_ids)) // self.sharing)
         return episode._replace(response_ids=np.resize(episode.response_ids, room))
 
 

@@ -39,6 +39,7 @@ TAKEN = (
     "kl",
     "kl_coef",
     "sampler_gap",
+    "equal_groups",
     "process",
     "shaping",
 )

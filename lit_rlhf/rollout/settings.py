@@ -17,6 +17,7 @@ class RolloutSettings:
     stop_strings: tuple[str, ...]
     max_validation_prompts: int
     seed: int
+    group_size: int = 1
 
     def __post_init__(self) -> None:
         """Refuse counts below 1, and an empty text, which every response holds."""
@@ -25,6 +26,12 @@ class RolloutSettings:
             raise UserError(
                 f"rollout_size ({self.rollout_size}), num_slots ({self.num_slots}), max_new_tokens "
                 f"({self.max_new_tokens}) and max_validation_prompts ({self.max_validation_prompts}) must be 1 or more"
+            )
+        require(self.group_size >= 1, "group_size", self.group_size, "1 or more completions of each prompt")
+        if self.rollout_size % self.group_size:
+            raise UserError(
+                f"rollout_size ({self.rollout_size}) must be a multiple of group_size ({self.group_size}); "
+                f"try {-(-self.rollout_size // self.group_size) * self.group_size}"
             )
         require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more, or null")
         require(all(self.stop_strings), "stop_strings", self.stop_strings, "texts, none of them empty")

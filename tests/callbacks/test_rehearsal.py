@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,6 +42,19 @@ def test_a_run_takes_what_was_planned(stage, lora, inputs, tmp_path):
     plan = planned(stage, inputs, lora=lora)
     assert max(plan.peaks.values()) == pytest.approx(taken(stage, inputs, tmp_path, lora=lora), rel=0.05)
     assert plan.flops > 0 < plan.micro_batches
+
+
+@pytest.mark.parametrize("max_tokens", [40, None])
+def test_groups_take_what_was_planned(max_tokens, inputs, tmp_path, monkeypatch):
+    made = make_stage
+
+    def make_grouped(*args, **options):
+        module, data = made(*args, **options)
+        data.settings = replace(data.settings, group_size=4, max_tokens=max_tokens)
+        return module, data
+
+    monkeypatch.setitem(globals(), "make_stage", make_grouped)
+    assert max(planned("ppo", inputs).peaks.values()) == pytest.approx(taken("ppo", inputs, tmp_path), rel=0.05)
 
 
 def test_a_reference_that_reads_every_step_takes_a_third_of_what_learning_takes(inputs):

@@ -96,10 +96,10 @@ def without_native_only(infos):
 )
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(arguments=tasks(), num_envs=st.integers(1, 4), seed=st.integers(0, 2**31))
-def test_native_vector_env_equals_sync_vector_env_of_single_envs(mode, arguments, num_envs, seed):
-    native = TokenVectorEnv(num_envs=num_envs, autoreset_mode=mode, **arguments)
-    queue = PromptQueue(len(arguments["prompts"]))
+@given(arguments=tasks(), num_envs=st.integers(1, 4), group_size=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_native_vector_env_equals_sync_vector_env_of_single_envs(mode, arguments, num_envs, group_size, seed):
+    native = TokenVectorEnv(num_envs=num_envs, autoreset_mode=mode, group_size=group_size, **arguments)
+    queue = PromptQueue(len(arguments["prompts"]), group_size=group_size)
     sync = SyncVectorEnv([lambda: TokenEnv(prompt_queue=queue, **arguments)] * num_envs, autoreset_mode=mode)
     assert native.observation_space == sync.observation_space
     assert native.action_space == sync.action_space
@@ -123,7 +123,7 @@ def test_native_vector_env_equals_sync_vector_env_of_single_envs(mode, arguments
         done = transition[2] | transition[3]
         if mode == AutoresetMode.DISABLED and done.any():
             options = {"reset_mask": done}
-            if rng.random() < 0.5:
+            if rng.random() < 0.5 and group_size == 1:
                 options["prompt_index"] = int(rng.integers(len(arguments["prompts"])))
             observations, infos = native.reset(options=dict(options))
             expected_observations, expected_infos = sync.reset(options=dict(options))

@@ -62,11 +62,31 @@ def test_the_first_env_with_a_seed_shuffles_a_shared_queue_and_the_seeds_of_othe
         ((0,), r"num_prompts \(0\) must be an integer"),
         (("3",), r"num_prompts \('3'\) must be an integer"),
         ((3, "no"), r"shuffle \('no'\) must be True or False"),
+        ((3, True, 0), r"group_size \(0\) must be an integer"),
     ],
 )
 def test_a_queue_refuses_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         PromptQueue(*arguments)
+
+
+def test_a_queue_deals_each_prompt_of_a_pass_to_a_whole_group_and_goes_on_from_its_state():
+    queue = PromptQueue(3, group_size=2)
+    queue.restart(np.random.default_rng(0))
+    passes = [[queue.draw() for _ in range(6)] for _ in range(2)]
+    assert all(sorted(dealt) == [0, 0, 1, 1, 2, 2] and dealt[::2] == dealt[1::2] for dealt in passes)
+    one = PromptQueue(3)
+    one.restart(np.random.default_rng(0))
+    assert [[one.draw() for _ in range(3)] for _ in range(2)] == [dealt[::2] for dealt in passes]
+    first = queue.draw()
+    restored = PromptQueue(3, group_size=2)
+    restored.load_state_dict(queue.state_dict(), np.random.default_rng(1))
+    assert restored.draw() == first
+    restored.next_group()
+    later = restored.draw()
+    assert later != first and restored.draw() == later
+    restored.next_group()  # a full group leaves nothing to skip
+    assert restored.draw() not in (first, later)
 
 
 def test_a_queue_deals_only_once_it_has_a_random_generator():

@@ -116,6 +116,7 @@ def test_a_state_of_another_env_is_refused():
         ({"prompts": [[1], [2, 3], [4, 5, 0]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
         ({"prompts": [[1, 2], [3], [4, 5, 6]]}, "prompts = 3 prompts, sha256 .*, this env 3 prompts"),
         ({"shuffle": False}, "shuffle = True, this env False"),
+        ({"group_size": 2}, "group_size = 1, this env 2"),
         ({"max_prompt_length": 9}, "max_prompt_length = 3, this env 9"),
         ({"autoreset_mode": "NextStep"}, "autoreset_mode = SameStep, this env NextStep"),
         ({"max_new_tokens": 5}, "max_new_tokens = 4, this env 5"),
@@ -133,6 +134,11 @@ def test_a_state_of_another_env_is_refused():
     with pytest.raises(ValueError, match="the saved state has prompts = None"):
         make(num_envs=2).load_state_dict({})
     make(num_envs=2).load_state_dict(env.state_dict())
+    older = env.state_dict()
+    del older["task"]["group_size"]  # which states of before groups do not have
+    make(num_envs=2).load_state_dict(older)
+    with pytest.raises(ValueError, match="group_size = 1, this env 2"):
+        make(num_envs=2, group_size=2).load_state_dict(older)
 
 
 def leaves(state, path=()):

@@ -23,6 +23,41 @@ def test_a_finite_stream_drains_whole_episodes_each_prompt_once_per_pass(mode, n
         assert len(set(indices)) == min(episodes, 11)
 
 
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+@pytest.mark.parametrize("num_envs", [1, 4, 5])
+def test_each_prompt_is_dealt_to_a_group_whatever_the_slots(mode, num_envs):
+    env = make(num_envs=num_envs, prompts=[[i % VOCAB] for i in range(6)], autoreset_mode=mode, group_size=3)
+    rng, prompts = np.random.default_rng(0), {}
+    for seed in (0, None):  # the second stream goes on in the pass
+        for _, _, ended, _, infos in drain(env, rng, seed=seed, options={"max_episodes": 9}):
+            where = infos.get("final_info", infos)
+            prompts |= dict(
+                zip(where["episode_id"][ended].tolist(), where["prompt_index"][ended].tolist(), strict=True)
+            )
+    groups = [{prompts[3 * group + i] for i in range(3)} for group in range(6)]
+    assert sorted(map(min, groups)) == list(range(6)) and {len(group) for group in groups} == {1}
+
+
+def test_a_stream_begins_with_a_whole_group_where_the_last_one_was_cut_short():
+    env = make(num_envs=2, prompts=[[1], [2], [3]], shuffle=False, group_size=3)
+    assert env.reset(seed=0)[1]["prompt_index"].tolist() == [0, 0]
+    assert env.reset()[1]["prompt_index"].tolist() == [1, 1] and env._stream.episode_id.tolist() == [3, 4]
+    options = {"reset_mask": np.array([True, False])}
+    assert env.reset(seed=0, options=options)[1]["episode_id"].tolist() == [6, 4]
+
+
+def test_groups_are_whole_and_dealt_by_the_queue_alone():
+    with pytest.raises(ValueError, match=r"max_episodes \(7\) must be a multiple of group_size \(3\)"):
+        make(group_size=3, max_episodes=7)
+    env = make(group_size=3)
+    with pytest.raises(ValueError, match=r"max_episodes \(4\) must be a multiple of group_size \(3\)"):
+        env.reset(seed=0, options={"max_episodes": 4})
+    with pytest.raises(ValueError, match=r"prompt_index places prompts and group_size \(3\) has them dealt"):
+        env.reset(seed=0, options={"prompt_index": 1})
+    with pytest.raises(ValueError, match=r"group_size \(0\) must be an integer"):
+        make(group_size=0)
+
+
 def test_a_parked_slot_stands_still():
     env = make(num_envs=3, max_episodes=2, reward_fn=weighted_sum)
     first, infos = env.reset(seed=0)

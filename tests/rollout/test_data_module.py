@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lit_rlhf import RolloutDataModule, TextReward, UserError
@@ -106,6 +107,40 @@ def test_sizes_beyond_all_measure_are_refused_before_anything_is_played(sizes, m
     data.settings = replace(data.settings, rollout_size=sizes.get("rollout_size", 16))
     with pytest.raises(UserError, match=message):
         make_trainer(tmp_path, max_epochs=1).fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"group_size": 0}, r"^group_size \(0\) must be 1 or more completions of each prompt$"),
+        ({"group_size": 5}, r"^rollout_size \(16\) must be a multiple of group_size \(5\); try 20$"),
+        ({"group_size": 2.5}, r"^group_size \(2.5\) must be a whole number"),
+    ],
+)
+def test_groups_that_cannot_be_dealt_are_refused(sizes, message, folder, tmp_path):
+    with pytest.raises(UserError, match=message):
+        make(folder, tmp_path, data=sizes)
+
+
+@pytest.mark.parametrize(("group_size", "message"), [(4, "3 ranks in groups of 4; try 12"), (1, "3 ranks; try 15")])
+def test_a_group_is_not_torn_between_ranks(group_size, message, folder, tmp_path, monkeypatch):
+    module, data, trainer = make(folder, tmp_path, data={"group_size": group_size})
+    monkeypatch.setattr(type(trainer), "world_size", property(lambda self: 3))
+    with pytest.raises(UserError, match=rf"^rollout_size \(16\) must divide among {message}$"):
+        trainer.fit(module, data)
+
+
+def test_the_share_of_a_prompt_among_its_group_changes_no_gradient(folder, tmp_path):
+    def weights(max_tokens):
+        data = {"group_size": 4, "max_tokens": max_tokens}
+        module, data, trainer = make(folder, tmp_path, data=data, num_minibatches=2, ppo_epochs=2)
+        trainer.fit(module, data)
+        return torch.cat([p.detach().flatten() for p in module.policy.parameters()]), data.minibatches().sharing
+
+    (whole, shared), (halves, by_two), (ones, alone) = (weights(limit) for limit in (None, 30, 18))
+    assert (shared, by_two, alone) == (4, 2, 1)
+    torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ones, whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

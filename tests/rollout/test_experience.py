@@ -19,7 +19,7 @@ def experience(plan, step_tokens):
             name: [100.0 * c + 10 * i + torch.arange(length) for i, length in enumerate(LENGTHS)]
             for c, name in enumerate(COLUMNS)
         },
-        plan=[[np.array(part) for part in step] for step in plan],
+        plan=[[np.array(part)[:, None] for part in step] for step in plan],
         step_tokens=step_tokens,
     )
 
@@ -67,7 +67,7 @@ def planned(plan=PLAN):
         for i, n in enumerate(LENGTHS)
     ]
     sampled = [np.full(n, -1.0 * i) for i, n in enumerate(LENGTHS)]
-    return PlannedRollout(Play(episodes, sampled), [[np.array(part) for part in step] for step in plan], 1)
+    return PlannedRollout(Play(episodes, sampled), [[np.array(part)[:, None] for part in step] for step in plan], 1)
 
 
 def test_a_planned_rollout_is_in_the_order_of_its_first_pass():
@@ -95,6 +95,45 @@ def test_what_is_learnt_goes_with_the_episode_that_it_is_of_whatever_the_order(f
     for number in range(4):
         batch = learnt.micro_batch(number, num_ranks=1)
         assert batch.advantages.tolist() == batch.packed.target_ids.tolist()
+
+
+def groups(rows):
+    """Four episodes in two groups of one prompt each, learnt from in these rows."""
+    prompts = [np.array([1, 2]), np.array([1, 2]), np.array([3, 4, 5]), np.array([3, 4, 5])]
+    episodes = [
+        Episode(i, i // 2, prompts[i], 10 * i + np.arange(n), FinishReason.STOP, float(i), {}, None)
+        for i, n in enumerate(LENGTHS)
+    ]
+    sampled = [np.zeros(n) for n in LENGTHS]
+    return PlannedRollout(Play(episodes, sampled), [[np.array(rows)]], 1, group_size=2)
+
+
+def test_a_prompt_is_packed_once_for_those_that_share_it_and_each_token_keeps_its_columns():
+    rollout = groups([[2, 3], [0, 1]])
+    assert rollout.order.tolist() == [2, 0, 3, 1]  # as `pack` lays them: the first of each prompt, then the second
+    assert rollout.group_index.tolist() == [1, 0, 1, 0]
+    (packed,) = rollout.micro_batches()
+    assert packed.input_ids.tolist() == [3, 4, 5, 20, 21, 30, 31, 32, 33, 1, 2, 0, 1, 2, 10]
+    assert packed.target_ids.tolist() == [20, 21, 0, 1, 2, 30, 31, 32, 33, 10]
+    learnt = rollout.experience({name: packed.target_ids.float() for name in COLUMNS}, [10.0])
+    batch = learnt.micro_batch(0, num_ranks=1)
+    assert batch.advantages.tolist() == batch.packed.target_ids.tolist() == packed.target_ids.tolist()
+    assert learnt.micro_batch(0, num_ranks=1, limit=1).packed.target_ids.tolist() == [20, 21, 30, 31, 32, 33]
+
+
+def test_a_plan_of_before_groups_is_restored():
+    state = experience(PLAN, [10.0, 10.0]).state_dict()
+    state["plan"] = [[rows[:, 0] for rows in step] for step in state["plan"]]
+    batch = Experience.from_state_dict(state).micro_batch(0, num_ranks=1)
+    assert batch.packed.target_ids.tolist() == [20, 21, 0, 1, 2]
+
+
+def test_groups_whose_scores_are_all_equal_are_counted():
+    rollout, tokens = groups([[2, 3], [0, 1]]), torch.zeros(10)
+    for scores, share in (([1.0, 1.0, 2.0, 1.0], 0.5), ([0.0] * 4, 1.0), ([1.0, 1.0, 2.0, 2.0], 0.0)):
+        means = rollout.means(torch.tensor(scores), tokens, tokens)  # of episodes 2, 0, 3, 1
+        assert means["rollout/equal_groups"].item() == share
+    assert "rollout/equal_groups" not in planned().means(torch.zeros(4), tokens, tokens)
 
 
 def test_the_gap_of_the_sampler_is_over_the_tokens_that_it_sampled():

@@ -20,12 +20,13 @@ def cut(
     settings = Minibatches(
         len(num_tokens), passes, minibatches, accumulation, max_tokens, max(num_tokens) if longest is None else longest
     )
-    return settings, settings.plan(np.array(num_tokens), np.random.default_rng(0), agree)
+    prompts = np.ones(len(num_tokens), dtype=np.int64)
+    return settings, settings.plan(prompts, np.array(num_tokens) - 1, np.random.default_rng(0), agree)
 
 
 def tokens_of(plan, num_tokens):
     """Those of each micro-batch."""
-    return [[sum(num_tokens[row] for row in part) for part in step] for step in plan]
+    return [[sum(num_tokens[row] for row in part[:, 0]) for part in step] for step in plan]
 
 
 @pytest.mark.parametrize(("episodes", "minibatches", "accumulation"), [(12, 3, 2), (13, 2, 3), (7, 7, 1), (5, 1, 1)])
@@ -36,8 +37,8 @@ def test_each_pass_meets_each_episode_once_in_parts_of_nearly_equal_size(episode
     parts = list(itertools.chain(*plan))
     a_pass = minibatches * accumulation
     passes = [np.concatenate(parts[i : i + a_pass]) for i in range(0, len(parts), a_pass)]
-    assert all(sorted(rows) == list(range(episodes)) for rows in passes)
-    assert len({tuple(rows) for rows in passes}) == 3  # a fresh permutation each
+    assert all(sorted(rows.ravel()) == list(range(episodes)) for rows in passes)
+    assert len({tuple(rows.ravel()) for rows in passes}) == 3  # a fresh permutation each
     sizes = {len(part) for part in parts}
     assert max(sizes) - min(sizes) <= 1
 
@@ -53,7 +54,8 @@ def test_no_micro_batch_has_more_tokens_than_the_limit_and_none_is_needlessly_sm
     settings, plan = cut(num_tokens, 2, minibatches, accumulation, max_tokens, longest=40)
     assert len(plan) == 2 * minibatches and {len(step) for step in plan} == {settings.micro_batches}
     for of_pass in (plan[:minibatches], plan[minibatches:]):
-        assert sorted(np.concatenate([np.concatenate(step) for step in of_pass])) == list(range(len(num_tokens)))
+        dealt = np.concatenate([np.concatenate(step) for step in of_pass])
+        assert sorted(dealt.ravel()) == list(range(len(num_tokens)))
     for step in tokens_of(plan, num_tokens):
         filled = [tokens for tokens in step if tokens]
         assert step[-1] and max(step) <= max_tokens and step == [0] * (len(step) - len(filled)) + filled
@@ -94,6 +96,52 @@ def test_fewer_episodes_than_micro_batches_are_refused_with_the_numbers():
 def test_a_limit_below_the_longest_episode_is_refused_with_the_one_that_would_do():
     with pytest.raises(UserError, match=re.escape("are 300 tokens, more than max_tokens (256)") + ".*raise .* to 300"):
         Minibatches(8, 1, 2, 1, 256, 300)
+
+
+def grouped(responses, group_size, prompt=10, max_tokens=None, **more):
+    """The plan of groups of these response lengths, whose prompts are all as long."""
+    most = max(responses)
+    options = {"ppo_epochs": 2, "num_minibatches": 2, "accumulate_grad_batches": 1} | more
+    cut = Minibatches(
+        len(responses),
+        **options,
+        max_tokens=max_tokens,
+        longest=prompt + most,
+        group_size=group_size,
+        longest_response=most,
+    )
+    prompts = np.full(len(responses), prompt)
+    return cut, cut.plan(prompts, np.array(responses), np.random.default_rng(0), lambda counts: counts)
+
+
+@pytest.mark.parametrize(("max_tokens", "sharing"), [(None, 4), (50, 4), (49, 2), (29, 1)])
+def test_a_group_stays_in_a_step_and_shares_its_prompt_with_as_many_as_fit(max_tokens, sharing):
+    cut, plan = grouped([10] * 24, 4, max_tokens=max_tokens)  # six groups of 10 + 4 x 10 tokens
+    assert cut.sharing == sharing and {part.shape[1] for step in plan for part in step} == {sharing}
+    for step in plan:
+        rows = np.concatenate(step)
+        assert len({*rows.ravel()}) == 12  # half of the episodes, and only whole groups
+        assert all({*range(4 * group, 4 * group + 4)} <= {*rows.ravel()} for group in {*(rows.ravel() // 4)})
+        assert all(len({*(row // 4)}) == 1 for row in rows)
+    assert len({tuple(np.concatenate(step).ravel()) for step in plan}) == 4  # fresh permutations
+
+
+@pytest.mark.parametrize("max_tokens", [30, 45, 64, 128, 500])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_micro_batch_of_groups_has_more_tokens_than_the_limit_nor_a_step_more_of_them_than_told(max_tokens, seed):
+    rng = np.random.default_rng(seed)
+    responses = [20, *rng.integers(1, 21, size=6 * 9 - 1).tolist()]
+    cut, plan = grouped(responses, 6, max_tokens=max_tokens)
+    assert {len(step) for step in plan} == {cut.micro_batches}
+    for part in (part for step in plan for part in step):
+        tokens = 10 * len(part) + sum(responses[i] for i in part.ravel())  # a prompt once for those that share it
+        assert tokens <= min(max_tokens, cut.most_tokens)
+
+
+def test_fewer_groups_than_micro_batches_are_refused_with_the_numbers():
+    message = r"8 episodes per rank in 2 groups cannot be cut into num_minibatches \(3\) .*; raise rollout_size"
+    with pytest.raises(UserError, match=message):
+        Minibatches(8, 1, 3, 1, None, 10, 4, 8)
 
 
 def test_rollouts_that_no_memory_holds_are_refused():

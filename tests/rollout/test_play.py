@@ -24,7 +24,7 @@ from token_mdp import FinishReason, TokenVectorEnv
 PROMPTS = [example.prompt_ids for example in random_examples(11, seed=5)]
 
 
-def make_env(num_envs=4):
+def make_env(num_envs=4, group_size=1):
     return TokenVectorEnv(
         prompts=PROMPTS,
         num_envs=num_envs,
@@ -34,7 +34,23 @@ def make_env(num_envs=4):
         reward_fn=lambda prompts, responses: np.array([len(r) for r in responses], float),
         reward_mode="deferred",
         copy=False,
+        group_size=group_size,
     )
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 12])
+def test_a_group_has_one_prompt_and_draws_that_depend_on_seed_rank_and_episode_alone(num_slots):
+    policy = tiny_policy()
+    expected, played = (
+        play(policy, make_env(slots, 3), GenerationSettings(), 12, stream=1, env_seed=0).episodes
+        for slots in (4, num_slots)
+    )
+    responses = [episode.response_ids.tolist() for episode in played]
+    assert responses == [episode.response_ids.tolist() for episode in expected]
+    assert [episode.episode_id // 3 for episode in played] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    prompts = [{episode.prompt_index for episode in played[3 * g : 3 * g + 3]} for g in range(4)]
+    assert [len(each) for each in prompts] == [1] * 4 and len(set.union(*prompts)) == 4
+    assert all(len({tuple(r) for r in responses[3 * g : 3 * g + 3]}) > 1 for g in range(4))
 
 
 def test_each_prompt_is_played_exactly_once_per_pass_and_the_queue_goes_on():

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_rlhf.data.messages import WEIGHTS, Row
+from lit_rlhf.data.template_sandbox import render_jinja_template
 from lit_rlhf.errors import UserError, named_by, require
+from lit_rlhf.memory_limit import memory_limit
 from lit_rlhf.time_limit import time_limit
 
 LONGEST = 2**24  # characters that a template may make of one conversation, millions of tokens
 SLOWEST = 10.0  # seconds that a template may take for one conversation, a hundred thousand times what one takes
+LARGEST = 2**30  # bytes that it may take for one, several times what the longest conversation takes
 Span = tuple[int, int]  # first character, and one past the last
 
 
@@ -85,7 +87,7 @@ class Renderer:
         """Messages as text, and with `return_assistant_tokens_mask` what the template's `{% generation %}` marks."""
         shown = [{name: value for name, value in message.items() if name not in WEIGHTS} for message in messages]
         try:
-            with time_limit(SLOWEST if current_thread() is main_thread() else None):
+            with memory_limit(LARGEST), time_limit(SLOWEST if current_thread() is main_thread() else None):
                 rendered: Any = render_jinja_template(
                     [shown], tools=self.tools, chat_template=self.template, **options, **self.variables
                 )
@@ -100,6 +102,11 @@ class Renderer:
             raise UserError(
                 f"the chat template had not written one conversation of {len(messages)} messages after {SLOWEST:g} "
                 "seconds: look for a loop in it that takes too many turns"
+            ) from error
+        except MemoryError as error:
+            raise UserError(
+                f"the chat template asked for more than {LARGEST >> 20} MB for one conversation of {len(messages)} "
+                "messages: look for what it repeats"
             ) from error
         except RecursionError as error:
             raise UserError(
@@ -202,7 +209,7 @@ def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     try:
         text = Renderer(tokenizer)([{"role": "user", "content": "?"}, {"role": "assistant", "content": content}])
     except UserError as error:
-        if isinstance(error.__cause__, TemplateSyntaxError | TimeoutError):
+        if isinstance(error.__cause__, TemplateSyntaxError | TimeoutError | MemoryError):
             raise
         return None  # a template that asks for more than a question and an answer
     after = text.rfind(content) + len(content)

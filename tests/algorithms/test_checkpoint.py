@@ -80,9 +80,7 @@ def test_a_module_is_loaded_from_checkpoints_alone_and_any_other_file_is_one_lin
         SFT.load_from_checkpoint(tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize(
-    "place", ["meta", torch.device("meta"), {"cpu": "meta"}]
-)
+@pytest.mark.parametrize("place", ["meta", torch.device("meta"), {"cpu": "meta"}])
 def test_weights_are_not_loaded_to_where_they_have_no_numbers(place):
     with pytest.raises(UserError, match=r"^map_location \(.*\) must be a device that holds numbers, such as cpu$"):
         require_location(place)

@@ -107,6 +107,24 @@ def test_a_template_whose_loops_write_nothing_without_end_is_one_error_and_so_is
         set_template(tokenizer, loops, {})
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10**10 }}",
+        "{% set x = [1] * 10**10 %}",
+        "{{ '%10000000000d' % 1 }}",
+        "{% set ns = namespace(s='a') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    ],
+)
+def test_a_template_that_asks_for_memory_without_measure_is_one_error(template, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.data.chat.LARGEST", 2**26)
+    said = "the chat template asked for more than 64 MB for one conversation of 1 messages"
+    with pytest.raises(UserError, match=said):
+        Renderer(byte_tokenizer(template))([USER])
+    with pytest.raises(UserError, match=r"^chat_template: .* asked for more than 64 MB"):  # whatever the row
+        set_template(byte_tokenizer(), template, {})
+
+
 @pytest.mark.parametrize("template", ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
 def test_a_template_that_calls_itself_without_end_is_one_error(template):
     with pytest.raises(UserError, match="or the template calls itself without end"):

@@ -13,13 +13,19 @@ from safetensors import SafetensorError
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
 from lit_rlhf.algorithms.lightning_tools import require_steps
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.errors import UserError, require, require_types
+from lit_rlhf.data.checks import written_folders
+from lit_rlhf.data.locating import input_files
+from lit_rlhf.data.naming import Role, Source
+from lit_rlhf.errors import UserError, one_line, require, require_types
 from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, said_of, writing_into
 from lit_rlhf.models.adapter_folders import Origin
 from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.saving import Artefact, write, write_settings
 from lit_rlhf.rollout.scoring import Rewards
 
+# Names, and ends of names, of what an export writes; by tokenizers of every kind.
+WRITTEN = {".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".codes", ".py"}
+WRITTEN |= {"additional_chat_templates"}
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -56,7 +62,7 @@ class HuggingFaceExport(Callback):
         target = Path(trainer.default_root_dir) / self.folder
         with said_of("export.folder", target):
             heal(target)
-            require_replaceable(target)
+            require_export(target)
         if self.which == "best" and not monitors(trainer):
             raise UserError(
                 "export.which is best, but no ModelCheckpoint has a monitor, such as val/loss, to tell by: give "
@@ -65,9 +71,18 @@ class HuggingFaceExport(Callback):
         made = pl_module.artefact(self.dtype, merge=self.merge)
         rewards = getattr(getattr(trainer, "datamodule", None), "rewards", None)
         stands_on = [pl_module.stands_on()] + ([rewards.stands_on()] if isinstance(rewards, Rewards) else [])
-        require_apart(target, starts_of(pl_module.hparams, made.adapter, stands_on))
+        require_apart(target, starts_of(pl_module.hparams, made.adapter, stands_on) + inputs_of(trainer))
+        require_replaceable(target)
         with said_of("export.folder", target):
             rehearse(made, target)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at where everything else goes that the run writes; all of that is known by now."""
+        if self.folder is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        root = Path(trainer.default_root_dir)
+        written = [("trainer.default_root_dir", root), *written_folders(trainer, "fit")]
+        require_apart(root / self.folder, [(f"what the run writes ({option})", str(at)) for option, at in written])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on rank 0, also where a checkpoint left nothing to train; all ranks join to collect the weights."""
@@ -114,8 +129,8 @@ def best_checkpoint(trainer: Trainer) -> str | None:
     return None
 
 
-def require_replaceable(target: Path, option: str = "export.folder") -> None:
-    """Refuse to replace what is no export: a model's folder, once it is written, is deleted with all that is in it.
+def require_export(target: Path, option: str = "export.folder") -> None:
+    """Refuse a place that is taken, and not by an export.
 
     Raises:
         UserError: a file, or a folder that holds something and neither config.json nor adapter_config.json.
@@ -127,10 +142,25 @@ def require_replaceable(target: Path, option: str = "export.folder") -> None:
         raise UserError(f"{option}: {target} is there and no export of a model; name a folder of its own")
 
 
+def require_replaceable(target: Path, option: str = "export.folder") -> None:
+    """Refuse to replace what is no export, or holds more: once it is written, the folder is deleted with all in it.
+
+    Raises:
+        UserError: see `require_export`; or something is in it that no export writes.
+    """
+    require_export(target, option)
+    found = sorted(target.iterdir()) if target.exists() else []
+    if others := [path.name for path in found if path.suffix not in WRITTEN and path.name not in WRITTEN]:
+        raise UserError(
+            f"{option}: {target} holds {one_line(', '.join(others))} beside an export, and would be replaced with all "
+            "that is in it; move that elsewhere, or name another folder"
+        )
+
+
 def starts_of(
     arguments: Mapping[str, Any], adapter: Origin | None, stands_on: Iterable[Mapping[str, Fingerprints]]
 ) -> list[tuple[str, str]]:
-    """What a run starts from, each with the folder or hub name of its weights.
+    """What a run starts from, in words, each with the folder or hub name of its weights.
 
     Args:
         arguments: of the module's constructor, by name.
@@ -141,29 +171,42 @@ def starts_of(
     if adapter is not None:
         named += [("the weights that the adapter has learnt on", folder) for folder in (adapter.base, adapter.start)]
     named += [(role, folder) for roles in stands_on for role, held in roles.items() for folder in held]
-    return [(role, folder) for role, folder in named if isinstance(folder, str) and folder != "demo"]  # has no weights
+    folders = [
+        (role, folder) for role, folder in named if isinstance(folder, str) and folder != "demo"
+    ]  # has no weights
+    there = [(role, folder) for role, folder in folders if Path(folder).expanduser().exists()]
+    return [(f"what the run starts from ({role})", folder) for role, folder in there]
 
 
-def require_apart(target: Path, starts: Iterable[tuple[str, str]], option: str = "export.folder") -> None:
-    """Refuse to replace what a run starts from: neither it nor its checkpoints would stand on those weights any more.
+def inputs_of(trainer: Trainer) -> list[tuple[str, str]]:
+    """What else a run reads, in words, each with its file: rows, and the checkpoint that it goes on from."""
+    roles: tuple[Role, ...] = ("train", "validation")
+    sources: Mapping[Role, list[Source] | None] = getattr(getattr(trainer, "datamodule", None), "sources", {})
+    files = [(f"data.{role}", file) for role in roles for file in input_files(sources.get(role) or (), role)]
+    files += [] if trainer.ckpt_path is None else [("ckpt_path", Path(trainer.ckpt_path))]
+    return [(f"what the run reads ({option})", str(file)) for option, file in files]
+
+
+def require_apart(target: Path, held: Iterable[tuple[str, str]], option: str = "export.folder") -> None:
+    """Refuse to replace what a run needs: neither it nor its checkpoints would stand on those weights any more.
 
     Args:
-        target: the folder of the export.
-        starts: what stands where, see `starts_of`.
+        target: the folder of the export, which may not be there yet.
+        held: what stands where, in words and by file or folder.
         option: that names the target.
 
     Raises:
         UserError: the target is one of these folders, or one of them lies in it.
     """
-    if not target.exists():
-        return
-    for role, start in starts:
-        folder = Path(start).expanduser().resolve()
-        if folder.exists() and any(target.samefile(part) for part in (folder, *folder.parents)):
-            raise UserError(
-                f"{option}: {target} holds what the run starts from ({role}), and would be replaced; name another "
-                "folder"
-            )
+    for what, name in held:
+        place = Path(name).expanduser().resolve()
+        if any(part == target.resolve() or is_same(part, target) for part in (place, *place.parents)):
+            raise UserError(f"{option}: {target} holds {what}, and would be replaced; name another folder")
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder that is there."""
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def rehearse(made: Artefact, target: Path) -> None:

@@ -189,24 +189,28 @@ def check_tools(trainer: Any, stage: str) -> None:
 
 
 def make_folders(trainer: Any, stage: str) -> None:
-    """Make the folders that a run's checkpoints, logs and profile go into: Lightning does so when it has some of each.
+    """Make the folders that a run writes into: Lightning does so once there is something to write.
 
     Raises:
         UserError: one of them is a file, lies below one, or may not be written to.
     """
-    if trainer.fast_dev_run:
-        return
+    for option, folder in [] if trainer.fast_dev_run else written_folders(trainer, stage):
+        make_folder(folder, option)
+
+
+def written_folders(trainer: Any, stage: str) -> list[tuple[str, Path]]:
+    """Where a run's checkpoints, logs and profile go, as far as they are known, and by which option."""
     named = []
     if stage == "fit":
-        named += [("callbacks", "dirpath", part, getattr(part, "dirpath", None)) for part in trainer.callbacks]
+        named += [("callbacks: dirpath", part, getattr(part, "dirpath", None)) for part in trainer.callbacks]
     for logger in trainer.loggers:
-        named.append(("logger", "save_dir", logger, getattr(logger, "root_dir", None) or logger.save_dir))
-    profiler = trainer.profiler
-    named.append(("profiler", "dirpath", profiler, getattr(profiler, "dirpath", None)))
-    for option, argument, part, folder in named:
-        if folder and "://" not in str(folder):
-            path = Path(folder).expanduser()
-            make_folder(path, f"trainer.{option}: {argument} of {type(part).__name__}")
+        named.append(("logger: save_dir", logger, getattr(logger, "root_dir", None) or logger.save_dir))
+    named.append(("profiler: dirpath", trainer.profiler, getattr(trainer.profiler, "dirpath", None)))
+    return [
+        (f"trainer.{option} of {type(part).__name__}", Path(folder).expanduser())
+        for option, part, folder in named
+        if folder and "://" not in str(folder)
+    ]
 
 
 def require_whole_epochs(trainer: Any) -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import SimpleProfiler
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_rlhf import RewardModel, RewardModelReward, UserError
+from lit_rlhf import RewardModel, RewardModelReward, SFTDataModule, UserError
 from lit_rlhf.callbacks.export import HuggingFaceExport, export
+from lit_rlhf.cli.export import export as export_command
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.models.loading import load_scorer
 from lit_rlhf.rollout.scoring import Rewards
@@ -74,6 +77,60 @@ def test_what_a_run_starts_from_is_not_replaced_by_its_export(tmp_path, role):
         with pytest.raises(UserError, match=rf"export.folder: .* what the run starts from \({role.split(',')[0]}\)"):
             trainer.fit(module, data)
         assert trainer.global_step == 0, "refused before training"
+
+
+@pytest.mark.parametrize("name", ["results.csv", "checkpoints/", ".git/"])
+def test_an_older_export_goes_with_nothing_else_in_it(inputs, tmp_path, name):
+    fit(inputs, tmp_path)
+    other = tmp_path / "model" / name
+    other.mkdir() if name.endswith("/") else other.touch()
+    with pytest.raises(
+        UserError, match=rf"^export.folder: \S+/model holds {other.name} beside an export, and would be"
+    ):
+        fit(inputs, tmp_path)
+    with pytest.raises(UserError, match=rf"^folder: \S+/model holds {other.name} beside an export"):
+        export_command(str(tmp_path / "end.ckpt"), str(tmp_path / "model"))
+    assert other.exists() and (tmp_path / "end.ckpt").stat().st_mtime_ns < other.stat().st_mtime_ns, "before training"
+
+
+WRITERS = {  # what writes into a folder
+    "checkpoints": lambda folder: {"callbacks": [ModelCheckpoint(folder)], "enable_checkpointing": True},
+    "logs": lambda folder: {"logger": CSVLogger(folder)},
+    "profile": lambda folder: {"profiler": SimpleProfiler(folder, "profile")},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("below", ["", "below"])
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_a_run_writes_is_not_replaced_by_its_export(inputs, tmp_path, writer, older, below):
+    module, data = make_stage("sft", inputs)
+    if older:
+        export(module, full_state_dict(module.exportable()), tmp_path / "model")
+    options = WRITERS[writer](tmp_path / "model" / below)
+    options["callbacks"] = [HuggingFaceExport(), *options.get("callbacks", [])]
+    trainer = make_trainer(tmp_path, max_steps=1, **options)
+    with pytest.raises(UserError, match=r"^export.folder: \S+/model (holds|is there and no export)"):
+        trainer.fit(module, data)
+    assert trainer.global_step == 0, "refused before training"
+
+
+def test_the_folder_of_a_run_and_its_rows_are_not_replaced_by_its_export(inputs, tmp_path):
+    module, data = make_stage("sft", inputs)
+    for folder in (".", tmp_path / "run"):
+        trainer = make_trainer(tmp_path / "run", max_steps=1, callbacks=[HuggingFaceExport(str(folder))])
+        with pytest.raises(UserError, match=r"holds what the run writes \(trainer.default_root_dir\)"):
+            trainer.fit(module, data)
+    target = tmp_path / "run" / "model"
+    export(module, full_state_dict(module.exportable()), target)
+    rows = [json.loads(line) for line in (inputs / "sft.jsonl").read_text().splitlines()]
+    (target / "rows.json").write_text(json.dumps(rows))
+    data = SFTDataModule(str(target / "rows.json"), None, tokenizer=module.tokenizer, max_tokens=100)
+    trainer = make_trainer(tmp_path / "run", max_steps=1, callbacks=[HuggingFaceExport()])
+    with pytest.raises(UserError, match=r"holds what the run reads \(data.train\)"):
+        trainer.fit(module, data)
+    assert trainer.global_step == 0 and (target / "rows.json").exists()
 
 
 def test_a_trial_of_one_batch_leaves_export_and_summary_of_the_real_run(inputs, tmp_path):

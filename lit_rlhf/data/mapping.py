@@ -1,7 +1,7 @@
 """Rows of other shapes, by a small declared mapping: columns of other names, the shapes of Alpaca and ShareGPT."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from lit_rlhf.data.formats import READ, Kind
@@ -15,6 +15,7 @@ OF_SHAPE: dict[Format | None, tuple[str, ...]] = {  # the columns that it is rea
     "alpaca": ("instruction", "input", "system", "history", "output"),
     "sharegpt": ("conversations", "system"),
 }
+FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})  # of rows of ours that are demonstrations: one is read
 # Who speaks in ShareGPT's conversations, in our words.
 SPEAKERS = {
     "system": "system",
@@ -53,12 +54,13 @@ def require_read(columns: Mapping[str, str], kind: Kind, shape: Format | None) -
             )
 
 
-def renamed(row: Any, columns: Mapping[str, str], place: str) -> Any:
-    """A row with the names that we know its columns by.
+def renamed(row: Any, columns: Mapping[str, str], kind: Kind, place: str) -> Any:
+    """A row with the names that we know its columns by, and of demonstrations without those of forms not declared.
 
     Args:
         row: as read.
         columns: our name -> the row's.
+        kind: what is made of it.
         place: of the row, for the message.
 
     Raises:
@@ -72,9 +74,17 @@ def renamed(row: Any, columns: Mapping[str, str], place: str) -> Any:
             f"{place}: there is no column {theirs!r}, which `columns` takes {ours!r} from; found {listed(row)}"
         )
     taken = set(columns.values())
-    return {name: value for name, value in row.items() if name not in taken} | {
+    named = {name: value for name, value in row.items() if name not in taken} | {
         ours: row[theirs] for ours, theirs in columns.items()
     }
+    return _in_form(named, columns) if kind == "sft" else named
+
+
+def _in_form(row: Row, declared: Collection[str]) -> Row:
+    """A row without columns of ours by which it would be read in another form than the one that is declared."""
+    forms = [form for form in FORMS if form & set(declared)]
+    aside = set().union(*FORMS) - forms[0] if len(forms) == 1 else set()
+    return {name: value for name, value in row.items() if name not in aside}
 
 
 def reshaped(row: Any, kind: Kind, shape: Format | None, place: str) -> Any:
@@ -104,7 +114,7 @@ def reshaped(row: Any, kind: Kind, shape: Format | None, place: str) -> Any:
         null = f", and null in {listed(set(row) - set(read))}" if len(read) < len(row) else ""
         raise UserError(f"{place}: expected the column {missing[0]!r} of format {shape}; found {listed(read)}{null}")
     ours = _alpaca(read, kind, place) if shape == "alpaca" else _sharegpt(read, kind, place)
-    return {**row, **ours}
+    return _in_form(row, ours) | ours if kind == "sft" else {**row, **ours}
 
 
 def _alpaca(row: Row, kind: Kind, place: str) -> Row:

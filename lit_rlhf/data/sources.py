@@ -38,7 +38,7 @@ def placed_rows(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, R
     """
     for place, read in _iterate(source, kind, role):
         try:
-            row = renamed(read, source.columns, place)
+            row = renamed(read, source.columns, kind, place)
             with _naming_theirs(source):
                 checked = check_row(reshaped(row, kind, source.format, place), kind, place)
         except RecursionError as error:

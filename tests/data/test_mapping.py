@@ -19,21 +19,52 @@ ASKED = [{"from": "human", "value": "q"}]
 
 def test_columns_get_our_names_and_the_others_keep_theirs():
     row = {"question": "q", "answer": "a", "prompt": 7, "x": 1}
-    assert renamed(row, {"prompt": "question", "completion": "answer"}, "here") == {
+    assert renamed(row, {"prompt": "question", "completion": "answer"}, "sft", "here") == {
         "prompt": "q",
         "completion": "a",
         "x": 1,
     }
-    assert renamed({"prompt": "a", "completion": "q"}, {"prompt": "completion", "completion": "prompt"}, "here") == {
+    assert renamed(
+        {"prompt": "a", "completion": "q"}, {"prompt": "completion", "completion": "prompt"}, "sft", "here"
+    ) == {
         "prompt": "q",
         "completion": "a",
     }
-    assert renamed(["no", "object"], {"prompt": "question"}, "here") == ["no", "object"]
+    assert renamed(["no", "object"], {"prompt": "question"}, "sft", "here") == ["no", "object"]
+
+
+CHAT = {"messages": [user("m"), assistant("m")]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "columns", "row"),
+    [
+        ("alpaca", {}, {"instruction": "q", "output": "a", **CHAT}),
+        ("alpaca", {}, {"instruction": "q", "output": "a", "prompt": "p", "completion": "c", "text": "t", **CHAT}),
+        ("alpaca", {"instruction": "ask"}, {"ask": "q", "output": "a", **CHAT}),
+        ("sharegpt", {}, {"conversations": [*ASKED, {"from": "gpt", "value": "a"}], "prompt": "p", **CHAT}),
+        (None, {"completion": "answer"}, {"prompt": "q", "answer": "a", "text": "t", **CHAT}),
+        (None, {"messages": "talk"}, {"talk": [user("q"), assistant("a")], "prompt": "p", **CHAT}),
+        (None, {"text": "body"}, {"body": "q a", "prompt": "p", "completion": "c", **CHAT}),
+    ],
+)
+def test_a_demonstration_is_read_by_what_is_declared_and_not_by_columns_beside_it(shape, columns, row):
+    read = check_row(reshaped(renamed(row, columns, "sft", "here"), "sft", shape, "here"), "sft", "here")
+    said = [value if isinstance(value, str) else " ".join(m["content"] for m in value) for value in read.values()]
+    assert " ".join(said) == "q a"
+
+
+@pytest.mark.parametrize("kind", ["prompts", "scored"])
+def test_a_prompt_keeps_every_column_whatever_is_declared(kind):
+    row = {"instruction": "q", "output": "a", "text": "t", **CHAT}
+    assert reshaped(renamed(row, {}, kind, "here"), kind, "alpaca", "here").items() >= row.items()
+    row = {"question": "q", "completion": "a", "text": "t", **CHAT}
+    assert renamed(row, {"prompt": "question"}, kind, "here").keys() == {"prompt", "completion", "text", "messages"}
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(UserError, match=r"here: there is no column 'quest', .* 'prompt' from; found \['question'\]"):
-        renamed({"question": "q"}, {"prompt": "quest"}, "here")
+        renamed({"question": "q"}, {"prompt": "quest"}, "sft", "here")
 
 
 @pytest.mark.parametrize(

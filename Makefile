@@ -92,10 +92,11 @@ figures: setup
 build: setup
 	$(BIN)/python -m build
 
-# With PEER_PYTHON (and PEER_PPO_PYTHON) set, beside TRL; see docs/performance.md.
+# Beside every peer whose Python PEER_PYTHON and its siblings name; see docs/performance.md.
+PEERS := $(PEER_PYTHON)$(PEER_PPO_PYTHON)$(LITGPT_PYTHON)$(TORCHTUNE_PYTHON)$(LLAMA_CPP_PYTHON)
 bench: setup
-	$(BIN)/python -m benchmarks.compare $(if $(PEER_PYTHON),--peer trl)
-	$(BIN)/python -m benchmarks.compare $(if $(PEER_PYTHON),--peer trl) --task generate --fixed 48
+	$(BIN)/python -m benchmarks.compare $(if $(PEERS),--peer best)
+	$(BIN)/python -m benchmarks.compare $(if $(PEERS),--peer best) --task generate --fixed 48
 
 bench-scaling: setup
 	$(BIN)/python -m benchmarks.scaling

@@ -215,7 +215,12 @@ def main() -> None:
                 result["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
             return result
 
-        if options.task not in ("ppo", "generate"):  # one batch first: memory pools, lazy imports, kernels
+        # One batch first: memory pools, lazy imports, kernels.
+        if options.task == "generate":
+            lengths, ForcedLengths.lengths = ForcedLengths.lengths, np.full(options.pairs, 4)
+            train_through_the_command_line([*argv, "--trainer.limit_predict_batches", "1"])
+            ForcedLengths.lengths = lengths
+        elif options.task != "ppo":
             train_through_the_command_line([*argv, "--trainer.limit_train_batches", "1"])
         serve(run_round)
 

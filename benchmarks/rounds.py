@@ -33,7 +33,7 @@ def serve(run_round: Callable[[], dict[str, Any]]) -> None:
 
 
 class Contestant:
-    """A waiting process.
+    """A process that waits between its rounds, until it is closed; one that is closed starts anew for its next round.
 
     Args:
         name: in the results.
@@ -44,13 +44,21 @@ class Contestant:
     def __init__(self, name: str, command: Sequence[str], threads: int) -> None:
         self.name = name
         self.results: list[dict[str, Any]] = []
+        self.command, self.threads = command, threads
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Let it come to where it waits for its first round; a round does that too."""
+        if self.process is not None:
+            return
+        threads = str(self.threads)
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(threads), "BENCHMARK_THREADS": str(threads)}
+        environment = {**os.environ, **offline, "OMP_NUM_THREADS": threads, "BENCHMARK_THREADS": threads}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "envs")])
         # A file, not a pipe: nobody reads along, and a full pipe would stop the process.
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, env=environment, text=True
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, env=environment, text=True
         )
 
     def play(self, limit: float | None = None) -> dict[str, Any]:
@@ -62,28 +70,31 @@ class Contestant:
         Raises:
             RuntimeError: the process died or was killed; the message has the end of what it said.
         """
-        assert self.process.stdin is not None and self.process.stdout is not None
+        self.start()
+        process = self.process
+        assert process is not None and process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
+            process.stdin.write("\n")
+            process.stdin.flush()
         late = threading.Event()
-        timer = threading.Timer(limit or 0.0, lambda: (late.set(), self.process.kill()))
+        timer = threading.Timer(limit or 0.0, lambda: (late.set(), process.kill()))
         if limit is not None:
             timer.start()
-        answer = self.process.stdout.readline()
+        answer = process.stdout.readline()
         timer.cancel()
         if not answer:
             said = self.close()
-            died = "was killed at its time limit" if late.is_set() else f"died ({self.process.returncode})"
+            died = "was killed at its time limit" if late.is_set() else f"died ({process.returncode})"
             raise RuntimeError(f"{self.name} {died}:\n{said[-3000:]}")
         self.results.append(json.loads(answer))
         return self.results[-1]
 
     def close(self) -> str:
         """Let the process end; returns what it said beside its answers, once."""
-        if self.said.closed:
+        if self.process is None:
             return ""
         self.process.communicate()
+        self.process = None
         with self.said:
             self.said.seek(0)
             return self.said.read()

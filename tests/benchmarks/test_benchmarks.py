@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, scaling, workload
+from benchmarks import compare, peers, scaling, workload
 from benchmarks.rounds import Contestant
 from lit_rlhf.callbacks.performance import forward_flops, matrix_weights, step_flops
 from lit_rlhf.engine.packing import Example, pack
@@ -88,60 +88,89 @@ def json_lines(output):
 class Timed:
     """Stands in for a contestant; the machine is slow in the second round, whoever plays."""
 
-    seconds: ClassVar = {"ours": 1.0, "ours, no Trainer": 0.9, "trl tuned": 3.0, "trl default": 5.0, "trl packing": 2.0}
+    seconds: ClassVar = {
+        "ours": 1.0,
+        "ours, bfloat16": 0.5,
+        "trl, tuned": 3.0,
+        "trl, grouped": 2.5,
+        "trl, packing": 2.0,
+        "trl, tuned, bfloat16": 2.2,
+        "trl, grouped, bfloat16": 2.1,
+        "trl, packing, bfloat16": 1.5,
+        "trl, default, bfloat16": 4.0,
+    }
+    computing: ClassVar[list[str]] = []
 
     def __init__(self, name, command, threads):
-        self.name, self.results = name, []
+        reduced = "--bf16" in command or "default" in name
+        self.name, self.results, self.key = name, [], f"{name}, bfloat16" if reduced else name
 
     def play(self):
+        assert not self.computing, "one at a time"
+        self.computing.append(self.name)
         slow = 2.0 if len(self.results) == 1 else 1.0
-        result = {"seconds": self.seconds[self.name] * slow, "peak_memory_mb": 10.0 * self.seconds[self.name]}
+        result = {"seconds": self.seconds[self.key] * slow, "peak_memory_mb": 10.0 * self.seconds[self.key]}
         self.results.append(result)
         return result
 
     def close(self):
-        pass
+        self.computing.remove(self.name)
 
 
-def test_a_comparison_pairs_the_rounds_of_ours_and_each_peer(monkeypatch, capsys):
+def compared(monkeypatch, capsys, *words):
+    """What a comparison of stand-ins prints."""
     monkeypatch.setattr(compare, "Contestant", Timed)
-    monkeypatch.setattr(sys, "argv", ["compare", "--task", "sft", "--peer", "trl", "--peer-python", sys.executable])
+    monkeypatch.setattr(sys, "argv", ["compare", *words])
     monkeypatch.setattr(subprocess, "check_output", lambda command, text: "trl 1 torch 2\n")
+    for peer in peers.PEERS.values():
+        monkeypatch.delenv(peer.variable, raising=False)
     compare.main()
-    output = capsys.readouterr().out
-    conditions, *rounds, summary = json_lines(output)
-    assert conditions["conditions"]["peer_python"] == "trl 1 torch 2"
-    played = [(line["round"], line["contestant"]) for line in rounds]
-    assert played == [(number, name) for number in range(3) for name in Timed.seconds]
+    return capsys.readouterr().out
+
+
+def test_a_comparison_goes_on_with_the_fastest_of_each_precision_and_pairs_their_rounds(monkeypatch, capsys):
+    output = compared(monkeypatch, capsys, "--task", "sft", "--peer", "best", "--peer-python", sys.executable)
+    conditions, *lines = json_lines(output)
+    assert conditions["conditions"]["peers"] == {"trl": "trl 1 torch 2"}
+    rounds, (plain, reduced) = lines[:-2], lines[-2:]
+    of_first = [line for line in rounds if line["round"] == 0]
+    assert len(of_first) == len(Timed.seconds)
+    fast = ["ours", "ours, bfloat16", "trl, packing", "trl, packing"]
+    assert [line["contestant"] for line in rounds if line["round"] == 2] == fast
     tokens = rounds[0]["tokens_per_second"]
     expected = {
         "task": "sft",
+        "precision": "float32",
         "tokens_per_second": tokens,
-        "peer_tokens_per_second": tokens / 3,
-        "speedup": 3.0,
+        "best_peer": "trl, packing, bfloat16",
+        "best_peer_tokens_per_second": tokens / 1.5,
+        "speedup": 1.5,
+        "best_peer_peak_memory_mb": 15.0,
+        "best_peer_same_precision": "trl, packing, float32",
+        "best_peer_tokens_per_second_same_precision": tokens / 2,
+        "speedup_same_precision": 2.0,
+        "best_peer_peak_memory_mb_same_precision": 20.0,
         "peak_memory_mb": 10.0,
-        "peer_peak_memory_mb": 30.0,
-        "lightning_overhead": 1 / 0.9 - 1,
-        "trl_default_tokens_per_second": tokens / 5,
-        "speedup_to_trl_default": 5.0,
-        "trl_packing_tokens_per_second": tokens / 2,
-        "speedup_to_trl_packing": 2.0,
     }
-    assert {key: summary[key] for key in expected} == pytest.approx(expected)
-    assert "| trl packing | " in output
+    assert {key: plain[key] for key in expected} == {
+        key: value if isinstance(value, str) else pytest.approx(value) for key, value in expected.items()
+    }
+    assert reduced["precision"] == "bfloat16" and reduced["speedup"] == reduced["speedup_same_precision"] == 3.0
+    assert "| trl, packing | bfloat16 | 3 |" in output and "| trl, tuned | float32 | 1 |" in output
 
 
-def test_without_a_python_for_its_ppo_the_peer_sits_out_ppo_and_the_tasks_after_it_are_played(monkeypatch, capsys):
-    monkeypatch.setattr(compare, "Contestant", Timed)
-    monkeypatch.setattr(Timed, "seconds", Timed.seconds | {"transformers generate": 4.0})
-    monkeypatch.setattr(sys, "argv", ["compare", "--peer", "trl", "--peer-python", sys.executable, "--rounds", "1"])
-    monkeypatch.delenv("PEER_PPO_PYTHON", raising=False)
-    monkeypatch.setattr(subprocess, "check_output", lambda command, text: "trl 1 torch 2\n")
-    compare.main()
-    output = capsys.readouterr().out
-    played = [(line["task"], line["contestant"]) for line in json_lines(output) if "contestant" in line]
-    assert played[-3:] == [("ppo", "ours"), ("generate", "ours"), ("generate", "transformers generate")]
-    assert "ppo: ours alone; --peer-ppo-python or $PEER_PPO_PYTHON must name a Python" in output
+def test_a_comparison_in_one_precision_is_beside_all_peers_and_the_last_line_is_its(monkeypatch, capsys):
+    words = ("--task", "sft", "--peer", "trl", "--peer-python", sys.executable, "--precision", "32-true")
+    last = json_lines(compared(monkeypatch, capsys, *words, "--rounds", "1"))[-1]
+    assert last["precision"] == "float32" and last["speedup"] == 1.5 and last["speedup_same_precision"] == 2.0
+
+
+def test_a_task_none_of_whose_peers_has_a_python_is_played_alone_and_said(monkeypatch, capsys):
+    words = ("--task", "ppo", "--peer", "best", "--peer-python", sys.executable)
+    output = compared(monkeypatch, capsys, *words, "--rounds", "1")
+    assert "ppo: no peer has a Python that is named; ours alone" in output
+    last = json_lines(output)[-1]
+    assert last["best_peer"] is None and last["speedup"] is None and last["tokens_per_second"] > 0
 
 
 def test_a_contestant_that_dies_says_why():
@@ -167,12 +196,15 @@ def test_a_peer_without_a_python_is_refused_with_what_to_do(capsys, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["compare", "--peer", "trl", "--peer-python", "nowhere/python"])
     with pytest.raises(SystemExit):
         compare.main()
-    assert "a Python with TRL, see docs/performance.md" in capsys.readouterr().err
-    peers = ["--peer-python", sys.executable, "--peer-ppo-python", "nowhere/python"]
-    monkeypatch.setattr(sys, "argv", ["compare", "--peer", "trl", *peers])
+    assert "--peer-python or $PEER_PYTHON: there is no nowhere/python" in capsys.readouterr().err
+    for peer in peers.PEERS.values():
+        monkeypatch.delenv(peer.variable, raising=False)
+    monkeypatch.setattr(sys, "argv", ["compare", "--peer", "litgpt"])
     with pytest.raises(SystemExit):
         compare.main()
-    assert "--peer-ppo-python or $PEER_PPO_PYTHON: there is no nowhere/python" in capsys.readouterr().err
+    assert (
+        "--peer litgpt needs $LITGPT_PYTHON: a Python that has it, see docs/performance.md" in capsys.readouterr().err
+    )
 
 
 def test_a_count_below_one_is_refused(capsys, monkeypatch):

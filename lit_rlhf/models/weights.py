@@ -82,7 +82,9 @@ def load_model(
             f"{name} is a model of text and more; what is loaded, trained and exported is its {type(model).__name__} "
             "alone: images or sound are nothing to it"
         )
-    if generation is not None and (from_scratch or not model.can_generate()):  # a reward model asks it for stop tokens
+    if not model.can_generate():  # a reward model asks it for stop tokens, and transformers gives it none
+        model.generation_config = generation or GenerationConfig.from_model_config(model.config)
+    elif generation is not None and from_scratch:
         model.generation_config = generation
     model.__dict__["stored_dtype"] = dtype
     disable_dropout(model)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from lit_rlhf import SFT, UserError
+from lit_rlhf import SFT, RewardModel, UserError
 from lit_rlhf.callbacks.export import export
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.models.loading import load_policy
@@ -35,6 +35,21 @@ def test_a_head_apart_from_the_embeddings_is_kept_whatever_the_config_says_and_e
     assert torch.equal(exported.lm_head.weight, weights["lm_head.weight"])
     assert torch.equal(exported.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
     assert not exported.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("kind", [LlamaForSequenceClassification, LlamaForCausalLM])
+def test_a_reward_model_starts_from_folders_without_a_generation_config_and_is_exported(kind, folder, tmp_path):
+    start = shutil.copytree(folder, tmp_path / "start")
+    (start / "generation_config.json").unlink()
+    model = kind.from_pretrained(start, num_labels=1)
+    if kind is LlamaForSequenceClassification:
+        model.save_pretrained(start)
+    module = RewardModel(str(start))
+    export(module, full_state_dict(module.exportable()), tmp_path / "out")
+    exported = LlamaForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(exported.score.weight, module.reward_model.model.score.weight)
+    if kind is LlamaForSequenceClassification:
+        assert torch.equal(exported.score.weight, model.score.weight)
 
 
 def anonymous_mb():

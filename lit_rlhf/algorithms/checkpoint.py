@@ -18,6 +18,7 @@ from lit_rlhf.errors import UserError, one_line, require
 
 DEEPSPEED = Path("checkpoint", "mp_rank_00_model_states.pt")  # where it keeps weights, and what Lightning hands it
 META = "meta.pt"  # where Lightning keeps all but tensors beside sharded ones
+SHARDED = (".metadata", META)  # what a folder of sharded weights gets last, from torch and from Lightning
 VERSION = "pytorch-lightning_version"
 OTHERWISE = (
     "is no checkpoint of the Trainer's, such as a run keeps under its default_root_dir; an exported model is named by "
@@ -40,6 +41,11 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 def is_deepspeeds(folder: Path) -> bool:
     """Whether a folder is a checkpoint of DeepSpeed's, which was written to its end."""
     return (folder / DEEPSPEED).is_file() and (folder / "latest").is_file()
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of sharded weights, or of DeepSpeed's, that was written to its end."""
+    return all((folder / name).is_file() for name in SHARDED) or is_deepspeeds(folder)
 
 
 def checked_facts(path: Path, option: str) -> dict[str, Any]:
@@ -78,9 +84,12 @@ def require_facts(path: Path, algorithm: str) -> dict[str, Any]:
     Raises:
         UserError: it is another's, sharded or none.
     """
-    if path.is_dir():
-        join = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
-        raise UserError(f"{path.absolute()} is a sharded checkpoint: make one file of it by {join} {path}")
+    if is_deepspeeds(path):
+        ours = f"lit-rlhf export --ckpt_path={path} --folder=model"
+        raise UserError(f"checkpoint_path: {path.absolute()} is of DeepSpeed: have its model written by {ours}")
+    if is_sharded(path):
+        join = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        raise UserError(f"checkpoint_path: {path.absolute()} is a sharded checkpoint: make one file of it by {join}")
     facts = checked_facts(path, "checkpoint_path")
     theirs = facts.get("algorithm", algorithm)
     if theirs != algorithm:

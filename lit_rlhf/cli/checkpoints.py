@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_rlhf.algorithms.checkpoint import OTHERWISE, VERSION, checked_facts, is_deepspeeds
+from lit_rlhf.algorithms.checkpoint import OTHERWISE, VERSION, checked_facts, is_sharded
 from lit_rlhf.data.messages import describe
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import clear, replacing
@@ -31,7 +31,6 @@ RESUMED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "callbacks": (lambda value: isinstance(value, dict), "states by callback"),
     LOOPS: (lambda value: _of_training(value.get("fit_loop")), "the state of fit_loop among others"),
 }
-SHARDED = (".metadata", "meta.pt")  # what a folder of sharded weights gets last, from torch and from Lightning
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -89,11 +88,6 @@ def newest_checkpoint(root: Path) -> Path | None:
     found = [path for path in root.rglob("*.ckpt") if not path.name.startswith(".") and path.exists()]
     whole = [path for path in found if not path.is_dir() or is_sharded(path)]
     return max(whole, key=lambda path: path.stat().st_mtime_ns, default=None)
-
-
-def is_sharded(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of sharded weights, or of DeepSpeed's, that was written to its end."""
-    return all((folder / name).is_file() for name in SHARDED) or is_deepspeeds(folder)
 
 
 def require_checkpoint(path: Path, training: bool = False) -> None:

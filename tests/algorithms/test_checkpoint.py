@@ -9,7 +9,8 @@ import torch.distributed.checkpoint as sharded
 from safetensors.torch import save_file
 
 from lit_rlhf import SFT, UserError
-from lit_rlhf.algorithms.checkpoint import META, VERSION, read_facts, read_weights, require_location
+from lit_rlhf.algorithms.checkpoint import DEEPSPEED, META, VERSION, read_facts, read_weights, require_location
+from tests.tiny import save_tiny
 
 FACTS = {"global_step": 7, "epoch": 2, "reward_model": {"shift": 0.25}}
 WEIGHTS = {
@@ -31,6 +32,13 @@ def in_shards(folder):
         sharded.save({"state_dict": dict(WEIGHTS)}, checkpoint_id=folder / "step=7.ckpt", no_dist=True)
     torch.save(FACTS, folder / "step=7.ckpt" / META)
     return folder / "step=7.ckpt"
+
+
+def in_parts(folder):
+    """As DeepSpeed lays it out."""
+    for name in (DEEPSPEED, "latest"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
 
 
 KINDS = pytest.mark.parametrize("write", [in_one_file, in_shards])
@@ -63,6 +71,10 @@ FILES = {  # what else may be at a path -> how it gets there, and what is said o
     "no file": (lambda file: None, "there is no checkpoint .*a.ckpt"),
     "exported weights": (lambda file: save_file(WEIGHTS, file), "a.ckpt is no checkpoint of the Trainer's"),
     "a list": (lambda file: torch.save([1], file), "a.ckpt is no checkpoint of the Trainer's"),
+    "a model's folder": (lambda file: save_tiny(file), "a.ckpt is no checkpoint of the Trainer's"),
+    "an empty folder": (lambda file: file.mkdir(), "a.ckpt is no checkpoint of the Trainer's"),
+    "shards": (lambda file: in_shards(file.parent).rename(file), "a.ckpt is a sharded checkpoint: make one file of it"),
+    "DeepSpeed's": (lambda file: in_parts(file), "a.ckpt is of DeepSpeed: have its model written by lit-rlhf export"),
     "objects": (lambda file: torch.save({"a": Path("b")}, file), "a.ckpt is damaged, or holds more than tensors"),
     "odd arguments": (
         lambda file: torch.save({VERSION: "2.6", "hyper_parameters": 3}, file),

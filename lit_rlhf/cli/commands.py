@@ -53,7 +53,9 @@ def require_checkpoint_there(argv: Sequence[str]) -> None:
     """Refuse a command line that names a checkpoint where nothing is; what is there is looked at later on."""
     for argument, following in pairwise([*argv, ""]):
         option, _, value = argument.partition("=")
-        name = value or following
+        name = value or (
+            "" if following.startswith("--") else following
+        )  # the parser tells of a value that is not there
         if option == "--ckpt_path" and name not in (*WORDS, "") and "://" not in name and not Path(name).exists():
             raise UserError(f"ckpt_path: there is no checkpoint {Path(name).absolute()}")
 

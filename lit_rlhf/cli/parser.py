@@ -21,7 +21,7 @@ from lit_rlhf.cli.commands import did_you_mean
 from lit_rlhf.cli.mistakes import LONGEST
 from lit_rlhf.cli.ranks import tell
 from lit_rlhf.cli.unknown_options import class_of, option_paths, settings_in, whereabouts
-from lit_rlhf.cli.wording import OPTION, wrong_value
+from lit_rlhf.cli.wording import OPTION, no_value, wrong_value
 from lit_rlhf.cli.yaml_files import place_of_option, places, typed_places
 from lit_rlhf.errors import UserError, hints_of, one_line
 
@@ -85,8 +85,8 @@ class Parser(LightningArgumentParser):
         said = "\n".join(lines)
         if unknown := UNKNOWN.search(message):
             said = self.unknown_option(next(filter(None, unknown.groups())))
-        elif moved := moved_path(message, self.typed):
-            said = moved
+        elif told := no_value(message, self.typed) or moved_path(message, self.typed):
+            said = told
         elif absent := NOT_IN_MODULE.search(message):
             option = "".join(f"{self.as_typed(key, absent[0])}: " for key in OPTION.findall(message)[-1:])
             said = f"{option}{absent[0]}{did_you_mean(absent[2], dir(sys.modules.get(absent[1])))}"

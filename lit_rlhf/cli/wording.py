@@ -2,7 +2,8 @@
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from lit_rlhf.cli.imports import failed_import
 from lit_rlhf.errors import PLAIN, one_line
@@ -23,6 +24,7 @@ EXPECTED = re.compile(
 )
 SUBTYPES = re.compile(r"Subtypes: \[([^\n]*)\]")
 NO_MODULE = re.compile(r"No module named '([\w.]+)'")
+NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
 IN_ITS_CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
@@ -56,6 +58,22 @@ def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str
     wanted = ", or ".join(words).format(value.strip("[](), "))
     why = f"; there is no module {missing[1]} in the current folder or among what is installed" if missing else ""
     return f"{option}: expected {wanted}, got {shown}{why}" if wanted else None
+
+
+def no_value(message: str, typed: Sequence[str]) -> str | None:
+    """One line for an option that stands alone; None for any other message.
+
+    Args:
+        message: of argparse, which names the option that it stands below, such as --model.
+        typed: the command line.
+    """
+    found = NO_VALUE.search(message)
+    if found is None:
+        return None
+    alone = [option for option, after in pairwise([*typed, "--"]) if "=" not in option and after.startswith("-")]
+    named = [option for option in alone if option == found[1] or option.startswith(f"{found[1]}.")]
+    option = named[0] if named else found[1]
+    return f"{option}: expected a value, as in {option}=...; true and false are written out, too"
 
 
 def expectations(message: str) -> list[str]:

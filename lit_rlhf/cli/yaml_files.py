@@ -44,7 +44,7 @@ def config_files(argv: Sequence[str]) -> list[Path]:
     files = []
     for argument, following in pairwise([*argv, ""]):
         option, _, value = argument.partition("=")
-        value = value or ("" if "=" in argument else following)
+        value = value or ("" if "=" in argument or following.startswith("--") else following)
         of_part = option.startswith("--") and "." not in option and value.endswith((".yaml", ".yml"))
         if value and (option in ("-c", "--config") or (of_part and Path(value).exists())):
             inline = "\n" in value or value.startswith("{")

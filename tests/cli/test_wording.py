@@ -8,6 +8,12 @@ from tests.cli.command_line import run
 PPO = ["fit", "--model=lit_rlhf.PPO", "--data=lit_rlhf.RolloutDataModule"]
 SFT = ["fit", "--model=lit_rlhf.SFT", "--data=lit_rlhf.SFTDataModule"]
 SAID = {
+    (
+        *PPO,
+        "--data.rollout_size",
+    ): "--data.rollout_size: expected a value, as in --data.rollout_size=...; true and false",
+    (*PPO, "--model.kl", "--trainer.max_steps=-1"): "--model.kl: expected a value, as in --model.kl=...",
+    ("compare", "--root"): "--root: expected a value, as in --root=...",
     (*PPO, "--model.target_kl=nan"): "--model.target_kl: expected a number, or null, got nan",
     (*PPO, "--model.kl_penalty.estimator=k9"): "--model.kl_penalty.estimator: expected 'k1' or 'k2' or 'k3', got k9",
     (*PPO, "--model.kl=0.1"): "--model.kl: expected the import path of a subclass of KLController, or null, got 0.1",

@@ -19,6 +19,7 @@ from lit_rlhf.algorithms.lightning_tools import scales_gradients, take_rate, tak
 from lit_rlhf.algorithms.load_balance import LoadBalance, find_load_balance
 from lit_rlhf.algorithms.metrics import MetricsModule
 from lit_rlhf.algorithms.optimizers import Change, changes, make_optimizer, require_own_state, take_options
+from lit_rlhf.algorithms.planned_steps import planned_steps
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.algorithms.strategies import norm_of_own_step, steps_by_itself
 from lit_rlhf.engine.sharding import total_norm
@@ -43,6 +44,7 @@ class LearningModule(MetricsModule):
         self.resumed: dict[str, Any] | None = None  # a checkpoint, until the optimiser is there
         self.changed: dict[str, Change] = {}  # options of the optimiser, from the checkpoint's run to this one
         self.made: list[dict[str, Any]] = []  # groups of the optimiser as they were made, without parameters
+        self.planned_steps: float | None = None  # of the optimiser, up to the end of the run
         self.load_balance: dict[str, LoadBalance] = {}  # of mixtures of experts that learn, by the network's name
 
     def find_load_balance(self) -> None:
@@ -76,7 +78,7 @@ class LearningModule(MetricsModule):
         settings = self.optimizer_settings
         optimizer = make_optimizer(settings, self.parameter_groups(), self.modules(), fused)
         self.rate_in_use = self.learning_rate
-        total = self.trainer.estimated_stepping_batches
+        self.planned_steps = total = planned_steps(self.trainer, self.resumed)
         if math.isinf(total):
             if settings.lr_scheduler != "constant" or 0 < settings.warmup_steps < 1:
                 raise UserError(

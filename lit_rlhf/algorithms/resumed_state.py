@@ -17,6 +17,7 @@ CALLBACKS: dict[type[Callback], tuple[str, ...]] = {  # Lightning's that have a 
     ModelCheckpoint: ("best_model_score", "best_model_path"),
     Timer: (),
 }
+COUNTED = ("epoch_progress", "epoch_loop.batch_progress")  # parts of the loop that say how much of a run is left
 COMPUTES = {  # settings of an adapter, by PEFT's names, that its weights were learnt with -> our options
     "r": "lora.r",
     "lora_alpha": "lora.alpha",
@@ -109,9 +110,12 @@ def require_loops(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) 
     """
     name = damaged(file, "fit_loop")
     counters = {key: value for key, value in mine.items() if key != "state_dict"}
-    require_alike(given, counters, name, ("epoch_progress", "epoch_loop.batch_progress"))
+    require_alike(given, counters, name, COUNTED)
     for part in counters:
         counts = given.get(part, {}).get("current", {})
+        if part in COUNTED:
+            needed = tuple(counters[part].get("current", ()))
+            require_alike(counts, {}, f"{name}[{part!r}]['current']", needed)
         for count in ("started", "processed", "completed"):
             if counts.get(count, 0) > counts.get("ready", 0):
                 most = f"expected at most {counts.get('ready', 0)}, as are ready, found {counts[count]}"

@@ -65,6 +65,8 @@ class ProgressLines(Callback):
         """Start the clock."""
         bar = trainer.progress_bar_callback is not None and draws_bars()
         self.speaks = trainer.is_global_zero and (self.always or not bar)
+        planned: float | None = getattr(pl_module, "planned_steps", None)  # none where a subclass makes its optimiser
+        self.total = trainer.estimated_stepping_batches if planned is None else planned
         self.since, self.first_step, self.step = time.monotonic(), trainer.global_step, trainer.global_step
 
     def on_train_batch_end(
@@ -95,7 +97,7 @@ class ProgressLines(Callback):
         """Epoch, step, these metrics, and the time that training has taken and will take."""
         if not self.speaks or not metrics:
             return
-        epochs, total = trainer.max_epochs or -1, trainer.estimated_stepping_batches
+        epochs, total = trainer.max_epochs or -1, self.total
         epoch = f"epoch {trainer.current_epoch + 1}" + (f"/{epochs}" if epochs > 0 else "")
         step = f"step {self.step}" + (f"/{total:.0f}" if math.isfinite(total) else "")
         seconds, taken = time.monotonic() - self.since, self.step - self.first_step

@@ -54,6 +54,8 @@ LOOP = {"state_dict": {}, "epoch_progress": {"current": {"ready": 0}}, "epoch_lo
         ("epoch_progress", {"current": {"ready": "x"}}, r"\['current'\]\['ready'\]: expected a whole number from 0 on"),
         ("epoch_progress", {"current": {"ready": -1}}, r"\['ready'\]: expected a whole number from 0 on, found int"),
         ("epoch_progress", 3, "expected a mapping, found int"),
+        ("epoch_progress", {"current": {}}, r"\['epoch_progress'\]\['current'\]: expected a mapping with ready"),
+        ("epoch_progress", {}, r"\['epoch_progress'\]\['current'\]: expected a mapping with ready"),
         (
             "epoch_loop.batch_progress",
             {"current": {"ready": 3, "completed": 500}},

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import re
 from types import SimpleNamespace
 
@@ -65,8 +66,8 @@ def test_lines_are_said_where_no_bar_is_drawn(inputs, tmp_path, said, monkeypatc
 
 def test_a_run_without_end_says_no_time_to_go(inputs, tmp_path, said, monkeypatch):
     lines = ProgressLines()
-    trainer = SimpleNamespace(max_epochs=-1, current_epoch=7, estimated_stepping_batches=float("inf"))
-    lines.speaks, lines.since, lines.first_step, lines.step = True, 0.0, 0, 40
+    trainer = SimpleNamespace(max_epochs=-1, current_epoch=7)
+    lines.speaks, lines.since, lines.first_step, lines.step, lines.total = True, 0.0, 0, 40, math.inf
     monkeypatch.setattr("lit_rlhf.callbacks.progress.time.monotonic", lambda: 61.0)
     lines.say(trainer, {"train/loss": 2.0})
     lines.say(trainer, {})
@@ -75,8 +76,8 @@ def test_a_run_without_end_says_no_time_to_go(inputs, tmp_path, said, monkeypatc
 
 def test_lines_go_where_lightning_s_own_do(caplog):
     lines = ProgressLines()
-    lines.speaks, lines.since, lines.first_step, lines.step = True, 0.0, 0, 1
-    trainer = SimpleNamespace(max_epochs=1, current_epoch=0, estimated_stepping_batches=1)
+    lines.speaks, lines.since, lines.first_step, lines.step, lines.total = True, 0.0, 0, 1, 1
+    trainer = SimpleNamespace(max_epochs=1, current_epoch=0)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         lines.say(trainer, {"train/loss": 2.0})
     assert "step 1/1: train/loss 2" in caplog.text

@@ -1,9 +1,9 @@
 """Attention of packed rows under transformers' interface, and of decode steps with a slot cache.
 
 Packed rows: queries, keys and values are gathered into the layout's length buckets, causal attention runs in each
-without a mask, and the outputs are scattered back. Where that costs less, a prompt that responses share is attended
-once, and each response's queries attend to prompt and response. On CUDA in half precision the sequences lie end to end
-in variable-length flash attention instead.
+without a mask, and the outputs are scattered back. On a CPU, where that costs less, a prompt that responses share is
+attended once (`shared_attention.py`). On CUDA in half precision the sequences lie end to end in variable-length flash
+attention instead.
 
 Axes: N nodes, C cells of all sequences end to end (a shared node counts in each), n rows of a bucket, T queries and L
 keys of a row or of a cache, H heads, D head dimension, B rows when decoding.
@@ -19,8 +19,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from lit_rlhf.engine.layout import Continuations, EndToEnd, Layout
+from lit_rlhf.engine.layout import EndToEnd, Layout
 from lit_rlhf.engine.memory import has_numbers, kind_of
+from lit_rlhf.engine.shared_attention import band, capped_attention, shared_attention
 
 IMPLEMENTATION = "lit_rlhf_packed"
 # Whether the kernel takes fewer heads of keys than of queries: torch 2.12 says so, 2.11 has no such argument.
@@ -72,14 +73,11 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
     if softcap is None and takes_variable_lengths(q, v):
         return _end_to_end_attention(q, k, v, layout.end_to_end, scaling, groups, sliding_window).unsqueeze(0), None
-    squares, continuations, source = layout.shared or (layout.buckets, (), layout.source)
+    if layout.shared is not None and (softcap is not None or kind_of(q.device) == "cpu"):  # others' kernels keep `lse`
+        return shared_attention(q, k, v, layout.shared, scaling, sliding_window, softcap).unsqueeze(0), None
     settings = dropout, scaling, groups, softcap
-    outputs = [_attend(q[c], k[c], v[c], _band(c.shape[1], sliding_window, q.device), *settings) for c in squares]
-    outputs += [
-        _attend(q[part.queries], k[part.keys], v[part.keys], _seen(part, sliding_window), *settings)
-        for part in continuations
-    ]
-    return torch.cat(outputs)[source].unsqueeze(0), None
+    outputs = [_attend(q[c], k[c], v[c], band(c.shape[1], sliding_window, q.device), *settings) for c in layout.buckets]
+    return torch.cat(outputs)[layout.source].unsqueeze(0), None
 
 
 def as_mask(layout: Layout) -> Tensor:
@@ -152,36 +150,9 @@ def _attend(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
         )
     else:
-        out = _capped_attention(q, k, v, mask, scaling, groups, softcap)
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        out, _ = capped_attention(q, k, v, mask, mask is None, scaling, softcap)
     return out.transpose(1, 2).flatten(0, 1)
-
-
-def _capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, groups: int, softcap: float
-) -> Tensor:
-    """Attention with capped scores, which no fused kernel offers: (n, H, T, D) by way of all (n, H, T, L) scores."""
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scaling / softcap))
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1, dtype=torch.float32)
-    return weights.to(v.dtype) @ v
-
-
-def _band(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """(L, L) bool mask of a sliding window, or None where the window covers the sequence and plain causal will do."""
-    if sliding_window is None or length <= sliding_window:
-        return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position
-    return (distance >= 0) & (distance < sliding_window)
-
-
-def _seen(part: Continuations, sliding_window: int | None) -> Tensor:
-    """(n, 1, T, L) bool mask of continuations: their prompt, and of their own tokens the ones before."""
-    query = part.starts[:, None] + torch.arange(part.queries.shape[1], device=part.starts.device)
-    distance = query[:, None, :, None] - torch.arange(part.keys.shape[1], device=part.starts.device)
-    return distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
 
 
 def _decode_attention(

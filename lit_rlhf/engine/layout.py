@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Measured on a CPU, 6 heads of 64, in cells of a causal square, of which the kernel leaves out most of the upper half.
-BUCKET_OVERHEAD = 20_000  # what starting another bucket costs
-MASKED_CELL = 1.7  # what a cell costs under a mask, where nothing is left out
-SHARED_GAIN = 0.8  # sequences are attended in two parts only where that costs less than this share of them whole
+# Costs of attention forward and backward, measured on a CPU with 6 heads of 64, in pairs of a query with a key (70 ns).
+KEY_BLOCK = 512  # keys that torch's kernel takes at once: of a causal square it leaves out blocks that no query sees
+BUCKET_OVERHEAD = 3_000  # of one more bucket
+NODE_OVERHEAD = 2.0  # of one more bucket of whole sequences, for each node: its gradient is spread over all of them
+MERGE_OVERHEAD = 128  # of a query that attends in two parts
+SHARED_GAIN = 0.9  # prompts are attended once only where that costs less than this share of whole sequences
 
 
 class Sequences(NamedTuple):
@@ -42,23 +44,29 @@ class EndToEnd(NamedTuple):
     source: Tensor  # (N,) int64: where a node's output stands among the cells
 
 
-class Continuations(NamedTuple):
-    """Responses of similar length that attend to a prompt whose own attention is made elsewhere, once for all of them.
+class Answers(NamedTuple):
+    """Prompts of similar length, each with all of its responses end to end, which attend to it.
 
     Cells past an end hold node 0; what stands there as a query is not read, and as a key not seen.
     """
 
-    queries: Tensor  # (n, T) int64: the nodes of n responses
-    keys: Tensor  # (n, L) int64: the nodes of each one's prompt, then its own
-    starts: Tensor  # (n,) int64: tokens of the prompt
+    queries: Tensor  # (n, T) int64: the nodes of all responses to a prompt
+    keys: Tensor  # (n, L) int64: the nodes of the prompt
+    lengths: Tensor  # (n,) int64: tokens of the prompt
+    positions: Tensor  # (n, T) int64: of the queries, counted from the start of the prompt
 
 
 class SharedPrompts(NamedTuple):
-    """The sequences of a layout, each shared prompt attended once."""
+    """The sequences of a layout in two parts: prompts and responses by themselves, and responses with their prompts."""
 
-    buckets: tuple[Tensor, ...]  # each (n, L) int64: as in `Layout`, of prompts and of sequences that share none
-    continuations: tuple[Continuations, ...]
-    source: Tensor  # (N,) int64: where a node's output stands among the cells of buckets and queries, laid end to end
+    squares: tuple[Tensor, ...]  # each (n, L) int64: the nodes of prompts and of responses of similar length, each once
+    source: Tensor  # (N,) int64: where a node stands among the cells of all squares, laid end to end
+    answers: tuple[Answers, ...]
+    responses: Tensor  # (R,) int64: the nodes of all responses
+    response_source: Tensor  # (R,) int64: where they stand among the queries of all answers, laid end to end
+    prompts: Tensor  # (Q,) int64: the nodes of all prompts
+    prompt_source: Tensor  # (Q,) int64: where they stand among the keys of all answers, laid end to end
+    longest: int  # tokens of the longest prompt with response
 
 
 class Layout(NamedTuple):
@@ -84,8 +92,9 @@ def make_layout(sequences: Sequences, num_nodes: int, prompt_lengths: np.ndarray
         num_nodes: N.
         prompt_lengths: (B,) int64: of each sequence, how many first nodes are also others'; None = none shares any.
     """
-    plan = plan_buckets(sequences.lengths)
-    buckets, source = lay(sequences, plan, np.zeros(num_nodes, dtype=np.int64))
+    overhead = BUCKET_OVERHEAD + NODE_OVERHEAD * num_nodes
+    plan = plan_buckets(sequences.lengths, overhead=overhead)
+    buckets, source = lay(sequences, plan, num_nodes)
     ordered = sequences.take(np.concatenate(plan))
     end_to_end_source = np.zeros(num_nodes, dtype=np.int64)
     end_to_end_source[ordered.nodes] = np.arange(len(ordered.nodes))
@@ -97,14 +106,16 @@ def make_layout(sequences: Sequences, num_nodes: int, prompt_lengths: np.ndarray
     )
     shared = None
     if prompt_lengths is not None:
-        shared = share_prompts(sequences, num_nodes, prompt_lengths, plan_cost(plan, sequences.lengths))
-    return Layout(buckets, torch.from_numpy(source), end_to_end, shared)
+        shared = share_prompts(
+            sequences, num_nodes, prompt_lengths, plan_cost(plan, sequences.lengths, overhead=overhead)
+        )
+    return Layout(buckets, source, end_to_end, shared)
 
 
 def share_prompts(
     sequences: Sequences, num_nodes: int, prompt_lengths: np.ndarray, whole_cost: float
 ) -> SharedPrompts | None:
-    """The same sequences in two parts, where a shared prompt is attended once; None where whole ones cost less.
+    """The same sequences in two parts, so that each prompt is attended once; None where whole ones cost less.
 
     Args:
         sequences: as of `make_layout`.
@@ -114,35 +125,39 @@ def share_prompts(
     """
     if SHARED_GAIN * whole_cost <= 2 * BUCKET_OVERHEAD:
         return None
-    lengths, own_lengths = sequences.lengths, sequences.lengths - prompt_lengths
     _, leaders, group = np.unique(sequences.nodes[sequences.starts()], return_index=True, return_inverse=True)
-    sizes, longest = np.bincount(group), np.zeros(len(leaders), dtype=np.int64)
-    np.maximum.at(longest, group, lengths)
-    parted = prompt_lengths[leaders] ** 2 + np.bincount(group, MASKED_CELL * lengths * own_lengths)
-    split = (sizes > 1) & (parted < sizes * longest**2)
-    if not split.any():
+    prompts = sequences.take(leaders, last=prompt_lengths[leaders])
+    by_prompt = np.argsort(group, kind="stable")
+    responses = sequences.take(by_prompt, prompt_lengths[by_prompt])
+    answers = Sequences(responses.nodes, np.bincount(group[by_prompt], responses.lengths).astype(np.int64))
+    squares = Sequences(*(np.concatenate(pair) for pair in zip(prompts, responses, strict=True)))
+    square_plan = plan_buckets(squares.lengths)
+    plan = plan_buckets(prompts.lengths, answers.lengths)
+    cost = plan_cost(square_plan, squares.lengths)
+    cost += plan_cost(plan, prompts.lengths, answers.lengths)
+    if cost >= SHARED_GAIN * whole_cost:
         return None
-    parts, whole = np.flatnonzero(split[group]), np.flatnonzero(~split[group])
-    prompts = sequences.take(leaders[split], last=prompt_lengths[leaders[split]])
-    rest = sequences.take(whole)
-    squares = Sequences(*(np.concatenate(pair) for pair in zip(prompts, rest, strict=True)))
-    continued, own = sequences.take(parts), sequences.take(parts, prompt_lengths[parts])
-    square_plan, part_plan = plan_buckets(squares.lengths), plan_buckets(continued.lengths, own.lengths)
-    split_cost = plan_cost(square_plan, squares.lengths) + plan_cost(part_plan, continued.lengths, own.lengths)
-    if split_cost >= SHARED_GAIN * whole_cost:
-        return None
-    buckets, source = lay(squares, square_plan, np.zeros(num_nodes, dtype=np.int64))
-    queries, source = lay(own, part_plan, source, offset=sum(bucket.numel() for bucket in buckets))
-    keys, _ = lay(continued, part_plan, np.zeros(num_nodes, dtype=np.int64))
-    starts = [torch.from_numpy(prompt_lengths[parts[members]]) for members in part_plan]
-    continuations = tuple(Continuations(*each) for each in zip(queries, keys, starts, strict=True))
-    return SharedPrompts(buckets, continuations, torch.from_numpy(source))
+    cells, source = lay(squares, square_plan, num_nodes)
+    queries, response_source = lay(answers, plan, num_nodes)
+    keys, prompt_source = lay(prompts, plan, num_nodes)
+    position = np.zeros(num_nodes, dtype=np.int64)
+    position[sequences.nodes] = ranges(np.zeros_like(sequences.lengths), sequences.lengths)
+    positions = torch.from_numpy(position)
+    lengths = [torch.from_numpy(prompts.lengths[members]) for members in plan]
+    return SharedPrompts(
+        cells,
+        source,
+        tuple(Answers(*each, positions[each[0]]) for each in zip(queries, keys, lengths, strict=True)),
+        responses=torch.from_numpy(responses.nodes),
+        response_source=response_source[responses.nodes],
+        prompts=torch.from_numpy(prompts.nodes),
+        prompt_source=prompt_source[prompts.nodes],
+        longest=int(sequences.lengths.max()),
+    )
 
 
-def lay(
-    sequences: Sequences, plan: Sequence[np.ndarray], source: np.ndarray, offset: int = 0
-) -> tuple[tuple[Tensor, ...], np.ndarray]:
-    """Each bucket's (n, L) cells; and the (N,) `source` with the cells, from `offset` on, where their nodes now stand.
+def lay(sequences: Sequences, plan: Sequence[np.ndarray], num_nodes: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Each bucket's (n, L) cells; and (N,) where nodes stand among the cells of all buckets, laid end to end.
 
     Cells right of an end hold node 0. No real query sees them (attention is causal) and no output is read there.
     """
@@ -151,11 +166,12 @@ def lay(
     widths = np.maximum.reduceat(ordered.lengths, np.cumsum(rows) - rows)
     row_widths = np.repeat(widths, rows)
     filled = ranges(np.cumsum(row_widths) - row_widths, ordered.lengths)
-    cells, source = np.zeros(row_widths.sum(), dtype=np.int64), source.copy()
+    cells, source = np.zeros(row_widths.sum(), dtype=np.int64), np.zeros(num_nodes, dtype=np.int64)
     cells[filled] = ordered.nodes
-    source[ordered.nodes] = offset + filled
+    source[ordered.nodes] = filled
     buckets = torch.from_numpy(cells).split((rows * widths).tolist())
-    return tuple(bucket.view(len(members), -1) for bucket, members in zip(buckets, plan, strict=True)), source
+    views = tuple(bucket.view(len(members), -1) for bucket, members in zip(buckets, plan, strict=True))
+    return views, torch.from_numpy(source)
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -163,11 +179,20 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
 
 
-def plan_cost(plan: Sequence[np.ndarray], lengths: np.ndarray, queries: np.ndarray | None = None) -> float:
-    """Of attention over all buckets, in cells of a causal square; `queries` of each sequence if fewer than its keys."""
+def pairs(keys: np.ndarray, queries: np.ndarray | None = None) -> np.ndarray:
+    """Cost of a row of a bucket; `queries` None = as the keys, causal, else those of responses to a prompt."""
+    return keys * (keys + np.minimum(keys, KEY_BLOCK)) / 2 if queries is None else (keys + MERGE_OVERHEAD) * queries
+
+
+def plan_cost(
+    plan: Sequence[np.ndarray],
+    lengths: np.ndarray,
+    queries: np.ndarray | None = None,
+    overhead: float = BUCKET_OVERHEAD,
+) -> float:
+    """Of attention over all buckets, in pairs; arguments as of `plan_buckets`."""
     return sum(
-        len(rows) * lengths[rows].max() * (lengths if queries is None else MASKED_CELL * queries)[rows].max()
-        + BUCKET_OVERHEAD
+        len(rows) * float(pairs(lengths[rows].max(), None if queries is None else queries[rows].max())) + overhead
         for rows in plan
     )
 
@@ -175,19 +200,19 @@ def plan_cost(plan: Sequence[np.ndarray], lengths: np.ndarray, queries: np.ndarr
 def plan_buckets(
     lengths: np.ndarray, queries: np.ndarray | None = None, overhead: float = BUCKET_OVERHEAD
 ) -> list[np.ndarray]:
-    """Partition sequences into buckets so that padded attention plus a fixed cost per bucket is least.
+    """Partition rows into buckets so that padded attention plus a fixed cost per bucket is least.
 
-    Dynamic programming over the sorted lengths: a bucket of n sequences, the longest of length L, costs
-    n L^2 + overhead. Optimal, since an optimal partition is contiguous in sorted order and parts none that are alike;
-    of continuations, whose queries are fewer than keys, the best of those that are.
+    Dynamic programming over the sorted lengths: a bucket of n rows costs n times the `pairs` of its longest, plus the
+    overhead. Of causal squares it is optimal, since an optimal partition is contiguous in sorted order and parts none
+    that are alike; of rows with other numbers of queries than keys, the best of those that are.
 
     Args:
-        lengths: (B,) length of each sequence.
-        queries: (B,) how many of its last tokens are queries; None = all.
-        overhead: cost of one more bucket, in cells.
+        lengths: (B,) keys of each row.
+        queries: (B,) queries of each; None = its keys, causal.
+        overhead: cost of one more bucket, in pairs.
 
     Returns:
-        Arrays of sequence numbers, shortest bucket first; within a bucket, by length.
+        Arrays of row numbers, shortest bucket first; within a bucket, by length.
     """
     widths = lengths if queries is None else queries
     order = np.lexsort((widths, lengths))
@@ -197,8 +222,8 @@ def plan_buckets(
     bounds = np.append(firsts, len(order))
     best, cut = np.zeros(len(bounds)), np.zeros(len(bounds), dtype=np.int64)
     for end in range(1, len(bounds)):
-        widest = keys[end - 1] if queries is None else MASKED_CELL * np.maximum.accumulate(widths[:end][::-1])[::-1]
-        costs = best[:end] + (bounds[end] - bounds[:end]) * keys[end - 1] * widest + overhead
+        widest = None if queries is None else np.maximum.accumulate(widths[:end][::-1])[::-1]
+        costs = best[:end] + (bounds[end] - bounds[:end]) * pairs(keys[end - 1], widest) + overhead
         cut[end] = costs.argmin()
         best[end] = costs[cut[end]]
     buckets, end = [], len(bounds) - 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lit_rlhf.engine import layout
-from lit_rlhf.engine.layout import MASKED_CELL, Sequences, make_layout, plan_buckets
+from lit_rlhf.engine.layout import MERGE_OVERHEAD, Sequences, make_layout, pairs, plan_buckets
 from lit_rlhf.engine.packing import Example, pack
 
 
@@ -32,12 +32,18 @@ def test_bucket_plan_is_the_cheapest_of_all_partitions(seed):
     assert cost(planned) == min(cost(p) for p in partitions(list(range(6))))
 
 
-def test_of_continuations_the_plan_counts_queries_under_a_mask():
+def test_of_responses_to_prompts_the_plan_counts_queries_too():
     lengths, queries, overhead = np.array([100, 102, 104, 400]), np.array([4, 90, 4, 4]), 0.0
     # By length alone each would have a bucket of its own; they have, and none is widened by its neighbour's queries.
     assert as_lists(plan_buckets(lengths, queries, overhead)) == [[0], [1], [2], [3]]
-    more_than_any_saving = MASKED_CELL * 4 * 400 * 90
+    more_than_any_saving = 4 * (400 + MERGE_OVERHEAD) * 90
     assert as_lists(plan_buckets(lengths, queries, more_than_any_saving)) == [[0, 1, 2, 3]]
+
+
+def test_the_kernel_leaves_out_blocks_of_keys_that_no_query_sees():
+    # Blocks of 512 x 512: all of the only one; three of four.
+    assert pairs(np.array([512, 1024])).tolist() == [512**2, 3 * 512**2]
+    assert pairs(np.array([72]), np.array([10])).tolist() == [(72 + MERGE_OVERHEAD) * 10]
 
 
 def as_lists(plan):
@@ -52,16 +58,17 @@ def long_prompt(tokens, responses, first=1):
     return Example(ids, tuple(np.arange(*pair) for pair in itertools.pairwise(ends)))
 
 
-def test_a_long_prompt_that_responses_share_is_attended_once_and_each_response_to_it():
+def test_a_long_prompt_that_responses_share_is_attended_once_and_all_of_them_attend_to_it():
     batch = pack([long_prompt(1000, (3, 2), first=0)])
     shared = batch.layout.shared
-    assert [bucket.tolist() for bucket in shared.buckets] == [[list(range(1000))]]
-    (part,) = shared.continuations
-    assert part.queries.tolist() == [[1003, 1004, 0], [1000, 1001, 1002]]  # shortest first
-    assert part.keys[:, 999:].tolist() == [[999, 1003, 1004, 0], [999, 1000, 1001, 1002]]
-    assert part.starts.tolist() == [1000, 1000]
-    cells = torch.cat([*(bucket.flatten() for bucket in shared.buckets), part.queries.flatten()])
-    assert torch.equal(cells[shared.source], torch.arange(1005))
+    squares = [bucket.tolist() for bucket in shared.squares]
+    assert squares == [[[1003, 1004, 0], [1000, 1001, 1002]], [list(range(1000))]]  # shortest first
+    (answers,) = shared.answers
+    assert answers.queries.tolist() == [[1000, 1001, 1002, 1003, 1004]]
+    assert answers.positions.tolist() == [[1000, 1001, 1002, 1000, 1001]]
+    assert answers.keys.tolist() == [list(range(1000))]
+    assert answers.lengths.tolist() == [1000]
+    assert shared.longest == 1003
     whole = torch.cat([bucket.flatten() for bucket in batch.layout.buckets])  # padded models still get whole sequences
     assert torch.equal(whole[batch.layout.source], torch.arange(1005))
 
@@ -70,7 +77,7 @@ def test_a_long_prompt_that_responses_share_is_attended_once_and_each_response_t
     "examples",
     [
         [long_prompt(1000, (3,))],  # none shares it
-        [long_prompt(4, (500, 500))],  # masks would cost more than the prompt
+        [long_prompt(4, (500, 500))],  # the merge would cost more than the prompt
         [long_prompt(20, (3, 3))],  # another call of the kernel would
     ],
 )
@@ -78,19 +85,25 @@ def test_sequences_stay_whole_where_that_costs_less(examples):
     assert pack(examples).layout.shared is None
 
 
-def test_beside_a_shared_prompt_others_stay_whole():
-    batch = pack([long_prompt(1000, (3, 3), first=0), long_prompt(2, (300, 300))])
-    assert sorted(bucket.shape for bucket in batch.layout.shared.buckets) == [(1, 1000), (2, 302)]
-    assert [part.queries.shape for part in batch.layout.shared.continuations] == [(2, 3)]
-
-
-def test_shared_or_whole_every_node_has_a_cell_of_its_own(monkeypatch):
+def test_every_node_stands_once_by_itself_and_once_more_with_its_prompt(monkeypatch):
     monkeypatch.setattr(layout, "SHARED_GAIN", float("inf"))  # whatever it costs
-    examples = [long_prompt(*sizes) for sizes in ((30, (3, 9)), (2, (8, 8)), (17, (1, 4)), (30, (5, 5)))]
+    examples = [long_prompt(*sizes) for sizes in ((300, (3, 9)), (2, (8, 8)), (17, (1, 4)), (30, (5, 5)))]
     batch = pack(examples)
     shared = batch.layout.shared
-    cells = torch.cat([b.flatten() for b in (*shared.buckets, *(part.queries for part in shared.continuations))])
-    assert torch.equal(cells[shared.source], torch.arange(len(batch.input_ids)))
+    assert len(shared.answers) == 2  # by length of the prompt
+    nodes = torch.arange(len(batch.input_ids))
+    assert torch.equal(cells(shared.squares)[shared.source], nodes)
+    assert torch.equal(cells(answers.queries for answers in shared.answers)[shared.response_source], shared.responses)
+    assert torch.equal(cells(answers.keys for answers in shared.answers)[shared.prompt_source], shared.prompts)
+    assert torch.equal(torch.cat([shared.prompts, shared.responses]).sort().values, nodes)
+    for answers in shared.answers:
+        real = answers.queries > 0
+        assert torch.equal(answers.positions[real], batch.position_ids[answers.queries[real]])
+
+
+def cells(buckets):
+    """Laid end to end."""
+    return torch.cat([bucket.flatten() for bucket in buckets])
 
 
 def test_a_layout_of_sequences_that_share_nothing_knows_no_prompts():

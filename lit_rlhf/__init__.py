@@ -1,6 +1,6 @@
 """lit-rlhf: align language models with PyTorch Lightning.
 
-SFT, reward model, PPO and DPO as LightningModules; `token_mdp` is their environment.
+SFT, reward model, PPO, its siblings without a critic, and DPO as LightningModules; `token_mdp` is their environment.
 """
 
 from importlib import import_module
@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.dpo import DPO
+    from lit_rlhf.algorithms.dr_grpo import DrGRPO
+    from lit_rlhf.algorithms.grpo import GRPO
     from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
     from lit_rlhf.algorithms.ppo import PPO
     from lit_rlhf.algorithms.preference_loss import LossTerm
     from lit_rlhf.algorithms.reference_update import ReferenceUpdate
+    from lit_rlhf.algorithms.reinforce import REINFORCE
+    from lit_rlhf.algorithms.reinforce_plus_plus import REINFORCEPlusPlus
+    from lit_rlhf.algorithms.remax import ReMax
     from lit_rlhf.algorithms.reward_model import RewardModel
+    from lit_rlhf.algorithms.rloo import RLOO
     from lit_rlhf.algorithms.sft import SFT
     from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
     from lit_rlhf.errors import UserError
@@ -25,6 +31,12 @@ if TYPE_CHECKING:
 
 HOMES = {  # of the public names: a file is read when one of its names is asked for, torch not before
     "DPO": "algorithms.dpo",
+    "DrGRPO": "algorithms.dr_grpo",
+    "GRPO": "algorithms.grpo",
+    "REINFORCE": "algorithms.reinforce",
+    "REINFORCEPlusPlus": "algorithms.reinforce_plus_plus",
+    "RLOO": "algorithms.rloo",
+    "ReMax": "algorithms.remax",
     "AdaptiveKL": "algorithms.kl_control",
     "FixedKL": "algorithms.kl_control",
     "KLPenalty": "algorithms.kl_control",
@@ -49,15 +61,21 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
 
 __all__ = [
     "DPO",
+    "GRPO",
     "PPO",
+    "REINFORCE",
+    "RLOO",
     "SFT",
     "AdaptiveKL",
+    "DrGRPO",
     "FixedKL",
     "GenerationSettings",
     "KLPenalty",
     "LoRA",
     "LossTerm",
     "PreferenceDataModule",
+    "REINFORCEPlusPlus",
+    "ReMax",
     "ReferenceUpdate",
     "Reward",
     "RewardModel",

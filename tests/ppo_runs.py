@@ -1,4 +1,4 @@
-"""PPO runs on a tiny model, and what to watch of them."""
+"""Runs of PPO, or another method on policy, on a tiny model, and what to watch of them."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lit_rlhf import PPO, RolloutDataModule, TextReward
+from lit_rlhf import PPO, FixedKL, RolloutDataModule, TextReward
 
 PROMPTS = "\n".join(f'{{"prompt": "w{3 + i} w{5 + i % 7} w{4 + i % 3}"}}' for i in range(16))
 
@@ -21,10 +21,10 @@ def constant(prompts, responses, **columns):
     return [0.0] * len(responses)
 
 
-def make(folder, tmp_path, reward=count_w9, trainer=None, data=None, **options):
+def make(folder, tmp_path, reward=count_w9, trainer=None, data=None, kind=PPO, **options):
     (tmp_path / "prompts.jsonl").write_text(PROMPTS + "\n")
     torch.manual_seed(0)  # of the critic's head
-    module = PPO(str(folder), **({"learning_rate": 1e-3, "lr_scheduler": "constant"} | options))
+    module = kind(str(folder), **({"learning_rate": 1e-3, "lr_scheduler": "constant"} | options))
     sizes = {"rollout_size": 16, "num_slots": 4, "max_new_tokens": 8, "validation": None}
     datamodule = RolloutDataModule(
         TextReward(reward),
@@ -77,22 +77,39 @@ def fit(folder, tmp_path, trainer=None, **options):
     return module, steps
 
 
-class Recorder(PPO):
-    """PPO that keeps what it is trained on."""
+def record(folder, tmp_path, kind=PPO, **options):
+    """A method that keeps what it is trained on."""
 
-    def training_step(self, batch, batch_idx):
-        with torch.no_grad():
-            logprobs, _ = self.policy(batch.packed, self.sampling.temperature)
-        self.seen.append((batch, logprobs))
-        return super().training_step(batch, batch_idx)
+    class Recorder(kind):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                logprobs, _ = self.policy(batch.packed, self.sampling.temperature)
+            self.seen.append((batch, logprobs))
+            return super().training_step(batch, batch_idx)
 
-
-def record(folder, tmp_path, **options):
-    module, data, trainer = make(folder, tmp_path, **options)
+    module, data, trainer = make(folder, tmp_path, kind=kind, **options)
     module.__class__ = Recorder
     module.seen = []
     trainer.fit(module, data)
     return module
+
+
+def solved(folder, tmp_path, kind, iterations=12, **options):
+    """The share of the rewarded token after some iterations of a method without a critic."""
+    module, data, trainer = make(
+        folder,
+        tmp_path,
+        kind=kind,
+        kl=FixedKL(0.0),
+        learning_rate=1e-2,
+        trainer={"max_epochs": iterations, "gradient_clip_val": 1.0},
+        data={"rollout_size": 64, "num_slots": 32, "group_size": 4},
+        **options,
+    )
+    trainer.fit(module, data)
+    assert module.critic is None and set(module.views()) == {"policy", "reference"}
+    assert not any("critic" in name for name in module.state_dict())
+    return module.rollout_metrics["rollout/score"]
 
 
 class Rollouts(Callback):

@@ -9,10 +9,13 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from lit_rlhf import (
     DPO,
+    GRPO,
     PPO,
+    REINFORCE,
     SFT,
     AdaptiveKL,
     PreferenceDataModule,
+    ReMax,
     RewardModel,
     RolloutDataModule,
     SFTDataModule,
@@ -21,6 +24,7 @@ from lit_rlhf.algorithms.module import AlignmentModule
 from tests.tiny import VOCABULARY, save_tiny
 
 STAGES = ("sft", "reward_model", "dpo", "ppo")
+ON_POLICY = {"ppo": PPO, "reinforce": REINFORCE, "grpo": GRPO, "remax": ReMax}  # a method of each kind
 
 
 def write_inputs(folder: Path, rows: int = 24) -> None:
@@ -49,9 +53,10 @@ def make_stage(stage: str, folder: Path, **options: Any) -> tuple[AlignmentModul
     """Module and data of a stage; `options` go to the module."""
     model = str(folder / "model")
     options = {"learning_rate": 1e-2, "lr_scheduler": "linear", "warmup_steps": 2} | options
-    if stage == "ppo":
+    if stage in ON_POLICY:
         kl = AdaptiveKL(0.1, target=0.5, horizon=100)
-        module: AlignmentModule = PPO(model, kl=kl, **{"ppo_epochs": 2, "num_minibatches": 2} | options)
+        of_kind = {"ppo_epochs": 2, "num_minibatches": 2} | options
+        module: AlignmentModule = ON_POLICY[stage](model, kl=kl, **of_kind)
         prompts = str(folder / "prompts.jsonl")
         data: LightningDataModule = RolloutDataModule(
             share_of_w9,
@@ -62,6 +67,7 @@ def make_stage(stage: str, folder: Path, **options: Any) -> tuple[AlignmentModul
             num_slots=4,
             max_tokens=80,  # half of what an optimiser step can have
             max_new_tokens=8,
+            group_size=1 if stage == "ppo" else 4,
         )
         return module, data
     if stage == "sft":

@@ -24,7 +24,7 @@ from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.losses import bco_pair_loss
 from lit_rlhf.models.holding import reading_in
 from tests.forked_ranks import in_two_ranks
-from tests.stages import STAGES, make_stage
+from tests.stages import ON_POLICY, STAGES, make_stage
 from tests.tiny import VOCABULARY
 
 STOPPED_PPO = {  # in its second iteration, after the critic has warmed up: see `BetweenRanks`
@@ -57,6 +57,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     # Policy, reference and critic on one base, which is held in another dtype than what learns.
     "lora_ppo": ("ppo", {"lora": LoRA(r=4), "frozen_dtype": "bfloat16", "activation_checkpointing": True}),
     "head_ppo": ("ppo", {"hold_critic": "head"}),  # one pass for two roles
+    **{stage: (stage, {}) for stage in ON_POLICY},
     **WHOLE_RUNS,
 }
 
@@ -140,7 +141,7 @@ def main(folder: Path, name: str, runs: Sequence[str]) -> None:
         strategy: Any = "ddp" if name == "ddp" else sharded
         with reading_in(torch.float32, uncut=name == "fsdp2_uncut"):  # as the command line does for this strategy
             module, data = make_stage(stage, folder, **options)
-        if stage == "ppo":
+        if stage in ON_POLICY:
             module.kl = Hears()  # type: ignore[assignment]
         shares, between = Shares(), BetweenRanks()
         first = ModelCheckpoint(filename="{epoch}", monitor="epoch", mode="min", save_top_k=-1)  # the first is the best
@@ -164,10 +165,10 @@ def main(folder: Path, name: str, runs: Sequence[str]) -> None:
         )
         trainer.fit(module, data)
         results[run] = outcome(trainer, module)
-        if stage == "ppo":
+        if stage in ON_POLICY:
             loader: Any = trainer.train_dataloader
             results[run]["shares"] = gather(shares.seen)
-            for column in ("advantages", "returns"):
+            for column in {"advantages", "returns"} & loader.experience.tokens.keys():
                 results[run][column] = gather(torch.cat(loader.experience.tokens[column]).tolist())
             results[run]["prompts"] = gather([ids.tolist() for ids in loader.experience.prompt_ids])
             mine = {
@@ -175,6 +176,7 @@ def main(folder: Path, name: str, runs: Sequence[str]) -> None:
                 "heard": module.kl.heard,
                 "seen": module.shaping.state_dict()["seen"],
                 "rollout": module.rollout_metrics,
+                "returns": module.returns_seen.mean.item(),
             }
             results[run]["of_all"] = gather(mine)
             own_weights = sum(float(w.double().sum()) for w in module.state_dict().values())

@@ -14,8 +14,11 @@ from typing import Any, Protocol
 
 import torch
 
+from lit_rlhf.engine.memory import numbers
 from lit_rlhf.errors import UserError, place_of
 from lit_rlhf.losses import Advantages, PolicyLoss, PolicyTokens, ScoredRollout
+
+Estimator = Callable[[ScoredRollout], Advantages]
 
 
 class Choice(Protocol):
@@ -111,7 +114,7 @@ def with_settings(
 
     Args:
         given: a function of one argument and options.
-        settings: by name.
+        settings: by name; None leaves it to the function.
         defaults: the constructor's parameters: a setting that was changed from its default counts as asked for.
 
     Raises:
@@ -119,30 +122,43 @@ def with_settings(
     """
     chosen = given if isinstance(given, ChosenFunction) else ChosenFunction(given)
     chosen = ChosenFunction(*unbound(chosen.function, chosen.options))
+    settings = {name: value for name, value in settings.items() if value is not None}
     named = {name: value for name, value in settings.items() if name in arguments_of(chosen, 1)}
     asked = {name: value for name, value in settings.items() if name in named or value != defaults[name].default}
     return replace(chosen, options=asked | (chosen.options or {}))
 
 
-def chosen_estimator(chosen: ChosenFunction) -> Callable[[ScoredRollout], Advantages]:
-    """The advantage estimator, tried on two responses to one prompt.
+@numbers()
+def sample_rollout(group_size: int = 4, values: bool = True, greedy: bool = False) -> ScoredRollout:
+    """A group of completions of one prompt, with values where there is a critic, and scores of greedy responses."""
+    B, T = group_size, 3
+    mask = torch.arange(T) < torch.tensor([T, 1]).repeat(B)[:B, None]  # long and short ones in turn
+    scores, rewards = torch.arange(1.0, B + 1) / B, -0.1 * mask
+    rewards[:, 0] += scores
+    same = torch.zeros(B, dtype=torch.int64)
+    of_values, of_greedy = 0.25 * mask if values else None, torch.full((B,), 0.5) if greedy else None
+    return ScoredRollout(rewards, of_values, mask, scores, same, same, torch.tensor(0.5), of_greedy)
+
+
+@numbers()
+def chosen_estimator(chosen: ChosenFunction, rollout: ScoredRollout | None = None) -> Estimator:
+    """The advantage estimator, tried on a rollout; None = on four responses to one prompt.
 
     Raises:
         UserError: it cannot be computed, or gives something else than advantages of the rollout's shape.
     """
     check_options(chosen, given=1)
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    rewards, values = torch.tensor([[0.0, -0.1, 1.0], [0.5, 0.0, 0.0]]), torch.full((2, 3), 0.25)
-    scores, prompt_index = torch.tensor([1.0, 0.5]), torch.zeros(2, dtype=torch.int64)
-    given = tried(chosen, ScoredRollout(rewards, values * mask, mask, scores, prompt_index))
+    rollout = sample_rollout() if rollout is None else rollout
+    given, shape = tried(chosen, rollout), tuple(rollout.response_mask.shape)
     shapes = [tuple(rows.shape) for rows in given] if isinstance(given, tuple) and len(given) == 2 else given
-    if shapes != [(2, 3), (2, 3)]:
+    if shapes != [shape, shape]:
         raise UserError(
-            f"{name_of(chosen)} must give Advantages, (B, T) each; for a rollout of (2, 3) it gave {shapes}"
+            f"{name_of(chosen)} must give Advantages, (B, T) each; for a rollout of {shape} it gave {shapes}"
         )
     return partial(chosen.function, **(chosen.options or {}))
 
 
+@numbers()
 def chosen_loss(chosen: ChosenFunction) -> Callable[[PolicyTokens], PolicyLoss]:
     """The policy loss, tried on three tokens of two responses.
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
-from lit_rlhf.errors import require, require_alike, require_types
-from lit_rlhf.losses.kl import ESTIMATORS, clamped_logratio, with_k2_gradient
+from lit_rlhf.errors import UserError, require, require_alike, require_types
+from lit_rlhf.losses.kl import ESTIMATORS, clamped_logratio, sequence_k2, sequence_sums, with_k2_gradient
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,26 @@ class KLPenalty:
     Args:
         place: "reward" subtracts kl_coef * estimate from each token's reward (Ziegler et al. 2019); "loss" adds it to
             each token's loss.
-        estimator: k1, k2 or k3. In the reward, k1 alone has the gradient of the KL: the others, as in peers that offer
-            them, have another optimum. In the loss, the gradient is that of the KL whichever gives the value.
+        estimator: k1, k2 or k3 of each token. In the reward, k1 alone has the gradient of the KL: the others, as in
+            peers that offer them, have another optimum. In the loss, the gradient is that of the token's KL whichever
+            gives the value; "k2_sequence", of the loss alone, has that of the KL of whole responses.
     """
 
     place: Literal["reward", "loss"] = "reward"
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Literal["k1", "k2", "k3", "k2_sequence"] = "k1"
 
     def __post_init__(self) -> None:
         """Refuse other words."""
         require_types(type(self), vars(self))
+        if self.place == "reward" and self.estimator == "k2_sequence":
+            raise UserError(
+                "kl_penalty: estimator k2_sequence is of whole responses, and no reward of a token: set place: loss, "
+                "or estimator: k1, which has the same gradient in the reward"
+            )
 
     def estimate(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        """Estimates of the chosen kind, of the same shape."""
-        return ESTIMATORS[self.estimator](logprobs, ref_logprobs)
+        """Estimates of each token, of the same shape."""
+        return ESTIMATORS[self.estimator.removesuffix("_sequence")](logprobs, ref_logprobs)
 
     @check_shapes
     def loss(
@@ -44,20 +50,28 @@ class KLPenalty:
         logprobs: Float[Tensor, "*shape"],
         old_logprobs: Float[Tensor, "*shape"],
         ref_logprobs: Float[Tensor, "*shape"],
+        sequence_ids: Int[Tensor, "*shape"] | None = None,
     ) -> Float[Tensor, "*shape"]:
         """Estimates for the loss: ρ k with ρ = π/π_old, and the gradient ρ ∇k2 = ρ log(π/π_ref) ∇log π.
 
         Unbiased in value (k1, k3) and in gradient also once π has left the π_old that the tokens were sampled from:
-        E_old[ρ f] = E_π[f].
+        E_old[ρ f] = E_π[f]. Of "k2_sequence" ρ, too, is the ratio of whole responses.
 
         Args:
             logprobs: log π of the tokens, now.
             old_logprobs: log π_old of them, at rollout; carries no gradient.
             ref_logprobs: log π_ref of them; carries no gradient.
+            sequence_ids: the response of each, where whole ones are estimated.
 
         Returns:
             Estimates of the same shape.
         """
+        if self.estimator == "k2_sequence":
+            assert sequence_ids is not None, "the estimate of whole responses needs to know whose a token is"
+            drift = sequence_sums((logprobs - old_logprobs).detach(), sequence_ids)
+            return torch.exp(clamped_logratio(drift, torch.zeros_like(drift))) * sequence_k2(
+                logprobs, ref_logprobs, sequence_ids
+            )
         ratio = torch.exp(clamped_logratio(logprobs, old_logprobs)).detach()
         return ratio * with_k2_gradient(self.estimate(logprobs, ref_logprobs), logprobs, ref_logprobs)
 

@@ -1,33 +1,31 @@
 """The on-policy road: play, score, charge the KL, estimate advantages, learn. A method is an estimator and a loss."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_rlhf.algorithms.chosen import ChosenFunction, chosen_estimator, chosen_loss
+from lit_rlhf.algorithms.chosen import ChosenFunction, chosen_estimator, chosen_loss, sample_rollout
+from lit_rlhf.algorithms.crediting import CreditingModule
 from lit_rlhf.algorithms.kl_control import FixedKL, KLController, KLPenalty
 from lit_rlhf.algorithms.lightning_tools import takes_gradients_early
-from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, UpdateSettings
+from lit_rlhf.algorithms.settings import CriticSettings, LossAverage, SamplingSettings, UpdateSettings
 from lit_rlhf.data.batches import NoBatch, PromptBatch, RolloutBatch
 from lit_rlhf.engine.early_backward import backward_early
-from lit_rlhf.engine.packing import Example, PackedBatch, pack
-from lit_rlhf.errors import UserError, damaged, named_by, require_alike
-from lit_rlhf.losses import PolicyTokens, ScoredRollout, value_loss
-from lit_rlhf.losses.advantages import explained_variance, token_rewards, whiten
+from lit_rlhf.engine.packing import Example, pack
+from lit_rlhf.errors import UserError, damaged, named_by
+from lit_rlhf.losses import PolicyTokens, value_loss
+from lit_rlhf.losses.advantages import Moments
 from lit_rlhf.losses.kl import k1, k3
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.loading import load_policy_with_tokenizer
-from lit_rlhf.models.roles import HoldReference, OnTrunk, Reference, Values, policy_parameters, reference_of
-from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means
-from lit_rlhf.rollout.minibatches import Minibatches
-from lit_rlhf.rollout.play import GenerationSettings, Play, complete, episode_rows
+from lit_rlhf.models.roles import HoldReference, OnTrunk, policy_parameters, reference_of
+from lit_rlhf.rollout.experience import episode_means
+from lit_rlhf.rollout.play import GenerationSettings, complete, episode_rows
 from lit_rlhf.rollout.shaping import RewardShaping
-from token_mdp import Episode, FinishReason
+from token_mdp import Episode
 
 
 class Term(NamedTuple):
@@ -38,7 +36,7 @@ class Term(NamedTuple):
     losses: Tensor  # (M,)
 
 
-class OnPolicyModule(AlignmentModule):
+class OnPolicyModule(CreditingModule):
     """Base of the algorithms that learn from a `RolloutDataModule`: maximise E[r(x, y)] - β KL(π‖π_ref).
 
     One Lightning epoch is one iteration: the policy plays `rollout_size` episodes of the data module, they are scored
@@ -51,6 +49,10 @@ class OnPolicyModule(AlignmentModule):
         kl: β, the coefficient of the KL penalty, fixed or adaptive; None = FixedKL(0.05).
         kl_penalty: whether the KL is charged in the reward or in the loss, and its estimator.
         shaping: normalisation, clipping, length and missing-end penalties of rewards; None = rewards as they come.
+        whiten_advantages: bring advantages to mean 0 and variance 1 over the rollout of all ranks.
+        loss_average: what the policy's loss is a mean over: "tokens" = of the whole minibatch; "responses" = of those
+            of a response, and then responses; "max_new_tokens" = responses, each the sum over its tokens divided by
+            the limit of a response.
         entropy_coef: weight of the entropy bonus.
         ppo_epochs: passes over a rollout.
         num_minibatches: optimiser steps per pass; each takes as many micro-batches as `data.max_tokens` asks for, and
@@ -69,7 +71,6 @@ class OnPolicyModule(AlignmentModule):
     """
 
     learns_from = "prompts"
-    prefix: ClassVar[str]  # of its metrics
 
     def __init__(
         self,
@@ -79,6 +80,8 @@ class OnPolicyModule(AlignmentModule):
         kl: KLController | None = None,
         kl_penalty: KLPenalty = KLPenalty(),
         shaping: RewardShaping | None = None,
+        whiten_advantages: bool = True,
+        loss_average: LossAverage = "tokens",
         entropy_coef: float = 0.0,
         ppo_epochs: int = 4,
         num_minibatches: int = 4,
@@ -93,10 +96,12 @@ class OnPolicyModule(AlignmentModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.updates = UpdateSettings(ppo_epochs, num_minibatches, target_kl, entropy_coef)
+        self.updates = UpdateSettings(ppo_epochs, num_minibatches, target_kl, entropy_coef, loss_average)
         self.sampling = SamplingSettings(temperature, seed)
         with named_by("model.advantages"):
-            self.advantages = chosen_estimator(advantages)
+            sample = sample_rollout(values=self.has_critic, greedy=self.plays_greedy)
+            self.advantages = chosen_estimator(advantages, sample)
+        self.chosen_advantages, self.whiten_advantages = advantages, whiten_advantages
         with named_by("model.loss"):
             self.loss = chosen_loss(loss)
         self.kl = FixedKL() if kl is None else kl
@@ -109,14 +114,11 @@ class OnPolicyModule(AlignmentModule):
         self.policy, self.tokenizer = load_policy_with_tokenizer(
             policy, False, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
-        self.reference: Reference = reference_of(
-            self.policy, self.frozen, hold_reference, frozen_dtype=self.frozen_dtype
-        )
-        self.critic: Values | None = None
+        self.reference = reference_of(self.policy, self.frozen, hold_reference, frozen_dtype=self.frozen_dtype)
+        self.critic = None
         self.critic_settings = CriticSettings(0.0, None, 0, None)
-        self.rollout_metrics: dict[str, float] = {}  # of the rollout that is being learnt from
-        self.step_kl: list[Tensor] = []  # approximate KL of the optimiser step's micro-batches so far
-        self.stopped = False  # by target_kl, for the rest of this iteration
+        self.rollout_metrics, self.step_kl, self.stopped = {}, [], False
+        self.returns_seen = Moments(*torch.zeros(3, dtype=torch.float64))
 
     def views(self) -> dict[str, Any]:
         """Policy, reference and, where there is one, critic."""
@@ -133,12 +135,15 @@ class OnPolicyModule(AlignmentModule):
             logprobs, entropy = self.policy(tokens, self.sampling.temperature, with_entropy=updates.entropy_coef != 0)
         policy = self.loss(PolicyTokens(logprobs, batch.old_logprobs, batch.advantages, tokens.sequence_ids))
 
-        terms = [Term("policy_loss", 1.0, policy.losses), *value]
+        terms = [Term("policy_loss", 1.0, policy.losses)]
         if self.kl_penalty.place == "loss":
-            kl_losses = self.kl_penalty.loss(logprobs, batch.old_logprobs, batch.ref_logprobs)
+            kl_losses = self.kl_penalty.loss(logprobs, batch.old_logprobs, batch.ref_logprobs, tokens.sequence_ids)
             terms.append(Term("kl_loss", self.rollout_metrics["rollout/kl_coef"], kl_losses))  # β has adapted since
         if entropy is not None:
             terms.append(Term("entropy", -updates.entropy_coef, entropy))
+        if batch.weights is not None:
+            terms = [term._replace(losses=term.losses * batch.weights) for term in terms]
+        terms[1:1] = value
 
         balance = self.balance_term("policy", len(logprobs), told=not self.stopped)
         losses = sum((term.weight * term.losses for term in terms), start=torch.zeros_like(logprobs)) + balance
@@ -190,11 +195,6 @@ class OnPolicyModule(AlignmentModule):
             self.log("train/critic_learning_rate", optimizer.param_groups[-1]["lr"])
         super().on_before_optimizer_step(optimizer)
 
-    @property
-    def warming_up(self) -> bool:
-        """Whether the critic learns alone in this iteration."""
-        return self.trainer.current_epoch < self.critic_settings.critic_warmup
-
     def optimizer_options(self) -> dict[str, Any]:
         """Those of the critic's optimiser, too."""
         rate = {} if self.critic is None else {"critic_learning_rate": self.critic_settings.critic_learning_rate}
@@ -208,81 +208,6 @@ class OnPolicyModule(AlignmentModule):
             rate = self.learning_rate if own is None else own
             groups += self.optimizer_settings.groups(self.critic.parameters(), rate)
         return groups
-
-    def experience(self, played: Play, minibatches: Minibatches) -> Experience:
-        """Score a rollout once: charge the KL to the tokens, and credit them with advantages.
-
-        The forward passes run on the micro-batches of the first pass, as they will be trained on: the first ratio of
-        new to old policy is exactly 1.
-        """
-        rollout = self.planned(played, minibatches)
-        old_logprobs, ref_logprobs, old_values = self.forward_rollout(rollout)
-
-        scores = self.scores(rollout)
-        kl_coef = self.kl.kl_coef if self.kl_penalty.place == "reward" else 0.0
-        penalty = rollout.rows(self.kl_penalty.estimate(old_logprobs, ref_logprobs))
-        rewards = token_rewards(scores, penalty, kl_coef, rollout.mask)
-        if self.shaping.whiten:
-            moments = self.moments_over_ranks(rollout.flat(rewards))
-            rewards = whiten(rewards, rollout.mask, moments, keep_mean=True)
-
-        values = None if old_values is None else rollout.rows(old_values)
-        of_prompts = rollout.prompt_index, rollout.group_index
-        estimated = self.advantages(ScoredRollout(rewards, values, rollout.mask, scores, *of_prompts))
-        advantages, returns = rollout.flat(estimated.advantages), rollout.flat(estimated.returns)
-        columns = {
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "advantages": whiten(advantages, moments=self.moments_over_ranks(advantages)),
-        }
-        if old_values is not None:
-            columns |= {"old_values": old_values, "returns": returns}
-        self.finish_rollout(rollout.means(scores, old_logprobs, ref_logprobs), old_values, returns, len(scores))
-        return rollout.experience(columns, self.sum_over_ranks(rollout.step_tokens()).tolist())
-
-    def planned(self, played: Play, minibatches: Minibatches) -> PlannedRollout:
-        """The rollout, cut into the micro-batches of this iteration."""
-        rng = np.random.default_rng([self.sampling.seed, self.trainer.current_epoch, self.global_rank])
-        prompt_tokens = np.array([len(episode.prompt_ids) for episode in played.episodes])
-        response_tokens = np.array([len(episode.response_ids) for episode in played.episodes])
-        plan = minibatches.plan(prompt_tokens, response_tokens, rng, self.most_of_ranks)
-        return PlannedRollout(played, plan, minibatches.num_minibatches, minibatches.group_size)
-
-    @torch.no_grad()
-    def forward_rollout(self, rollout: PlannedRollout) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Old log-probs, reference log-probs and, with a critic, values: (M,) each, on the CPU."""
-        with self.reference.at_hand():
-            parts = [self.forward_packed(packed) for packed in rollout.micro_batches()]
-        old_logprobs, ref_logprobs, *values = (torch.cat(column) for column in zip(*parts, strict=True))
-        return old_logprobs, ref_logprobs, values[0] if values else None
-
-    def forward_packed(self, packed: PackedBatch) -> list[Tensor]:
-        """The same of one micro-batch."""
-        batch, temperature = move_data_to_device(packed, self.device), self.sampling.temperature
-        with self.trainer.precision_plugin.forward_context(), self.policy.shared_pass():
-            logprobs = self.policy(batch, temperature)[0]
-            values = [] if self.critic is None else [self.critic(batch, batch.predictors)]
-            ref_logprobs = self.reference(batch, temperature)[0]
-        return [column.cpu() for column in (logprobs, ref_logprobs, *values)]
-
-    def scores(self, rollout: PlannedRollout) -> Tensor:
-        """(B,) rewards of a rollout, shaped."""
-        rewards = torch.tensor([episode.reward for episode in rollout.episodes], dtype=torch.float64)
-        cut = torch.tensor([episode.finish_reason is FinishReason.LENGTH for episode in rollout.episodes])
-        self.shaping.observe(self.moments_over_ranks(rewards))
-        return self.shaping.scores(rewards, rollout.lengths, cut)
-
-    def finish_rollout(
-        self, means: dict[str, Tensor], old_values: Tensor | None, returns: Tensor, num_episodes: int
-    ) -> None:
-        """Note what to log of the rollout, and let β follow its KL; β is that of the rollout until then."""
-        self.rollout_metrics = {**self.mean_over_ranks(means), "rollout/kl_coef": self.kl.kl_coef}
-        if old_values is not None:
-            errors, targets = self.moments_over_ranks(returns - old_values), self.moments_over_ranks(returns)
-            self.rollout_metrics[f"{self.prefix}/explained_variance"] = explained_variance(errors, targets).item()
-        if not self.warming_up:
-            self.kl.update(self.rollout_metrics["rollout/kl"], num_episodes * self.trainer.world_size)
-        self.stopped, self.step_kl = False, []
 
     def on_train_epoch_end(self) -> None:
         """Log the rollout that this iteration learnt from."""
@@ -316,21 +241,9 @@ class OnPolicyModule(AlignmentModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the iteration has come to; the data module keeps prompts and rollout."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["on_policy"] = {
-            "kl": self.kl.state_dict(),
-            "shaping": self.shaping.state_dict(),
-            "rollout_metrics": self.rollout_metrics,
-            "stopped": self.stopped,
-        }
+        checkpoint["on_policy"] = self.state_of_rollouts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint was taken."""
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint["on_policy"]
-        mine: dict[str, Any] = {"kl": None, "shaping": None, "rollout_metrics": {}, "stopped": False}
-        name = damaged(self.resumed_file, "on_policy")
-        require_alike(state, mine, name, tuple(mine))
-        with named_by(name):
-            self.kl.load_state_dict(state["kl"])
-            self.shaping.load_state_dict(state["shaping"])
-        self.rollout_metrics, self.stopped = state["rollout_metrics"], state["stopped"]
+        self.load_state_of_rollouts(checkpoint["on_policy"], damaged(self.resumed_file, "on_policy"))

@@ -35,6 +35,7 @@ class PPO(OnPolicyModule):
             folder.
         merge_start: fold the adapter in policy's folder into its base before anything else.
         clip_range: ε of the clipped policy ratio.
+        clip_range_high: how far the ratio may rise above 1, where that is not ε; null = ε.
         gamma: discount; 1 in RLHF.
         gae_lambda: λ of generalised advantage estimation.
         value_clip_range: the critic may move this far from its value at rollout; null = no clipping.
@@ -50,6 +51,7 @@ class PPO(OnPolicyModule):
     """
 
     prefix = "ppo"
+    has_critic = True
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class PPO(OnPolicyModule):
         lora: LoRA | None = None,
         merge_start: bool = False,
         clip_range: float = 0.2,
+        clip_range_high: float | None = None,
         gamma: float = 1.0,
         gae_lambda: float = 0.95,
         value_clip_range: float | None = 0.2,
@@ -77,7 +80,7 @@ class PPO(OnPolicyModule):
         super().__init__(
             policy,
             advantages=with_settings(advantages, {"gamma": gamma, "gae_lambda": gae_lambda}, defaults),
-            loss=with_settings(loss, {"clip_range": clip_range}, defaults),
+            loss=with_settings(loss, {"clip_range": clip_range, "clip_range_high": clip_range_high}, defaults),
             adam_eps=adam_eps,
             lora=lora,
             merge_start=merge_start,

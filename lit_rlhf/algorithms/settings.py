@@ -12,6 +12,7 @@ from lit_rlhf.errors import UserError, require, require_types
 from lit_rlhf.models.holding import require_bitsandbytes
 from lit_rlhf.rollout.play import GenerationSettings
 
+LossAverage = Literal["tokens", "responses", "max_new_tokens"]
 LEAST_EPS = 1e-37  # steps are computed in float32, where less is 0: 0 / 0 of a weight without a gradient
 
 
@@ -65,6 +66,7 @@ class UpdateSettings:
     num_minibatches: int
     target_kl: float | None
     entropy_coef: float
+    loss_average: LossAverage = "tokens"
 
     def __post_init__(self) -> None:
         """Refuse counts below 1 and coefficients that are none."""

@@ -5,7 +5,7 @@ A batch is one micro-batch. `denominator` makes its loss a share of the mean ove
 `losses.sum() / batch.denominator`, whatever the split into micro-batches, accumulation steps and ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +60,13 @@ class PromptBatch(NamedTuple):
         number = index if self.numbers is None else int(self.numbers[index])
         return f"prompt {number + 1}" if self.origins is None else self.origins.place(number)
 
+    def take(self, rows: slice | Sequence[int]) -> "PromptBatch":
+        """Some of the prompts, with their columns and numbers."""
+        numbers = np.arange(len(self.prompt_ids)) if self.numbers is None else self.numbers
+        kept = range(len(self.prompt_ids))[rows] if isinstance(rows, slice) else rows
+        columns = {name: [values[row] for row in kept] for name, values in self.columns.items()}
+        return PromptBatch([self.prompt_ids[row] for row in kept], columns, numbers[rows], origins=self.origins)
+
 
 class RolloutBatch(NamedTuple):
     """A minibatch of the current rollout; B sequences of a prompt and the response the policy gave."""
@@ -67,10 +74,11 @@ class RolloutBatch(NamedTuple):
     packed: PackedBatch
     old_logprobs: Tensor  # (M,) log π_old of the response tokens
     ref_logprobs: Tensor  # (M,) log π_ref
-    advantages: Tensor  # (M,) whitened over the whole rollout and all ranks
+    advantages: Tensor  # (M,) as the method whitens them, over the whole rollout and all ranks, or not
     denominator: Tensor  # () float32: response tokens of the minibatch over all ranks / (accumulation steps x ranks)
     old_values: Tensor | None = None  # (M,) critic at rollout; None without a critic
     returns: Tensor | None = None  # (M,) what the critic is to predict; likewise
+    weights: Tensor | None = None  # (M,) of the tokens' losses, 1 in the mean of a minibatch or so; None = all weigh 1
 
 
 class NoBatch(NamedTuple):

@@ -43,6 +43,13 @@ def shapes() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def numbers() -> Iterator[None]:
+    """While inside, tensors that are made have numbers, within `shapes` too."""
+    with unset_fake_temporarily():
+        yield
+
+
 def only_shapes() -> bool:
     """Whether tensors that are made now get no numbers."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None

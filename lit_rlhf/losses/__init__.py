@@ -11,6 +11,7 @@ Axes: B pairs, M response tokens of all sequences of a packed batch. Log-probabi
 """
 
 from lit_rlhf.losses.advantages import Advantages, ScoredRollout, gae
+from lit_rlhf.losses.baselines import dr_grpo, grpo, reinforce, reinforce_plus_plus, remax, rloo
 from lit_rlhf.losses.divergences import (
     alpha_dpo_loss,
     alpha_link,
@@ -28,7 +29,15 @@ from lit_rlhf.losses.per_token import (
     length_normalized_ipo_loss,
     rpo_loss,
 )
-from lit_rlhf.losses.policy_gradients import PolicyLoss, PolicyTokens, ppo_policy_loss, value_loss
+from lit_rlhf.losses.policy_gradients import (
+    PolicyLoss,
+    PolicyTokens,
+    cispo_policy_loss,
+    gspo_policy_loss,
+    policy_gradient_loss,
+    ppo_policy_loss,
+    value_loss,
+)
 from lit_rlhf.losses.preference import (
     conservative_dpo_loss,
     discopop_loss,
@@ -57,14 +66,18 @@ __all__ = [
     "bco_pair_loss",
     "bradley_terry_loss",
     "chosen_nll_loss",
+    "cispo_policy_loss",
     "conservative_dpo_loss",
     "discopop_loss",
     "dpo_loss",
+    "dr_grpo",
     "exo_pair_loss",
     "f_dpo_loss",
     "forward_kl_dpo_loss",
     "forward_kl_link",
     "gae",
+    "grpo",
+    "gspo_policy_loss",
     "hinge_loss",
     "ipo_loss",
     "jensen_shannon_dpo_loss",
@@ -75,8 +88,13 @@ __all__ = [
     "nca_pair_loss",
     "nll",
     "offset_dpo_loss",
+    "policy_gradient_loss",
     "ppo_policy_loss",
+    "reinforce",
+    "reinforce_plus_plus",
+    "remax",
     "reverse_kl_link",
+    "rloo",
     "robust_dpo_loss",
     "rpo_loss",
     "sppo_hard_loss",

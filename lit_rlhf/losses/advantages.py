@@ -101,7 +101,7 @@ def token_rewards(
 class ScoredRollout(NamedTuple):
     """What an advantage estimator is computed from: B episodes of one rank, in rows of T response cells.
 
-    In training, all fields are there, but for values without a critic.
+    In training, all fields are there, but for values without a critic, and greedy scores where none are played.
     """
 
     token_rewards: Float[Tensor, "B T"]  # r: the KL penalty where it is charged in the reward, and the score at the end
@@ -109,13 +109,15 @@ class ScoredRollout(NamedTuple):
     response_mask: Bool[Tensor, "B T"]
     scores: Float[Tensor, " B"] | None = None  # verdict on each whole response, without the KL penalty
     prompt_index: Int[Tensor, " B"] | None = None  # which prompt it is to
-    group_index: Int[Tensor, " B"] | None = None  # completions of one prompt that were played together have the same
+    group_index: Int[Tensor, " B"] | None = None  # below B; completions of one prompt played together have the same
+    running_mean: Float[Tensor, ""] | None = None  # of the returns of all responses of the run so far, on all ranks
+    greedy_scores: Float[Tensor, " B"] | None = None  # of the most likely response to the same prompt
 
 
 class Advantages(NamedTuple):
     """What an advantage estimator gives; both 0 outside of the mask."""
 
-    advantages: Float[Tensor, "B T"]  # A, not yet whitened
+    advantages: Float[Tensor, "B T"]  # A, not whitened
     returns: Float[Tensor, "B T"]  # what the critic is to predict
 
 

@@ -7,13 +7,14 @@ Which to use where:
 - In the reward (`-kl_coef * kl`): k1. The policy gradient of the sum of k1 is the exact gradient of the sequence KL.
 - In the loss: the *gradient* of the estimate matters, not its mean. E_π[∇k1] = 0, E_π[∇k2] = ∇KL(π‖π_ref) and
   E_π[∇k3] = ∇KL(π_ref‖π): k2 is the right one; `with_k2_gradient` keeps the value of another.
+  Of each token it is blind to what the token leads to; `sequence_k2` sees whole responses.
 - To report: k3, unbiased like k1, never negative, and of far lower variance while π is near π_ref (far off, of more).
 """
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
@@ -107,6 +108,41 @@ def with_k2_gradient(
     """
     surrogate = k2(logprobs, ref_logprobs)
     return estimate.detach() + surrogate - surrogate.detach()
+
+
+@check_shapes
+def sequence_sums(values: Float[Tensor, "*shape"], sequence_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """For each token the sum over its response.
+
+    Args:
+        values: of tokens.
+        sequence_ids: the response of each, below their number.
+
+    Returns:
+        The same shape.
+    """
+    return torch.zeros_like(values).flatten().index_add(0, sequence_ids.flatten(), values.flatten())[sequence_ids]
+
+
+@check_shapes
+def sequence_k2(
+    logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"], sequence_ids: Int[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """k2 of whole responses, ½ (log π(y)/π_ref(y))², in equal shares on their tokens.
+
+    Summed over the tokens of responses of π, its gradient is that of the whole responses' KL: what a token does to the
+    KL of later ones counts, as with k1 in the reward. Tang & Munos 2025, https://arxiv.org/abs/2506.09477.
+
+    Args:
+        logprobs: log π of tokens of whole responses, sampled from π.
+        ref_logprobs: log π_ref of them.
+        sequence_ids: the response of each.
+
+    Returns:
+        The same shape.
+    """
+    lengths = sequence_sums(torch.ones_like(logprobs), sequence_ids)
+    return 0.5 * sequence_sums(logprobs - ref_logprobs, sequence_ids).square() / lengths
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

@@ -193,6 +193,8 @@ class RolloutDataModule(LightningDataModule):
                 "RolloutDataModule.train_dataloader needs a Trainer, since its batches are what a policy plays: "
                 "trainer.fit(model, datamodule=data); to look at prompts, data.prompts after data.setup('fit')"
             )
+        agent: Any = self.trainer.lightning_module
+        agent.check_groups(self.settings.group_size)
         check_trainer_options(self.trainer)
         require_whole_epochs(self.trainer)
         size, group, ranks = self.settings.rollout_size, self.settings.group_size, self.trainer.world_size
@@ -249,34 +251,27 @@ class RolloutDataModule(LightningDataModule):
         if split not in self.prompts:
             return []
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        prompts = take(self.prompts[split], slice(limit))
+        prompts = self.prompts[split].take(slice(limit))
         count = len(prompts.prompt_ids)
         # Four times the slots, so that the longest episode of a batch does not idle the other slots for long.
         rounds = -(-count // (4 * self.settings.num_slots * ranks))
         if count < rounds * ranks:
             raise UserError(f"{count} {split} prompts are too few for {ranks} ranks")
         bounds = np.linspace(0, count, rounds * ranks + 1).astype(int).tolist()
-        batches = [take(prompts, slice(start, end)) for start, end in itertools.pairwise(bounds)]
+        batches = [prompts.take(slice(start, end)) for start, end in itertools.pairwise(bounds)]
         mine: Any = batches[rank::ranks]
         return DataLoader(mine, batch_size=None, collate_fn=as_it_is)
 
     def sample_prompts(self, count: int) -> PromptBatch | None:
         """The first held-out prompts, for sample tables."""
         held_out = self.prompts.get("validation")
-        return None if held_out is None else take(held_out, slice(count))
+        return None if held_out is None else held_out.take(slice(count))
 
     def training_share(self) -> PromptBatch:
         """This rank's training prompts."""
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        mine = take(self.prompts["train"], slice(rank, None, ranks))
+        mine = self.prompts["train"].take(slice(rank, None, ranks))
         if not mine.prompt_ids:
             raise UserError(f"{len(self.prompts['train'].prompt_ids)} training prompts are too few for {ranks} ranks")
         return mine
-
-
-def take(prompts: PromptBatch, rows: slice) -> PromptBatch:
-    """Some of the prompts, with their columns and numbers."""
-    assert prompts.numbers is not None
-    columns = {name: list(values)[rows] for name, values in prompts.columns.items()}
-    return PromptBatch(prompts.prompt_ids[rows], columns, prompts.numbers[rows], origins=prompts.origins)

@@ -31,10 +31,15 @@ class Experience(NamedTuple):
         rows = self.plan[step][part][:limit]
         if not len(rows):
             return NoBatch()
+        order, tokens = packed_order(rows), self.step_tokens[step]
+        columns = {name: torch.cat([column[i] for i in order]) for name, column in self.tokens.items()}
+        if "weights" in columns:  # so that a sum over tokens / tokens is one over responses / responses
+            responses = num_ranks * sum(part.size for part in self.plan[step])
+            columns["weights"] = columns["weights"] * (tokens / responses)
         return RolloutBatch(
             packed=pack_episodes(self.prompt_ids, self.response_ids, rows),
-            denominator=torch.tensor(self.step_tokens[step] / (len(self.plan[step]) * num_ranks), dtype=torch.float32),
-            **{name: torch.cat([column[i] for i in packed_order(rows)]) for name, column in self.tokens.items()},
+            denominator=torch.tensor(tokens / (len(self.plan[step]) * num_ranks), dtype=torch.float32),
+            **columns,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from lit_rlhf.errors import UserError, require_alike
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import Experience
 from lit_rlhf.rollout.minibatches import require_room
-from lit_rlhf.rollout.play import Play, make_env
+from lit_rlhf.rollout.play import GenerationSettings, Play, make_env
 from lit_rlhf.signals import SIGNALS
+from token_mdp import Episode
 
 if TYPE_CHECKING:
     from lit_rlhf.rollout.data_module import RolloutDataModule
@@ -69,8 +70,23 @@ class RolloutLoader:
                 stream=self.trainer.global_rank,
                 env_seed=self.env_seed,
             )
+        if self.agent.plays_greedy:
+            played = played._replace(greedy=self.play_greedy(sorted({e.prompt_index for e in played.episodes})))
         self.env_seed = self.env_before = None
         return played._replace(episodes=rewards.settled(played.episodes, self.prompts))
+
+    def play_greedy(self, indices: list[int]) -> list[Episode]:
+        """The most likely response to each of these prompts; the episodes name them as those of the rollout do."""
+        prompts, rewards, sizes = self.prompts.take(indices), self.data.rewards, self.data.settings
+        policy, tokenizer = cast(Policy, self.agent.policy), cast(PreTrainedTokenizerBase, self.data.tokenizer)
+        slots, limits = min(sizes.num_slots, len(indices)), (sizes.max_new_tokens, sizes.stop_strings)
+        env = make_env(policy, tokenizer, prompts, slots, *limits, rewards, shuffle=False)
+        greedy = GenerationSettings(temperature=0.0)
+        in_precision = self.trainer.precision_plugin.forward_context()
+        with SIGNALS.interruptible(self.trainer), rewards.naming(prompts), in_precision:
+            played = self.data.backend.play(policy, env, greedy, len(indices), env_seed=sizes.seed)
+        episodes = rewards.settled(played.episodes, prompts)
+        return [episode._replace(prompt_index=indices[episode.prompt_index]) for episode in episodes]
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks."""

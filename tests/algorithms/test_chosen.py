@@ -141,7 +141,11 @@ def raising(tokens):
         (bare_tensor, None, "bare_tensor must give a PolicyLoss"),
         (infinite, None, "infinite gives losses that are not finite"),
         (raising, None, "raising raised AttributeError: 'PolicyTokens' object has no attribute 'nothing_of_that_name'"),
-        (ppo_policy_loss, {"clip": 0.2}, "ppo_policy_loss would ignore clip (0.2): it takes ['clip_range']"),
+        (
+            ppo_policy_loss,
+            {"clip": 0.2},
+            "ppo_policy_loss would ignore clip (0.2): it takes ['clip_range', 'clip_range_high']",
+        ),
         (ppo_policy_loss, {"clip_range": math.nan}, "clip_range (nan) must be more than 0"),
         (lambda tokens, slope: bare_tensor(tokens), None, "needs slope: give it in the options"),
     ],
@@ -155,7 +159,7 @@ def test_a_loss_that_could_not_be_trained_on_is_refused_by_name(function, option
     ("function", "options", "said"),
     [
         (lambda rollout: rollout.token_rewards, None, "must give Advantages, (B, T) each"),
-        (lambda rollout: Advantages(rollout.scores, rollout.scores), None, "it gave [(2,), (2,)]"),
+        (lambda rollout: Advantages(rollout.scores, rollout.scores), None, "it gave [(4,), (4,)]"),
         (gae, {"gamma": 2.0}, "gamma (2.0) must be in [0, 1]"),
     ],
 )

@@ -4,6 +4,7 @@ A table policy over 15 completions: the expectation of an estimator is a sum ove
 """
 
 import json
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +14,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lit_rlhf import PPO, FixedKL, KLPenalty, RolloutDataModule, TextReward
-from lit_rlhf.losses import PolicyTokens, ppo_policy_loss
+from lit_rlhf.losses import (
+    PolicyTokens,
+    dr_grpo,
+    grpo,
+    policy_gradient_loss,
+    ppo_policy_loss,
+    reinforce,
+    reinforce_plus_plus,
+    remax,
+    rloo,
+)
 from lit_rlhf.losses.advantages import ScoredRollout, gae, token_rewards, whiten
 from lit_rlhf.losses.kl import k1
-from lit_rlhf.oracle import TokenTree, causal_lm, objective, policy_values
+from lit_rlhf.oracle import TokenTree, causal_lm, kl_divergence, objective, optimal_logprobs, policy_values
 from tests.tiny import EOS, VOCABULARY, save_tiny
 
 BETA = 0.3
@@ -112,6 +123,33 @@ ESTIMATORS = {
 }
 
 
+def family_losses(estimator, share=1.0):
+    """-A log π with the advantages that a response has in the mean over the other one of its group of two.
+
+    `share` is that of the gradient which the estimator has.
+    """
+    C, old_logprobs = TASK.tree.num_completions, TASK.tree.along(TASK.table(TASK.logits))
+    kl = k1(old_logprobs, TASK.tree.along(TASK.ref_table))
+    rewards = token_rewards(TASK.rewards, kl, BETA, TASK.mask)
+    pairs = torch.cartesian_prod(torch.arange(C), torch.arange(C)).T.flatten()  # all first ones, then all second ones
+    greedy = TASK.rewards[TASK.probabilities.argmax()].expand(2 * C * C)
+    groups, mean = torch.arange(C * C).repeat(2), torch.tensor(0.4, dtype=torch.float64)
+    rollout = ScoredRollout(rewards[pairs], None, TASK.mask[pairs], TASK.rewards[pairs], None, groups, mean, greedy)
+    advantages = estimator(rollout).advantages[: C * C].view(C, C, -1)
+    expected = (TASK.probabilities[:, None] * advantages).sum(1) / share
+    return lambda logprobs: policy_gradient_loss(PolicyTokens(logprobs, old_logprobs, expected)).losses * TASK.mask
+
+
+ESTIMATORS |= {
+    "REINFORCE, reward to go": family_losses(partial(reinforce, baseline="none")),
+    "REINFORCE, running mean": family_losses(reinforce),
+    "RLOO": family_losses(rloo),
+    "Dr. GRPO, half of it": family_losses(dr_grpo, share=0.5),  # (G - 1)/G with G = 2
+    "REINFORCE++, not whitened": family_losses(reinforce_plus_plus),
+    "ReMax": family_losses(remax),
+}
+
+
 def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
@@ -176,6 +214,46 @@ def test_kl_in_the_loss_has_the_gradient_of_the_objective_where_a_response_is_on
         return policy + BETA * penalty.loss(logprobs, old_logprobs, ref_logprobs)
 
     torch.testing.assert_close(task.probabilities @ task.gradients(losses), task.exact_gradient())
+
+
+@pytest.mark.parametrize("old", [0.0, 0.3])  # how far the policy has left the one that was sampled from
+def test_k2_of_whole_responses_in_the_loss_has_the_gradient_of_their_kl(old):
+    tree, generator = TASK.tree, torch.Generator().manual_seed(2)
+    away = TASK._replace(
+        logits=TASK.logits + old * torch.randn(TASK.logits.shape, generator=generator, dtype=torch.float64)
+    )
+    C, mask = tree.num_completions, TASK.mask
+    old_logprobs, ref_logprobs = tree.along(away.table(away.logits)), tree.along(TASK.ref_table)
+    ids = torch.arange(C)[:, None].expand(mask.shape)[mask]
+
+    def gradient(estimator):
+        def losses(logprobs):
+            terms = torch.zeros_like(logprobs)
+            penalty = KLPenalty("loss", estimator)
+            terms[mask] = penalty.loss(logprobs[mask], old_logprobs[mask], ref_logprobs[mask], ids)
+            return terms
+
+        return -(away.probabilities @ TASK.gradients(losses))
+
+    logits = TASK.logits.clone().requires_grad_()
+    logprobs, ref = (tree.completion_logprobs(t) for t in (TASK.table(logits), TASK.ref_table))
+    kl_divergence(logprobs, ref).backward()
+    torch.testing.assert_close(gradient("k2_sequence"), logits.grad.flatten())
+    assert cosine(gradient("k2"), logits.grad.flatten()) < 0.999  # of each token: blind to what it leads to
+
+
+@pytest.mark.parametrize("estimator", [rloo, grpo, dr_grpo])
+def test_at_the_optimum_no_group_has_an_advantage_left(estimator):
+    ref = TASK.tree.completion_logprobs(TASK.ref_table)
+    best = optimal_logprobs(ref, TASK.rewards, BETA)
+    kl = (best - ref)[:, None] * torch.ones(1, dtype=torch.float64)
+    C = len(best)
+    pairs = torch.cartesian_prod(torch.arange(C), torch.arange(C)).flatten()
+    rewards = token_rewards(TASK.rewards, kl, BETA, torch.ones(C, 1, dtype=torch.bool))[pairs]
+    rollout = ScoredRollout(
+        rewards, None, torch.ones_like(rewards, dtype=torch.bool), group_index=torch.arange(C * C).repeat_interleave(2)
+    )
+    assert estimator(rollout).advantages.abs().max() < 1e-9
 
 
 class FirstGradient(Callback):

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheck
 from lit_rlhf import KLPenalty, LoRA, RewardShaping, UserError
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.losses import bco_pair_loss
-from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+from tests.stages import ON_POLICY, STAGES, make_stage, make_trainer, write_inputs
 from tests.tiny import save_tiny
 
 
@@ -33,6 +33,9 @@ def fit(stage, inputs, folder, ckpt_path=None, **options):
         ("ppo", 3, {"target_kl": 1e-6, "shaping": RewardShaping(normalize="standardize", clip=2.0)}),
         ("ppo", 7, {"target_kl": 1e-6, "shaping": RewardShaping(normalize="scale", whiten=True)}),
         ("ppo", 2, {"critic_warmup": 2, "critic_learning_rate": 1e-3, "kl_penalty": KLPenalty("loss", "k3")}),
+        ("grpo", 2, {}),
+        ("reinforce", 5, {}),
+        ("remax", 3, {}),
         ("dpo", 2, {"cache_reference": True}),
         ("dpo", 3, {"reference_update": ReferenceUpdate(alpha=0.5, every=2)}),
         ("dpo", 2, {"loss": bco_pair_loss}),
@@ -47,7 +50,8 @@ def test_a_resumed_run_has_the_bits_of_a_run_never_stopped(inputs, tmp_path, sta
     expected = whole.state_dict()
     for name, value in resumed.state_dict().items():
         assert torch.equal(value, expected[name]), name
-    if stage == "ppo":
+    if stage in ON_POLICY:
+        assert resumed.returns_seen == whole.returns_seen and whole.returns_seen.size > 0
         assert resumed.kl.kl_coef == whole.kl.kl_coef != 0.1
         assert resumed.rollout_metrics == whole.rollout_metrics
         assert resumed.shaping.state_dict() == whole.shaping.state_dict()

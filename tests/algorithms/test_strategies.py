@@ -18,7 +18,7 @@ from lit_rlhf.algorithms.strategies import check_strategy
 from lit_rlhf.cli.export import export
 from lit_rlhf.losses.advantages import Moments
 from tests.forked_ranks import free_port
-from tests.stages import STAGES, make_stage, make_trainer, write_inputs
+from tests.stages import ON_POLICY, STAGES, make_stage, make_trainer, write_inputs
 from tests.strategy_script import WHOLE_RUNS, WHOLE_TRAINER, outcome
 
 
@@ -164,6 +164,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         "best_reward_model",
         "lora_ppo",
         "head_ppo",
+        *ON_POLICY,
         *WHOLE_RUNS,
     }
     for run, result in results.items():
@@ -221,6 +222,17 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         mine, other = ({tuple(prompt) for prompt in prompts} for prompts in results[run]["prompts"])
         assert mine and other and not mine & other
     assert results["ppo"]["of_all"][0]["rollout"]["rollout/kl"] != 0
+
+    # A group is played by one rank: both have all completions of their own prompts.
+    for run in ON_POLICY.keys() - {"ppo"}:
+        mine, other = ([tuple(prompt) for prompt in prompts] for prompts in results[run]["prompts"])
+        assert {mine.count(prompt) % 4 for prompt in mine} == {other.count(prompt) % 4 for prompt in other} == {0}
+        assert not set(mine) & set(other)
+        one, another = results[run]["of_all"]
+        assert one == another and one["heard"][-1] == [one["rollout"]["rollout/kl"], 16]
+        assert one["returns"] != 0.0
+        if strategy == "ddp":
+            assert results[run]["own_weights"][0] == results[run]["own_weights"][1]
 
     # Token rewards (with gamma 0 the returns) have variance 1 over all ranks, not on each.
     ranks = [torch.tensor(rank) for rank in stopped["returns"]]

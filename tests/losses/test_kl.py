@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_rlhf.losses.kl import clamped_logratio, k1, k2, k3, with_k2_gradient
+from lit_rlhf.losses.kl import clamped_logratio, k1, k2, k3, sequence_k2, sequence_sums, with_k2_gradient
 
 # A categorical policy and reference over 8 tokens; expectations below are sums over all tokens, no sampling.
 GENERATOR = torch.Generator().manual_seed(0)
@@ -132,3 +132,21 @@ class TestGradients:
         # The score-function estimator: E_π[k1 ∇log π], k1 as a reward without gradient.
         gradient = mean_gradient(lambda logprobs, ref: k1(logprobs, ref).detach() * logprobs)
         assert torch.allclose(gradient, exact_gradient(lambda logprobs: exact_kl(logprobs, REF_LOGPROBS)))
+
+
+class TestSequences:
+    def test_k2_of_whole_responses_by_hand(self):
+        # log-ratios 1, 2 of one response and -3 of another: ½ 3² in two shares, ½ 3²
+        ids = torch.tensor([0, 0, 1])
+        logprobs, ref = torch.tensor([0.0, 0.0, -3.0]), torch.tensor([-1.0, -2.0, 0.0])
+        assert sequence_k2(logprobs, ref, ids).tolist() == [2.25, 2.25, 4.5]
+        assert sequence_sums(logprobs - ref, ids).tolist() == [3.0, 3.0, -3.0]
+
+    def test_its_gradient_on_each_token_is_the_log_ratio_of_the_whole_response(self):
+        logprobs = torch.tensor([0.0, 0.0, -3.0], requires_grad=True)
+        sequence_k2(logprobs, torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([0, 0, 1])).sum().backward()
+        assert logprobs.grad.tolist() == [3.0, 3.0, -3.0]
+
+    def test_of_responses_of_one_token_it_is_k2(self):
+        ids = torch.arange(8)
+        assert torch.equal(sequence_k2(LOGPROBS, REF_LOGPROBS, ids), k2(LOGPROBS, REF_LOGPROBS))

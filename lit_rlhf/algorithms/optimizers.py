@@ -25,6 +25,7 @@ IN_GROUPS = {
     "adam_betas": "betas",
     "adam_eps": "eps",
 }
+LEARNT = "optimizer_learnt"  # key of a checkpoint: what `learnt_by` gives of it
 Change = tuple[Any, Any]  # of an option: what the checkpoint's run had, and what this one has
 
 
@@ -79,10 +80,13 @@ def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, sched
         UserError: names the file, the part and what stands there.
     """
     name = f"ckpt_path: {file} is damaged, or of another run, so take an older one: its"
+    steps, states = checkpoint["global_step"], checkpoint.get("optimizer_states", ())
     for given in checkpoint.get("lr_schedulers", ()):
         require_alike(given, schedule.state_dict(), f"{name} lr_schedulers", ("base_lrs", "last_epoch", "lr_lambdas"))
         _require_below(math.inf, given["base_lrs"], f"{name} lr_schedulers['base_lrs']")
-    for given in checkpoint.get("optimizer_states", ()):
+        if states and steps - given["last_epoch"] not in (0, 1):  # 1 between a step and that of its schedule
+            raise UserError(f"{name} lr_schedulers['last_epoch']: expected {steps} steps, found {given['last_epoch']}")
+    for given in states:
         own = [{**group, "params": None} for group in optimizer.param_groups]
         require_alike(given, {"param_groups": own, "state": {}}, f"{name} optimizer_states", ("param_groups", "state"))
         for number, (group, mine) in enumerate(zip(given["param_groups"], optimizer.param_groups, strict=True)):
@@ -96,7 +100,14 @@ def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, sched
                     raise UserError(f"{part}[{key!r}]: expected {mine[key]}, found {one_line(repr(group[key]))}")
             for key, parameter in zip(group["params"], mine["params"], strict=True):
                 if key in given["state"] and type(optimizer) is AdamW and isinstance(key, int):
-                    _require_moments(given["state"][key], parameter, f"{name} state[{key}]")
+                    _require_moments(given["state"][key], parameter, steps, f"{name} state[{key}]")
+    if states and (noted := checkpoint.get(LEARNT, learnt_by(checkpoint))) != learnt_by(checkpoint):
+        raise UserError(f"{name} optimizer_states are not of the weights that had learnt, {one_line(noted)}")
+
+
+def learnt_by(checkpoint: Mapping[str, Any]) -> list[list[Any]]:
+    """By optimiser in a checkpoint, the parameters that it has a state of: those which have had a gradient so far."""
+    return [list(given["state"]) for given in checkpoint.get("optimizer_states", ())]
 
 
 def _require_below(limit: float, given: Any, name: str) -> None:
@@ -108,7 +119,7 @@ def _require_below(limit: float, given: Any, name: str) -> None:
         raise UserError(f"{name}: expected 0 or more{bound}, found {given}")
 
 
-def _require_moments(given: Any, parameter: nn.Parameter, name: str) -> None:
+def _require_moments(given: Any, parameter: nn.Parameter, steps: int, name: str) -> None:
     require_alike(given, {}, name, ("step", *MOMENTS))
     shapes = {"step": torch.Size(), **dict.fromkeys(MOMENTS, parameter.shape)}
     for key, shape in shapes.items():
@@ -116,6 +127,10 @@ def _require_moments(given: Any, parameter: nn.Parameter, name: str) -> None:
         if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
             said = f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise UserError(f"{name}[{key!r}]: expected a tensor of {tuple(shape)}, found {said}")
+    if not 0 <= given["step"] <= steps:
+        raise UserError(f"{name}['step']: expected at most {steps} steps, found {given['step']:g}")
+    if (given["exp_avg_sq"] < 0).any():
+        raise UserError(f"{name}['exp_avg_sq']: expected squares, found {given['exp_avg_sq'].min():g}")
 
 
 def make_optimizer(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.algorithms.checkpoint import require_facts, require_location
 from lit_rlhf.algorithms.hyperparameters import read_arguments, restored_arguments
 from lit_rlhf.algorithms.learning import LearningModule
+from lit_rlhf.algorithms.optimizers import LEARNT, learnt_by
 from lit_rlhf.algorithms.resumed_state import (
     moments_of,
     pieces_of,
@@ -86,6 +87,7 @@ class ResumableModule(LearningModule):
         checkpoint["algorithm"] = type(self).__name__
         checkpoint["exported"] = self.exported
         checkpoint["optimizer_options"] = self.optimizer_options()
+        checkpoint[LEARNT] = learnt_by(checkpoint)
         origin = getattr(self, self.exported).origin
         checkpoint["adapter"] = None if origin is None else asdict(origin)
         checkpoint["stands_on"] = self.stands_on()

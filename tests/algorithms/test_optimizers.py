@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_rlhf import SFT, UserError
-from lit_rlhf.algorithms.optimizers import make_optimizer, require_own_state
+from lit_rlhf.algorithms.optimizers import LEARNT, learnt_by, make_optimizer, require_own_state
 from lit_rlhf.algorithms.settings import OptimizerSettings
 
 
@@ -42,6 +42,11 @@ HARM = {  # part of a state, as it stands on its own line below -> what stands t
     "state[0]['exp_avg']": (torch.ones(3), "expected a tensor of (2, 2), found one of (3,)"),
     "state[0]['exp_avg_sq']": ("x", "expected a tensor of (2, 2), found str"),
     "state[1]['step']": (torch.ones(2), "expected a tensor of (), found one of (2,)"),
+    "state[0]['step']": (torch.tensor(-5.0), "['step']: expected at most 1 steps, found -5"),
+    "state[0]['step'] ": (torch.tensor(2.0), "['step']: expected at most 1 steps, found 2"),
+    "state[0]['exp_avg_sq'] ": (torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), "['exp_avg_sq']: expected squares, found -1"),
+    "state ": ({}, "optimizer_states are not of the weights that had learnt, [[0, 1]]"),
+    "last_epoch ": (10**6, "lr_schedulers['last_epoch']: expected 1 steps, found 1000000"),
     "last_epoch": ("x", "expected a whole number from 0 on, found str ('x')"),
     "base_lrs ": ([0.1, -0.1], "expected 0 or more, found [0.1, -0.1]"),
     "base_lrs": ([0.1], "expected a list of 2, found list ([0.1])"),
@@ -56,7 +61,9 @@ def test_states_that_no_step_could_be_computed_with_are_refused_by_file_and_part
     schedule = LambdaLR(optimizer, lambda step: 1.0)
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    checkpoint = copy.deepcopy({"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [schedule.state_dict()]})
+    schedule.step()
+    states = {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [schedule.state_dict()]}
+    checkpoint = copy.deepcopy(states | {"global_step": 1, LEARNT: learnt_by(states)})
     require_own_state(checkpoint, optimizer, schedule, "a.ckpt")
     value, said = HARM[part]
     place = checkpoint["optimizer_states" if part.startswith(("param", "state")) else "lr_schedulers"][0]

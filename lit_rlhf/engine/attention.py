@@ -19,6 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from lit_rlhf.engine.blocked_attention import blocked_attention, suits_blocked_attention
 from lit_rlhf.engine.layout import EndToEnd, Layout
 from lit_rlhf.engine.memory import has_numbers, kind_of
 from lit_rlhf.engine.shared_attention import band, capped_attention, shared_attention
@@ -144,6 +145,8 @@ def _attend(
 
     The mask broadcasts to (n, H, T, L), True = attend; None = causal.
     """
+    if mask is None and softcap is None and not dropout and suits_blocked_attention(q, v):
+        return blocked_attention(q, k, v, scaling).flatten(0, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if softcap is None:
         out = F.scaled_dot_product_attention(

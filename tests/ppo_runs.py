@@ -77,18 +77,24 @@ def fit(folder, tmp_path, trainer=None, **options):
     return module, steps
 
 
+class Recording:
+    """A part of a method's class that keeps what is trained on."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            logprobs, _ = self.policy(batch.packed, self.sampling.temperature)
+        self.seen.append((batch, logprobs))
+        return super().training_step(batch, batch_idx)
+
+
+class Recorder(Recording, PPO):
+    """PPO that keeps what it is trained on."""
+
+
 def record(folder, tmp_path, kind=PPO, **options):
-    """A method that keeps what it is trained on."""
-
-    class Recorder(kind):
-        def training_step(self, batch, batch_idx):
-            with torch.no_grad():
-                logprobs, _ = self.policy(batch.packed, self.sampling.temperature)
-            self.seen.append((batch, logprobs))
-            return super().training_step(batch, batch_idx)
-
+    """A run of a method that keeps what it is trained on."""
     module, data, trainer = make(folder, tmp_path, kind=kind, **options)
-    module.__class__ = Recorder
+    module.__class__ = type(kind.__name__, (Recording, kind), {})
     module.seen = []
     trainer.fit(module, data)
     return module

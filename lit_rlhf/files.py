@@ -186,22 +186,25 @@ def make_folder(folder: Path, option: str) -> None:
         raise UserError(f"{option}: {folder.absolute()} may not be written to")
 
 
-def make_room(file: Path, option: str, inputs: Iterable[Path] = ()) -> None:
+def make_room(file: Path, option: str, ending: str, inputs: Iterable[Path] = ()) -> None:
     """Make the folder of a file that an option names, likewise.
 
     Args:
         file: to be written later on; an older one is replaced.
         option: that names it.
-        inputs: files that are read for it, none of which it may replace.
+        ending: of what is written, such as .json.
+        inputs: files that the run names, none of which it may replace.
 
     Raises:
-        UserError: it is no file, one of the inputs, or cannot be written there.
+        UserError: it is no file, of another ending, one of the inputs, or cannot be written there.
     """
     if file.is_dir() or (file.exists() and not file.is_file()):  # a device would be replaced by a file
         what = "a folder" if file.is_dir() else "a pipe or a device"
         raise UserError(f"{option}: {file.absolute()} is {what}; name a file")
-    if any(file.exists() and file.samefile(one) for one in inputs):
-        raise UserError(f"{option}: {file.absolute()} is what is read for it, and would be replaced; name another file")
+    if file.suffix != ending:  # a reader would take it for what it is not; and others' files mostly end otherwise
+        raise UserError(f"{option}: {file.absolute()} must end in {ending}, which is what is written")
+    if file.exists() and any(one.exists() and file.samefile(one) for one in inputs):
+        raise UserError(f"{option}: {file.absolute()} is what the run reads, and would be replaced; name another file")
     make_folder(file.parent, option)
 
 

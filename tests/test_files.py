@@ -193,4 +193,4 @@ def test_json_holds_null_where_a_metric_is_no_number(tmp_path):
 def test_a_folder_that_may_not_be_written_to_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests may be allowed everything
     with pytest.raises(UserError, match=f"output: {tmp_path} may not be written to"):
-        make_room(tmp_path / "x.json", "output")
+        make_room(tmp_path / "x.json", "output", ".json")

@@ -1,7 +1,7 @@
 """What `predict` made, as JSON Lines."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_rlhf.data.locating import input_files
+from lit_rlhf.data.locating import files_there
+from lit_rlhf.data.naming import Role
 from lit_rlhf.errors import require_types
 from lit_rlhf.files import make_room, strict_json, write_lines
 
@@ -19,7 +20,7 @@ class CompletionWriter(BasePredictionWriter):
     """Write what `predict` made as JSON Lines, in the order of the prompts.
 
     Args:
-        file: where, relative to the Trainer's `default_root_dir`.
+        file: where, relative to the Trainer's `default_root_dir`; ends in .jsonl.
     """
 
     def __init__(self, file: str = "predictions.jsonl") -> None:
@@ -31,12 +32,12 @@ class CompletionWriter(BasePredictionWriter):
         """Look at the place of the file before anything is generated.
 
         Raises:
-            UserError: a folder or a device is there, or what the prompts are read from.
+            UserError: a folder or a device is there, or rows of any role; or it does not end in .jsonl.
         """
         if stage == "predict" and trainer.is_global_zero:
-            sources = getattr(trainer.datamodule, "sources", {})  # type: ignore[attr-defined]
-            prompts = sources.get("predict") or sources.get("validation") or []
-            make_room(self.target(trainer), "predictions.file", input_files(prompts, "predict"))
+            sources: Mapping[Role, Any] = getattr(trainer.datamodule, "sources", {})  # type: ignore[attr-defined]
+            rows = [file for role, named in sources.items() for file in files_there(named or (), role)]
+            make_room(self.target(trainer), "predictions.file", ".jsonl", rows)
 
     def target(self, trainer: Trainer) -> Path:
         """Where the rows go."""

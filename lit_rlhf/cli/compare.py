@@ -22,7 +22,7 @@ from lit_rlhf.data.naming import DEMO, parse_sources
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.reader import Options
 from lit_rlhf.engine.packing import Example, pack
-from lit_rlhf.errors import UserError, require
+from lit_rlhf.errors import UserError, one_line, require
 from lit_rlhf.files import make_room, write_json
 from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.loading import load_policy_with_tokenizer
@@ -108,14 +108,17 @@ def compare(
     if not len(loaded):
         raise UserError("prompts: the rows that the runs were validated on have none; name some by --prompts")
     require_same_template(tokenizers, loaded.columns["prompt"])
-    make_room(results_file, "output", input_files(sources, "validation"))
+    of_models = [file for folder in folders.values() for file in (folder / "model").glob("*.json")]
+    make_room(results_file, "output", ".json", [*input_files(sources, "validation"), *of_models])
     held_out = loaded.take(np.arange(min(max_prompts, len(loaded))))
     whose = f" that {own.run} was validated on" if own else ""
     names = ", ".join(source.name for source in sources)
     rank_zero_info(f"{len(held_out.prompt_ids)} prompts{whose}: {names}")
     left_out = [name for name in finished_runs(root) if name not in (*policies, reward_model)]
     if left_out:
-        rank_zero_info(f"left out of {root}: {', '.join(left_out)}; choose by --policies=[{','.join(policies)},...]")
+        rank_zero_info(
+            f"left out of {root}: {one_line(', '.join(left_out))}; choose by --policies=[{','.join(policies)},...]"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if gold is None and demo:
         from lit_rlhf.demo import gold_reward as gold
@@ -131,6 +134,8 @@ def compare(
         judge.bind(tokenizer, device)
 
     reference = freeze(load_policy_with_tokenizer(folders[baseline] / "model")[0]).to(device)
+    for name in policies[1:]:  # what cannot be loaded is told before an hour of playing
+        load_policy_with_tokenizer(folders[name] / "model")
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, np.ndarray] = {}
     for number, (name, folder) in enumerate(folders.items(), 1):

@@ -5,6 +5,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -55,6 +56,15 @@ def fingerprint(source: Source, role: Role) -> str:
 def input_files(sources: Iterable[Source], role: Role) -> list[Path]:
     """The files of a user's that rows of these sources come from."""
     return [file for source in sources if source.name != DEMO for file in find_files(source, role) or ()]
+
+
+def files_there(sources: Iterable[Source], role: Role) -> list[Path]:
+    """As `input_files`, of sources that need not be there."""
+    files = []
+    for source in sources:
+        with suppress(UserError):
+            files += input_files([source], role)
+    return files
 
 
 def find_files(source: Source, role: Role) -> list[Path] | None:

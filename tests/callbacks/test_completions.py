@@ -67,9 +67,21 @@ def test_numbers_that_json_cannot_say_are_null_so_that_any_reader_takes_the_file
 def test_where_rows_cannot_go_is_told_before_any_is_made(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n')
-    data = SimpleNamespace(sources={"predict": parse_sources(str(prompts))})
+    for name in ("train.jsonl", "held/out.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"prompt": "a"}\n')
+    named = {
+        "predict": prompts,
+        "train": tmp_path / "train.jsonl",
+        "test": tmp_path / "held",
+        "validation": "gone.jsonl",
+    }
+    data = SimpleNamespace(sources={role: parse_sources(str(path)) for role, path in named.items()})
     trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, datamodule=data)
-    for file, words in {".": "is a folder", "prompts.jsonl": "is what is read for it", "/dev/null": "a device"}.items():
+    refused = {".": "is a folder", "/dev/null": "a device", "null": "must end in .jsonl", "a.csv": "must end in .jsonl"}
+    refused |= {"a.jsonl.gz": "must end in .jsonl", "a/config.json": "must end in .jsonl"}
+    refused |= dict.fromkeys(("prompts.jsonl", "train.jsonl", "held/out.jsonl"), "is what the run reads")
+    for file, words in refused.items():
         with pytest.raises(UserError, match=rf"predictions\.file: .*{words}"):
             CompletionWriter(file).setup(trainer, None, "predict")
     CompletionWriter("new/answers.jsonl").setup(trainer, None, "predict")

@@ -198,9 +198,25 @@ def test_a_damaged_summary_is_named(content, tmp_path):
 def test_results_replace_neither_a_folder_nor_the_prompts(root):
     generation = GenerationSettings(max_new_tokens=4)
     options = {"root": str(root), "policies": ("sft",), "reward_model": None, "gold": share_of_w9}
-    for output, words in {str(root): "is a folder", str(root / "prompts.jsonl"): "is what is read for it"}.items():
+    refused = {
+        ".": "is a folder",
+        "prompts.jsonl": "must end in .json",
+        "sft/model/config.json": "is what the run reads",
+    }
+    for output, words in refused.items():
         with pytest.raises(UserError, match=f"output: .* {words}"):
-            compare(**options, prompts=str(root / "prompts.jsonl"), generation=generation, output=output)
+            compare(**options, prompts=str(root / "prompts.jsonl"), generation=generation, output=str(root / output))
+
+
+def test_a_run_that_is_no_policy_is_told_before_any_policy_plays(root, monkeypatch):
+    def play(*args):
+        raise AssertionError("a policy plays")
+
+    monkeypatch.setattr("lit_rlhf.cli.compare.complete", play)
+    options = {"root": str(root), "reward_model": None, "gold": share_of_w9, "prompts": str(root / "prompts.jsonl")}
+    generation = GenerationSettings(max_new_tokens=4)
+    with pytest.raises(UserError, match=r"reward_model/model holds a reward model .*, not a policy"):
+        compare(**options, policies=("sft", "reward_model"), generation=generation)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -87,13 +87,20 @@ def require_batch(module: LightningModule, batch: Any) -> None:
         )
 
 
-def warn_of_unread_margins(trainer: Any, dataset: Any) -> None:
-    """Say so where pairs have margins and the loss does not read them."""
+def warn_of_margins(trainer: Any, dataset: Any) -> None:
+    """Say so where pairs have margins and the loss does not read them, or the other way round."""
     module = getattr(trainer, "lightning_module", None)
-    if dataset.has_margins() and not getattr(module, "reads_margins", True):
+    reads: bool | None = getattr(module, "reads_margins", None)  # None: margins are taken where there are some
+    pairs, lacking = dataset.count_margins()
+    if reads is False and lacking < pairs:
         rank_zero_warn(
             f"the margins of the pairs are not used by the loss of {type(module).__name__}; "
             "model.loss: lit_rlhf.losses.offset_dpo_loss uses them, or leave the column `margin` out"
+        )
+    if reads and lacking:
+        rank_zero_warn(
+            f"the loss of {type(module).__name__} reads the margin of each pair, and {lacking} of {pairs} pairs have "
+            "none, or 0, so that they are learnt from as without it: give the column `margin`, or the loss that option"
         )
 
 

@@ -106,9 +106,10 @@ class SFTDataset(PackedDataset):
 class PreferenceDataset(PackedDataset):
     """Pairs."""
 
-    def has_margins(self) -> bool:
-        """Whether a pair that an epoch takes has a margin."""
-        return bool(self.table.data.column("margin").to_numpy()[self.rows].any())
+    def count_margins(self) -> tuple[int, int]:
+        """The pairs that an epoch takes, and how many of them have no margin, or 0."""
+        margins = self.table.data.column("margin").to_numpy()[self.rows]
+        return len(margins), int((margins == 0).sum())
 
     def lengths(self) -> np.ndarray:
         """(n,) tokens of the prompt and both responses."""

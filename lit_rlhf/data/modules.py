@@ -17,7 +17,7 @@ from lit_rlhf.data.checks import (
     require_held_out_rows,
     require_kind,
     require_rows,
-    warn_of_unread_margins,
+    warn_of_margins,
 )
 from lit_rlhf.data.control_tokens import ControlTokens
 from lit_rlhf.data.examples import PackedDataset, load_examples
@@ -266,8 +266,8 @@ class PreferenceDataModule(ExamplesDataModule):
     warned = False  # once, not for each part of the data
 
     def setup(self, stage: str) -> None:
-        """As of `ExamplesDataModule`; says so where the pairs have margins that the loss does not use."""
+        """As of `ExamplesDataModule`; says so of margins that the loss does not use, or lacks."""
         super().setup(stage)
         for dataset in list(self.datasets.values())[: int(self.trainer is not None and not self.warned)]:
-            warn_of_unread_margins(self.trainer, dataset)
+            warn_of_margins(self.trainer, dataset)
             self.warned = True

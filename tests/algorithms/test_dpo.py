@@ -23,6 +23,7 @@ from tests.stages import make_stage, make_trainer
 OPTIONS = {  # of losses that need some
     "alpha_dpo_loss": {"alpha": 0.5},
     "conservative_dpo_loss": {"label_smoothing": 0.1},
+    "offset_dpo_loss": {"margin": 0.5},
     "robust_dpo_loss": {"label_smoothing": 0.1},
 }
 NOT_PREFERENCES = ("bradley_terry_loss", "load_balancing_loss", "ppo_policy_loss", "value_loss")
@@ -116,7 +117,7 @@ def test_lengths_are_those_of_the_responses(inputs, tmp_path):
 
 def test_margins_of_the_data_reach_the_loss_that_asks_for_them_and_others_are_warned_of(inputs, tmp_path):
     rows = [json.loads(line) for line in (inputs / "preference.jsonl").read_text().splitlines()]
-    for name, margins in {"none": [0.0] * 24, "some": [i / 8 for i in range(24)]}.items():
+    for name, margins in {"none": [0.0] * 24, "some": [i / 8 for i in range(24)], "whole": [1.0] * 24}.items():
         lines = [json.dumps({**row, "margin": margin}) for row, margin in zip(rows, margins, strict=True)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
 
@@ -135,7 +136,11 @@ def test_margins_of_the_data_reach_the_loss_that_asks_for_them_and_others_are_wa
     assert first_loss("none", dpo_loss) == pytest.approx(math.log(2))
     # Policy and reference agree at first, so that z = 0 and the loss is log(1 + exp(margin)).
     expected = sum(math.log1p(math.exp(i / 8)) for i in range(24)) / 24
-    assert first_loss("some", losses.offset_dpo_loss) == pytest.approx(expected, rel=1e-5)
+    with pytest.warns(UserWarning, match="reads the margin of each pair, and 1 of 24 pairs have none, or 0"):
+        assert first_loss("some", losses.offset_dpo_loss) == pytest.approx(expected, rel=1e-5)
+    with pytest.warns(UserWarning, match="reads the margin of each pair, and 24 of 24 pairs have none"):
+        assert first_loss("none", losses.offset_dpo_loss) == pytest.approx(math.log(2))
+    assert first_loss("whole", losses.offset_dpo_loss) == pytest.approx(math.log1p(math.e), rel=1e-5)  # without a word
     constant = [LossTerm(losses.offset_dpo_loss, options={"margin": 1.0})]
     with pytest.warns(UserWarning, match="are not used by the loss of DPO"):
         assert first_loss("some", constant) == pytest.approx(math.log1p(math.e), rel=1e-5)

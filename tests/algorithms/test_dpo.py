@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from inspect import signature
 
 import pytest
 import torch
@@ -26,8 +27,7 @@ OPTIONS = {  # of losses that need some
     "offset_dpo_loss": {"margin": 0.5},
     "robust_dpo_loss": {"label_smoothing": 0.1},
 }
-NOT_PREFERENCES = ("bradley_terry_loss", "load_balancing_loss", "ppo_policy_loss", "value_loss")
-FAMILY = [name for name in losses.__all__ if name.endswith("_loss") and name not in NOT_PREFERENCES]
+FAMILY = [name for name in losses.__all__ if "chosen_logprobs" in signature(getattr(losses, name)).parameters]
 
 
 @pytest.mark.parametrize("name", FAMILY)

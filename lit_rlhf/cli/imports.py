@@ -7,7 +7,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from lit_rlhf.cli.mistakes import BETWEEN, modules, on_purpose
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lit_rlhf.cli.mistakes import BETWEEN, LONGEST, modules, on_purpose
 from lit_rlhf.errors import UserError, one_line
 
 OURS = {"lit_rlhf", "token_mdp"}
@@ -64,6 +66,23 @@ def failed_constructor(kind: Any, error: Exception) -> str | None:
         f"{kind.__module__}.{kind.__qualname__} cannot be made: {type(error).__name__}: {one_line(error, 200)}, in "
         f"{frames[-1].filename}:{frames[-1].lineno}"
     )
+
+
+def refused_value(kind: Any, error: Exception, named: bool) -> str | None:
+    """What a constructor says of its arguments, to stand behind the option that names the class.
+
+    Args:
+        kind: the class.
+        error: of its constructor.
+        named: whether there is such an option.
+
+    Returns:
+        None where that is for others to tell.
+    """
+    if not named or not isinstance(error, UserError | MisconfigurationException | ValueError) or not on_purpose(error):
+        return None
+    whose = "" if isinstance(error, UserError) else f"{kind.__module__}.{kind.__qualname__}: "
+    return f"{whose}{one_line(error, LONGEST)}"
 
 
 def place(error: BaseException) -> str:

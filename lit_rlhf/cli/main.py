@@ -35,7 +35,7 @@ from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.callbacks.progress import draws_bars
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
 from lit_rlhf.cli.commands import DESCRIPTION, PROGRAMS, RUNS, USAGE, require_command
-from lit_rlhf.cli.imports import failed_constructor, left_while_imported
+from lit_rlhf.cli.imports import failed_constructor, left_while_imported, refused_value
 from lit_rlhf.cli.mistakes import (
     missing_package,
     raised_in_lightning,
@@ -47,7 +47,7 @@ from lit_rlhf.cli.mistakes import (
 from lit_rlhf.cli.parser import Parser, Program, with_bare_flags
 from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.cli.terminal import leave_to_the_run, log_above_bars, quiet_libraries
-from lit_rlhf.cli.values import wrong_values
+from lit_rlhf.cli.values import option_of, wrong_values
 from lit_rlhf.cli.yaml_files import PARTS, check_configs
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import clear, make_folder, write_lines
@@ -135,9 +135,13 @@ class AlignmentCLI(LightningCLI):
             return kind(*args, **kwargs)
         except Exception as error:
             self.failed = error
-            if (told := failed_constructor(kind, error)) is None:
+            subcommand = self.config.get("subcommand")
+            option = option_of(kind, kwargs, self.config if subcommand is None else self.config[subcommand])
+            told = failed_constructor(kind, error) or refused_value(kind, error, option is not None)
+            if told is None:
                 raise
-            self.failed = UserError(f"{Parser.naming(f'{kind.__module__}.{kind.__qualname__}')}{told}")
+            named = Parser.naming(f"{kind.__module__}.{kind.__qualname__}")
+            self.failed = UserError((named or (f"{Parser.as_typed(option)}: " if option else "")) + told)
             raise self.failed from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from lit_rlhf.cli.wording import TYPES
 
+PLAIN = (str, int, float, bool, NoneType)
 PARTS = (LightningModule, LightningDataModule)  # of a run: no argument of one is another
 
 
@@ -101,3 +102,29 @@ def _resolved(path: str) -> Any:
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
         return None
+
+
+def option_of(kind: Any, arguments: Mapping[str, Any], config: Any, above: str = "") -> str | None:
+    """The option by which a config names a class, below those of the run's parts; None if none does.
+
+    Args:
+        kind: the class.
+        arguments: that it is made with; of several of one class, the option is that with these.
+        config: parsed, or a part of it.
+        above: where that part stands.
+    """
+    if isinstance(config, Namespace) and "class_path" in config:
+        given = config.get("init_args", Namespace())
+        plain = {name: value for name, value in arguments.items() if isinstance(value, PLAIN)}
+        alike = all(given.get(name) == value for name, value in plain.items())
+        if above not in ("model", "data") and alike and _resolved(config.class_path) is kind:
+            return above
+        return option_of(kind, arguments, given, above)
+    if isinstance(config, list | tuple):
+        found = (option_of(kind, arguments, part, above) for part in config)
+    elif isinstance(config, Namespace | dict):
+        parts = config.__dict__ if isinstance(config, Namespace) else config
+        found = (option_of(kind, arguments, part, f"{above}.{name}".lstrip(".")) for name, part in parts.items())
+    else:
+        return None
+    return next(filter(None, found), None)

@@ -28,18 +28,17 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "unknown option": ("dpo", ["--model.betta=3"], "there is no option --model.betta; did you mean beta?"),
     "unknown option of the Trainer": ("sft", ["--trainer.max_stps=3"], "did you mean max_steps?"),
     "unknown option of an option": ("ppo", ["--model.kl.kl_coeff=3"], "did you mean kl_coef?"),
-    "option without a value": ("sft", ["--model.learning_rate"], "--model.learning_rate: expected a value, as in --m"),
-    "switch without a value": (
+    "value of a class": ("ppo", ["--model.kl=lit_rlhf.FixedKL", "--model.kl.kl_coef=-1"], "--model.kl: kl_coef ("),
+    "value of a class of Lightning's": (
         "sft",
-        ["--export.merge", "--model.lora.r=2"],
-        "--export.merge: expected a value, as in",
+        ["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: x, mode: up}}]"],
+        "--trainer.callbacks: lightning.pytorch.callbacks.early_stopping.EarlyStopping: `mode` can be min, max, got up",
     ),
-    "config without a value": (
-        "sft",
-        ["--config", "--export.merge=true"],
-        "--config: expected a value, as in --config=",
+    "reward model that is none": (
+        "ppo",
+        ["--data.monitors={a: {class_path: lit_rlhf.RewardModelReward, init_args: {model: runs/sft/model}}}"],
+        "--data.monitors.a: reward model: runs/sft/model holds no trained reward head",
     ),
-    "checkpoint without a value": ("sft", ["--ckpt_path", "--model.lora.r=2"], "--ckpt_path: expected a value, as in"),
     "option at the top": (
         "sft",
         ["--lr_scheduler=constant"],

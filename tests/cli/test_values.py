@@ -6,9 +6,9 @@ import pytest
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
-from lit_rlhf import SFT, GenerationSettings, SFTDataModule
+from lit_rlhf import PPO, SFT, FixedKL, GenerationSettings, SFTDataModule
 from lit_rlhf.callbacks import HuggingFaceExport
-from lit_rlhf.cli.values import argument_types, may_be_null, type_in_words, wrong_values
+from lit_rlhf.cli.values import argument_types, may_be_null, option_of, type_in_words, wrong_values
 from tests.cli.command_line import QUICK, run
 
 
@@ -74,3 +74,15 @@ def test_types_that_hold_null_and_types_in_words():
 def test_what_jsonargparse_lets_through_is_told_before_a_model_is_read(options, words, capsys):
     assert run("fit", "--config", "configs/sft.yaml", *QUICK, *options) == 2
     assert f"error: {words}" in capsys.readouterr().err
+
+
+def test_a_class_is_found_by_the_option_that_names_it_with_its_arguments():
+    def kl(coef):
+        return Namespace(class_path="lit_rlhf.FixedKL", init_args=Namespace(kl_coef=coef))
+
+    config = Namespace(
+        model=Namespace(class_path="lit_rlhf.PPO", init_args=Namespace(kl=kl(0.1), others=[kl(0.2)], by={"a": kl(0.3)}))
+    )
+    for coef, option in {0.1: "model.kl", 0.2: "model.others", 0.3: "model.by.a", 0.4: None}.items():
+        assert option_of(FixedKL, {"kl_coef": coef}, config) == option
+    assert option_of(PPO, {}, config) is None  # a part of the run, which names its options itself

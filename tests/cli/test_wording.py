@@ -13,9 +13,15 @@ SAID = {
         "--data.rollout_size",
     ): "--data.rollout_size: expected a value, as in --data.rollout_size=...; true and false",
     (*PPO, "--model.kl", "--trainer.max_steps=-1"): "--model.kl: expected a value, as in --model.kl=...",
+    (*SFT, "--export.merge", "--model.lora.r=2"): "--export.merge: expected a value, as in --export.merge=...",
+    (*SFT, "--config", "--export.merge=true"): "--config: expected a value, as in --config=...",
+    (*SFT, "--ckpt_path", "--model.lora.r=2"): "--ckpt_path: expected a value, as in --ckpt_path=...",
     ("compare", "--root"): "--root: expected a value, as in --root=...",
     (*PPO, "--model.target_kl=nan"): "--model.target_kl: expected a number, or null, got nan",
-    (*PPO, "--model.kl_penalty.estimator=k9"): "--model.kl_penalty.estimator: expected 'k1' or 'k2' or 'k3', got k9",
+    (
+        *PPO,
+        "--model.kl_penalty.estimator=k9",
+    ): "--model.kl_penalty.estimator: expected 'k1' or 'k2' or 'k3' or 'k2_sequence', got",
     (*PPO, "--model.kl=0.1"): "--model.kl: expected the import path of a subclass of KLController, or null, got 0.1",
     (*PPO, "--model.kl=lit_rlhf.AdaptiveKL", "--model.kl.target=x"): "--model.kl.target: expected a number, got x",
     (

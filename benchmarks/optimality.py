@@ -31,6 +31,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its neighbours only so
 
 from benchmarks.siblings import SIBLINGS
+from benchmarks.table_family import FAMILY, learn_member
 from benchmarks.table_ppo import learn_ppo
 from benchmarks.table_preferences import (
     calibration_error,
@@ -54,14 +55,15 @@ from lit_rlhf.oracle import Oracle, Problem, TablePolicy, optimal_logprobs, smal
 BETAS = (0.05, 0.1, 0.5, 1.0)
 WORD_BETAS = (0.1, 0.5)
 ON_WORDS = ("trl_ppo", "trl_dpo", "ppo_module", "dpo_module")  # the slowest first, so that no process ends alone
-ALGORITHMS = ("ppo", *SIBLINGS, "dpo_sampled", "reward_model", *ON_WORDS)
+ALGORITHMS = ("ppo", *FAMILY, *SIBLINGS, "dpo_sampled", "reward_model", *ON_WORDS)
 Line = dict[str, Any]
 
 
 def measure(problem_name: str, algorithm: str, beta: float) -> Line:
     """The line of an algorithm on tables."""
     problem = next(p for p in small_problems() if p.name == problem_name)
-    oracle, start = problem.oracle(beta), time.process_time()
+    oracle = FAMILY[algorithm].oracle(problem, beta) if algorithm in FAMILY else problem.oracle(beta)
+    start = time.process_time()
     policy, more = learn(problem, oracle, algorithm, beta)
     evaluation = oracle.evaluate(policy.logprob_fn)
     figures = {"gap": evaluation.gap, "kl_to_optimum": evaluation.kl_to_optimum}
@@ -73,6 +75,8 @@ def learn(problem: Problem, oracle: Oracle, algorithm: str, beta: float) -> tupl
     """The policy that an algorithm finds, and what else there is to say about it."""
     if algorithm == "ppo":
         return learn_ppo(problem, beta), {}
+    if algorithm in FAMILY:
+        return learn_member(problem, beta, FAMILY[algorithm]), {}
     if algorithm == "dpo_sampled":
         count = 1_000_000
         policy = learn_preferences(problem, oracle, dpo_loss, gathered(sampled_pairs(oracle, count)))

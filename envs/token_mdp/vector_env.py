@@ -114,7 +114,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
         check_flag("copy", copy)
         mode = getattr(autoreset_mode, "value", autoreset_mode)
         check_choice("autoreset_mode", mode, tuple(choice.value for choice in AutoresetMode))
-        group_size = check_count("group_size", group_size)
+        self.group_size = check_count("group_size", group_size)
         if max_episodes is not None:
             max_episodes = check_groups(max_episodes, group_size)
         if max_episode_steps is not None:
@@ -197,8 +197,7 @@ class TokenVectorEnv(VectorEnv[VectorObservation, IntArray, npt.NDArray[Any]]):
                 these slots, within the current stream, which counts the episodes that this cuts short;
                 `prompt_index`: int or (B,), prompts to start from instead of drawing from the queue.
         """
-        group_size = self._stream.queue.group_size
-        ask = vector_reset(options, self.task.prompts, self.num_envs, self.max_episodes, self._ready, group_size)
+        ask = vector_reset(options, self.task.prompts, self.num_envs, self.max_episodes, self._ready, self.group_size)
         seed = queue_seed(seed, self.num_envs)
         super().reset(seed=seed)
         if seed is not None or not self._stream.queue.started:

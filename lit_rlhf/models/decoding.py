@@ -1,8 +1,9 @@
 """The slot KV cache and sampling: how a policy acts in a vector environment.
 
 Each slot of the environment keeps one row of keys and values. A slot whose observation extends the cached row by
-exactly one token decodes that token; any other slot is prefilled, all such prompts packed into one row. The cache needs
-no reset signal from the environment; told whose episode a slot plays, it need not compare the cached tokens. Slots that
+exactly one token decodes that token; any other slot is prefilled, all such prompts packed into one row. Of slots that
+have the same prompt one computes it, the others copy its keys and values and decode its last token. The cache needs no
+reset signal from the environment; told whose episode a slot plays, it need not compare the cached tokens. Slots that
 are parked drop out: the rows in use stay contiguous at the front, so a step costs what its active slots cost.
 
 Axes: S slots, n active slots, L cached length, V vocabulary.
@@ -20,7 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lit_rlhf.engine.layout import Sequences, make_layout
 from lit_rlhf.engine.shapes import check_shapes
-from lit_rlhf.models.decoder import Decoder
+from lit_rlhf.models.decoder import NOBODY, Decoder
 from lit_rlhf.models.graphs import GraphedStep, can_capture
 from lit_rlhf.models.padded_decoding import OwnCacheDecoder, RecomputingDecoder
 from lit_rlhf.models.policy import Policy
@@ -89,6 +90,8 @@ class SlotDecoder(Decoder):
         cuda_graphs: capture the decode step on CUDA.
     """
 
+    lends = True
+
     def __init__(self, policy: Policy, num_slots: int, max_length: int, cuda_graphs: bool = True) -> None:
         super().__init__(policy, num_slots, max_length)
         # Handed `_step` at each call: what kept it would keep this object, and its cache, until a garbage collection.
@@ -143,6 +146,11 @@ class SlotDecoder(Decoder):
     def _place(self, rows: Tensor, positions: Tensor, window: tuple[int, int] | None) -> None:
         for layer in self.layers:
             layer.rows, layer.positions, layer.window = rows, positions, window
+
+    def _lend(self, lender: int, slot: int, length: int) -> None:
+        if lender != NOBODY:
+            for layer in self.layers:
+                layer.move(int(self.rows[lender]), int(self.rows[slot]), length)
 
     def _keep(self, slots: np.ndarray) -> None:
         """Move active rows into the places of dropped ones, so that rows 0..n-1 are the active ones."""

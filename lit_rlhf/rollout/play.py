@@ -162,7 +162,8 @@ def play(
             slots = np.flatnonzero(active)
             episode_ids = info["episode_id"].copy()
             steps = observation["length"][:, 0] - observation["prompt_length"][:, 0]
-            logits = decoder.logits(observation["input_ids"], observation["length"][:, 0], active, episode_ids)
+            groups = None if env.group_size == 1 else episode_ids // env.group_size
+            logits = decoder.logits(observation["input_ids"], observation["length"][:, 0], active, episode_ids, groups)
             uniforms = torch.from_numpy(dice.uniforms(slots, episode_ids, steps)).to(device)
             tokens, token_logprobs = sample(
                 logits, uniforms, settings.temperature, settings.top_k, settings.top_p, settings.min_p

@@ -62,7 +62,9 @@ class RehearsedPlay(RolloutBackend):
                 if step in (0, longest - 1):
                     decoder.cached_lengths[:] = lengths - 1 if step else 0
                     decoder.cached_episodes[:] = info["episode_id"]
-                    logits = decoder.logits(observation["input_ids"], lengths, active, info["episode_id"].copy())
+                    ids = info["episode_id"].copy()
+                    groups = None if env.group_size == 1 else ids // env.group_size
+                    logits = decoder.logits(observation["input_ids"], lengths, active, ids, groups)
                     how = (settings.temperature, settings.top_k, settings.top_p, settings.min_p)
                     sample(logits, torch.zeros(len(logits)), *how)
                     del logits

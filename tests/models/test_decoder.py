@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_rlhf.models.decoder import Decoder, in_order
+from lit_rlhf.models.decoder import NOBODY, Decoder, in_order
 from lit_rlhf.models.decoding import SlotDecoder
 from tests.tiny import plain_logits, tiny_policy
 
@@ -51,6 +51,47 @@ def test_slots_that_grew_by_a_token_go_on_and_all_others_begin_anew(told):
         ("keep", 0, 1, 2, 3),
         ("prefill", 0, 1, 2, 3),
     ]
+
+
+class Lending(Told):
+    """Of which slots lend to each other."""
+
+    lends = True
+
+    def _lend(self, lender, slot, length):
+        self.asked.append(("lend", lender, slot, length))
+
+
+def test_of_slots_of_one_group_one_computes_the_prompt_and_lends_it_to_the_others():
+    decoder, ids, lengths = Lending(5, 9), np.full((5, 9), 5), np.array([3, 3, 3, 4, 4])
+    episodes, groups = np.arange(5), np.array([0, 0, 0, 1, 1])
+    assert decoder.logits(ids, lengths, None, episodes, groups)[:, 0].tolist() == [0, 1, 2, 3, 4]
+    lengths += 1
+    # Slot 0 goes on; 1 begins another of its group, 2 one of a new group, 3 one of that which 2 has left, 4 goes on.
+    episodes[1:4], groups[1:4], lengths[1:4] = [5, 6, 7], [0, 2, 0], [3, 2, 3]
+    assert decoder.logits(ids, lengths, None, episodes, groups)[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert [asked for asked in decoder.asked if asked[0] != "keep"] == [
+        ("prefill", 0, 3),
+        ("lend", 0, 1, 2),
+        ("lend", 0, 2, 2),
+        ("lend", 3, 4, 3),
+        ("decode", 1, 2, 4, "of", 5),
+        ("prefill", 2),
+        ("lend", NOBODY, 1, 2),
+        ("lend", 0, 3, 2),
+        ("decode", 0, 1, 3, 4, "of", 5),
+    ]
+    decoder.clear()
+    decoder.asked.clear()
+    decoder.logits(ids, lengths, None, episodes, groups)
+    assert decoder.asked[1] == ("prefill", 0, 2, 4)
+
+
+def test_without_groups_and_where_slots_do_not_lend_each_computes_its_prompt():
+    for kind, groups in ((Lending, None), (Told, np.zeros(3, int))):
+        decoder = kind(3, 8)
+        decoder.logits(np.full((3, 8), 5), np.array([3, 3, 3]), None, np.arange(3), groups)
+        assert decoder.asked[1:] == [("prefill", 0, 1, 2)]
 
 
 def test_parts_come_out_in_the_order_of_their_rows():

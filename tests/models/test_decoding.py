@@ -44,6 +44,44 @@ def test_slot_cache_equals_the_full_forward_through_refills_and_parking(architec
             active[rng.choice(np.flatnonzero(active))] = False
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [2, 5])
+def test_prompts_that_slots_of_a_group_lend_give_the_logits_of_the_full_forward(architecture, size):
+    policy, rng = tiny_policy(architecture), np.random.default_rng(0)
+    S, L = 6, 24
+    decoder, prefilled = SlotDecoder(policy, S, L), []
+    prefill = decoder._prefill
+    decoder._prefill = lambda slots, *args: prefilled.append(len(slots)) or prefill(slots, *args)
+    prompts = [rng.integers(3, VOCABULARY, rng.integers(1, 9)) for _ in range(20)]
+    ids, lengths, active = np.zeros((S, L), np.int64), np.zeros(S, np.int64), np.ones(S, bool)
+    episodes, dealt = np.zeros(S, np.int64), 0
+
+    def refill(slot):
+        nonlocal dealt
+        prompt = prompts[dealt // size]
+        ids[slot], lengths[slot], episodes[slot] = 0, len(prompt), dealt
+        ids[slot, : len(prompt)] = prompt
+        dealt += 1
+
+    for slot in range(S):
+        refill(slot)
+    for step in range(16):
+        logits = decoder.logits(ids, lengths, active, episodes, episodes // size)
+        rows = [ids[s, : lengths[s]] for s in np.flatnonzero(active)]
+        with torch.no_grad():
+            expected = torch.stack([plain_logits(policy.model, row)[-1] for row in rows])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        for slot in np.flatnonzero(active):
+            if rng.random() < 0.25:
+                refill(slot)
+            else:
+                ids[slot, lengths[slot]] = rng.integers(3, VOCABULARY)
+                lengths[slot] += 1
+        if step in (6, 10):
+            active[rng.choice(np.flatnonzero(active))] = False
+    assert sum(prefilled) < 0.7 * dealt
+
+
 @pytest.mark.parametrize("told", [False, True])
 def test_a_step_reads_no_token_of_finished_slots_and_the_newest_alone_where_episodes_are_named(told):
     class Watched(np.ndarray):

@@ -76,6 +76,10 @@ class LearningModule(MetricsModule):
         # One kernel for the whole step. Lightning clips fp16 gradients before a fused step would unscale them.
         fused = not scales_gradients(self.trainer)
         settings = self.optimizer_settings
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise UserError(
+                "all weights are frozen (requires_grad is False), so that nothing can be learnt: leave some"
+            )
         optimizer = make_optimizer(settings, self.parameter_groups(), self.modules(), fused)
         self.rate_in_use = self.learning_rate
         self.planned_steps = total = planned_steps(self.trainer, self.resumed)

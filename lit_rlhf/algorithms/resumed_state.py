@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -38,6 +39,18 @@ def require_same_shapes(given: Mapping[str, Any], mine: Mapping[str, Any], file:
         raise UserError(
             f"ckpt_path: {file} is of another model, {len(differing)} tensors differ, like {differing[0]}; "
             "give the model settings of its run, or take an older checkpoint if this one was changed"
+        )
+
+
+def warn_of_rounded(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) -> None:
+    """Say so where a checkpoint holds weights in fewer bits than this run: what was rounded away does not come back."""
+    held = {name: (given[name], mine[name]) for name in given.keys() & mine.keys()}
+    rounded = sorted(name for name, (theirs, ours) in held.items() if theirs.dtype.itemsize < ours.dtype.itemsize)
+    if rounded:
+        theirs, ours = (str(one.dtype).removeprefix("torch.") for one in held[rounded[0]])
+        rank_zero_warn(
+            f"ckpt_path: {len(rounded)} tensors of {file} hold {theirs}, such as {rounded[0]}, and this run {ours}: "
+            "it goes on from rounded weights; if its run did not hold them so (trainer.precision), take an older one"
         )
 
 

@@ -20,6 +20,7 @@ from lit_rlhf.algorithms.resumed_state import (
     require_same_adapter,
     require_same_shapes,
     require_state,
+    warn_of_rounded,
 )
 from lit_rlhf.errors import UserError, named_by, require_types
 from lit_rlhf.models.fingerprints import Fingerprints, require_same
@@ -117,11 +118,13 @@ class ResumableModule(LearningModule):
             here = {self.exported: here[self.exported]}  # nothing else has a say
         require_same(checkpoint.get("stands_on", {}), here, self.exported, file)
         weights = checkpoint.get("state_dict", {})  # none where each rank reads its own shard
-        require_same_shapes(weights, self.state_dict(), file)
+        held = self.state_dict()
+        require_same_shapes(weights, held, file)
         require_state(checkpoint, file)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             require_loops(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict(), file)
             require_callbacks(checkpoint.get("callbacks", {}), self.trainer.callbacks, file)  # type: ignore[attr-defined]
+            warn_of_rounded(weights, held, file)
             self.note_changes(checkpoint, file)
             self.resumed, self.pieces_unread = checkpoint, not weights
         require_finite({**weights, **moments_of(checkpoint)}, file)

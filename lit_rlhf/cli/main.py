@@ -199,7 +199,7 @@ class AlignmentCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except Exception as error:
-            if missing_package(str(error)) or not raised_in_lightning(error):
+            if not raised_in_lightning(error):
                 raise
             raise refused_option(error, {**given, **kwargs}) from error
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):

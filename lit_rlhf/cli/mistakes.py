@@ -18,6 +18,13 @@ DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is kil
 BETWEEN = {*sys.stdlib_module_names, "lightning", "torch", "jsonargparse"}  # packages that only do what a config says
 HANDED_BACK = ("estimated_stepping_batches", "clip_gradients")  # where our modules ask Lightning about a config
 LONGEST = 500  # characters of what a library says
+NEEDED_BY = {  # packages that options of the Trainer need
+    "transformer_engine": "precision",
+    "bitsandbytes": "precision",
+    "torch_xla": "accelerator",
+    "deepspeed": "strategy",
+}
+TWICE = re.compile(r"Found more than one stateful callback of type `(\w+)`")
 SPOKEN_OF = {
     "Timer(duration": "max_time",
     "for __new__()": "max_time",
@@ -126,6 +133,14 @@ def refused_option(error: BaseException, options: Mapping[str, Any]) -> UserErro
     said = one_line(error, LONGEST)
     if isinstance(error, UserError):
         return error
+    if told := missing_package(said):
+        about = [name for package, name in NEEDED_BY.items() if package in said and options.get(name)]
+        return UserError(f"trainer.{about[0]} ({options[about[0]]}): {told}" if about else str(told))
+    if alike := TWICE.search(said):
+        return UserError(
+            f"trainer.callbacks: two of {alike[1]} would take each other's state in checkpoints, since they have the same "
+            "monitor and intervals: give one others, or leave it out"
+        )
     said = re.sub(r" Example choices: .*", " Use auto or ddp, or deepspeed or fsdp where it is installed", said)
     about = [name for words, name in SPOKEN_OF.items() if words in said]
     about += [name for name in options if re.search(rf"(?<![\w.]){name}\b", said)]

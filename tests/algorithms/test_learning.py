@@ -37,6 +37,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_we
     assert torch.equal(module.policy.head.weight, before)
 
 
+def test_a_module_whose_weights_are_all_frozen_is_refused(inputs, tmp_path):
+    module, data = make_stage("sft", inputs)
+    module.requires_grad_(False)
+    with pytest.raises(UserError, match="all weights are frozen"):
+        make_trainer(tmp_path, max_steps=1).fit(module, data)
+
+
 def test_a_warm_up_that_lasts_longer_than_the_run_is_told(inputs, tmp_path, caplog):
     module, data = make_stage("sft", inputs, warmup_steps=1000)
     with caplog.at_level("INFO"):

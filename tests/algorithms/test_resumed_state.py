@@ -1,5 +1,7 @@
 """What a run does not go on from: states that are damaged, or of another run."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
@@ -13,12 +15,22 @@ from lit_rlhf.algorithms.resumed_state import (
     require_loops,
     require_same_shapes,
     require_state,
+    warn_of_rounded,
 )
 
 
 def test_what_is_no_tensor_differs_from_one():
     with pytest.raises(UserError, match=r"1 tensors differ, like a \(a str there, \(2,\) here\)"):
         require_same_shapes({"a": "x"}, {"a": torch.zeros(2)}, "a.ckpt")
+
+
+def test_weights_in_fewer_bits_than_the_run_has_are_told_and_others_are_not():
+    mine = {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.bfloat16), "c": torch.zeros(1, dtype=torch.long)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_rounded({**mine, "b": torch.zeros(2)}, mine, "a.ckpt")
+    with pytest.warns(UserWarning, match=r"1 tensors of a\.ckpt hold bfloat16, such as a, and this run float32"):
+        warn_of_rounded({**mine, "a": torch.zeros(2, dtype=torch.bfloat16)}, mine, "a.ckpt")
 
 
 WHOLE = {

@@ -46,9 +46,18 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     ),
     "devices that are no number": ("sft", ["--trainer.devices=two"], "trainer.devices ('two'): `devices` selected"),
     "devices without an end": ("sft", ["--trainer.devices=[0,1,2"], "trainer.devices ('[0,1,2'): `devices` selected"),
+    "callbacks alike": (
+        "sft",
+        ["--trainer.callbacks=[{class_path: ModelCheckpoint}, {class_path: ModelCheckpoint}]"],
+        "trainer.callbacks: two of ModelCheckpoint would take each other's state in checkpoints",
+    ),
     "no nodes": ("sft", ["--trainer.num_nodes=0"], "trainer.num_nodes (0): `num_nodes` must be"),
     "time that is none": ("sft", ["--trainer.max_time=x"], "trainer.max_time ('x'): `Timer(duration='x')` is not"),
-    "accelerator that is not there": ("sft", ["--trainer.accelerator=tpu"], "is not installed: pip install 'torch_xla"),
+    "accelerator that is not there": (
+        "sft",
+        ["--trainer.accelerator=tpu"],
+        "trainer.accelerator (tpu): a package is not",
+    ),
     "validation after no micro-batches": ("sft", ["--trainer.val_check_interval=0"], "val_check_interval (0) must be "),
     "validation after more than an epoch": (
         "sft",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import warnings
+from collections.abc import Collection
 from decimal import Decimal, InvalidOperation
 from numbers import Real
 from typing import Any
@@ -52,10 +53,14 @@ class ExactAnswer:
                 f"pattern ({pattern!r}) must have one group, around the answer; it has {self.pattern.groups}"
             )
 
+    def check_columns(self, names: Collection[str]) -> None:
+        """Refuse columns without the one that holds the right answers."""
+        if self.column not in names:
+            raise KeyError(f"there is no column {self.column!r} with the right answers; there are {sorted(names)}")
+
     def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> FloatArray:
         """(n,) 1.0 where the answers are equal."""
-        if self.column not in columns:
-            raise KeyError(f"there is no column {self.column!r} with the right answers; there are {sorted(columns)}")
+        self.check_columns(columns)
         right = ["" if _missing(answer) else str(answer) for answer in columns[self.column]]
         right = [self._extract(answer) or answer for answer in right]
         given = [self._extract(_text(response)) or "" for response in responses]

@@ -138,8 +138,8 @@ def refused_option(error: BaseException, options: Mapping[str, Any]) -> UserErro
         return UserError(f"trainer.{about[0]} ({options[about[0]]}): {told}" if about else str(told))
     if alike := TWICE.search(said):
         return UserError(
-            f"trainer.callbacks: two of {alike[1]} would take each other's state in checkpoints, since they have the same "
-            "monitor and intervals: give one others, or leave it out"
+            f"trainer.callbacks: two of {alike[1]} would take each other's state in checkpoints, having one monitor "
+            "and intervals: give one others, or leave it out"
         )
     said = re.sub(r" Example choices: .*", " Use auto or ddp, or deepspeed or fsdp where it is installed", said)
     about = [name for words, name in SPOKEN_OF.items() if words in said]

@@ -192,7 +192,8 @@ class TextReward(Reward):
 
     Args:
         function: called as function(prompts, responses, **columns) with lists of n strings; returns n numbers. One that
-            names no **columns gets those that it names. In YAML, its import path, or a class of which an object is one.
+            names no **columns gets those that it names; a method check_columns is called with the names of all before
+            anything is played. In YAML, its import path, or a class of which an object is one.
         special_tokens: keep special tokens, such as <think> or the end token, in prompts and responses.
         abstain: None for a response means that the function has nothing to say of it, and adds nothing to its reward.
         timeout: seconds that a call may take; null = as long as it takes.
@@ -228,6 +229,11 @@ class TextReward(Reward):
     def check_columns(self, names: Iterable[str]) -> None:
         """Refuse a function that cannot be called with these columns."""
         given: dict[str, list[Any]] = {name: [] for name in names}
+        if check := getattr(self.function, "check_columns", None):  # one that reads a column of any name
+            try:
+                check(given.keys())
+            except LookupError as error:
+                raise UserError(f"{self}: {error.args[0]}") from error
         try:
             signature = inspect.signature(bare(self.function))
         except (TypeError, ValueError):  # one that does not tell what it takes

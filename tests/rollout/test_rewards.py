@@ -12,7 +12,7 @@ from lit_rlhf.engine.sharding import full_state_dict
 from tests.tiny import EOS, save_tiny, tiny_tokenizer
 from tests.tiny_tokenizers import byte_tokenizer
 from token_mdp import Shared
-from token_mdp.verifiable import RegexMatch
+from token_mdp.verifiable import ExactAnswer, RegexMatch
 
 
 def ones(prompts, responses):
@@ -193,3 +193,9 @@ def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
     other.add_tokens(["extra"])
     with pytest.raises(UserError, match="was trained with another tokenizer than the policy"):
         RewardModelReward(str(tmp_path / "rm")).bind(other, torch.device("cpu"))
+
+
+def test_a_column_that_a_class_reads_by_its_name_is_missed_before_anything_is_played():
+    TextReward(ExactAnswer("solution")).check_columns(["prompt", "solution"])
+    with pytest.raises(UserError, match=r"ExactAnswer: there is no column 'solution' .*; there are \['answer'\]$"):
+        TextReward(ExactAnswer("solution")).check_columns(["answer"])

@@ -27,6 +27,9 @@ NESTED: dict[Any, tuple[Any, str]] = {
 }
 
 
+UNREADABLE = "has letters that this system's encoding lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+
+
 class UserError(ValueError):
     """Bad input or configuration; says what came, what was expected and what to do."""
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UNREADABLE, UserError
 
 NEW, OLD = ".lit_rlhf-new", ".lit_rlhf-old"
 SECONDS_TO_DOUBT = 3600.0  # a write without progress for so long is dead, where the file system has no locks to tell by
@@ -172,15 +172,13 @@ def said_of(option: str, folder: Path) -> Iterator[None]:
         raise UserError(f"{option}: {folder.absolute()} cannot be made ({error})") from error
     except UnicodeEncodeError as error:  # the name holds bytes that Python could not read in the system's encoding
         shown = str(folder.absolute()).encode("utf-8", "backslashreplace").decode()
-        raise UserError(
-            f"{option}: {shown} has letters that this system's encoding lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or "
-            "name another folder"
-        ) from error
+        raise UserError(f"{option}: {shown} {UNREADABLE}, or name another folder") from error
 
 
 def make_folder(folder: Path, option: str) -> None:
     """Make the folder that an option names: before an hour's work that ends in it, not after it."""
     with said_of(option, folder):
+        str(folder).encode()  # TensorBoard and others hand names on in UTF-8
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{option}: {folder.absolute()} may not be written to")

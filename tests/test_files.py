@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lit_rlhf import UserError, files
-from lit_rlhf.files import NEW, OLD, SECONDS_TO_DOUBT, heal, make_room, replacing, write_json, write_lines
+from lit_rlhf.files import NEW, OLD, SECONDS_TO_DOUBT, heal, make_folder, make_room, replacing, write_json, write_lines
 
 
 def failing(lines):
@@ -194,3 +194,9 @@ def test_a_folder_that_may_not_be_written_to_is_told_at_once(tmp_path, monkeypat
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests may be allowed everything
     with pytest.raises(UserError, match=f"output: {tmp_path} may not be written to"):
         make_room(tmp_path / "x.json", "output", ".json")
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_told_before_it_is_made(tmp_path):
+    with pytest.raises(UserError, match=r"^root: \S+ has letters that this system's encoding lacks"):
+        make_folder(tmp_path / "\udcc3\udcbc", "root")
+    assert not list(tmp_path.iterdir())

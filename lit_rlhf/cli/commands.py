@@ -1,11 +1,12 @@
 """What `lit-rlhf` can do, told without reading the libraries that do it."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UNREADABLE, UserError
 
 # LightningCLI runs of a YAML.
 RUNS = {
@@ -41,7 +42,13 @@ The options of a class: lit-rlhf fit --model.help lit_rlhf.DPO"""
 
 
 def require_command(argv: Sequence[str]) -> None:
-    """Refuse a command line that names no command, or one that there is not."""
+    """Refuse a command line that names no command, or one that there is not, or that cannot be read."""
+    for argument in (*argv, os.getcwd()):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:  # bytes that Python could not read in the system's encoding
+            shown = argument.encode("utf-8", "backslashreplace").decode()
+            raise UserError(f"{shown} {UNREADABLE}") from error
     if not argv:
         raise UserError(f"no command is given; write lit-rlhf and one of {', '.join(COMMANDS)}")
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:

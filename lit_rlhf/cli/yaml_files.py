@@ -2,6 +2,7 @@
 
 import codecs
 import difflib
+import locale
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 from lit_rlhf.demo import CONFIGS
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UNREADABLE, UserError
 
 IN_ITS_CLASS = {"class_path", "init_args", "dict_kwargs"}
 PARTS = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}  # what is a class, with an example
@@ -170,12 +171,16 @@ def _read_text(file: Path) -> str:
     if content.startswith(UTF) or b"\0" in content:
         raise UserError(f"{file} is not text in UTF-8 (it may be UTF-16, or no text); save it as UTF-8")
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + content[: error.start].count(b"\n")
         raise UserError(
             f"{file}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from None
+    if content.decode(locale.getpreferredencoding(False), "replace") != content.decode():  # as jsonargparse reads it
+        line = next(number for number, part in enumerate(content.splitlines(), 1) if not part.isascii())
+        raise UserError(f"{file}, line {line}: {UNREADABLE}")
+    return text
 
 
 def _beside(file: Path) -> list[str]:

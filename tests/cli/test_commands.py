@@ -25,3 +25,12 @@ def test_a_command_that_there_is_not_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"no command 'comprae'; did you mean compare\?"):
         require_command(["comprae"])
     assert did_you_mean("zzz", COMMANDS) == ""
+
+
+def test_letters_that_the_locale_cannot_read_are_told_by_argument(monkeypatch):
+    require_command(["fit", "--data.train=ü.jsonl"])
+    with pytest.raises(UserError, match=r"^--data.train=\\udcc3\\udcbc.jsonl has letters .* LC_ALL=C\.UTF-8"):
+        require_command(["fit", "--data.train=\udcc3\udcbc.jsonl"])  # as Python reads an umlaut under LC_ALL=C
+    monkeypatch.setattr("os.getcwd", lambda: "/\udcc3\udcbc")
+    with pytest.raises(UserError, match=r"^/\\udcc3\\udcbc has letters"):
+        require_command(["fit"])

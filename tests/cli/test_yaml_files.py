@@ -186,3 +186,14 @@ def test_options_that_are_written_out_in_a_mapping_are_found_with_their_values()
         ("--d", "{"),
         ("--e", ""),
     ]
+
+
+@pytest.mark.parametrize(("encoding", "right"), [("utf-8", True), ("ascii", False), ("latin-1", False)])
+def test_a_config_with_letters_that_the_locale_would_misread_is_told_by_line(encoding, right, tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getpreferredencoding", lambda setlocale: encoding)
+    (tmp_path / "a.yaml").write_text("trainer: {}\nckpt_path: ü\n", encoding="utf-8")
+    if right:
+        read_tree(tmp_path / "a.yaml")
+        return
+    with pytest.raises(UserError, match=r"a\.yaml, line 2: has letters .*set LC_ALL=C\.UTF-8"):
+        read_tree(tmp_path / "a.yaml")

@@ -141,7 +141,7 @@ def main(
     require(seeds >= 1, "seeds", seeds, "1 or more")
     require(max_samples >= 1, "max_samples", max_samples, "1 or more")
     if output is not None:
-        make_room(Path(output), "output")
+        make_room(Path(output), "output", ".jsonl")
     torch.set_num_threads(1)
     lines = []
     for length in lengths:

@@ -32,7 +32,7 @@ def curves(run: str, output: str) -> None:
         )
     columns = [[point.value for point in events.Scalars(tag)] for tag in CURVES]
     rows = [dict(zip(CURVES.values(), values, strict=True)) for values in zip(*columns, strict=True)]
-    make_room(Path(output), "output")
+    make_room(Path(output), "output", ".jsonl")
     write_lines((json.dumps({"iteration": number} | row) for number, row in enumerate(rows)), Path(output))
 
 

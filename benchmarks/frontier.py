@@ -46,7 +46,7 @@ def main(
         if not (folder / stage / "model").exists():
             raise UserError(f"{folder / stage / 'model'} is missing: run make demo first, or give its --root")
     if output is not None:
-        make_room(Path(output), "output")
+        make_room(Path(output), "output", ".jsonl")
     runs: dict[str, tuple[str, float]] = {}
     for beta in ppo_betas:
         name = f"frontier_ppo_{beta:g}"

@@ -156,7 +156,7 @@ def main(
     require(len(betas) > 0 and min(betas) > 0, "betas", betas, "one at least, each more than 0")
     require(processes >= 1, "processes", processes, "1 or more")
     if output is not None:
-        make_room(Path(output), "output")
+        make_room(Path(output), "output", ".jsonl")
     pythons = {"trl_ppo": peer_ppo_python, "trl_dpo": peer_python}
     playing = [name for name in ON_WORDS if name in algorithms and (name not in pythons or pythons[name])]
     with tempfile.TemporaryDirectory() as folder:

@@ -68,6 +68,7 @@ def require_checkpoint_there(argv: Sequence[str]) -> None:
 
 
 def did_you_mean(given: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """The nearest name as a question, or nothing."""
-    near = difflib.get_close_matches(given, list(names), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
+    """The nearest name as a question, two that are as near, or nothing."""
+    near = difflib.get_close_matches(given, list(dict.fromkeys(names)), n=2, cutoff=cutoff)
+    alike = {difflib.SequenceMatcher(None, name, given).ratio() for name in near}
+    return f"; did you mean {' or '.join(sorted(near if len(alike) == 1 else near[:1]))}?" if near else ""

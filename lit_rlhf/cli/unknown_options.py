@@ -34,9 +34,10 @@ def whereabouts(option: str, paths: Iterable[str], others: Iterable[str]) -> str
     """
     parent, _, last = option.lstrip("-").rpartition(".")
     there = list(paths)
-    if homes := [path for path in there if path.rpartition(".")[2] == last]:
-        return f"; there is {' or '.join(homes[:MOST])}"
     beside = [path.rpartition(".")[2] for path in there if path.rpartition(".")[0] == parent]
+    if homes := [path for path in there if path.rpartition(".")[2] == last]:
+        near = did_you_mean(last, beside, cutoff=0.8)
+        return f"; there is {' or '.join(homes[:MOST])}" if not near else f"{near[:-1]}, or {homes[0]}?"
     elsewhere = {path.rpartition(".")[2]: path for path in reversed(there)}
     if near := did_you_mean(last, beside, cutoff=0.7):
         return near

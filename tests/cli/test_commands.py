@@ -25,6 +25,7 @@ def test_a_command_that_there_is_not_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"no command 'comprae'; did you mean compare\?"):
         require_command(["comprae"])
     assert did_you_mean("zzz", COMMANDS) == ""
+    assert did_you_mean("epochs", ["min_epochs", "max_epochs", "steps"]) == "; did you mean max_epochs or min_epochs?"
 
 
 def test_letters_that_the_locale_cannot_read_are_told_by_argument(monkeypatch):

@@ -14,6 +14,9 @@ SAID = {  # what is typed -> all that is said
     "--data.top_p=0.9": "there is no option --data.top_p; there is model.generation.top_p",
     '--data.sampling={"temperature":0.7}': "there is no option --data.sampling.temperature; there is "
     "model.temperature or model.generation.temperature",
+    '--model.generation={"max_tokens":5}': "there is no option --model.generation.max_tokens; did you mean "
+    "max_new_tokens, or data.max_tokens?",
+    "--trainer.epochs=3": "there is no option --trainer.epochs; did you mean max_epochs or min_epochs?",
     "--data.batch_size=3": "there is no option --data.batch_size",
     f"--data.reward={REWARD}": "there is no option --data.reward.weight",
     '--model.lora={"r":4,"lora_alpha":8}': "there is no option --model.lora.lora_alpha; did you mean alpha?",

@@ -103,7 +103,8 @@ def tried(chosen: Choice, *args: Any, **inputs: Any) -> Any:
         return chosen.function(*args, **(inputs | (chosen.options or {})))
     except Exception as error:  # whatever a function of the user's raises
         if isinstance(error, ValueError) and chosen.function.__module__.startswith("lit_rlhf."):
-            raise UserError(f"{name_of(chosen)}: {error}") from error
+            named = str(error).startswith(name_of(chosen))
+            raise UserError(str(error) if named else f"{name_of(chosen)}: {error}") from error
         raise UserError(f"{name_of(chosen)} raised {type(error).__name__}: {error}{place_of(error)}") from error
 
 

@@ -17,14 +17,13 @@ from lit_rlhf.engine.early_backward import backward_early
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError, damaged, named_by
 from lit_rlhf.losses import PolicyTokens, value_loss
-from lit_rlhf.losses.advantages import Moments
 from lit_rlhf.losses.kl import k1, k3
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.roles import HoldReference, OnTrunk, policy_parameters, reference_of
 from lit_rlhf.rollout.experience import episode_means
 from lit_rlhf.rollout.play import GenerationSettings, complete, episode_rows
-from lit_rlhf.rollout.shaping import RewardShaping
+from lit_rlhf.rollout.shaping import RewardShaping, nothing_seen
 from token_mdp import Episode
 
 
@@ -118,7 +117,7 @@ class OnPolicyModule(CreditingModule):
         self.critic = None
         self.critic_settings = CriticSettings(0.0, None, 0, None)
         self.rollout_metrics, self.step_kl, self.stopped = {}, [], False
-        self.returns_seen = Moments(*torch.zeros(3, dtype=torch.float64))
+        self.returns_seen = nothing_seen()
 
     def views(self) -> dict[str, Any]:
         """Policy, reference and, where there is one, critic."""

@@ -8,9 +8,16 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from lit_rlhf.engine.memory import numbers
 from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.errors import UserError, require, require_alike, require_types
 from lit_rlhf.losses.advantages import Moments
+
+
+def nothing_seen() -> Moments:
+    """Moments of no rewards yet: numbers, where a run is planned on tensors without any, too."""
+    with numbers():
+        return Moments(*torch.zeros(3, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class RewardShaping:
             normalize, clip, length_penalty, length_budget, missing_end_penalty, missing_end_score
         )
         self.whiten = whiten
-        self.seen = Moments(*torch.zeros(3, dtype=torch.float64))  # all rewards of the run so far, of all ranks
+        self.seen = nothing_seen()  # all rewards of the run so far, of all ranks
 
     def observe(self, rewards: Moments) -> None:
         """Take a rollout into the running statistics.

@@ -28,7 +28,7 @@ def test_groups_are_those_that_were_played_together_on_each_estimator(folder, tm
 
 def test_groups_of_one_are_refused_by_the_estimator_that_was_chosen_whatever_the_method(folder, tmp_path):
     module, data, trainer = make(folder, tmp_path, kind=PPO, advantages=rloo)
-    with pytest.raises(UserError, match=r"^data\.group_size \(1\): rloo: rloo compares completions of one prompt"):
+    with pytest.raises(UserError, match=r"^data\.group_size \(1\): rloo compares completions of one prompt"):
         trainer.fit(module, data)
     module, data, trainer = make(folder, tmp_path, kind=PPO, advantages=rloo, data={"group_size": 2})
     trainer.fit(module, data)

@@ -38,7 +38,7 @@ def test_a_loss_keeps_its_own_clip_range_unless_another_is_asked_for(folder):
 
 def test_one_completion_of_a_prompt_is_refused(folder, tmp_path):
     module, data, trainer = make(folder, tmp_path, kind=GRPO)
-    with pytest.raises(UserError, match=r"^data\.group_size \(1\): grpo: grpo compares .* 2 or more are needed$"):
+    with pytest.raises(UserError, match=r"^data\.group_size \(1\): grpo compares .* 2 or more are needed$"):
         trainer.fit(module, data)
 
 

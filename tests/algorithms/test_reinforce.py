@@ -44,6 +44,6 @@ def test_without_a_baseline_advantages_are_the_reward_to_go(folder, tmp_path):
 def test_a_critic_as_the_baseline_is_ppos(folder, tmp_path):
     with pytest.raises(UserError, match=r"baseline \('critic'\) must be none or running_mean"):
         REINFORCE(str(folder), baseline="critic")
-    with pytest.raises(UserError, match=r"model\.advantages: gae: gae needs the values of a critic"):
+    with pytest.raises(UserError, match=r"model\.advantages: gae needs the values of a critic"):
         REINFORCE(str(folder), advantages=gae)
     PPO(str(folder), advantages=lambda rollout: reinforce(rollout, baseline="critic"), loss=policy_gradient_loss)

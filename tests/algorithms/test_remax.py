@@ -63,8 +63,6 @@ def test_greedy_responses_are_no_part_of_what_is_learnt_or_logged(folder, tmp_pa
 
 
 def test_its_estimator_is_refused_where_nothing_is_played_greedily(folder):
-    with pytest.raises(
-        UserError, match=r"^model\.advantages: remax: remax needs the scores of greedy responses, which"
-    ):
+    with pytest.raises(UserError, match=r"^model\.advantages: remax needs the scores of greedy responses, which"):
         PPO(str(folder), advantages=remax)
     assert torch.is_tensor(ReMax(str(folder)).returns_seen.size)

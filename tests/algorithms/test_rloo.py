@@ -22,7 +22,7 @@ def test_defaults(folder):
 def test_one_completion_of_a_prompt_is_refused_before_anything_is_played(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_rlhf.rollout.play.play", lambda *a, **k: pytest.fail("it was played"))
     module, data, trainer = make(folder, tmp_path, kind=RLOO)
-    with pytest.raises(UserError, match=r"^data\.group_size \(1\): rloo: rloo compares [^\n]*: 2 or more are needed$"):
+    with pytest.raises(UserError, match=r"^data\.group_size \(1\): rloo compares [^\n]*: 2 or more are needed$"):
         trainer.fit(module, data)
 
 

@@ -10,6 +10,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.rollout.rewards import RewardModelReward
 from lit_rlhf.rollout.scoring import Rewards
+from lit_rlhf.rollout.shaping import RewardShaping
 from tests.models.test_adapter_folders import pytestmark, save_adapter
 from tests.stages import STAGES, make_stage, make_trainer
 
@@ -44,17 +45,29 @@ def test_a_run_takes_what_was_planned(stage, lora, inputs, tmp_path):
     assert plan.flops > 0 < plan.micro_batches
 
 
-@pytest.mark.parametrize("max_tokens", [40, None])
-def test_groups_take_what_was_planned(max_tokens, inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("max_tokens", [pytest.param(40, marks=pytest.mark.slow), None])
+@pytest.mark.parametrize("stage", ["grpo", *(pytest.param(s, marks=pytest.mark.slow) for s in ("reinforce", "remax"))])
+def test_groups_take_what_was_planned_and_no_critic_is_among_it(stage, max_tokens, inputs, tmp_path, monkeypatch):
     made = make_stage
 
-    def make_grouped(*args, **options):
+    def make_limited(*args, **options):
         module, data = made(*args, **options)
-        data.settings = replace(data.settings, group_size=4, max_tokens=max_tokens)
+        data.settings = replace(data.settings, max_tokens=max_tokens)
         return module, data
 
-    monkeypatch.setitem(globals(), "make_stage", make_grouped)
-    assert max(planned("ppo", inputs).peaks.values()) == pytest.approx(taken("ppo", inputs, tmp_path), rel=0.05)
+    monkeypatch.setitem(globals(), "make_stage", make_limited)
+    plan = planned(stage, inputs)
+    assert max(plan.peaks.values()) == pytest.approx(taken(stage, inputs, tmp_path), rel=0.05)
+    assert {row.role for row in plan.held} == {"policy", "reference", "reward", "logits", "slot cache"}
+
+
+def test_rewards_that_are_normalised_by_what_was_seen_are_planned(inputs):
+    memory = LiveMemory()
+    memory.phase = "load"
+    with shapes(), memory:
+        shaping = RewardShaping(normalize="standardize", whiten=True)
+        module, data = make_stage("grpo", inputs, shaping=shaping)
+    assert rehearse(module, data, {}, memory).peaks
 
 
 def test_a_reference_that_reads_every_step_takes_a_third_of_what_learning_takes(inputs):

@@ -14,7 +14,7 @@ from lit_rlhf.algorithms.reference_cache import ReferenceCache
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.algorithms.settings import ReferenceSettings
 from lit_rlhf.data.batches import PreferenceBatch
-from lit_rlhf.errors import UserError, damaged, named_by, require
+from lit_rlhf.errors import UserError, damaged, named_by, require, require_alike
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
@@ -245,6 +245,8 @@ class DPO(PreferenceModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take loss and cache of the run that goes on."""
         super().on_load_checkpoint(checkpoint)
+        for name in ("loss", "reference_cache"):
+            require_alike(checkpoint.get(name), {}, damaged(self.resumed_file, name))
         with named_by(damaged(self.resumed_file, "loss")):
             self.loss.load_state_dict(checkpoint["loss"])
         fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING

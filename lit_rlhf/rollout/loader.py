@@ -106,6 +106,8 @@ class RolloutLoader:
         """Go on where `state` was taken."""
         name = "it is damaged: its combined_loader"
         require_alike(state, {}, name, ("ranks",))
+        count = len(state["ranks"]) if isinstance(state["ranks"], list) else self.trainer.world_size
+        require_alike(state["ranks"], [{}] * count, f"{name}['ranks']")
         if len(state["ranks"]) != self.trainer.world_size:
             raise UserError(
                 f"it was written by {len(state['ranks'])} ranks, this run has {self.trainer.world_size}: "

@@ -265,6 +265,39 @@ def test_a_damaged_state_is_refused_by_file_before_a_step_is_computed_with_it(in
             fit("sft", inputs, tmp_path, ckpt_path=file)
 
 
+OF_METHODS = [  # which stage, where in its checkpoint, what stands there, and what is said of it
+    ("ppo", ("on_policy",), 3, "on_policy: expected a mapping"),
+    ("ppo", ("on_policy", "kl"), 3, "kl: expected a mapping"),
+    ("ppo", ("on_policy", "kl", "kl_coef"), "x", "kl_coef.*: expected a finite number, found str"),
+    ("ppo", ("on_policy", "kl", "kl_coef"), float("nan"), "kl_coef.*: expected a finite number"),
+    ("ppo", ("on_policy", "shaping"), 3, "shaping: expected a mapping"),
+    ("ppo", ("on_policy", "stopped"), 3, "stopped.*: expected true or false"),
+    ("ppo", ("on_policy", "returns_seen"), [1.0, "x", 2.0], "returns_seen.*: expected a finite number"),
+    ("ppo", ("loops", "fit_loop", "state_dict", "combined_loader", 0, "ranks"), 3, "ranks"),
+    ("reward_model", ("scores",), 3, r"scores.*: expected a mapping"),
+    ("reward_model", ("scores", "moments"), [1.0, float("inf"), 2.0], r"scores.*moments.*: expected a finite number"),
+    ("dpo", ("loss",), 3, "loss"),
+    ("dpo", ("reference_cache",), 3, "reference"),
+    ("dpo", ("stands_on", "reference"), 3, "stands_on"),
+]
+
+
+@pytest.mark.parametrize("stage", ["ppo", "reward_model", "dpo"])
+def test_a_damaged_state_of_a_method_is_refused_by_file(stage, inputs, tmp_path):
+    fit(stage, inputs, tmp_path)
+    file = tmp_path / "step=2.ckpt"
+    whole = torch.load(file)
+    for _, (*above, last), value, said in [case for case in OF_METHODS if case[0] == stage]:
+        checkpoint = copy.deepcopy(whole)
+        place = checkpoint
+        for key in above:
+            place = place[key]
+        place[last] = value
+        torch.save(checkpoint, file)
+        with pytest.raises(UserError, match=f"^ckpt_path: {file}(: it)? is damaged.*{said}"):
+            fit(stage, inputs, tmp_path, ckpt_path=file)
+
+
 def test_a_run_whose_reference_was_cached_does_not_go_on_without_the_cache(inputs, tmp_path):
     fit("dpo", inputs, tmp_path, cache_reference=True)
     with pytest.raises(UserError, match="cache_reference is false, and the run of the checkpoint had its reference as"):

@@ -209,13 +209,13 @@ def test_a_fault_in_a_callback_keeps_its_traceback_on_every_road_to_lightning(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_argument_that_a_users_class_refuses_is_one_line_with_the_class(workdir, monkeypatch, capsys):
+def test_an_argument_that_a_users_class_refuses_is_one_line_with_option_and_class(workdir, monkeypatch, capsys):
     config = Path("configs/sft.yaml").absolute()
     monkeypatch.chdir(workdir)
     monkeypatch.syspath_prepend(str(workdir))
     Path("faulty.py").write_text(FAULTY)
     assert run("fit", "--config", config, *QUICK, "--trainer.callbacks=faulty.Refusing") == 2
-    assert capsys.readouterr().err.endswith("error: faulty.Refusing: size (3) must be even\n")
+    assert capsys.readouterr().err.endswith("error: --trainer.callbacks: faulty.Refusing: size (3) must be even\n")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -169,7 +169,11 @@ def _decode_attention(
 ) -> Tensor:
     """One query per row against its cached keys; query heads of a group share keys, so none is repeated in memory."""
     B, H, T, D = query.shape
-    q = query.reshape(B, H // groups, groups * T, D) * scaling
+    q = query.reshape(B, H // groups, groups * T, D)
+    if softcap is None and q.dtype == torch.float32 and kind_of(q.device) == "cpu" and value.shape[-1] == D:
+        out = F.scaled_dot_product_attention(q, key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(B, H, T, D).transpose(1, 2)
+    q = q * scaling
     weights = q @ key.transpose(-1, -2)
     if softcap is not None:
         weights = softcap * torch.tanh(weights / softcap)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
@@ -20,6 +21,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from lit_rlhf.engine.layout import Sequences, make_layout
+from lit_rlhf.engine.linear_head import autocast_dtype
+from lit_rlhf.engine.memory import kind_of
 from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.models.decoder import NOBODY, Decoder
 from lit_rlhf.models.graphs import GraphedStep, can_capture
@@ -27,19 +30,38 @@ from lit_rlhf.models.padded_decoding import OwnCacheDecoder, RecomputingDecoder
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.trunk import runs_packed
 
+GROWTH = 64  # lengths that a cache has room for are multiples of it
+
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, (S, H_kv, L_max, D) each, written at a row and position per token."""
+    """Keys and values of one layer, (S, H_kv, L, D) each, written at a row and position per token.
 
-    def __init__(self, num_slots: int, max_length: int) -> None:
+    Args:
+        num_slots: S.
+        max_length: L, if it does not grow.
+        grows: have room for what is used, and make more when that is; where L is used up to its end, a product of
+            matrices in bfloat16 on a CPU takes keys and values as they lie, and copies no window of them first.
+    """
+
+    def __init__(self, num_slots: int, max_length: int, grows: bool = False) -> None:
         super().__init__()
         self.num_slots, self.max_length = num_slots, max_length
+        self.room = 0 if grows else max_length
         self.rows = self.positions = torch.empty(0, dtype=torch.int64)  # where the coming tokens go
         self.window: tuple[int, int] | None = None  # (n, L) in use when decoding; None while prompts are prefilled
 
+    def reserve(self, length: int) -> int:
+        """Have room for that many positions; returns for how many there is."""
+        if length > self.room:
+            self.room = min(-(-length // GROWTH) * GROWTH, self.max_length)
+            if self.is_initialized:
+                assert self.keys is not None and self.values is not None
+                self.keys, self.values = (F.pad(x, (0, 0, 0, self.room - x.shape[2])) for x in (self.keys, self.values))
+        return self.room
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate on the first update, when dtype, device and head count are known."""
-        shape = (self.num_slots, key_states.shape[1], self.max_length)
+        shape = (self.num_slots, key_states.shape[1], self.room)
         # Keys in the values' dtype: under autocast, rotary embeddings promote keys to float32, which nobody reads.
         self.keys = value_states.new_zeros(*shape, key_states.shape[-1])
         self.values = value_states.new_zeros(*shape, value_states.shape[-1])
@@ -97,9 +119,11 @@ class SlotDecoder(Decoder):
         # Handed `_step` at each call: what kept it would keep this object, and its cache, until a garbage collection.
         graphed = cuda_graphs and can_capture(policy, policy.model.device)
         self.graphs = GraphedStep(policy, num_slots, max_length) if graphed else None
-        layers = [
-            SlotLayer(num_slots, max_length) for _ in range(policy.model.config.get_text_config().num_hidden_layers)
-        ]
+        device = policy.model.device
+        self.grows = kind_of(device) == "cpu"  # graphs would need what stays in its place
+        self.whole = self.grows and (autocast_dtype(device.type) or policy.model.dtype) == torch.bfloat16
+        count = policy.model.config.get_text_config().num_hidden_layers
+        layers = [SlotLayer(num_slots, max_length, self.grows) for _ in range(count)]
         self.layers = layers
         self.cache = Cache(layers=list(layers))
         self.rows = np.arange(num_slots)  # the cache row of each slot
@@ -112,6 +136,7 @@ class SlotDecoder(Decoder):
         ids = np.concatenate([input_ids[slot, :length] for slot, length in zip(slots, lengths, strict=True)])
         positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
         rows = torch.from_numpy(np.repeat(self.rows[slots], lengths)).to(device)
+        self._reserve(int(lengths.max()))
         self._place(rows, positions, window=None)
         return self.policy.decode(
             torch.from_numpy(ids).to(device)[None],
@@ -130,6 +155,8 @@ class SlotDecoder(Decoder):
         positions = torch.from_numpy(newest).to(device)
         input_ids_of_rows = torch.from_numpy(input_ids[slot_of_row, newest]).to(device)[:, None]
         length = int(newest.max()) + 1
+        room = self._reserve(length)
+        length = room if self.whole else length
         if self.graphs is None:
             logits = self._step(input_ids_of_rows, positions, length)
         else:
@@ -142,6 +169,9 @@ class SlotDecoder(Decoder):
         self._place(torch.arange(n, device=positions.device), positions, window=(n, length))
         attend = torch.arange(length, device=positions.device) <= positions[:, None]
         return self.policy.decode(input_ids, positions[:, None], self.cache, attend[:, None, None])
+
+    def _reserve(self, length: int) -> int:
+        return max(layer.reserve(length) for layer in self.layers)
 
     def _place(self, rows: Tensor, positions: Tensor, window: tuple[int, int] | None) -> None:
         for layer in self.layers:

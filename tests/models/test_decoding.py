@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import LlamaModel
 
-from lit_rlhf.models.decoding import SlotDecoder, sample
+from lit_rlhf.models import decoding
+from lit_rlhf.models.decoding import SlotDecoder, SlotLayer, sample
 from tests.tiny import ARCHITECTURES, VOCABULARY, plain_logits, tiny_policy
 
 
@@ -218,3 +219,36 @@ def test_tokens_are_drawn_where_determinism_is_asked_for(monkeypatch, settings):
         torch.use_deterministic_algorithms(False)
     assert torch.equal(tokens, again[0])
     assert torch.equal(logprobs, again[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_grows_with_what_it_holds_and_keeps_it(monkeypatch, dtype):
+    monkeypatch.setattr(decoding, "GROWTH", 8)
+    policy = tiny_policy().to(dtype)
+    growing, fixed = SlotDecoder(policy, 3, 40), SlotDecoder(policy, 3, 40)
+    fixed._reserve(40)
+    input_ids, lengths, rooms = np.random.default_rng(0).integers(3, VOCABULARY, (3, 40)), np.array([3, 6, 5]), []
+    for _ in range(34):
+        ours, theirs = (decoder.logits(input_ids, lengths) for decoder in (growing, fixed))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 0.1, atol=1e-4)
+        rooms.append(growing.layers[0].keys.shape[2])
+        lengths = lengths + 1
+    assert rooms[0] == 8 and rooms[-1] == 40 and set(rooms) == {8, 16, 24, 32, 40}
+
+
+def test_in_bfloat16_a_step_attends_to_keys_as_they_lie(monkeypatch):
+    """A window of them would be copied before each product."""
+    policy, dense = tiny_policy().bfloat16(), []
+    real = SlotLayer.update
+
+    def watched(self, *args, **kwargs):
+        keys, values = real(self, *args, **kwargs)
+        if self.window is not None:
+            dense.append(keys.is_contiguous() and values.is_contiguous())
+        return keys, values
+
+    monkeypatch.setattr(SlotLayer, "update", watched)
+    decoder = SlotDecoder(policy, 2, 30)
+    for length in (4, 5, 6):
+        decoder.logits(np.full((2, 30), 5), np.full(2, length))
+    assert dense and all(dense)

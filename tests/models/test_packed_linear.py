@@ -73,11 +73,26 @@ def test_a_layer_that_does_more_than_multiply_stays_as_it_is():
     torch.testing.assert_close(packed, layers(x), rtol=1e-5, atol=1e-5)
 
 
-def test_other_precisions_are_left_alone():
-    assert can_pack(nn.Linear(4, 4))
-    assert not can_pack(nn.Linear(4, 4).bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not can_pack(nn.Linear(4, 4))
+def test_layers_are_packed_in_the_precisions_that_the_kernel_has(monkeypatch):
+    layer = nn.Linear(4, 4)
+    assert can_pack(layer) and not can_pack(nn.Linear(4, 4).double()) and not can_pack(nn.Linear(4, 4).half())
+    for bfloat16 in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=bfloat16: answer)
+        assert can_pack(nn.Linear(4, 4).bfloat16()) is bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert can_pack(layer) is bfloat16
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 for oneDNN")
+@pytest.mark.parametrize("layer", [nn.Linear(24, 70), nn.Linear(24, 70, bias=False), Conv1D(70, 24)], ids=str)
+def test_layers_packed_under_autocast_give_its_products(layer):
+    x = torch.randn(5, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Kernels() as kernels:
+        with packed_linears(layer):
+            packed = layer(x)
+        plain = layer(x)
+    assert kernels.count == 1 and packed.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(packed, plain, rtol=2e-2, atol=2e-2)
 
 
 class Casts(TorchDispatchMode):
@@ -94,7 +109,7 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_rollout_in_mixed_precision_casts_each_weight_once_and_gives_the_same_tokens(monkeypatch, architecture):
+def test_a_rollout_in_mixed_precision_casts_each_weight_once_and_gives_the_same_distribution(monkeypatch, architecture):
     policy, plays, casts = tiny_policy(architecture), [], []
     for ready in (True, False):
         if not ready:
@@ -103,10 +118,12 @@ def test_a_rollout_in_mixed_precision_casts_each_weight_once_and_gives_the_same_
             plays.append(play(policy, make_env(), GenerationSettings(), 11, env_seed=0))
         casts.append(counted.count)
     assert casts[0] == sum(isinstance(module, nn.Linear | Conv1D) for module in policy.modules()) < casts[1]
-    for ours, theirs in zip(*(made.episodes for made in plays), strict=True):
-        assert ours.response_ids.tolist() == theirs.response_ids.tolist()
-    for ours, theirs in zip(*(made.sampled_logprobs for made in plays), strict=True):
-        assert (ours == theirs).all()
+    ours, theirs = ([episode.response_ids.tolist() for episode in made.episodes] for made in plays)
+    alike = [number for number, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a == b]
+    assert len(alike) > 0.8 * len(ours)  # the kernel rounds sums otherwise
+    for number in alike:
+        a, b = (made.sampled_logprobs[number] for made in plays)
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05)
 
 
 def test_a_rollout_packs_the_weights_that_it_starts_with(monkeypatch):

@@ -46,6 +46,7 @@ from lit_rlhf.cli.mistakes import (
 )
 from lit_rlhf.cli.parser import Parser, Program, with_bare_flags
 from lit_rlhf.cli.ranks import Ranks, rank, tell
+from lit_rlhf.cli.run_folder import claim_versions
 from lit_rlhf.cli.terminal import leave_to_the_run, log_above_bars, quiet_libraries
 from lit_rlhf.cli.values import option_of, wrong_values
 from lit_rlhf.cli.yaml_files import PARTS, check_configs
@@ -74,8 +75,11 @@ class WholeConfig(SaveConfigCallback):
         Raises:
             OSError: the disk is full or may not be written to; names the file.
         """
+        writes = stage != "predict" and trainer.is_global_zero and not self.already_saved
+        if writes:
+            claim_versions(trainer.loggers)
         log_dir = trainer.log_dir  # asked on all ranks, which it makes agree
-        if stage != "predict" and trainer.is_global_zero and not self.already_saved:
+        if writes:
             assert log_dir is not None
             for earlier in Path(log_dir).parent.glob("version_*"):  # of runs that may have been killed
                 clear(earlier)

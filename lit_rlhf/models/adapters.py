@@ -7,7 +7,7 @@ base: each forward pass says which adapters are on, and none changes which of th
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.errors import UserError, named_by, require, require_types
+from lit_rlhf.models.adapter_layers import ALL_LINEAR, candidates, regex_fault, require_layers
 
-ALL_LINEAR = "all-linear"
 PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 MOST_RANK = 2**16  # no layer is as wide
 
@@ -101,15 +101,6 @@ class LoRA:
             base_model_name_or_path=base,
             task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         )
-
-
-def regex_fault(pattern: str) -> str | None:
-    """What is wrong with a regular expression, if anything is."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return str(error)
-    return None
 
 
 def refuse_dropout(lora: LoRA | None, stage: str) -> None:
@@ -283,46 +274,6 @@ def without_dropout(config: Any) -> Any:
     config = copy.deepcopy(config)
     config.lora_dropout, config.modules_to_save, config.inference_mode = 0.0, None, False
     return config
-
-
-def candidates(model: nn.Module) -> list[str]:
-    """Names of the layers that an adapter may go into."""
-    kinds = (nn.Linear, nn.Embedding, Conv1D)
-    names = (name for name, module in model.named_modules() if isinstance(module, kinds) and ".lora_" not in name)
-    return [name.removesuffix(".base_layer") for name in names]
-
-
-def require_layers(model: nn.Module, config: Any) -> None:
-    """Refuse names of layers that no layer has, which PEFT would pass over.
-
-    Raises:
-        UserError: names them, and those that there are.
-    """
-    names = candidates(model)
-    for option in ("target_modules", "exclude_modules"):
-        given = getattr(config, option)
-        if given is None or (isinstance(given, str) and given.lower() == ALL_LINEAR):
-            continue
-        if isinstance(given, str):
-            if not any(re.fullmatch(given, name) for name in names):
-                raise UserError(
-                    f"lora.{option}: {given} is read as a regular expression of whole names and matches none, such as "
-                    f"{next(iter(names), 'none')}; a list names layers by the ends of their names"
-                )
-            continue
-        missing = [end for end in given if not any(name == end or name.endswith(f".{end}") for name in names)]
-        refuse_missing(f"lora.{option}", missing, names)
-    for option in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, option) or {}
-        missing = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
-        refuse_missing(f"lora.{option}", missing, names)
-
-
-def refuse_missing(option: str, missing: Sequence[str], names: Iterable[str]) -> None:
-    """Refuse names that no layer has."""
-    if missing:
-        there = dict.fromkeys(name.rpartition(".")[2] for name in names)
-        raise UserError(f"{option}: no layer of this model is named {', '.join(missing)}; there are {', '.join(there)}")
 
 
 @contextmanager

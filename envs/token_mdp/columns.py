@@ -10,7 +10,12 @@ from token_mdp.rewards import bare
 
 
 def named_columns(function: Callable[..., Any]) -> set[str] | None:
-    """The columns that a function (prompts, responses, …) takes by name; None if it takes all, or does not tell."""
+    """The columns that a function (prompts, responses, …) takes by name; None if it takes all, or does not tell.
+
+    One that takes `**columns` and reads some of them alone may say so by an attribute `reads_columns`.
+    """
+    if (declared := getattr(function, "reads_columns", None)) is not None:
+        return set(declared)
     try:
         parameters = inspect.signature(bare(function)).parameters.values()
     except (TypeError, ValueError):

@@ -47,6 +47,7 @@ class ExactAnswer:
 
     def __init__(self, column: str = "answer", pattern: str | None = None) -> None:
         self.column = column
+        self.reads_columns = (column,)
         self.pattern = None if pattern is None else _compiled(pattern)
         if self.pattern is not None and self.pattern.groups != 1:
             raise ValueError(
@@ -81,6 +82,8 @@ class RegexMatch:
         whole: the pattern must match the whole response.
     """
 
+    reads_columns = ()
+
     def __init__(self, pattern: str, whole: bool = False) -> None:
         self.pattern = _compiled(pattern, re.DOTALL)
         check_flag("whole", whole)
@@ -100,6 +103,8 @@ class PythonParses:
     in a list. Code without a statement, empty or of comments, is 0; so is a fence left open, as by the length limit.
     Three backticks end a block wherever they stand.
     """
+
+    reads_columns = ()
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> FloatArray:
         """(n,) 1.0 where the code parses."""

@@ -162,10 +162,10 @@ class RolloutDataModule(LightningDataModule):
         needed = [split for split in splits if split in self.prompts]
         for split in needed:
             check_context(agent.policy, self.prompts[split].prompt_ids, self.settings.max_new_tokens)
-        # Completions of `predict` are not scored.
-        played = [self.prompts[split] for split in needed if split != "predict"]
+        scored = [split for split in needed if split != "predict"]  # whose completions are not
         self.rewards.share(agent.policy)
-        self.rewards.bind(self.tokenizer, trainer.strategy.root_device, played)
+        self.rewards.bind(self.tokenizer, trainer.strategy.root_device, [self.prompts[split] for split in scored])
+        self.prompts |= {split: self.rewards.read(self.prompts[split]) for split in scored}
 
     def state_dict(self) -> dict[str, Any]:
         """What the rewards score by; prompts and rollout are the state of the loader."""

@@ -55,6 +55,10 @@ class Reward:
     def check_columns(self, names: Iterable[str]) -> None:
         """Called once before the first score with the columns that it will be given; refuse what cannot work."""
 
+    def reads(self, names: Iterable[str]) -> set[str]:
+        """Which of these columns it reads; no others are kept in memory while a policy learns."""
+        return set(names)
+
     def networks(self) -> Iterator[nn.Module]:
         """Models that this reward holds in memory."""
         yield from ()
@@ -155,6 +159,10 @@ class RewardModelReward(Reward):
         if isinstance(self.scorer, nn.Module) and self.scorer.model.device != device:
             self.scorer.to(device)
 
+    def reads(self, names: Iterable[str]) -> set[str]:
+        """None: it scores by tokens."""
+        return set()
+
     def view(self) -> "Scorer | OnTrunk":
         """The reward model."""
         return self.scorer
@@ -245,6 +253,10 @@ class TextReward(Reward):
                 f"{self} cannot be called as function(prompts, responses, **columns): {error}; the data have the "
                 f"columns {sorted(given)}"
             ) from error
+
+    def reads(self, names: Iterable[str]) -> set[str]:
+        """Those that the function takes by name, or all."""
+        return set(columns_for(self.function, {name: [] for name in names}))
 
     def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> Any:
         """What the function returns.

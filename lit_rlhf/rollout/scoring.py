@@ -170,6 +170,11 @@ class Rewards:
                     term.reward.check_columns(names)
                 term.reward.bind(tokenizer, device)
 
+    def read(self, prompts: PromptBatch) -> PromptBatch:
+        """These prompts without the columns that no reward reads."""
+        wanted = set().union(*(term.reward.reads(prompts.columns) for term in self.terms))
+        return prompts._replace(columns={name: rows for name, rows in prompts.columns.items() if name in wanted})
+
     @contextlib.contextmanager
     def naming(self, prompts: PromptBatch) -> Iterator[None]:
         """Say of an error whose it is: which reward's, where in its code, and at which of these prompts."""

@@ -3,6 +3,7 @@ import pytest
 from token_tasks import END, task
 
 from token_mdp import RewardError, TokenEnv
+from token_mdp.columns import named_columns
 from token_mdp.verifiable import ExactAnswer, PythonParses, RegexMatch
 
 
@@ -144,3 +145,8 @@ def test_on_tokens_they_say_what_they_need():
     env.reset()
     with pytest.raises(RewardError, match="reward_on='text'"):
         env.step(END)
+
+
+def test_each_says_which_columns_it_reads():
+    assert named_columns(ExactAnswer("label")) == {"label"}
+    assert named_columns(RegexMatch("a")) == named_columns(PythonParses()) == set()

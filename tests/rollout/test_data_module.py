@@ -13,6 +13,7 @@ from lit_rlhf.data.modules import load_prompts
 from lit_rlhf.rollout import data_module as rollouts
 from tests.ppo_runs import make
 from tests.stages import make_stage, make_trainer, share_of_w9, write_inputs
+from token_mdp.verifiable import ExactAnswer, PythonParses
 
 
 def test_the_prompts_of_rollouts_keep_their_numbers_on_whatever_rank_and_in_whatever_batch(tmp_path):
@@ -224,3 +225,28 @@ def test_prompts_are_looked_at_without_a_trainer_and_batches_need_one(tmp_path):
     with pytest.warns(UserWarning, match="A prompt may have 2 tokens"):  # what the context leaves now
         data.setup("fit")
     assert max(map(len, data.prompts["train"].prompt_ids)) == 2
+
+
+def test_columns_that_no_reward_reads_are_not_kept_while_a_policy_learns(tmp_path):
+    write_inputs(tmp_path)
+    rows = [{"prompt": "w3 w4", "answer": "w5", "hint": "w6", "essay": "w7"}] * 8
+    source = tmp_path / "columns.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def hinted(prompts, responses, hint):
+        return [float(len(one)) for one in hint]
+
+    def kept(**rewards):
+        module, _ = make_stage("ppo", tmp_path)
+        data = RolloutDataModule(
+            **rewards, train=str(source), validation=str(source), max_new_tokens=4, tokenizer=module.tokenizer
+        )
+        trainer = make_trainer(tmp_path, limit_val_batches=1)
+        trainer.validate(module, data, verbose=False)
+        data.setup("predict")
+        assert set(data.prompts["predict"].columns) == set(rows[0])  # which `predict` writes beside completions
+        return set(data.prompts["validation"].columns)
+
+    assert kept(reward=hinted) == {"hint"}
+    assert kept(reward=share_of_w9) == set(rows[0])  # it takes **columns
+    assert kept(rewards={"a": hinted, "b": ExactAnswer()}, monitors={"c": PythonParses()}) == {"hint", "answer"}

@@ -10,6 +10,10 @@ nats, π° being that optimum, or for losses that have another one (`optimum`: "
 The MDP "words" is for `lit_rlhf.PPO` and `lit_rlhf.DPO` themselves, on a tiny Llama (benchmarks/words.py); with
 PEER_PYTHON and PEER_PPO_PYTHON set (docs/performance.md), TRL's trainers learn it from as many episodes and pairs. Its
 lines hold the seed in the middle by KL, the range over all seeds, and the seconds of all.
+
+Methods without a critic (benchmarks/table_family.py) take an hour and more, and are named where they are wanted:
+
+    python benchmarks/optimality.py --algorithms '[rloo, grpo]' --betas '[0.1]'
 """
 
 import itertools
@@ -55,7 +59,7 @@ from lit_rlhf.oracle import Oracle, Problem, TablePolicy, optimal_logprobs, smal
 BETAS = (0.05, 0.1, 0.5, 1.0)
 WORD_BETAS = (0.1, 0.5)
 ON_WORDS = ("trl_ppo", "trl_dpo", "ppo_module", "dpo_module")  # the slowest first, so that no process ends alone
-ALGORITHMS = ("ppo", *FAMILY, *SIBLINGS, "dpo_sampled", "reward_model", *ON_WORDS)
+ALGORITHMS = ("ppo", *SIBLINGS, "dpo_sampled", "reward_model", *ON_WORDS)
 Line = dict[str, Any]
 
 
@@ -141,14 +145,14 @@ def main(
         output: file for the JSON lines as well, such as docs/data/optimality.jsonl.
         problems: names among `small_problems`, and words.
         betas: weights of the KL; on words, those of them that are in WORD_BETAS.
-        algorithms: names as in the lines.
+        algorithms: names as in the lines; those without a critic (`FAMILY`) are none unless they are named.
         processes: that work side by side, on one thread each.
         peer_python: a Python that has TRL, for trl_dpo; without one it is left out.
         peer_ppo_python: one that has TRL 1.12, for trl_ppo.
     """
     for option, given, known in (
         ("problems", problems, [*(problem.name for problem in small_problems()), "words"]),
-        ("algorithms", algorithms, ALGORITHMS),
+        ("algorithms", algorithms, (*ALGORITHMS, *FAMILY)),
     ):
         if unknown := [name for name in given if name not in known]:
             raise UserError(f"{option}: unknown {', '.join(unknown)}; there are {', '.join(known)}")

@@ -44,6 +44,7 @@ class Member(NamedTuple):
     average: LossAverage = "tokens"
     kl_penalty: KLPenalty = IN_REWARD
     passes: int = 8  # over a rollout; one where nothing holds the policy near the one that was sampled from
+    iterations: int | None = None  # where others than most take
     beta_of_optimum: float = 1.0  # in the optimum of E[r] - β KL, times the β that is charged
 
     def oracle(self, problem: Problem, beta: float) -> Oracle:
@@ -54,7 +55,7 @@ class Member(NamedTuple):
 FAMILY = {
     "reinforce": Member(reinforce, policy_gradient_loss, passes=1),
     "rloo": Member(rloo, policy_gradient_loss, passes=1),
-    "remax": Member(remax, policy_gradient_loss, passes=1),
+    "remax": Member(remax, policy_gradient_loss, passes=1, iterations=150),  # of more variance than a mean's
     "grpo": Member(grpo, ppo_policy_loss),
     "dr_grpo": Member(dr_grpo, ppo_policy_loss, average="max_new_tokens"),
     "reinforce_plus_plus": Member(reinforce_plus_plus, ppo_policy_loss, whiten=True),
@@ -89,7 +90,7 @@ def learn_member(
     once = member.passes == 1
     num_minibatches = 16 if once else 8
     if iterations is None:
-        iterations = 40 if not once else 60 if beta >= 0.1 else 200
+        iterations = member.iterations or (40 if not once else 60 if beta >= 0.1 else 200)
     if learning_rate is None:
         learning_rate = min(0.02 / beta, 0.05)  # as PPO's
     rng, shuffle = np.random.default_rng(seed), torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ from torch import Tensor
 KEY_BLOCK = 512  # keys that torch's kernel takes at once: of a causal square it leaves out blocks that no query sees
 BUCKET_OVERHEAD = 3_000  # of one more bucket
 NODE_OVERHEAD = 2.0  # of one more bucket of whole sequences, for each node: its gradient is spread over all of them
-MERGE_OVERHEAD = 128  # of a query that attends in two parts
+MERGE_OVERHEAD = 100  # of a query that attends in two parts
 SHARED_GAIN = 0.9  # prompts are attended once only where that costs less than this share of whole sequences
 
 

@@ -87,7 +87,9 @@ def shared_attention(
     parts = parts_of(shared, sliding_window, heads)
     q, k, v = (x.reshape(num_nodes * heads, -1, x.shape[-1]) for x in (q, k, v))
     if softcap is None:
-        out = _Flash.apply(q, k, F.pad(v, (0, q.shape[-1] - width)), parts, scaling)  # it takes heads of one width
+        if width < q.shape[-1]:  # the kernel takes heads of one width
+            v = F.pad(v, (0, q.shape[-1] - width))
+        out = _Flash.apply(q, k, v, parts, scaling)
     else:
 
         def capped(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,9 +146,10 @@ def merge(q: Tensor, k: Tensor, v: Tensor, parts: Parts, kernel: Kernel) -> tupl
     out, lse = attend(parts.own)
     from_prompt, lse_prompt = attend(parts.prompt)
     own, lse_own = (x.index_select(0, parts.responses) for x in (out, lse))
-    whole = torch.logaddexp(lse_own, lse_prompt)
-    own = own * (lse_own - whole).exp().unsqueeze(-1) + from_prompt * (lse_prompt - whole).exp().unsqueeze(-1)
-    return out.index_copy_(0, parts.responses, own.to(out)), lse.index_copy_(0, parts.responses, whole)
+    share = torch.sigmoid(lse_prompt - lse_own).unsqueeze(-1)  # exp(lse_prompt - lse); one pass, not five
+    whole = torch.lerp(own.to(share), from_prompt.to(share), share).to(out)
+    lse_whole = torch.logaddexp(lse_own, lse_prompt)
+    return out.index_copy_(0, parts.responses, whole), lse.index_copy_(0, parts.responses, lse_whole)
 
 
 class _Flash(Function):

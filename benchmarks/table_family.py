@@ -63,10 +63,11 @@ FAMILY = {
     "rloo_gspo": Member(rloo, partial(gspo_policy_loss, clip_range=0.1, clip_range_high=0.1)),
     "rloo_cispo": Member(rloo, cispo_policy_loss, passes=1),
     # The penalty in the loss, of whole responses: Dr. GRPO's advantages are (G - 1)/G of the unbiased ones.
-    "rloo_kl_in_loss": Member(rloo, policy_gradient_loss, kl_penalty=WHOLE_IN_LOSS, passes=1),
+    # A loss that knows the ratio, as the penalty does: else steps on one rollout weigh the two differently.
+    "rloo_kl_in_loss": Member(rloo, cispo_policy_loss, kl_penalty=WHOLE_IN_LOSS, passes=1),
     "dr_grpo_kl_in_loss": Member(
         dr_grpo,
-        policy_gradient_loss,
+        cispo_policy_loss,
         kl_penalty=WHOLE_IN_LOSS,
         passes=1,
         beta_of_optimum=GROUP_SIZE / (GROUP_SIZE - 1),

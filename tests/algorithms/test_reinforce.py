@@ -8,6 +8,7 @@ from lit_rlhf.losses import gae, policy_gradient_loss, reinforce
 from tests.ppo_runs import make, record, solved
 
 
+@pytest.mark.slow
 def test_it_learns_to_write_the_rewarded_token(folder, tmp_path):
     assert solved(folder, tmp_path, REINFORCE, iterations=20) > 0.9
 

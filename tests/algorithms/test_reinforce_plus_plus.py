@@ -7,7 +7,8 @@ from lit_rlhf.losses import ppo_policy_loss, reinforce_plus_plus
 from tests.ppo_runs import make, record, solved
 
 
-@pytest.mark.parametrize("group_baseline", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("group_baseline", [False, True])
 def test_it_learns_to_write_the_rewarded_token(group_baseline, folder, tmp_path):
     assert solved(folder, tmp_path, REINFORCEPlusPlus, group_baseline=group_baseline) > 0.9
 

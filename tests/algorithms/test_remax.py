@@ -10,6 +10,7 @@ from lit_rlhf.rollout.play import GenerationSettings, complete
 from tests.ppo_runs import make, solved
 
 
+@pytest.mark.slow
 def test_it_learns_to_write_the_rewarded_token(folder, tmp_path):
     assert solved(folder, tmp_path, ReMax, iterations=20) > 0.9
 

@@ -10,7 +10,7 @@ keys of a row or of a cache, H heads, D head dimension, B rows when decoding.
 """
 
 import inspect
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from lit_rlhf.engine.blocked_attention import blocked_attention, suits_blocked_attention
-from lit_rlhf.engine.layout import EndToEnd, Layout
+from lit_rlhf.engine.blocked_attention import SHARED_GAIN, blocked_attention, suits_blocked_attention
+from lit_rlhf.engine.layout import EndToEnd, Layout, SharedPrompts
 from lit_rlhf.engine.memory import has_numbers, kind_of
 from lit_rlhf.engine.shared_attention import band, capped_attention, shared_attention
 
@@ -74,7 +74,7 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
     if softcap is None and takes_variable_lengths(q, v):
         return _end_to_end_attention(q, k, v, layout.end_to_end, scaling, groups, sliding_window).unsqueeze(0), None
-    if layout.shared is not None and (softcap is not None or kind_of(q.device) == "cpu"):  # others' kernels keep `lse`
+    if shared_is_faster(layout.shared, q, v, softcap):
         return shared_attention(q, k, v, layout.shared, scaling, sliding_window, softcap).unsqueeze(0), None
     settings = dropout, scaling, groups, softcap
     outputs = [_attend(q[c], k[c], v[c], band(c.shape[1], sliding_window, q.device), *settings) for c in layout.buckets]
@@ -89,6 +89,19 @@ def as_mask(layout: Layout) -> Tensor:
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.source.device)
     mask.packed_layout = layout  # type: ignore[attr-defined]
     return mask
+
+
+def shared_is_faster(
+    shared: SharedPrompts | None, q: Tensor, v: Tensor, softcap: float | None
+) -> TypeGuard[SharedPrompts]:
+    """Whether prompts that sequences share are to be attended once: a kernel is there, and none over whole ones faster.
+
+    Kernels for other devices keep `lse` to themselves.
+    """
+    if shared is None or softcap is not None:
+        return shared is not None
+    blocked = suits_blocked_attention(q, v, shared.longest)
+    return kind_of(q.device) == "cpu" and (not blocked or shared.cost < SHARED_GAIN)
 
 
 def takes_variable_lengths(q: Tensor, v: Tensor) -> bool:
@@ -145,7 +158,7 @@ def _attend(
 
     The mask broadcasts to (n, H, T, L), True = attend; None = causal.
     """
-    if mask is None and softcap is None and not dropout and suits_blocked_attention(q, v):
+    if mask is None and softcap is None and not dropout and suits_blocked_attention(q, v, q.shape[1]):
         return blocked_attention(q, k, v, scaling).flatten(0, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if softcap is None:

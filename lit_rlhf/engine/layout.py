@@ -67,6 +67,7 @@ class SharedPrompts(NamedTuple):
     prompts: Tensor  # (Q,) int64: the nodes of all prompts
     prompt_source: Tensor  # (Q,) int64: where they stand among the keys of all answers, laid end to end
     longest: int  # tokens of the longest prompt with response
+    cost: float  # of this, over that of whole sequences
 
 
 class Layout(NamedTuple):
@@ -153,6 +154,7 @@ def share_prompts(
         prompts=torch.from_numpy(prompts.nodes),
         prompt_source=prompt_source[prompts.nodes],
         longest=int(sequences.lengths.max()),
+        cost=float(cost / whole_cost),
     )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_rlhf.engine import attention, blocked_attention
+from lit_rlhf.engine import attention, blocked_attention, layout
 from lit_rlhf.engine.blocked_attention import BLOCK, LONGEST, suits_blocked_attention
 from lit_rlhf.engine.packing import pack
 from tests.tiny import random_examples, tiny_policy
@@ -78,12 +78,27 @@ def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass():
 def test_it_is_for_bfloat16_and_lengths_at_which_it_is_faster(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     q, _, v, _ = inputs(1, 4, 2, 1)
-    assert suits_blocked_attention(q, v)
-    assert not suits_blocked_attention(q.float(), v.float())
-    assert not suits_blocked_attention(q.expand(1, 4, 2, 16)[..., :8], v)  # values of another width
-    assert not suits_blocked_attention(torch.empty(1, LONGEST + 1, 2, 16, dtype=torch.bfloat16), v)
+    assert suits_blocked_attention(q, v, LONGEST)
+    assert not suits_blocked_attention(q.float(), v.float(), 4)
+    assert not suits_blocked_attention(q[..., :8], v, 4)  # values of another width
+    assert not suits_blocked_attention(q, v, LONGEST + 1)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not suits_blocked_attention(q, v)
+    assert not suits_blocked_attention(q, v, 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cost", "once"), [("float32", 0.8, True), ("bfloat16", 0.8, False), ("bfloat16", 0.5, True)]
+)
+def test_in_bfloat16_prompts_are_attended_once_where_that_saves_more_than_it_loses(monkeypatch, dtype, cost, once):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(layout, "SHARED_GAIN", float("inf"))
+    policy, calls = tiny_policy().to(getattr(torch, dtype)), []
+    packed = pack(random_examples(3, responses=2))
+    packed = packed._replace(layout=packed.layout._replace(shared=packed.layout.shared._replace(cost=cost)))
+    real = attention.shared_attention
+    monkeypatch.setattr(attention, "shared_attention", lambda *args: calls.append(args) or real(*args))
+    policy(packed)
+    assert bool(calls) is once
 
 
 def test_packed_rows_in_bfloat16_go_through_it(monkeypatch):

@@ -152,6 +152,10 @@ def _writing_into(folder: Path) -> Iterator[None]:
         raise
 
 
+# What is raised of files that are cut or empty; then of such as lack names or have others.
+UNREADABLE = (pa.ArrowException, OSError, json.JSONDecodeError, AttributeError, KeyError, TypeError)
+
+
 def _found_or_made(
     is_held: bool, find_or_make: Callable[[], datasets.Dataset], make_anew: Callable[[], datasets.Dataset]
 ) -> datasets.Dataset:
@@ -159,7 +163,7 @@ def _found_or_made(
     try:
         try:
             return find_or_make()
-        except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
+        except UNREADABLE as error:
             if not is_held:
                 raise
             rank_zero_warn(f"what the cache of tokens holds cannot be read ({one_line(error, 300)}); it is made anew")

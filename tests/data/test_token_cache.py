@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+import warnings
 from pathlib import Path
 
 import datasets
@@ -88,6 +89,22 @@ def test_a_damaged_cache_is_made_anew(tmp_path, pattern, damage):
     with pytest.warns(UserWarning, match="the cache of tokens holds cannot be read .* anew"):
         assert tokens(source) == whole
     assert tokens(source) == whole
+
+
+@pytest.mark.parametrize("lost", ["version_str", "features", "splits", "num_examples", "_type", "dtype"])
+def test_a_cache_whose_facts_lack_a_name_is_made_anew_or_read_as_it_was(tmp_path, lost):
+    source = sft_file(tmp_path)
+    whole = tokens(source)
+    (file,) = Path(datasets.config.HF_DATASETS_CACHE).rglob("dataset_info.json")
+    text = file.read_text()
+    file.write_text(text.replace(f'"{lost}"', '"none_of_it"'))
+    assert file.read_text() != text
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="what the cache of tokens holds cannot be read")
+        assert tokens(source) == whole
+    file.write_text("{}")
+    with pytest.warns(UserWarning, match="the cache of tokens holds cannot be read .* anew"):
+        assert tokens(source) == whole
 
 
 @pytest.mark.parametrize("folder", ["a_file/x", "/proc/x"])

@@ -38,7 +38,9 @@ class OneLineBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What there is room for, training first; no number of the run."""
         room = get_console().width - BESIDE_THE_METRICS
-        given = sorted(trainer.progress_bar_metrics.items(), key=lambda item: item[0].startswith("val/"))
+        now = trainer.progress_bar_metrics | getattr(pl_module, "rollout_metrics", {})  # Lightning's are one behind
+        names = sorted(trainer.progress_bar_metrics, key=lambda name: name.startswith("val/"))
+        given = [(name, now[name]) for name in names]
         shown: dict[str, Any] = {}
         for name, value in given:
             short = name if name.startswith("val/") else name.rpartition("/")[2]
@@ -76,7 +78,8 @@ class ProgressLines(Callback):
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if stepped and every and self.step % every == 0:
-            shown = {name for name in trainer.progress_bar_metrics if not name.startswith("val/")}
+            # Those of the rollout have a line of their own, when all is learnt of it.
+            shown = {name for name in trainer.progress_bar_metrics if not name.startswith(("val/", "rollout/"))}
             beside = [name for name in BESIDE_THE_BAR if name in trainer.callback_metrics]
             self.say(trainer, {name: trainer.callback_metrics[name] for name in [*sorted(shown), *beside]})
 

@@ -50,6 +50,11 @@ def test_an_iteration_says_what_its_rollout_was(inputs, tmp_path, said):
     assert f"rollout/score {module.rollout_metrics['rollout/score']:.4g}" in said[-1]
 
 
+def test_no_line_says_what_an_earlier_rollout_was(inputs, tmp_path, said):
+    fit("ppo", inputs, tmp_path, [ProgressLines()], log_every_n_steps=4, limit_val_batches=0)
+    assert [("train/loss" in line, "rollout/score" in line) for line in said] == 2 * [(True, False), (False, True)]
+
+
 @pytest.mark.parametrize(
     ("bar", "terminal", "always", "speaks"),
     [(True, True, False, False), (True, False, False, True), (False, True, False, True), (True, True, True, True)],
@@ -107,6 +112,8 @@ def test_a_bar_is_one_line_and_counts_epochs_from_1(columns, metrics, monkeypatc
     bar._trainer = trainer
     assert bar._get_train_description(0) == "Epoch 1/16"
     assert bar.get_metrics(trainer, None) == metrics
+    score = bar.get_metrics(trainer, SimpleNamespace(rollout_metrics={"rollout/score": 3.5, "rollout/x": 1.0}))["score"]
+    assert score == "3.500"  # of the rollout that is learnt from, where Lightning still has the one before
     line = Progress(*bar.configure_columns(trainer), TextColumn("{task.fields[metrics]}"), console=console)
     shown = " ".join(f"{name}: {value}" for name, value in metrics.items())
     line.add_task(bar._get_train_description(15), total=1000, completed=999, metrics=shown)

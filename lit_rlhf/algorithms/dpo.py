@@ -215,11 +215,13 @@ class DPO(PreferenceModule):
 
     def on_validation_start(self) -> None:
         """Validation alone: the policy as loaded is the reference."""
+        super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self.fill_cache("val")
 
     def on_test_start(self) -> None:
         """As `on_validation_start`."""
+        super().on_test_start()
         self.fill_cache("test")
 
     def fill_cache(self, *splits: str) -> None:

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -240,10 +241,12 @@ class AlignmentModule(ResumableModule):
         require_monitors(self.trainer, held_out=False)
 
     def on_predict_start(self) -> None:
-        """Refuse to hand out what random weights make.
+        """Refuse to hand out what random weights make, or to measure them; `fit` validates them as it likes.
 
         Raises:
             UserError: neither the model's folder nor a checkpoint gave trained ones.
         """
-        if self.untrained is not None:
+        if self.untrained is not None and self.trainer.state.fn != TrainerFn.FITTING:
             raise UserError(self.untrained)
+
+    on_validation_start = on_test_start = on_predict_start

@@ -67,9 +67,10 @@ class RewardModel(PreferenceModule):
         )
         self.tokenizer = load_tokenizer(policy, self.reward_model.model.config, trust_remote_code)
         if self.reward_model.fresh_head:
+            asked = "fresh_head is true" if fresh_head else "the model's folder holds no trained reward head"
             self.untrained = (
-                "the model's folder holds no trained reward head, so its scores would be random; name a trained reward "
-                "model as model.policy, or a checkpoint as ckpt_path"
+                f"{asked}, so its scores would be random; name a trained reward model as model.policy"
+                f"{', with model.fresh_head: null' if fresh_head else ''}, or a checkpoint as ckpt_path"
             )
         self.bins: Tensor | None = None  # of the evaluation under way, see `calibration`
         self.seen_scores: list[Tensor] = []  # in the evaluation under way

@@ -46,8 +46,9 @@ class SFT(AlignmentModule):
         self.generation = generation
         if from_scratch:
             self.untrained = (
-                "from_scratch is true, so the weights are random; to predict, set model.from_scratch: false and "
-                "model.policy to the folder that a run exported, or name a checkpoint as ckpt_path"
+                "from_scratch is true, so the weights are random and only fit makes use of them: set "
+                "model.from_scratch: false and model.policy to the folder that a run exported, or name a checkpoint "
+                "as ckpt_path"
             )
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:

@@ -166,6 +166,24 @@ def test_loaders_of_other_batches_are_refused_in_place_of_a_data_module(run, row
         getattr(make_trainer(tmp_path, max_steps=1, limit_val_batches=1), run)(module, DataLoader(rows))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("stage", "options"), [("sft", {"from_scratch": True}), ("reward_model", {})])
+def test_random_weights_are_measured_by_no_run_but_fit(stage, options, inputs, tmp_path):
+    module, data = make_stage(stage, inputs, **options)
+    for run in ("validate", "test"):
+        with pytest.raises(UserError, match=r"random.*or (name )?a checkpoint as ckpt_path"):
+            getattr(make_trainer(tmp_path, limit_val_batches=1, limit_test_batches=1), run)(module, data)
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=1, num_sanity_val_steps=1)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    trainer.validate(module, data)
+
+    for run in ("validate", "test"):
+        module, data = make_stage(stage, inputs, **options)
+        trainer = make_trainer(tmp_path, limit_val_batches=1, limit_test_batches=1)
+        getattr(trainer, run)(module, data, ckpt_path=tmp_path / "trained.ckpt")
+
+
 def test_a_checkpoint_is_named_by_its_path(inputs, tmp_path):
     with (
         (inputs / "sft.jsonl").open() as file,

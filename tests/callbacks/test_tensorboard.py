@@ -29,6 +29,7 @@ TAGS = {
 def events(folder, stage, inputs, trainer, **options):
     """Train for an epoch, validating before and after; the scalars by tag, and the first validation."""
     module, data = make_stage(stage, inputs, **options)
+    module.untrained = None  # a head just drawn is measured all the same
     logger = TensorBoardLogger(folder, name="", version="")
     trainer = make_trainer(folder, logger=logger, max_epochs=1, log_every_n_steps=1, limit_val_batches=1.0, **trainer)
     before = trainer.validate(module, data, verbose=False)[0] if stage != "ppo" else {}

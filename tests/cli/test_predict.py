@@ -49,6 +49,9 @@ def test_a_head_just_drawn_predicts_nothing(workdir, monkeypatch, capsys):
     options = ["--data.predict=scored.jsonl", "--trainer.default_root_dir=out/drawn"]
     assert run("predict", "--config", config, *QUICK, *options) == 2
     assert "holds no trained reward head, so its scores would be random" in capsys.readouterr().err
+    drawn_anew = ["--model.policy=runs/reward_model/model", "--model.fresh_head=true"]
+    assert run("predict", "--config", config, *QUICK, *options, *drawn_anew) == 2
+    assert "error: fresh_head is true, so its scores would be random" in capsys.readouterr().err
     assert not Path("out/drawn/predictions.jsonl").exists()
 
 

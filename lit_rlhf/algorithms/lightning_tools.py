@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -73,8 +73,17 @@ def require_monitors(trainer: Any, held_out: bool) -> None:
 
 
 def require_validation(trainer: Any) -> None:
-    """Refuse callbacks that watch a metric of validation in a run without any: they would never act."""
+    """Refuse callbacks that watch a metric of validation in a run without any: they would never act.
+
+    Where there are held-out rows, and no epoch at whose end they are due, that is told.
+    """
     if trainer.enable_validation and sum(trainer.num_val_batches):
+        every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+        if every is not None and epochs is not None and 0 < epochs < (trainer.current_epoch // every + 1) * every:
+            rank_zero_info(
+                f"nothing will be validated: that is due each {every} epochs (trainer.check_val_every_n_epoch), and "
+                f"training ends after {epochs}"
+            )
         return
     for callback in trainer.callbacks:
         watched = getattr(callback, "monitor", None)

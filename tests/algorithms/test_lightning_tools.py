@@ -1,5 +1,7 @@
 """Lightning's own tools on these modules: rates found are used, monitors that nobody logs are told, rounding too."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -13,6 +15,7 @@ from lightning.pytorch.callbacks import (
 from transformers import get_scheduler
 
 from lit_rlhf import UserError
+from lit_rlhf.algorithms import lightning_tools
 from lit_rlhf.algorithms.lightning_tools import share_that_moves, take_rate, warn_of_rounding
 from lit_rlhf.callbacks import HuggingFaceExport
 from tests.stages import STAGES, make_stage, make_trainer
@@ -178,3 +181,22 @@ def test_a_rate_that_moves_the_weights_is_no_warning(recwarn):
     warn_of_rounding([weights], 1e-2, "bf16-true")
     warn_of_rounding([torch.nn.Parameter(torch.ones(8))], 1e-6, "32-true")
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "current", "told"),
+    [(8, 2, 0, True), (8, 8, 0, False), (1, 1, 0, False), (8, 15, 8, True), (8, 16, 8, False), (8, -1, 0, False)],
+)
+def test_a_validation_that_never_comes_is_told(monkeypatch, every, epochs, current, told):
+    said = []
+    monkeypatch.setattr(lightning_tools, "rank_zero_info", said.append)
+    trainer = SimpleNamespace(
+        enable_validation=True,
+        num_val_batches=[2],
+        check_val_every_n_epoch=every,
+        max_epochs=epochs,
+        current_epoch=current,
+        callbacks=[],
+    )
+    lightning_tools.require_validation(trainer)
+    assert bool(said) is told and all("check_val_every_n_epoch" in line for line in said)

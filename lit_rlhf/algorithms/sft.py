@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.batches import SFTBatch
 from lit_rlhf.losses import nll
 from lit_rlhf.models.adapters import LoRA
+from lit_rlhf.models.fingerprints import weight_files
+from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings
 
@@ -44,11 +47,21 @@ class SFT(AlignmentModule):
             policy, from_scratch, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
         self.generation = generation
+        self.unread = policy if from_scratch else None  # where weights may lie that are not read
         if from_scratch:
             self.untrained = (
                 "from_scratch is true, so the weights are random and only fit makes use of them: set "
                 "model.from_scratch: false and model.policy to the folder that a run exported, or name a checkpoint "
                 "as ckpt_path"
+            )
+
+    def on_fit_start(self) -> None:
+        """Say which stored weights a run from scratch does without."""
+        begins_anew = self.untrained is not None and self.trainer.ckpt_path is None
+        if begins_anew and self.unread is not None and weight_files(resolve(self.unread)):
+            rank_zero_info(
+                f"from_scratch: the weights of {self.unread} are not read, the run starts from random ones; set "
+                "model.from_scratch: false to start from them"
             )
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -50,3 +51,25 @@ def test_from_scratch_the_weights_are_others_and_nothing_is_predicted_before_tra
     assert "random" in drawn.untrained and stored.untrained is None
     assert drawn.policy.model.config.hidden_size == stored.policy.model.config.hidden_size
     assert not torch.equal(drawn.policy.head.weight, stored.policy.head.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_a_run_from_scratch_does_without_are_told_at_its_start(inputs, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("lit_rlhf.algorithms.sft.rank_zero_info", said.append)
+    (tmp_path / "bare").mkdir()
+    for file in (inputs / "model").iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path / "bare")
+    for folder, scratch in ((inputs / "model", False), (tmp_path / "bare", True), (inputs / "model", True)):
+        assert said == []
+        module = SFT(str(folder), from_scratch=scratch)
+        data = SFTDataModule(str(inputs / "sft.jsonl"), None, tokenizer=module.tokenizer)
+        trainer = make_trainer(tmp_path, max_steps=1)
+        trainer.fit(module, data)
+    assert len(said) == 1 and str(inputs / "model") in said[0] and "set model.from_scratch: false" in said[0]
+
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    module = SFT(str(inputs / "model"), from_scratch=True)
+    make_trainer(tmp_path, max_steps=2).fit(module, data, ckpt_path=tmp_path / "first.ckpt")
+    assert len(said) == 1

@@ -75,6 +75,8 @@ class HuggingFaceExport(Callback):
         require_replaceable(target)
         with said_of("export.folder", target):
             rehearse(made, target)
+        if trainer.ckpt_path is None and target.exists() and any(target.iterdir()):
+            rank_zero_info(f"export.folder: {target} holds an export, which this run's will replace")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at where everything else goes that the run writes; all of that is known by now."""

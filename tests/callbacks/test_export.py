@@ -42,6 +42,16 @@ def test_a_disk_that_fills_up_under_the_weights_leaves_the_older_export_alone(in
     assert not list(tmp_path.glob(".model*"))
 
 
+def test_that_an_older_export_will_be_replaced_is_told_before_training(inputs, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("lit_rlhf.callbacks.export.rank_zero_info", said.append)
+    fit(inputs, tmp_path)
+    assert not any("will replace" in line for line in said)
+    fit(inputs, tmp_path)
+    (told,) = (number for number, line in enumerate(said) if "holds an export, which this run's will replace" in line)
+    assert f"export.folder: {tmp_path / 'model'} " in said[told] and "exported SFT" in said[-1] and told < len(said) - 1
+
+
 @pytest.mark.parametrize("folder", [".", "..", "notes"])
 def test_what_is_no_export_is_never_replaced(inputs, tmp_path, folder):
     root = tmp_path / "run"

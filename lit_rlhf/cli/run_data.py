@@ -13,6 +13,8 @@ from lit_rlhf.errors import UserError
 # By name alone: nothing that a folder's config names is imported.
 KINDS: dict[str, Kind] = {"RolloutDataModule": "prompts", "PreferenceDataModule": "preference", "SFTDataModule": "sft"}
 
+ONLY_MEASURED = "verbose"  # an option of `validate` and `test` that `fit` has not: by it their configs are known
+
 
 class HeldOut(NamedTuple):
     """Held-out rows of a run, and how it read them."""
@@ -43,14 +45,19 @@ def held_out_of(folders: Mapping[str, Path]) -> HeldOut:
 
 
 def _held_out_of_run(name: str, folder: Path) -> HeldOut | None:
-    configs = sorted(folder.rglob("config.yaml"), key=lambda file: file.stat().st_mtime_ns)
-    try:
-        data = yaml.safe_load(configs[-1].read_text(encoding="utf-8"))["data"]
-        kind, given = KINDS[data["class_path"].rpartition(".")[2]], data["init_args"]
-        sources = given["validation"]
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
-        return None  # none of ours, or of a run without held-out rows
-    if sources is None:
-        return None
-    named = parse_sources(sources, given.get("format"), given.get("columns"), f"data.validation of {configs[-1]}")
-    return HeldOut(name, kind, named, given.get("chat_template_kwargs") or {}, given.get("control_tokens") or "keep")
+    for file in sorted(folder.rglob("config.yaml"), key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            data = config["data"]
+            kind, given = KINDS[data["class_path"].rpartition(".")[2]], data["init_args"]
+            sources = given["validation"]
+        except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+            continue  # none of ours
+        if ONLY_MEASURED in config:
+            continue
+        if sources is None:  # of a run without held-out rows
+            return None
+        named = parse_sources(sources, given.get("format"), given.get("columns"), f"data.validation of {file}")
+        how = given.get("chat_template_kwargs") or {}, given.get("control_tokens") or "keep"
+        return HeldOut(name, kind, named, *how)
+    return None

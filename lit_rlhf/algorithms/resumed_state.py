@@ -137,6 +137,22 @@ def require_loops(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) 
     require_alike(loaders, [{}] * (len(loaders) if isinstance(loaders, list) else 1), f"{name} combined_loader")
 
 
+def require_epochs(given: Mapping[str, Any], most: int | None, file: str) -> None:
+    """Refuse to go on from a run that has made more epochs than this one shall have.
+
+    Args:
+        given: state of the fit loop, in a checkpoint.
+        most: the Trainer's `max_epochs`; None or -1 = no limit.
+        file: of the checkpoint.
+    """
+    made = given.get("epoch_progress", {}).get("current", {}).get("processed", 0)
+    if most not in (None, -1) and made > most:
+        raise UserError(
+            f"ckpt_path: the run of {file} has made {made} epochs already, and trainer.max_epochs is {most}: raise it "
+            "to go on, or take an older checkpoint"
+        )
+
+
 def require_callbacks(given: Mapping[str, Any], callbacks: Iterable[Callback], file: str) -> None:
     """Refuse states of Lightning's own callbacks that these could not go on from, or would go wrong with later.
 

@@ -15,6 +15,7 @@ from lit_rlhf.algorithms.resumed_state import (
     moments_of,
     pieces_of,
     require_callbacks,
+    require_epochs,
     require_finite,
     require_loops,
     require_same_adapter,
@@ -123,6 +124,7 @@ class ResumableModule(LearningModule):
         require_state(checkpoint, file)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             require_loops(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict(), file)
+            require_epochs(checkpoint["loops"]["fit_loop"], self.trainer.max_epochs, file)
             require_callbacks(checkpoint.get("callbacks", {}), self.trainer.callbacks, file)  # type: ignore[attr-defined]
             warn_of_rounded(weights, held, file)
             self.note_changes(checkpoint, file)

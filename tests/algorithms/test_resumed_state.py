@@ -1,6 +1,7 @@
 """What a run does not go on from: states that are damaged, or of another run."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lit_rlhf.algorithms.resumed_state import (
     moments_of,
     pieces_of,
     require_callbacks,
+    require_epochs,
     require_finite,
     require_loops,
     require_same_shapes,
@@ -148,3 +150,13 @@ def test_moments_of_the_optimiser_that_are_not_finite_are_named():
     moments["exp_avg of parameter 0 in optimizer_states"][0] = torch.inf
     with pytest.raises(UserError, match=r"1 of 2 tensors .* like exp_avg of parameter 0 in optimizer_states"):
         require_finite(moments, "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("most", "refused"), [(2, True), (0, True), (3, False), (9, False), (-1, False), (None, False)]
+)
+def test_a_run_of_fewer_epochs_than_were_made_says_which_option_to_raise(most, refused):
+    loop = {"epoch_progress": {"current": {"ready": 4, "started": 4, "processed": 3, "completed": 3}}}
+    said = rf"^ckpt_path: the run of a\.ckpt has made 3 epochs already, and trainer\.max_epochs is {most}: raise it "
+    with pytest.raises(UserError, match=said) if refused else nullcontext():
+        require_epochs(loop, most, "a.ckpt")

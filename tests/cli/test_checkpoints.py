@@ -157,6 +157,17 @@ def test_the_last_checkpoint_is_the_newest_of_the_run(workdir, monkeypatch):
     assert sorted(path.name for path in Path("out/last").rglob("*.ckpt"))[-1].endswith("step=3.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_is_resumed_for_fewer_epochs_than_it_has_made_is_not_called_damaged(workdir, monkeypatch, capsys):
+    config = Path("configs/sft.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    limits = ["--trainer.limit_val_batches=0", "--trainer.limit_train_batches=1"]
+    options = [*limits, "--trainer.default_root_dir=out/epochs"]
+    assert run("fit", "--config", config, *QUICK, *options, "--trainer.max_epochs=3") == 0
+    assert run("fit", "--config", config, *QUICK, *options, "--trainer.max_epochs=2", "--ckpt_path=last") == 2
+    assert "has made 3 epochs already, and trainer.max_epochs is 2: raise it" in capsys.readouterr().err
+
+
 RESUMED = {"optimizer_states": [{}], "lr_schedulers": [{}], "callbacks": {}, "loops": {"fit_loop": {"state_dict": {}}}}
 DAMAGED = [
     ("optimizer_states", None),

@@ -46,6 +46,11 @@ def require_rows(stage: str, sources: Mapping[str, Any]) -> None:
     role = {"fit": "train", "validate": "validation"}.get(stage, stage)
     if sources[role] is None and not (role == "predict" and sources["validation"] is not None):
         raise UserError(f"data.{role} is null, and {stage} needs rows: name a file, a folder, a dataset, or 'demo'")
+    if role == "predict" and sources[role] is None and all(source.name == DEMO for source in sources["validation"]):
+        raise UserError(
+            f"data.predict is null, and data.validation, whose prompts would stand in for it, is {DEMO!r}: name your "
+            f"prompts by data.predict, or say data.predict: {DEMO}"
+        )
 
 
 def require_held_out_rows(train: Sources | None, validation: Sources | None) -> None:

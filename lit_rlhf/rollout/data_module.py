@@ -49,7 +49,7 @@ class RolloutDataModule(LightningDataModule):
         train: prompts to learn from: a file, a folder, the name of a dataset, or "demo".
         validation: held-out prompts, played at each validation; null = none.
         test: prompts for `test`; null = the validation prompts.
-        predict: prompts for `predict`; null = the validation prompts.
+        predict: prompts for `predict`; null = the validation prompts, unless the demo's.
         format: as in `SFTDataModule`.
         columns: as in `SFTDataModule`.
         rewards: several in place of one, by name; their weighted sum is learnt from, each is logged as rollout/<name>.
@@ -107,7 +107,7 @@ class RolloutDataModule(LightningDataModule):
         require_types(RolloutDataModule.__init__, {name: given[name] for name in given if name not in OF_REWARDS})
         require_held_out_rows(train, validation)
         self.rewards = Rewards.given(reward, rewards, reward_weights, monitors)
-        held_out = {"validation": validation, "test": test or validation, "predict": predict or validation}
+        held_out = {"validation": validation, "test": test or validation, "predict": predict}
         self.sources = named_sources({"train": train, **held_out}, format, columns, "prompts")
         self.settings = RolloutSettings(
             rollout_size,
@@ -152,7 +152,7 @@ class RolloutDataModule(LightningDataModule):
             self.prompts, self.read_by = {}, options
         splits: tuple[Role, ...] = STAGES[stage]
         for split in splits:
-            source = self.sources[split]
+            source = self.sources[split] or (self.sources["validation"] if split == "predict" else None)
             if source is not None and split not in self.prompts:
                 loaded = load_prompts(source, split, self.tokenizer, options, num_proc=self.tokenization.num_proc)
                 self.prompts[split] = loaded.take(np.arange(len(loaded)))

@@ -84,7 +84,8 @@ def test_a_completion_that_cannot_be_scored_is_named_with_its_line(completion, w
 def test_random_weights_predict_nothing(workdir, monkeypatch, capsys):
     config = Path("configs/sft.yaml").absolute()
     monkeypatch.chdir(workdir)
-    assert run("predict", "--config", config, *QUICK, "--trainer.default_root_dir=out/random") == 2
+    options = ["--data.predict=demo", "--trainer.default_root_dir=out/random"]
+    assert run("predict", "--config", config, *QUICK, *options) == 2
     assert "from_scratch is true, so the weights are random" in capsys.readouterr().err
 
 
@@ -131,3 +132,17 @@ def test_a_reward_model_scores_the_rows_that_predict_writes(workdir, monkeypatch
         with torch.no_grad():
             expected = model(ids[:, : last + 1]).logits.item()
         assert row["score"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_rows_of_the_demo_are_predicted_only_where_they_are_asked_for(name, workdir, monkeypatch, capsys):
+    config = Path(f"configs/{name}.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    options = [*QUICK, f"--trainer.default_root_dir=out/{name}_demo", "--trainer.limit_predict_batches=1"]
+    tokens = "--model.generation.max_new_tokens=2" if name == "dpo" else "--data.max_new_tokens=2"
+    assert run("predict", "--config", config, *options, tokens) == 2
+    assert "name your prompts by data.predict" in capsys.readouterr().err
+    assert not Path(f"out/{name}_demo/predictions.jsonl").exists()
+    assert run("predict", "--config", config, *options, tokens, "--data.predict=demo") == 0
+    assert predictions(f"out/{name}_demo")

@@ -27,6 +27,7 @@ from lit_rlhf.data.checks import (
     require_rows,
     require_whole_epochs,
 )
+from lit_rlhf.data.naming import parse_sources
 from lit_rlhf.errors import UserError
 
 
@@ -170,8 +171,12 @@ def test_a_stage_without_the_rows_that_it_is_about_is_refused(stage, role):
 
 
 def test_predict_takes_the_validation_rows_where_it_has_none_of_its_own():
-    require_rows("predict", {"predict": None, "validation": ["rows"]})
-    require_rows("predict", {"predict": ["rows"], "validation": None})
+    rows, demo = parse_sources("rows.jsonl"), parse_sources("demo")
+    require_rows("predict", {"predict": None, "validation": rows})
+    require_rows("predict", {"predict": rows, "validation": None})
+    require_rows("predict", {"predict": demo, "validation": demo})
+    with pytest.raises(UserError, match=r"data\.predict is null, and data\.validation.* is 'demo': name your prompts"):
+        require_rows("predict", {"predict": None, "validation": demo})
     with pytest.raises(UserError, match=r"data\.predict is null, and predict needs rows"):
         require_rows("predict", {"predict": None, "validation": None})
 

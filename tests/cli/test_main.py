@@ -132,7 +132,7 @@ def test_what_a_killed_run_left_of_its_config_goes_with_the_next(tmp_path):
     folders[0].mkdir(parents=True)
     (folders[0] / f".config.yaml{NEW}").write_text("half")
     writer = WholeConfig(SimpleNamespace(dump=lambda *args, **kwargs: "seed: 0"), None)
-    writer.setup(SimpleNamespace(log_dir=str(folders[1]), is_global_zero=True), None, "fit")
+    writer.setup(SimpleNamespace(log_dir=str(folders[1]), is_global_zero=True, loggers=[]), None, "fit")
     assert [path.name for path in tmp_path.rglob("*config*")] == ["config.yaml"]
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy, freeze
 from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
-from lit_rlhf.models.weights import load_config
+from lit_rlhf.models.weight_checks import has_score_head
+from lit_rlhf.models.weights import load_config, stored_architectures
 from lit_rlhf.rollout.play import GenerationSettings, complete
 from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
 from lit_rlhf.rollout.scoring import scored
@@ -114,7 +116,8 @@ def compare(
     whose = f" that {own.run} was validated on" if own else ""
     names = ", ".join(source.name for source in sources)
     rank_zero_info(f"{len(held_out.prompt_ids)} prompts{whose}: {names}")
-    left_out = [name for name in finished_runs(root) if name not in (*policies, reward_model)]
+    others = [name for name in finished_runs(root) if name not in (*policies, reward_model)]
+    left_out = [name for name in others if not is_reward_model(Path(root) / name / "model")]
     if left_out:
         rank_zero_info(
             f"left out of {root}: {one_line(', '.join(left_out))}; choose by --policies=[{','.join(policies)},...]"
@@ -218,6 +221,14 @@ def finished_runs(root: str | Path) -> list[str]:
 def is_export(folder: Path) -> bool:
     """Whether a folder holds a model or an adapter."""
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether a folder holds a reward model, or its adapter; of one that is damaged nothing is known."""
+    with suppress(UserError):
+        saved = saved_adapter(folder)
+        return has_score_head(stored_architectures(folder)) if saved is None else saved.scores
+    return False
 
 
 def model_and_config(folder: Path) -> tuple[Path, Any]:

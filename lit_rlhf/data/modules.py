@@ -44,7 +44,8 @@ class ExamplesDataModule(LightningDataModule):
             "demo" for the embedded text, or a list of {source, weight, split, config, format, columns}.
         validation: held-out rows; null = no validation.
         test: rows of `test`; null = the validation rows.
-        predict: prompts of `predict` and of the sample tables; null = those of the validation rows, unless the demo's.
+        predict: prompts of `predict` and of the sample tables; null = the prompts of the validation rows, which for
+            `predict` may not be the demo's.
         format: shape of the rows: alpaca, sharegpt, or null for ours; of the sources that name none.
         columns: names of their columns, {ours: theirs}, such as {prompt: question}; likewise.
         max_length: tokens of a prompt with a response; null = the model's context.

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_rlhf import RewardModelReward, UserError
 from lit_rlhf.callbacks import HuggingFaceExport, RunSummary
-from lit_rlhf.cli.compare import FIGURES, compare, print_table, read_summary
+from lit_rlhf.cli.compare import FIGURES, compare, finished_runs, is_reward_model, print_table, read_summary
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.engine.attention import IMPLEMENTATION
 from lit_rlhf.rollout.play import GenerationSettings
@@ -149,6 +149,7 @@ def write_config(folder, kind, **arguments):
 def test_runs_of_ones_own_data_play_its_held_out_prompts_and_are_judged_by_no_gold_reward(root, tmp_path, monkeypatch):
     for name in ("sft", "dpo", "reward_model"):
         shutil.copytree(root / name, tmp_path / name)
+    shutil.copytree(root / "reward_model", tmp_path / "other_reward_model")  # which can be no policy
     lines = []
     monkeypatch.setattr("lit_rlhf.cli.compare.rank_zero_info", lines.append)
     brief = {"root": str(tmp_path), "policies": ("sft",), "generation": GenerationSettings(max_new_tokens=2)}
@@ -166,6 +167,19 @@ def test_runs_of_ones_own_data_play_its_held_out_prompts_and_are_judged_by_no_go
     write_config(tmp_path / "dpo", "RolloutDataModule", validation=prompts, control_tokens="refuse")
     compare(**brief | {"policies": ("sft", "dpo")})
     assert f"24 prompts that dpo was validated on: {root / 'prompts.jsonl'}" in lines
+
+
+def test_runs_that_can_be_no_policy_are_not_offered_as_one(root, tmp_path):
+    shutil.copytree(root / "reward_model", tmp_path / "scores")
+    shutil.copytree(root / "sft", tmp_path / "writes")
+    for name, task in (("adapter_scores", "SEQ_CLS"), ("adapter_writes", "CAUSAL_LM")):
+        (tmp_path / name / "model").mkdir(parents=True)
+        settings = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": str(root / "sft" / "model")}
+        (tmp_path / name / "model" / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "damaged" / "model").mkdir(parents=True)
+    (tmp_path / "damaged" / "model" / "config.json").write_text("{")
+    offered = [name for name in finished_runs(tmp_path) if not is_reward_model(tmp_path / name / "model")]
+    assert offered == ["adapter_writes", "damaged", "writes"]
 
 
 def test_runs_of_the_demo_play_its_prompts_for_its_gold_reward(root, tmp_path):

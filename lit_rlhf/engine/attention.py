@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from lit_rlhf.engine.blocked_attention import SHARED_GAIN, blocked_attention, suits_blocked_attention
+from lit_rlhf.engine.blocked_attention import SHARED_COST, blocked_attention, suits_blocked_attention
 from lit_rlhf.engine.layout import EndToEnd, Layout, SharedPrompts
 from lit_rlhf.engine.memory import has_numbers, kind_of
 from lit_rlhf.engine.shared_attention import band, capped_attention, shared_attention
@@ -101,7 +101,7 @@ def shared_is_faster(
     if shared is None or softcap is not None:
         return shared is not None
     blocked = suits_blocked_attention(q, v, shared.longest)
-    return kind_of(q.device) == "cpu" and (not blocked or shared.cost < SHARED_GAIN)
+    return kind_of(q.device) == "cpu" and (not blocked or shared.cost < SHARED_COST)
 
 
 def takes_variable_lengths(q: Tensor, v: Tensor) -> bool:

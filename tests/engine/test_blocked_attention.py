@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from lit_rlhf.engine import attention, blocked_attention, layout
 from lit_rlhf.engine.blocked_attention import BLOCK, LONGEST, suits_blocked_attention
+from lit_rlhf.engine.memory import shapes
 from lit_rlhf.engine.packing import pack
 from tests.tiny import random_examples, tiny_policy
 
@@ -57,6 +58,14 @@ def test_a_token_sees_none_that_is_newer():
     k[:, 70:], v[:, 70:] = 0.5, -0.5
     after = by_blocks(q, k, v)
     assert after[:, :70].equal(before[:, :70]) and not after[:, 70].equal(before[:, 70])
+
+
+def test_what_was_planned_without_numbers_leaves_nothing_behind():
+    q, k, v, _ = inputs(1, 37, 4, 2)
+    with shapes():
+        by_blocks(*(torch.empty_like(x) for x in (q, k, v)))
+    found = by_blocks(q, k, v)
+    assert error(found, by_torch(q.float(), k.float(), v.float())) < 0.006
 
 
 def test_scores_are_in_float32_under_autocast_too():

@@ -1,18 +1,15 @@
 """GRPO without what biases it: no division by the standard deviation, nor by a response's length."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-from lit_rlhf.algorithms.chosen import ChosenFunction, with_settings
-from lit_rlhf.algorithms.kl_control import KLPenalty
-from lit_rlhf.algorithms.on_policy import OnPolicyModule
+from lit_rlhf.algorithms.chosen import ChosenFunction
+from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.settings import LossAverage
-from lit_rlhf.errors import require_types
-from lit_rlhf.losses import dr_grpo, ppo_policy_loss
+from lit_rlhf.losses import dr_grpo
 
 
-class DrGRPO(OnPolicyModule):
+class DrGRPO(GRPO):
     """GRPO done right: advantages over the group's mean, not divided; the loss a sum over tokens.
 
     Liu et al. 2025, https://arxiv.org/abs/2503.20783
@@ -21,17 +18,9 @@ class DrGRPO(OnPolicyModule):
 
     Args:
         policy: folder or hub name of the causal LM to start from, normally the SFT model; also the reference.
-        clip_range: ε of the clipped policy ratio; null = the loss's own, 0.2 of `ppo_policy_loss`.
-        clip_range_high: how far the ratio may rise above 1, where that is not ε (clip-higher of DAPO); null = the
-            loss's own.
         advantages: another estimator of advantages, by its import path.
-        loss: another policy loss, by its import path; it is given clip_range and clip_range_high if it names them.
-        kl_penalty: whether the KL is charged in the reward or in the loss, and its estimator.
-        whiten_advantages: bring advantages to mean 0 and variance 1 over the rollout of all ranks, too.
         loss_average: what the policy's loss is a mean over; see `OnPolicyModule`.
-        ppo_epochs: passes over a rollout.
-        num_minibatches: optimiser steps per pass.
-        kwargs: see `OnPolicyModule`.
+        kwargs: see `GRPO`.
     """
 
     prefix = "dr_grpo"
@@ -39,27 +28,8 @@ class DrGRPO(OnPolicyModule):
     def __init__(
         self,
         policy: str = "demo",
-        clip_range: float | None = None,
-        clip_range_high: float | None = None,
         advantages: ChosenFunction | Callable[..., Any] = dr_grpo,
-        loss: ChosenFunction | Callable[..., Any] = ppo_policy_loss,
-        kl_penalty: KLPenalty = KLPenalty("loss", "k3"),
-        whiten_advantages: bool = False,
         loss_average: LossAverage = "max_new_tokens",
-        ppo_epochs: int = 1,
-        num_minibatches: int = 1,
         **kwargs: Any,
     ) -> None:
-        require_types(DrGRPO.__init__, locals())
-        defaults = inspect.signature(DrGRPO.__init__).parameters
-        super().__init__(
-            policy,
-            advantages=with_settings(advantages, {}, defaults),
-            loss=with_settings(loss, {"clip_range": clip_range, "clip_range_high": clip_range_high}, defaults),
-            kl_penalty=kl_penalty,
-            whiten_advantages=whiten_advantages,
-            loss_average=loss_average,
-            ppo_epochs=ppo_epochs,
-            num_minibatches=num_minibatches,
-            **kwargs,
-        )
+        super().__init__(policy, advantages=advantages, loss_average=loss_average, **kwargs)

@@ -74,7 +74,7 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
     if softcap is None and takes_variable_lengths(q, v):
         return _end_to_end_attention(q, k, v, layout.end_to_end, scaling, groups, sliding_window).unsqueeze(0), None
-    if shared_is_faster(layout.shared, q, v, softcap):
+    if shared_is_faster(layout.shared, q, v, sliding_window, softcap):
         return shared_attention(q, k, v, layout.shared, scaling, sliding_window, softcap).unsqueeze(0), None
     settings = dropout, scaling, groups, softcap
     outputs = [_attend(q[c], k[c], v[c], band(c.shape[1], sliding_window, q.device), *settings) for c in layout.buckets]
@@ -92,7 +92,7 @@ def as_mask(layout: Layout) -> Tensor:
 
 
 def shared_is_faster(
-    shared: SharedPrompts | None, q: Tensor, v: Tensor, softcap: float | None
+    shared: SharedPrompts | None, q: Tensor, v: Tensor, sliding_window: int | None, softcap: float | None
 ) -> TypeGuard[SharedPrompts]:
     """Whether prompts that sequences share are to be attended once: a kernel is there, and none over whole ones faster.
 
@@ -100,7 +100,8 @@ def shared_is_faster(
     """
     if shared is None or softcap is not None:
         return shared is not None
-    blocked = suits_blocked_attention(q, v, shared.longest)
+    plain = sliding_window is None or shared.longest <= sliding_window  # as blocks are alone
+    blocked = plain and suits_blocked_attention(q, v, shared.longest)
     return kind_of(q.device) == "cpu" and (not blocked or shared.cost < SHARED_COST)
 
 

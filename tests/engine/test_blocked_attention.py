@@ -110,6 +110,15 @@ def test_in_bfloat16_prompts_are_attended_once_where_that_saves_more_than_it_los
     assert bool(calls) is once
 
 
+def test_a_window_that_rules_out_blocks_has_prompts_attended_once(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(layout, "SHARED_GAIN", float("inf"))
+    shared = pack(random_examples(3, responses=2)).layout.shared._replace(cost=0.8)
+    q, _, v, _ = inputs(1, 4, 2, 1)
+    chosen = [attention.shared_is_faster(shared, q, v, window, None) for window in (None, shared.longest, 2)]
+    assert chosen == [False, False, True]
+
+
 def test_packed_rows_in_bfloat16_go_through_it(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     policy, calls = tiny_policy().bfloat16(), []

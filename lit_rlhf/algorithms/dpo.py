@@ -2,124 +2,47 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lit_rlhf.algorithms.preference import PreferenceModule, agreement, sequence_logprobs
+from lit_rlhf.algorithms.preference import agreement, response_logprobs, sequence_logprobs
 from lit_rlhf.algorithms.preference_loss import LossTerm, PreferenceLoss
-from lit_rlhf.algorithms.reference_cache import ReferenceCache
-from lit_rlhf.algorithms.reference_update import ReferenceUpdate
-from lit_rlhf.algorithms.settings import ReferenceSettings
+from lit_rlhf.algorithms.referenced import ReferencedModule
 from lit_rlhf.data.batches import PreferenceBatch
-from lit_rlhf.errors import UserError, damaged, named_by, require, require_alike
+from lit_rlhf.errors import damaged, named_by, require, require_alike
 from lit_rlhf.losses import dpo_loss
-from lit_rlhf.models.adapter_folders import saved_adapter
-from lit_rlhf.models.adapters import LoRA, refuse_dropout
-from lit_rlhf.models.fingerprints import Fingerprints
-from lit_rlhf.models.loading import load_policy_with_tokenizer
-from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.roles import HoldReference, Reference, SameBase, own_reference, reference_of, shares_base
-from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
-from lit_rlhf.rollout.play import GenerationSettings
+from lit_rlhf.models.roles import Reference
 
 
-class DPO(PreferenceModule):
+class DPO(ReferencedModule):
     """Direct preference optimisation: minimise -log σ(β[log π/π_ref(y_w) - log π/π_ref(y_l)]).
 
     Rafailov et al. 2023, Eq. 7, https://arxiv.org/abs/2305.18290
 
     Args:
         policy: folder or hub name of the causal LM to start from, normally the SFT model.
-        reference: folder or hub name of π_ref; None = the policy as it is before the first step.
         beta: strength of the pull towards the reference; the paper uses 0.1 to 0.5.
         loss: any of the preference losses in `lit_rlhf.losses`, by its import path; or a list of terms, each with a
             function, a weight and options.
-        cache_reference: compute the reference log-probs of all pairs before the first step, instead of holding a
-            second model in memory and running it each step; later runs find them on disk.
         reference_free: no reference, as if it were uniform: the implicit reward is β log π.
-        reference_update: TR-DPO: let the reference follow the policy, by `alpha` and `every`; null = it stays.
-        lora: train an adapter on frozen weights; null = all weights, or the adapter in policy's folder.
-        merge_start: fold the adapter in policy's folder into its base before anything else.
-        hold_reference: where the reference lives: "base" = on the policy's frozen base, the adapters that learn being
-            off; "copy" = a model of its own; "parked" = likewise, on the CPU between uses; null = base if there is one.
-        trust_remote_code: run model code that comes with the weights.
-        generation: how `predict` and the sample tables write completions.
-        kwargs: the optimiser's settings, see `AlignmentModule`.
+        kwargs: where the reference lives, see `ReferencedModule`; the optimiser's settings, see `AlignmentModule`.
     """
 
     def __init__(
         self,
         policy: str = "demo",
-        reference: str | None = None,
         beta: float = 0.1,
         loss: list[LossTerm] | Callable[..., Any] = dpo_loss,
-        cache_reference: bool = False,
         reference_free: bool = False,
-        reference_update: ReferenceUpdate | None = None,
-        lora: LoRA | None = None,
-        merge_start: bool = False,
-        hold_reference: HoldReference | None = None,
-        trust_remote_code: bool = False,
-        generation: GenerationSettings = GenerationSettings(),
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
-        ReferenceSettings(reference, cache_reference, reference_free, reference_update is not None, hold_reference)
-        refuse_dropout(lora, "DPO")
-        self.policy, self.tokenizer = load_policy_with_tokenizer(
-            policy, False, trust_remote_code, lora, merge_start, self.frozen_dtype
-        )
-        if reference_update is not None and self.policy.adapters is not None:
-            raise UserError("reference_update moves whole weights, and here an adapter learns: drop one of them")
-        if reference_update is not None and self.frozen_dtype is not None:
-            raise UserError("reference_update moves the reference, and frozen_dtype is of weights that stay: drop one")
+        super().__init__(policy, reference_free=reference_free, **kwargs)
         with named_by("model.loss"):
             self.loss = PreferenceLoss(loss, reference_free)
-        self.still_reference: Reference | None = None  # a reference that stays, unless its log-probs are cached
-        with named_by("model.reference"):
-            saved = None if reference is None else saved_adapter(reference)
-        shared = hold_reference in (None, "base") and shares_base(self.policy, saved)
-        if reference is not None:
-            with named_by("model.reference"):
-                if shared:
-                    theirs = load_tokenizer(reference, self.policy.model.config, trust_remote_code)
-                else:
-                    loaded, theirs = load_policy_with_tokenizer(
-                        reference, False, trust_remote_code, frozen_dtype=self.frozen_dtype, learns=False
-                    )
-                    self.still_reference = own_reference(
-                        loaded, self.policy, self.frozen, hold_reference, self.frozen_dtype
-                    )
-            check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
-        if shared or (reference is None and (self.policy.adapters or not (cache_reference or reference_free))):
-            self.still_reference = reference_of(self.policy, self.frozen, hold_reference, saved, self.frozen_dtype)
-        if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint
-            moving = cast(Policy, self.frozen.pop("reference"))
-            moving.stands_on = {}
-            self.reference = moving.train()  # Lightning warns of eval mode; dropout is 0 anyway
         self.beta = beta
-        self.reference_free = reference_free
-        self.reference_update = reference_update
-        self.cache_reference = cache_reference
-        self.reference_cache = ReferenceCache()
-        self.has_learnt = False  # whether the policy has moved away from the reference
-        self.generation = generation
-
-    def views(self) -> dict[str, Any]:
-        """Policy and reference."""
-        moving = None if self.reference_update is None else self.reference
-        cached = "none" if self.reference_free else "log-probs, cached"
-        held = cached if self.cache_reference or self.reference_free else moving or self.still_reference
-        return {**super().views(), "reference": held}
-
-    def stands_on(self) -> dict[str, Fingerprints]:
-        """As of all roles; of a reference whose log-probs are cached too, where a resumed run could compute them."""
-        held = {} if self.still_reference is None else {"reference": self.still_reference.stands_on}
-        return {**super().stands_on(), **held}
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the preference loss of its pairs."""
@@ -133,7 +56,7 @@ class DPO(PreferenceModule):
         """(B,) losses of the pairs, logged."""
         chosen, rejected = sequence_logprobs(self.policy, batch.packed)
         balance = self.balance_term("policy", len(chosen))
-        ref_chosen, ref_rejected = self.reference_logprobs(batch, stage)
+        ref_chosen, ref_rejected = self.reference_logprobs(batch.packed, batch.row_ids, stage).chunk(2)
         inputs = self.loss.inputs_from(batch)
         losses = self.loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, **inputs) + balance
 
@@ -148,27 +71,14 @@ class DPO(PreferenceModule):
         """Whether the loss takes in the margins of the data."""
         return "margin" in self.loss.inputs
 
-    @torch.no_grad()
-    def reference_logprobs(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, Tensor]:
-        """(B,) log π_ref of chosen and rejected: from the cache, the frozen or the moving reference; or zeros."""
-        if self.reference_free:
-            zeros = torch.zeros(batch.packed.num_sequences // 2, device=self.device)
-            return zeros, zeros
-        if self.reference_update is not None:
-            return sequence_logprobs(self.reference, batch.packed)
-        if self.cache_reference:
-            cached = self.reference_cache[split][batch.row_ids]
-            return cached[:, 0], cached[:, 1]
-        assert self.still_reference is not None
-        return sequence_logprobs(self.still_reference, batch.packed)
+    def row_logprobs(self, reference: Reference, batch: PreferenceBatch) -> Tensor:
+        """(B, 2) log π_ref of chosen and rejected responses."""
+        return response_logprobs(reference, batch.packed).view(2, -1).T
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's step; then, where they are to, the state of the loss and the reference follow the policy."""
+        """As that of the reference; then the state of the loss follows the policy, where it has one."""
         super().optimizer_step(*args, **kwargs)
         self.loss.after_step(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        update = self.reference_update
-        if update is not None and (self.trainer.global_step + 1) % update.every == 0:  # this step counts afterwards
-            update.apply(self.reference, self.policy)
 
     @torch.no_grad()
     def log_rewards(
@@ -204,58 +114,14 @@ class DPO(PreferenceModule):
         prefix = "dpo" if stage == "train" else stage
         self.log_pairs(stage, batch, losses, {f"{prefix}/{name}": mean for name, mean in means.items()})
 
-    def on_fit_start(self) -> None:
-        """Fill the cache of reference log-probs, unless a checkpoint brought it along."""
-        self.fill_cache("train", "val")
-
-    def on_train_start(self) -> None:
-        """From here on the policy is no longer the reference."""
-        super().on_train_start()
-        self.has_learnt = True
-
-    def on_validation_start(self) -> None:
-        """Validation alone: the policy as loaded is the reference."""
-        super().on_validation_start()
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            self.fill_cache("val")
-
-    def on_test_start(self) -> None:
-        """As `on_validation_start`."""
-        super().on_test_start()
-        self.fill_cache("test")
-
-    def fill_cache(self, *splits: str) -> None:
-        """Reference log-probs of every pair of these splits."""
-        if self.cache_reference:
-            # With a frozen base it is there for good; else it is what the policy was.
-            here = SameBase(self.policy, ()) if self.still_reference is None else self.still_reference
-            assert isinstance(here, SameBase)
-            self.reference_cache.fill(
-                self.trainer,
-                here,
-                splits,
-                lambda packed: sequence_logprobs(here, packed),
-                is_reference=self.still_reference is not None or not self.has_learnt,
-            )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the loss, and the cache: after a resume, the policy is no longer the reference."""
+        """Keep the state of the loss."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["reference_cache"] = self.reference_cache.by_rows
         checkpoint["loss"] = self.loss.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take loss and cache of the run that goes on."""
+        """Take that of the run that goes on."""
         super().on_load_checkpoint(checkpoint)
-        for name in ("loss", "reference_cache"):
-            require_alike(checkpoint.get(name), {}, damaged(self.resumed_file, name))
+        require_alike(checkpoint.get("loss"), {}, damaged(self.resumed_file, "loss"))
         with named_by(damaged(self.resumed_file, "loss")):
             self.loss.load_state_dict(checkpoint["loss"])
-        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fits and checkpoint["reference_cache"] and not self.cache_reference and self.policy.adapters is None:
-            raise UserError(
-                "cache_reference is false, and the run of the checkpoint had its reference as cached log-probs, of "
-                "weights that no one has kept: resume with cache_reference: true"
-            )
-        self.reference_cache = ReferenceCache(checkpoint["reference_cache"])
-        self.has_learnt = True

@@ -32,10 +32,15 @@ class PreferenceModule(AlignmentModule):
         self.log_mean(stage, means, weight=len(losses))
 
 
+def response_logprobs(policy: Policy | Reference | nn.Module, packed: PackedBatch) -> Tensor:
+    """(B,) log π(y|x) of each response, summed over its tokens."""
+    token_logprobs, _ = policy(packed)
+    return packed.sum_by_sequence(token_logprobs)
+
+
 def sequence_logprobs(policy: Policy | Reference | nn.Module, packed: PackedBatch) -> tuple[Tensor, Tensor]:
     """(B,) log π(y|x) of chosen and of rejected responses, summed over their tokens."""
-    token_logprobs, _ = policy(packed)
-    chosen, rejected = packed.sum_by_sequence(token_logprobs).chunk(2)
+    chosen, rejected = response_logprobs(policy, packed).chunk(2)
     return chosen, rejected
 
 

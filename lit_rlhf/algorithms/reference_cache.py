@@ -1,12 +1,12 @@
-"""Reference log-probs of preference pairs, computed once and kept on disk for every run that would compute the same.
+"""Reference log-probs of rows, computed once and kept on disk for every run that would compute the same.
 
 The key is a hash of all that the numbers follow from: the weights and the config of the reference, the token ids of
-every pair (what tokenizer, chat template and data come to), the ids without a token, the precision, the code of the
+every row (what tokenizer, chat template and data come to), the ids without a token, the precision, the code of the
 model and the versions of torch and transformers. Work under way is kept in parts, and taken up where a killed run left
 it. Files are written aside and renamed: runs may share them. Each carries the hash of its numbers: what is damaged is
 computed anew.
 
-Axes: n pairs of a split.
+Axes: n rows of a split, each of two responses: chosen and rejected, or as `ReferencedModule.row_logprobs` says.
 """
 
 import hashlib
@@ -31,8 +31,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_rlhf.data.batches import PreferenceBatch
-from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import full_state_dict
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import replacing
@@ -43,11 +41,11 @@ from lit_rlhf.models.roles import SameBase
 VERSION = 2  # raise it when the same key would no longer give the same numbers
 SECONDS_PER_PART = 60.0  # what a killed run loses at most
 NOT_WEIGHTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
-PairLogprobs = Callable[[PackedBatch], tuple[Tensor, Tensor]]
+RowLogprobs = Callable[[Any], Tensor]
 
 
 class ReferenceCache:
-    """Split -> (n, 2) float32 log π_ref of chosen and rejected responses, on the device that trains.
+    """Split -> (n, 2) float32 log π_ref of the responses of each row, on the device that trains.
 
     Args:
         known: what a checkpoint brought along, by the fingerprint of the rows: those of other rows are never used.
@@ -65,7 +63,7 @@ class ReferenceCache:
         trainer: Trainer,
         reference: SameBase,
         splits: Sequence[str],
-        pair_logprobs: PairLogprobs,
+        row_logprobs: RowLogprobs,
         is_reference: bool = True,
     ) -> None:
         """Take the log-probs of splits from memory or disk, or compute what is missing, each rank doing its share.
@@ -74,7 +72,7 @@ class ReferenceCache:
             trainer: its data module deals the rows.
             reference: the policy, with the adapters on that make it the reference.
             splits: train, val or test; for one without rows nothing happens.
-            pair_logprobs: (B,) log-probs of chosen and rejected responses of a packed batch.
+            row_logprobs: (B, 2) log-probs of the rows of a batch.
             is_reference: whether it still is the reference; without adapters it is not once the policy has learnt.
 
         Raises:
@@ -96,7 +94,7 @@ class ReferenceCache:
                     )
                 source = source or source_hash(reference, trainer)  # once: it reads all weights
                 file = cache_folder() / f"{hashlib.sha256(f'{source} {rows}'.encode()).hexdigest()}.safetensors"
-                self.by_rows[rows] = self._find(trainer, split, loader, file, pair_logprobs)
+                self.by_rows[rows] = self._find(trainer, split, loader, file, row_logprobs)
             elif not are_whole(self.by_rows[rows], data.num_rows(split)):
                 raise UserError(
                     f"ckpt_path: the reference log-probs of the {split} rows in the checkpoint are damaged: not one "
@@ -104,7 +102,7 @@ class ReferenceCache:
                 )
             self.by_split[split] = self.by_rows[rows].to(trainer.lightning_module.device)
 
-    def _find(self, trainer: Trainer, split: str, loader: Any, file: Path, pair_logprobs: PairLogprobs) -> Tensor:
+    def _find(self, trainer: Trainer, split: str, loader: Any, file: Path, row_logprobs: RowLogprobs) -> Tensor:
         """(n, 2) from disk, or computed and written there."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         found = read(file)
@@ -112,16 +110,16 @@ class ReferenceCache:
             found = None
         # What one rank sees on its disk decides for all: they must agree on whether to compute.
         if trainer.strategy.reduce_boolean_decision(found is not None, all=True) and found is not None:
-            rank_zero_info(f"reference log-probs of {len(found['logprobs'])} {split} pairs are in {file}")
+            rank_zero_info(f"reference log-probs of {len(found['logprobs'])} {split} rows are in {file}")
             return found["logprobs"]
-        rank_zero_info(f"computing reference log-probs of {data.num_rows(split)} {split} pairs")
-        mine = self._compute(trainer, loader, data.num_rows(split), Parts(file.with_suffix(".parts")), pair_logprobs)
+        rank_zero_info(f"computing reference log-probs of {data.num_rows(split)} {split} rows")
+        mine = self._compute(trainer, loader, data.num_rows(split), Parts(file.with_suffix(".parts")), row_logprobs)
         logprobs: Tensor = trainer.strategy.reduce(mine, reduce_op="sum").cpu()
         if not are_whole(logprobs, data.num_rows(split)):
             bad = logprobs.isfinite().all(dim=1).logical_not().nonzero()[:, 0].tolist()
             raise UserError(
-                f"cache_reference: the log-probs of {len(bad)} of {len(logprobs)} {split} pairs are not finite (the "
-                f"first is pair {bad[0] + 1}): the policy holds weights that are not, or overflows in "
+                f"cache_reference: the log-probs of {len(bad)} of {len(logprobs)} {split} rows are not finite (the "
+                f"first is row {bad[0] + 1}): the policy holds weights that are not, or overflows in "
                 f"trainer.precision ({trainer.precision})"
             )
         if trainer.is_global_zero:
@@ -137,7 +135,7 @@ class ReferenceCache:
 
     @torch.no_grad()
     def _compute(
-        self, trainer: Trainer, loader: Any, num_rows: int, parts: "Parts", pair_logprobs: PairLogprobs
+        self, trainer: Trainer, loader: Any, num_rows: int, parts: "Parts", row_logprobs: RowLogprobs
     ) -> Tensor:
         """(n, 2) with the rows of this rank, 0 elsewhere."""
         module: Any = trainer.lightning_module
@@ -150,9 +148,9 @@ class ReferenceCache:
             if trainer.strategy.reduce_boolean_decision(not held.isnan().any(), all=True):
                 mine[rows.to(mine.device)] = held.to(mine.device)
                 continue
-            batch: PreferenceBatch = module.transfer_batch_to_device(host_batch, module.device, 0)
+            batch = module.transfer_batch_to_device(host_batch, module.device, 0)
             with trainer.precision_plugin.forward_context():
-                values = torch.stack(pair_logprobs(batch.packed), dim=1)
+                values = row_logprobs(batch)
             mine[batch.row_ids] = values
             parts.add(rows, values)
         parts.flush()

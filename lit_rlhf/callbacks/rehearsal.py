@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_rlhf.algorithms.dpo import DPO
 from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.algorithms.referenced import ReferencedModule
 from lit_rlhf.callbacks.memory import Held, buffers, held_roles
 from lit_rlhf.callbacks.performance import forward_flops, matrix_weights, roles, step_flops
 from lit_rlhf.data.batches import NoBatch
@@ -83,7 +83,7 @@ class Phases(Callback):
         self.tokens = batch.packed.input_ids.numel()
         learning = [n for n in roles(pl_module) if any(p.requires_grad for p in n.parameters())]
         flops = [step_flops(n, batch.packed, matrix_weights(n), matrix_weights(n, frozen=True)) for n in learning]
-        if isinstance(pl_module, DPO) and not (pl_module.cache_reference or pl_module.reference_free):
+        if isinstance(pl_module, ReferencedModule) and not (pl_module.cache_reference or pl_module.reference_free):
             flops.append(forward_flops(pl_module.policy, batch.packed, matrix_weights(pl_module.policy)))
         self.flops = float(sum(map(float, flops)))
 

@@ -13,10 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from lit_rlhf import DPO, PreferenceDataModule, UserError, losses
 from lit_rlhf.algorithms.preference import sequence_logprobs
 from lit_rlhf.algorithms.preference_loss import LossTerm
-from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.cli.main import main
-from lit_rlhf.losses import bco_pair_loss, dpo_loss, ipo_loss, length_normalized_dpo_loss
-from lit_rlhf.models.loading import load_policy_with_tokenizer
+from lit_rlhf.losses import bco_pair_loss, dpo_loss, length_normalized_dpo_loss
 from tests.algorithms.dpo_runs import Watch, fit
 from tests.algorithms.watched import watch
 from tests.stages import make_stage, make_trainer
@@ -193,62 +191,13 @@ def test_reference_free_dpo_is_dpo_against_a_uniform_reference(inputs, tmp_path)
     assert watch.losses[0] == pytest.approx(dpo_loss(chosen, rejected, zeros, zeros, 0.1).mean().item(), rel=1e-5)
 
 
-CONTRADICTIONS = {
-    "cache_reference and reference_update": {"cache_reference": True, "reference_update": ReferenceUpdate()},
-    "reference_free and reference_update": {"reference_free": True, "reference_update": ReferenceUpdate()},
-    "reference_free and cache_reference": {"reference_free": True, "cache_reference": True},
-    "reference_free and reference": {"reference_free": True, "reference": "elsewhere"},
-    "cache_reference and reference": {"cache_reference": True, "reference": "elsewhere"},
-}
-
-
-@pytest.mark.parametrize("pair", CONTRADICTIONS)
-def test_options_that_contradict_each_other_are_refused_by_both_names(pair, inputs):
-    with pytest.raises(UserError) as error:
-        DPO(str(inputs / "model"), **CONTRADICTIONS[pair])
-    assert all(name in str(error.value) for name in pair.split(" and "))
-
-
 @pytest.mark.parametrize("beta", [0.0, math.inf, math.nan])
 def test_a_beta_that_weighs_nothing_or_all_is_refused_by_name(beta, inputs):
     with pytest.raises(UserError, match=rf"beta \({beta}\) must be"):
         DPO(str(inputs / "model"), beta=beta)
 
 
-def test_the_default_reference_is_the_policy_in_memory_not_what_the_config_names(inputs, monkeypatch):
-    loaded = []
-
-    def load_and_move(name, *args, **kwargs):
-        loaded.append(name)
-        policy, tokenizer = load_policy_with_tokenizer(name, *args, **kwargs)
-        with torch.no_grad():
-            next(policy.parameters()).add_(1.0)  # so that memory and disk differ
-        return policy, tokenizer
-
-    monkeypatch.setattr("lit_rlhf.algorithms.dpo.load_policy_with_tokenizer", load_and_move)
-    module = DPO(str(inputs / "model"), loss=ipo_loss)
-    held, trained = module.frozen["reference"], module.policy
-    assert len(loaded) == 1
-    assert all(torch.equal(a, b) for a, b in zip(held.parameters(), trained.parameters(), strict=True))
-    with torch.no_grad():
-        next(trained.parameters()).add_(1.0)
-    assert not torch.equal(next(held.parameters()), next(trained.parameters()))  # a copy, not the same memory
-
-
 @pytest.mark.parametrize("cache_reference", [False, True])
 def test_dpo_starts_at_log_2(inputs, tmp_path, cache_reference):
     watcher = watch("dpo", inputs, tmp_path, cache_reference=cache_reference)
     assert watcher.losses[0] == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_cached_and_live_reference_give_the_same_losses(inputs, tmp_path):
-    live, cached = (watch("dpo", inputs, tmp_path, cache_reference=cache).losses for cache in (False, True))
-    assert cached == pytest.approx(live, abs=1e-5)
-
-
-def test_dpo_refuses_a_beta_of_zero_and_a_cache_of_another_reference(inputs):
-    model = str(inputs / "model")
-    with pytest.raises(UserError, match=r"beta \(0.0\) must be more than 0"):
-        DPO(model, beta=0.0)
-    with pytest.raises(UserError, match="drop reference"):
-        DPO(model, reference=model, cache_reference=True)

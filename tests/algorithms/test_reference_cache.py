@@ -10,7 +10,7 @@ import torch
 
 from lit_rlhf import UserError
 from lit_rlhf.algorithms import reference_cache
-from lit_rlhf.algorithms.preference import sequence_logprobs
+from lit_rlhf.algorithms.preference import response_logprobs
 from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tiny import save_tiny
 
@@ -29,9 +29,9 @@ def forwards(monkeypatch):
 
     def counted(policy, batch):
         counts.append(batch.num_sequences)
-        return sequence_logprobs(policy, batch)
+        return response_logprobs(policy, batch)
 
-    monkeypatch.setattr("lit_rlhf.algorithms.dpo.sequence_logprobs", counted)
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", counted)
     return counts
 
 
@@ -116,7 +116,7 @@ def test_a_killed_run_is_taken_up_where_its_parts_end(workdir, forwards, monkeyp
     forwards.clear()
 
     monkeypatch.setattr(reference_cache, "SECONDS_PER_PART", 0.0)  # a part after each batch
-    counted = fill.__globals__["sequence_logprobs"]
+    counted = fill.__globals__["response_logprobs"]
 
     def dies_after_two(policy, batch):
         if len(forwards) == 2:
@@ -124,12 +124,12 @@ def test_a_killed_run_is_taken_up_where_its_parts_end(workdir, forwards, monkeyp
         forwards.append(1)
         return counted(policy, batch)
 
-    monkeypatch.setattr("lit_rlhf.algorithms.dpo.sequence_logprobs", dies_after_two)
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
         fill(workdir)
     assert files(workdir) == [final.with_suffix(".parts").name]
 
-    monkeypatch.setattr("lit_rlhf.algorithms.dpo.sequence_logprobs", lambda *args: forwards.append(1) or counted(*args))
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", lambda *args: forwards.append(1) or counted(*args))
     resumed = fill(workdir)
     assert len(forwards) == total  # two before the kill, the others after
     torch.testing.assert_close(resumed, whole)
@@ -165,11 +165,10 @@ def test_log_probs_of_another_shape_or_not_finite_are_never_taken(workdir, forwa
 
 def test_log_probs_that_come_out_not_finite_are_named_and_not_kept(workdir, monkeypatch):
     def overflowing(policy, batch):
-        chosen, rejected = sequence_logprobs(policy, batch)
-        return chosen, rejected / 0
+        return response_logprobs(policy, batch) / 0
 
-    monkeypatch.setattr("lit_rlhf.algorithms.dpo.sequence_logprobs", overflowing)
-    with pytest.raises(UserError, match=r"of 24 of 24 train pairs are not finite \(the first is pair 1\)"):
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", overflowing)
+    with pytest.raises(UserError, match=r"of 24 of 24 train rows are not finite \(the first is row 1\)"):
         fill(workdir)
     assert not [name for name in files(workdir) if name.endswith(".safetensors")]
 

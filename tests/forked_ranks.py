@@ -1,9 +1,11 @@
-"""Two ranks as torchrun would start them, forked from one process that has read the libraries."""
+"""Two ranks as torchrun would start them, forked from one process that has read the libraries; or one by itself."""
 
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -31,3 +33,16 @@ def one_rank(rank: int, port: int, work: Callable[..., None], *args: Any) -> Non
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
     os.environ.update({key: str(value) for key, value in {**ranks, **where}.items()})
     work(*args)
+
+
+@contextmanager
+def group_of_one(folder: Path) -> Iterator[Any]:
+    """While inside, this process is a group by itself, with a mesh to shard networks over."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()

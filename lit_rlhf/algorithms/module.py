@@ -16,7 +16,7 @@ from lit_rlhf.algorithms.hyperparameters import plain_arguments
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, warn_of_rounding
 from lit_rlhf.algorithms.resuming import ResumableModule
 from lit_rlhf.algorithms.settings import OptimizerSettings
-from lit_rlhf.algorithms.strategies import check_strategy, holds_pieces
+from lit_rlhf.algorithms.strategies import check_strategy, holds_pieces, tell_read_whole
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.chat import stop_token_ids
@@ -221,6 +221,7 @@ class AlignmentModule(ResumableModule):
                     f"tensor parallelism is not supported, set tensor_parallel_size: 1 and data_parallel_size: {ranks}"
                 )
             compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            tell_read_whole(dict(self.named_children()) | self.frozen)
             for network in self.networks():
                 shard(network, mesh["data_parallel"], compute)
                 if isinstance(network, Network):

@@ -1,13 +1,17 @@
 """What strategies of Lightning's hold, and how DeepSpeed's steps are followed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.network import Network
+from lit_rlhf.models.weights import stored_dtype
 
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)"
 
@@ -57,3 +61,22 @@ def norm_of_own_step(trainer: Trainer) -> Tensor:
     """Of the gradients before clipping, after a step of such a strategy."""
     engine: Any = trainer.strategy.model
     return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32)
+
+
+def tell_read_whole(networks: Mapping[str, nn.Module]) -> None:
+    """Say which networks each rank has held whole before they are cut: their weights are no pages of files.
+
+    Args:
+        networks: by their roles, not cut yet.
+    """
+    whole = [
+        role
+        for role, network in networks.items()
+        if isinstance(network, Network)
+        and (network.uncut is None or network.model.dtype != stored_dtype(network.model))
+    ]
+    if whole:
+        rank_zero_info(
+            f"each rank has held all weights of {', '.join(whole)} before it keeps its piece: they were drawn, cast, "
+            "merged or normed as they were read, or by another way than the command line's (docs/memory.md)"
+        )

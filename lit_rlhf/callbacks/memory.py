@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Adam, Optimizer
 
 from lit_rlhf.algorithms.module import AlignmentModule
@@ -66,6 +67,7 @@ def views(module: AlignmentModule, data: Any) -> dict[str, Any]:
 def held_roles(module: AlignmentModule, optimizers: Sequence[Optimizer]) -> Iterator[Held]:
     """What each role holds that none before it does."""
     told: set[int] = set()
+    pieces = any(map(is_piece, module.parameters()))
     for role, view in views(module, getattr(module.trainer, "datamodule", None)).items():
         own = [p for p in parameters_of(view) if storage_of(p)._cdata not in told]
         told |= {storage_of(p)._cdata for p in own}
@@ -73,7 +75,13 @@ def held_roles(module: AlignmentModule, optimizers: Sequence[Optimizer]) -> Iter
         states = [state_bytes(trained, optimizer) for optimizer in optimizers]
         known = None if None in states else sum(cast(list[int], states))
         counts = sum(map(num_weights, trained)), sum(map(num_weights, frozen))
-        yield Held(role, place_of(view), *counts, bytes_of(own), bytes_of(trained), known)
+        place = "whole on each rank" if pieces and own and not any(map(is_piece, own)) else place_of(view)
+        yield Held(role, place, *counts, bytes_of(own), bytes_of(trained), known)
+
+
+def is_piece(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds a piece of it alone."""
+    return isinstance(parameter, DTensor)
 
 
 def state_bytes(trained: Sequence[nn.Parameter], optimizer: Optimizer) -> int | None:
@@ -100,6 +108,9 @@ def buffers(trainer: Trainer, module: AlignmentModule) -> Iterator[Held]:
         length = max(map(len, data.prompts["train"].prompt_ids)) + data.settings.max_new_tokens
         size = cache_bytes(policy, slots, length, compute_dtype(trainer))
         yield Held("slot cache", f"{slots} slots of {length}", 0, 0, size, 0, 0)
+    if hasattr(data, "rewards") and any(map(is_piece, policy.parameters())):
+        size = sum(p.numel() * min(p.itemsize, compute_dtype(trainer).itemsize) for p in policy.parameters())
+        yield Held("policy", "whole, in a rollout", 0, 0, size, 0, 0)
 
 
 def most_response_tokens(data: Any) -> int | None:

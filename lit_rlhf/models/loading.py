@@ -26,7 +26,7 @@ from lit_rlhf.models.starts import adapt
 from lit_rlhf.models.tokens import keep_to_tokens, load_tokenizer
 from lit_rlhf.models.trunk import backbone
 from lit_rlhf.models.weight_checks import has_score_head
-from lit_rlhf.models.weights import load_model, stored_architectures
+from lit_rlhf.models.weights import load_model, stored_architectures, stored_dtype
 
 
 def load_policy(
@@ -226,6 +226,7 @@ def scorer_from_policy(policy: Policy, trust_remote_code: bool = False) -> Score
             "or a reward model is; SFT and DPO need none"
         ) from error
     backbone(model).load_state_dict(backbone(policy.model).state_dict(), assign=shared)  # until both are cut
+    model.__dict__["stored_dtype"] = stored_dtype(policy.model)
     if shared:
         model.score.to(policy.uncut)
     disable_dropout(model)

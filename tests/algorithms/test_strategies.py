@@ -12,14 +12,18 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_rlhf import RewardModel, UserError
+from lit_rlhf import LoRA, RewardModel, UserError
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
-from lit_rlhf.algorithms.strategies import check_strategy
+from lit_rlhf.algorithms.strategies import check_strategy, tell_read_whole
 from lit_rlhf.cli.export import export
 from lit_rlhf.losses.advantages import Moments
+from lit_rlhf.models.holding import reading_in
+from lit_rlhf.models.loading import load_policy, scorer_from_policy
+from lit_rlhf.models.policy import frozen_copy
 from tests.forked_ranks import free_port
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
 from tests.strategy_script import WHOLE_RUNS, WHOLE_TRAINER, outcome
+from tests.tiny import save_tiny
 
 
 class Made:
@@ -71,6 +75,37 @@ def agents(options, nodes, per_node):
     for agent in started:
         told, _ = agent.communicate(timeout=300)
         assert agent.returncode == 0, told[-4000:]
+
+
+def told_whole(networks, caplog):
+    """Which of them each rank is told to have held whole before it cuts them."""
+    caplog.clear()
+    tell_read_whole(networks)
+    return [record.message.partition("all weights of ")[2].partition(" before")[0] for record in caplog.records]
+
+
+def test_networks_that_each_rank_holds_whole_before_they_are_cut_are_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = save_tiny(tmp_path / "model")
+    with reading_in(torch.float32, uncut=True):
+        policy = load_policy(folder)
+        narrowed = load_policy(folder, lora=LoRA(r=2), frozen_dtype="bfloat16")
+        normed = load_policy(folder, lora=LoRA(r=2, use_dora=True))
+        copies = {"reference": frozen_copy(policy), "critic": scorer_from_policy(policy)}
+    assert told_whole({"policy": policy, **copies, "loss": torch.nn.Identity()}, caplog) == []
+    networks = {"policy": policy, "narrowed": narrowed, "normed": normed, "cast": frozen_copy(policy, torch.bfloat16)}
+    assert told_whole(networks, caplog) == ["narrowed, normed, cast"]
+    assert told_whole({"policy": load_policy(folder)}, caplog) == ["policy"]
+
+
+def test_weights_of_half_the_width_are_widened_in_pieces_and_so_never_whole(tmp_path, caplog):
+    caplog.set_level("INFO")
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "model"))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    with reading_in(torch.float32, uncut=True):
+        policy = load_policy(tmp_path / "model")
+        critic = scorer_from_policy(policy)
+    assert told_whole({"policy": policy, "critic": critic}, caplog) == []
 
 
 @pytest.mark.slow

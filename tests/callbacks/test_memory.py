@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from lit_rlhf.callbacks.memory import Held, MemoryTable, held_roles, size_of, state_bytes, table
+from lit_rlhf.callbacks.memory import Held, MemoryTable, buffers, held_roles, size_of, state_bytes, table
+from lit_rlhf.engine.sharding import shard
 from lit_rlhf.models.adapters import LoRA
+from tests.forked_ranks import group_of_one
 from tests.stages import make_stage, make_trainer
 
 TITLE = "from here on each rank holds:"
@@ -55,6 +57,17 @@ def test_with_lora_the_base_is_counted_once_however_many_roles_stand_on_it(input
     assert kept["critic"].frozen == 0 < kept["critic"].trained < base
     assert kept["critic"].gradients == kept["critic"].weights == kept["critic"].optimizer // 2
     assert kept["reward"].place == "Python"
+
+
+def test_where_weights_are_in_pieces_it_is_told_what_is_whole_on_each_rank(inputs, tmp_path):
+    module, kept = start("ppo", inputs, tmp_path)
+    with group_of_one(tmp_path) as mesh:
+        shard(module.policy, mesh)
+        places = {row.role: row.place for row in held_roles(module, [])}
+        whole = {row.role: row for row in buffers(module.trainer, module)}
+    assert (kept["reference"].place, places["reference"]) == ("own model, frozen", "whole on each rank")
+    assert places["policy"] == kept["policy"].place and places["reward"] == "Python"
+    assert whole["policy"] == Held("policy", "whole, in a rollout", 0, 0, kept["policy"].weights, 0, 0)
 
 
 def test_a_reference_that_learns_nothing_has_neither_gradients_nor_moments(inputs, tmp_path):

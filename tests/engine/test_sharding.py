@@ -4,23 +4,20 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lit_rlhf.engine.packing import pack
 from lit_rlhf.engine.sharding import full_state_dict, gathered, is_sharded, shard, total_norm
+from tests.forked_ranks import group_of_one
 from tests.tiny import random_examples, tiny_policy
 
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory):
     """One process by itself."""
-    file = tmp_path_factory.mktemp("process_group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    with group_of_one(tmp_path_factory.mktemp("process_group")) as mesh:
+        yield mesh
 
 
 @pytest.fixture

@@ -152,16 +152,8 @@ def learn_member(
 
 def greedy_scores(problem: Problem, policy: TablePolicy, rollout: Rollout) -> Tensor:
     """(B,) what the most likely response to each episode's prompt earns."""
-    tree, best = policy.tree, policy.logits.argmax(-1)
-    earned = []
-    for number, prompt in enumerate(problem.prompts):
-        response = torch.zeros(1, tree.max_new_tokens, dtype=torch.int64)
-        length = 0
-        for t in range(tree.max_new_tokens):
-            response[0, t] = best[policy.states(torch.tensor([number]), response)[0, t]]
-            length = t + 1
-            if response[0, t] not in tree.open_ids:
-                break
-        same = (tree.lengths == length) & (tree.completions[:, :length] == response[0, :length]).all(1)
-        earned.append(problem.reward_fn(prompt, tree.completions, tree.lengths)[same][0])
+    tree, earned = policy.tree, []
+    for prompt in problem.prompts:
+        best = tree.most_likely(tree.tabulate(policy.logprob_fn, prompt))
+        earned.append(problem.reward_fn(prompt, tree.completions, tree.lengths)[best])
     return torch.stack(earned)[rollout.prompt_numbers]

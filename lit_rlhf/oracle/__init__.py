@@ -9,6 +9,8 @@ is a sum and each line a number.
     oracle = Oracle(tree, prompts, causal_lm(reference), reward_fn, beta=0.1)
     oracle.evaluate(causal_lm(policy)).gap      # (J* - J)/(J* - J_ref): 0 is optimal, 1 is the reference
 
+    GradientJudge(problem, beta=0.1).measure(loss)      # its mean gradient against ∇J: cosine, norm, variance
+
 `small_problems` are MDPs to try an algorithm on, `TablePolicy` a policy that can be any policy on them.
 
 Axes: P prompt tokens, T = max_new_tokens, V vocabulary, K = V - |stop ids| tokens that do not end a completion, C
@@ -17,6 +19,9 @@ of (K^t, V) for something of actions, such as a policy, of (K^t,) for something 
 gradients flow through, so that `backward()` on `objective` gives the exact policy gradient.
 """
 
+from lit_rlhf.oracle.gradients import GradientJudge, GradientReport
+from lit_rlhf.oracle.groups import Groups
+from lit_rlhf.oracle.methods import OnPolicyMethod
 from lit_rlhf.oracle.models import causal_lm
 from lit_rlhf.oracle.problems import Problem, random_problem, small_problems, sparse_problem, trap_problem
 from lit_rlhf.oracle.solution import (
@@ -38,7 +43,11 @@ from lit_rlhf.oracle.tree import LogprobFn, TokenTree
 
 __all__ = [
     "Evaluation",
+    "GradientJudge",
+    "GradientReport",
+    "Groups",
     "LogprobFn",
+    "OnPolicyMethod",
     "Oracle",
     "Problem",
     "RewardFn",

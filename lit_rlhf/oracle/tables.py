@@ -1,5 +1,7 @@
 """A policy that is a table of logits: the smallest one that can be any policy at all, the optimum included."""
 
+import copy
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -36,6 +38,14 @@ class TablePolicy(nn.Module):
             tables = [torch.cat(tree.tabulate(start, prompt_ids)) for prompt_ids in prompts]
             logits = torch.cat(tables).detach()
         self.logits = nn.Parameter(logits)
+
+    def moved(self, distance: float, seed: int = 0) -> "TablePolicy":
+        """Another table, whose logits are these and noise from N(0, distance²)."""
+        draw = torch.Generator().manual_seed(seed)
+        other = copy.deepcopy(self)
+        with torch.no_grad():
+            other.logits.add_(distance * torch.randn(self.logits.shape, generator=draw, dtype=torch.float64))
+        return other
 
     @property
     def states_per_prompt(self) -> int:

@@ -171,6 +171,11 @@ class TokenTree:
                 path = self._longer(path, actions, self.open_ids)
         return torch.cat(rows)
 
+    def most_likely(self, table: Sequence[Tensor]) -> Tensor:
+        """() int64: the completion that takes the most likely token at each step, of the first ones of equals."""
+        chosen = self.along([F.one_hot(level.argmax(-1), self.vocab_size).double() for level in table])
+        return (chosen.sum(1) == self.lengths).nonzero()[0, 0]
+
     @staticmethod
     def _longer(path: Tensor, actions: Tensor, tokens: Tensor) -> Tensor:
         """Each of (n, t) paths goes on with the (n, V) entry of each of these k tokens: (n k, t + 1)."""

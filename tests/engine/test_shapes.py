@@ -40,7 +40,9 @@ SIZES = {
 # What a function takes besides tensors with a shape, where it has no default for it.
 OTHERS = {
     **{name: 0.2 for name in ("alpha", "beta", "clip_range", "gae_lambda", "gamma", "kl_coef", "label_smoothing")},
+    "group_size": 2,
     "head": nn.Linear(SIZES["d"], SIZES["V"]),
+    "loss": lambda group: group.logprobs.sum(),
     "link": reverse_kl_link,
     "num_sequences": 1,
     "ref_table": TABLE,

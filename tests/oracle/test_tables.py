@@ -31,6 +31,13 @@ class TestTablePolicy:
             expected = self.tree.completion_logprobs(self.tree.tabulate(random_policy(4, 0), prompt))
             assert torch.allclose((steps * mask).sum(1), expected)
 
+    def test_a_moved_table_is_another_one_as_far_away_as_asked(self):
+        policy = TablePolicy(self.tree, self.prompts, random_policy(4, 0))
+        moved = policy.moved(0.1, seed=3)
+        assert (moved.logits - policy.logits).std().item() == pytest.approx(0.1, rel=0.2)
+        assert torch.equal(moved.logits, policy.moved(0.1, seed=3).logits)
+        assert not torch.equal(moved.logits, policy.moved(0.1, seed=4).logits)
+
     def test_no_state_is_beyond_the_longest_response(self):
         policy = TablePolicy(self.tree, self.prompts)
         with pytest.raises(ValueError, match="responses of 4 tokens; expected at most 3"):

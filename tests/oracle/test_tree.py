@@ -134,6 +134,14 @@ class TestTokenTree:
         with pytest.raises(ValueError, match=r"table must be \(1, 3\) at level 0, got \(1,\)"):
             tree.completion_logprobs(states)
 
+    @every_shape
+    def test_the_most_likely_completion_takes_the_best_token_at_each_step(self, vocab_size, stop_ids, max_new_tokens):
+        policy, taken = random_policy(vocab_size, 2), []
+        while len(taken) < max_new_tokens and not set(taken) & set(stop_ids):
+            taken.append(policy(PROMPT, torch.tensor([taken], dtype=torch.int64).view(1, -1)).argmax().item())
+        tree = TokenTree(vocab_size, stop_ids, max_new_tokens)
+        assert tree.most_likely(tree.tabulate(policy, PROMPT)).item() == tree.index(taken)
+
     @pytest.mark.parametrize("shape", [(7, 1), (6,), (8,), ()])
     def test_values_of_more_or_fewer_completions_are_refused(self, shape):
         tree = TokenTree(3, [0], 2)

@@ -7,7 +7,7 @@ NEW_ENOUGH := $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup demo test test-slow test-newest test-oldest check compatibility rllib format format-check lint types api
-.PHONY: figures build clean torture audit
+.PHONY: docs course figures build clean torture audit
 .PHONY: bench bench-scaling bench-gpu
 
 setup: $(VENV)/.done
@@ -80,17 +80,28 @@ torture: setup
 audit: setup
 	$(BIN)/python tests/audit.py
 
-check: format-check lint types test
+check: format-check lint types test docs
 
 # The list of public names, from their docstrings.
 api: setup
 	PYTHONPATH=. $(BIN)/python tests/api_page.py
 
+# The site of README.md and docs/, in site/; strict: a link that leads nowhere or a page without a place ends it.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
+
+# Run the cells of the course, and write what they print and draw into its pages.
+course: setup
+	PYTHONPATH=.:envs $(BIN)/python -m website.chapters
+
 figures: setup
 	$(BIN)/python -m benchmarks.figures
 
 build: setup
+	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 # Beside every peer whose Python PEER_PYTHON and its siblings name; see docs/performance.md.
 PEERS := $(PEER_PYTHON)$(PEER_PPO_PYTHON)$(LITGPT_PYTHON)$(TORCHTUNE_PYTHON)$(LLAMA_CPP_PYTHON)

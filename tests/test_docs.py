@@ -14,11 +14,12 @@ from tests.cli.command_line import QUICK, SMALL_PPO
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHAPTERS = sorted((ROOT / "docs" / "course").glob("*.md"))  # whose Python runs in tests/website/test_chapters.py
 
 
-def blocks(language):
-    for page in PAGES:
+def blocks(language, pages=PAGES):
+    for page in pages:
         for number, text in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)):
             yield pytest.param(text, id=f"{page.stem}-{number}")
 
@@ -32,7 +33,7 @@ def test_python_examples_run(text, tmp_path, monkeypatch):
     exec(compile(text, "example", "exec"), {"__name__": "example"})
 
 
-@pytest.mark.parametrize("text", list(blocks("bash")))
+@pytest.mark.parametrize("text", list(blocks("bash", PAGES + CHAPTERS)))
 def test_commands_name_targets_and_configs_that_exist(text):
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     for line in text.strip().splitlines():
@@ -122,7 +123,7 @@ def test_the_command_lines_on_real_text_run_one_after_the_other(tmp_path, monkey
 
 def test_every_test_that_a_page_names_exists():
     defined = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))))
-    for page in PAGES:
+    for page in PAGES + CHAPTERS:
         assert not set(re.findall(r"`(test_\w+)`", page.read_text())) - defined, page.name
 
 

@@ -44,6 +44,7 @@ THINGS = {
     "test_docs.py": "of the docs",
     "test_layout.py": "of this folder",
     "torture/": "of the folder itself",
+    "website/": "of the folder website/",
     "test_security.py": "what strangers hand over, anywhere",
     "test_wheel.py": "the package that is built",
 }

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_rlhf.algorithms.dapo import DAPO
     from lit_rlhf.algorithms.dpo import DPO
     from lit_rlhf.algorithms.dr_grpo import DrGRPO
     from lit_rlhf.algorithms.grpo import GRPO
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lit_rlhf.rollout.vllm_backend import VLLMBackend
 
 HOMES = {  # of the public names: a file is read when one of its names is asked for, torch not before
+    "DAPO": "algorithms.dapo",
     "DPO": "algorithms.dpo",
     "DrGRPO": "algorithms.dr_grpo",
     "GRPO": "algorithms.grpo",
@@ -60,6 +62,7 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
 }
 
 __all__ = [
+    "DAPO",
     "DPO",
     "GRPO",
     "PPO",

@@ -8,6 +8,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
 
 from lit_rlhf import (
+    DAPO,
     DPO,
     GRPO,
     PPO,
@@ -24,7 +25,7 @@ from lit_rlhf.algorithms.module import AlignmentModule
 from tests.tiny import VOCABULARY, save_tiny
 
 STAGES = ("sft", "reward_model", "dpo", "ppo")
-ON_POLICY = {"ppo": PPO, "reinforce": REINFORCE, "grpo": GRPO, "remax": ReMax}  # a method of each kind
+ON_POLICY = {"ppo": PPO, "reinforce": REINFORCE, "grpo": GRPO, "remax": ReMax, "dapo": DAPO}  # a method of each kind
 
 
 def write_inputs(folder: Path, rows: int = 24) -> None:

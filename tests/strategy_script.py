@@ -57,7 +57,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     # Policy, reference and critic on one base, which is held in another dtype than what learns.
     "lora_ppo": ("ppo", {"lora": LoRA(r=4), "frozen_dtype": "bfloat16", "activation_checkpointing": True}),
     "head_ppo": ("ppo", {"hold_critic": "head"}),  # one pass for two roles
-    **{stage: (stage, {}) for stage in ("grpo", "remax")},  # groups, and a rollout of its own for the baseline
+    # Groups, a rollout of its own for the baseline, and groups that are dealt again by one rank more than by the other.
+    **{stage: (stage, {}) for stage in ("grpo", "remax", "dapo")},
     **WHOLE_RUNS,
 }
 

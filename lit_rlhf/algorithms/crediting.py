@@ -12,7 +12,7 @@ from lit_rlhf.algorithms.kl_control import KLController, KLPenalty
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, UpdateSettings
 from lit_rlhf.engine.packing import PackedBatch
-from lit_rlhf.errors import named_by, require_alike
+from lit_rlhf.errors import UserError, named_by, require_alike
 from lit_rlhf.losses import ScoredRollout
 from lit_rlhf.losses.advantages import Moments, explained_variance, token_rewards, whiten
 from lit_rlhf.models.policy import Policy
@@ -60,6 +60,11 @@ class CreditingModule(AlignmentModule):
         Raises:
             UserError: as the estimator puts it.
         """
+        if group_size < 2 and self.sampling.dynamic_sampling:
+            raise UserError(
+                f"model.dynamic_sampling ({self.sampling.dynamic_sampling}) compares completions of one prompt, and "
+                f"data.group_size is {group_size}: raise it, or set dynamic_sampling: 0"
+            )
         with named_by(f"data.group_size ({group_size})"):
             sample = sample_rollout(group_size, self.has_critic, self.plays_greedy)
             chosen_estimator(self.chosen_advantages, sample)

@@ -17,7 +17,7 @@ class GRPO(OnPolicyModule):
 
     Shao et al. 2024 (DeepSeekMath), https://arxiv.org/abs/2402.03300
 
-    No critic is held; `data.group_size` completions of each prompt are compared, 2 or more. DAPO, GSPO and CISPO are
+    No critic is held; `data.group_size` completions of each prompt are compared, 2 or more. GSPO and CISPO are
     options of it: see docs/policy_gradients.md.
 
     Args:

@@ -59,6 +59,8 @@ class OnPolicyModule(CreditingModule):
         target_kl: end an iteration's learning before the step whose minibatch shows a mean KL per token from the
             rollout's policy, k3 over all ranks, beyond this; null = never.
         temperature: divides the logits in sampling and in training alike.
+        dynamic_sampling: rounds, at most, in which other groups are dealt in place of those whose rewards are all
+            equal, and so teach nothing (DAPO); those that are left then are learnt from as they are; 0 = none.
         seed: of sampling and of minibatches.
         lora: train an adapter on frozen weights; null = all weights, or the adapter in policy's folder.
         merge_start: fold the adapter in policy's folder into its base before anything else.
@@ -86,6 +88,7 @@ class OnPolicyModule(CreditingModule):
         num_minibatches: int = 4,
         target_kl: float | None = None,
         temperature: float = 1.0,
+        dynamic_sampling: int = 0,
         seed: int = 0,
         lora: LoRA | None = None,
         merge_start: bool = False,
@@ -96,7 +99,7 @@ class OnPolicyModule(CreditingModule):
     ) -> None:
         super().__init__(**kwargs)
         self.updates = UpdateSettings(ppo_epochs, num_minibatches, target_kl, entropy_coef, loss_average)
-        self.sampling = SamplingSettings(temperature, seed)
+        self.sampling = SamplingSettings(temperature, seed, dynamic_sampling)
         with named_by("model.advantages"):
             sample = sample_rollout(values=self.has_critic, greedy=self.plays_greedy)
             self.advantages = chosen_estimator(advantages, sample)

@@ -84,6 +84,7 @@ class SamplingSettings:
 
     temperature: float
     seed: int
+    dynamic_sampling: int = 0
 
     def __post_init__(self) -> None:
         """Refuse greedy rollouts, which hold nothing to learn from."""
@@ -91,6 +92,7 @@ class SamplingSettings:
         sampled = 0 < self.temperature < math.inf
         require(sampled, "temperature", self.temperature, "more than 0 (sampled responses are learnt from) and finite")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.dynamic_sampling >= 0, "dynamic_sampling", self.dynamic_sampling, "0 (off) or more rounds")
 
     @property
     def generation(self) -> GenerationSettings:

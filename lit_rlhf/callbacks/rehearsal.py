@@ -255,6 +255,7 @@ def shorten_rollout(module: Any, data: Any, accumulate: int, memory: LiveMemory)
         steps = max(2, -(-min(settings.num_slots, settings.rollout_size) // (size * taken)))
         data.settings = replace(settings, rollout_size=steps * size * taken)
         module.updates = replace(module.updates, num_minibatches=steps, ppo_epochs=1)
+        module.sampling = replace(module.sampling, dynamic_sampling=0)  # further rounds take as much memory as one
         data.trainer.accumulate_grad_batches = taken
         return dealt()
 

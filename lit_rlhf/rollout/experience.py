@@ -130,6 +130,8 @@ class PlannedRollout:
         if self.group_size > 1:
             in_groups = scores[torch.from_numpy(np.argsort(self.order))].view(-1, self.group_size)
             means["equal_groups"] = (in_groups == in_groups[:, :1]).all(1).float().mean()
+        if self.played.dropped is not None:
+            means["dropped_groups"] = torch.tensor(self.played.dropped * self.group_size / len(self.episodes))
         return {f"rollout/{name}": mean for name, mean in means.items()}
 
     def experience(self, columns: Mapping[str, Tensor], step_tokens: list[float]) -> Experience:

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import NoBatch, RolloutBatch
 from lit_rlhf.errors import UserError, require_alike
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.rollout.dealing import equal_groups, topped_up
 from lit_rlhf.rollout.experience import Experience
 from lit_rlhf.rollout.minibatches import require_room
 from lit_rlhf.rollout.play import GenerationSettings, Play, make_env
@@ -60,20 +62,40 @@ class RolloutLoader:
     def play(self) -> Play:
         """The episodes of an iteration; a run that a signal ends meanwhile plays them anew when it goes on."""
         self.env_before = None if self.env_seed is not None else self.env.state_dict()
+        played = self.play_episodes(self.data.settings.rollout_size // self.trainer.world_size, self.env_seed)
+        if self.agent.sampling.dynamic_sampling:
+            played = self.deal_again(played)
+        if self.agent.plays_greedy:
+            played = played._replace(greedy=self.play_greedy(sorted({e.prompt_index for e in played.episodes})))
+        self.env_seed = self.env_before = None
+        return played
+
+    def play_episodes(self, num_episodes: int, env_seed: int | None = None) -> Play:
+        """So many more episodes, whole groups, with their rewards."""
         rewards, in_precision = self.data.rewards, self.trainer.precision_plugin.forward_context()
         with SIGNALS.interruptible(self.trainer), rewards.naming(self.prompts), in_precision:
             played = self.data.backend.play(
                 self.agent.policy,
                 self.env,
                 self.agent.sampling.generation,
-                self.data.settings.rollout_size // self.trainer.world_size,
+                num_episodes,
                 stream=self.trainer.global_rank,
-                env_seed=self.env_seed,
+                env_seed=env_seed,
             )
-        if self.agent.plays_greedy:
-            played = played._replace(greedy=self.play_greedy(sorted({e.prompt_index for e in played.episodes})))
-        self.env_seed = self.env_before = None
         return played._replace(episodes=rewards.settled(played.episodes, self.prompts))
+
+    def deal_again(self, played: Play) -> Play:
+        """Other groups in place of those with equal rewards, as long as there are any, and within the bound.
+
+        Ranks play together, since sharded weights are gathered by all: one that lacks nothing plays a group as well.
+        """
+        size, played = self.data.settings.group_size, played._replace(dropped=0)
+        for _ in range(self.agent.sampling.dynamic_sampling):
+            lacking = int(equal_groups(played, size).sum())
+            if not self.agent.most_of_ranks(torch.tensor(lacking)).item():
+                break
+            played = topped_up(played, self.play_episodes(max(lacking, 1) * size), size)
+        return played
 
     def play_greedy(self, indices: list[int]) -> list[Episode]:
         """The most likely response to each of these prompts; the episodes name them as those of the rollout do."""

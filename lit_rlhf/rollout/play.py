@@ -74,6 +74,7 @@ class Play(NamedTuple):
     episodes: list[Episode]
     sampled_logprobs: list[np.ndarray]  # (T,) each: log-probs under the distribution sampled from
     greedy: list[Episode] | None = None  # the most likely response to each of their prompts, where it was asked for
+    dropped: int | None = None  # groups that others were dealt in place of, where that was asked for (`dealing.py`)
 
 
 class Dice:

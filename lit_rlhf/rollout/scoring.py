@@ -40,6 +40,7 @@ TAKEN = (
     "kl_coef",
     "sampler_gap",
     "equal_groups",
+    "dropped_groups",
     "process",
     "shaping",
 )

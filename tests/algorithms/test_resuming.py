@@ -36,6 +36,7 @@ def fit(stage, inputs, folder, ckpt_path=None, **options):
         ("grpo", 2, {}),
         ("reinforce", 5, {}),
         ("remax", 3, {}),
+        ("dapo", 5, {}),
         ("dpo", 2, {"cache_reference": True}),
         ("dpo", 3, {"reference_update": ReferenceUpdate(alpha=0.5, every=2)}),
         ("dpo", 2, {"loss": bco_pair_loss}),

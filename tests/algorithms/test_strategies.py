@@ -201,6 +201,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         "head_ppo",
         "grpo",
         "remax",
+        "dapo",
         *WHOLE_RUNS,
     }
     for run, result in results.items():
@@ -260,7 +261,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
     assert results["ppo"]["of_all"][0]["rollout"]["rollout/kl"] != 0
 
     # A group is played by one rank: both have all completions of their own prompts.
-    for run in ("grpo", "remax"):
+    for run in ("grpo", "remax", "dapo"):
         mine, other = ([tuple(prompt) for prompt in prompts] for prompts in results[run]["prompts"])
         assert {mine.count(prompt) % 4 for prompt in mine} == {other.count(prompt) % 4 for prompt in other} == {0}
         assert not set(mine) & set(other)

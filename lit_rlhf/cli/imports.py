@@ -38,6 +38,21 @@ def failed_import(value: str) -> str | None:
     return None
 
 
+def names_in(module: str) -> list[str] | None:
+    """The functions and classes of a module of the user's, by its name; None if there is no such file.
+
+    What fails in it is told once one of them is named.
+    """
+    spec = find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.has_location:
+        return None
+    try:
+        made = vars(import_module(module)).items()
+    except Exception:  # whatever code of a user's raises
+        return []
+    return [name for name, part in made if getattr(part, "__module__", None) == module and name[0] != "_"]
+
+
 def left_while_imported(left: SystemExit) -> UserError | None:
     """What to say of a module that ends the program as it is imported, as a script does; None if none did."""
     frames = [frame for frame in traceback.extract_tb(left.__traceback__) if frame.name == "<module>"]

@@ -33,6 +33,7 @@ from lit_rlhf.callbacks import (
 )
 from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.callbacks.progress import draws_bars
+from lit_rlhf.cli.by_option import by_option
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
 from lit_rlhf.cli.commands import DESCRIPTION, PROGRAMS, RUNS, USAGE, require_command
 from lit_rlhf.cli.imports import failed_constructor, left_while_imported, refused_value
@@ -144,8 +145,11 @@ class AlignmentCLI(LightningCLI):
             told = failed_constructor(kind, error) or refused_value(kind, error, option is not None)
             if told is None:
                 raise
-            named = Parser.naming(f"{kind.__module__}.{kind.__qualname__}")
-            self.failed = UserError((named or (f"{Parser.as_typed(option)}: " if option else "")) + told)
+            named = by_option(told, Parser.typed)
+            if named == told:
+                path = Parser.naming(f"{kind.__module__}.{kind.__qualname__}")
+                named = (path or (f"{Parser.as_typed(option)}: " if option else "")) + told
+            self.failed = UserError(named)
             raise self.failed from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -251,7 +255,7 @@ def main(args: Sequence[str] | None = None) -> None:
         except Exception as error:
             mistake = users_mistake(error, AlignmentCLI.root)
             if mistake is not None:
-                tell(f"error: {mistake}")
+                tell(f"error: {by_option(str(mistake), argv)}")
                 raise SystemExit(2) from None
             if AlignmentCLI.ranks is None or not AlignmentCLI.ranks.lost(error):
                 raise

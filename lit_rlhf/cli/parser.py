@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_rlhf.cli.commands import did_you_mean
+from lit_rlhf.cli.imports import names_in
 from lit_rlhf.cli.mistakes import LONGEST
 from lit_rlhf.cli.ranks import tell
 from lit_rlhf.cli.unknown_options import class_of, option_paths, settings_in, whereabouts
@@ -93,7 +94,9 @@ class Parser(LightningArgumentParser):
         elif no_path := NO_PATH.search(message):
             option, given = no_path.groups()
             settings = settings_in(message)
-            wanted = f"a mapping of options, such as '{settings}', or null" if settings else "an import path"
+            wanted = (
+                f"a mapping of options, such as '{settings}', or null" if settings else "an import path, module.name"
+            )
             near = "" if settings else nearest_path(option, given)
             said = f"{self.as_typed(option, given)}: expected {wanted}, got {given}{near}"
         elif no_mapping := NO_MAPPING.search(message):
@@ -148,12 +151,13 @@ class Parser(LightningArgumentParser):
         names = option_names(self, model)
         kinds = {"trainer": Trainer, "model": class_of(model), "data": class_of(self.in_use("data"))}
         last, first = name.split(".")[-1], full.lstrip("-").split(".")[0]
-        near = ""
-        if "." in full and first not in kinds:  # a part that there is not
-            near = did_you_mean(first, {*kinds, *names}, cutoff=0.7)
+        paths, near = option_paths(kinds), ""
+        if "." in full and first not in kinds:  # a part that there is not, or that is elsewhere
+            homes = [path for path in paths if path.endswith((f".{first}", f".{full.lstrip('-')}"))]
+            near = f"; there is {homes[-1]}" if homes else did_you_mean(first, {*kinds, *names}, cutoff=0.7)
         elif last == full.lstrip("-") and last in names:  # it is elsewhere
             near = f"; {last} is an option of a part: write it below model, data or trainer"
-        near = near or whereabouts(full, option_paths(kinds), names)
+        near = near or whereabouts(full, paths, names)
         return f"{f'{place.file}, line {place.line}: ' if place else ''}there is no option {full}{near}"
 
     def python_file(self, message: str) -> tuple[str, str] | None:
@@ -277,8 +281,10 @@ def nearest_path(option: str, given: str) -> str:
     """The import path of ours that a name may stand for; where none is near, the losses if it was to be one."""
     from lit_rlhf import losses
 
+    if (names := names_in(given)) is not None:
+        return f", which is a module; name what is meant in it{f', such as {given}.{names[0]}' if names else ''}"
     paths = public_paths()
-    if near := difflib.get_close_matches(given, paths, n=1):
+    if near := difflib.get_close_matches(given, paths, n=1, cutoff=0.7):
         return f"; did you mean {paths[near[0]]}?"
     of_pairs = [n for n in losses.__all__ if "chosen_logprobs" in inspect.signature(getattr(losses, n)).parameters]
     return f"; lit_rlhf.losses has {', '.join(of_pairs)}" if option == "loss" else ""

@@ -38,6 +38,8 @@ def whereabouts(option: str, paths: Iterable[str], others: Iterable[str]) -> str
     if homes := [path for path in there if path.rpartition(".")[2] == last]:
         near = did_you_mean(last, beside, cutoff=0.8)
         return f"; there is {' or '.join(homes[:MOST])}" if not near else f"{near[:-1]}, or {homes[0]}?"
+    if meant := [name for name in beside if len(last) > 1 and "".join(word[:1] for word in name.split("_")) == last]:
+        return f"; did you mean {meant[0]}?"  # as lr is written for learning_rate
     elsewhere = {path.rpartition(".")[2]: path for path in reversed(there)}
     if near := did_you_mean(last, beside, cutoff=0.7):
         return near

@@ -22,11 +22,8 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         """Refuse counts below 1, and an empty text, which every response holds."""
         require_types(type(self), vars(self))
-        if min(self.rollout_size, self.num_slots, self.max_new_tokens, self.max_validation_prompts) < 1:
-            raise UserError(
-                f"rollout_size ({self.rollout_size}), num_slots ({self.num_slots}), max_new_tokens "
-                f"({self.max_new_tokens}) and max_validation_prompts ({self.max_validation_prompts}) must be 1 or more"
-            )
+        for name in ("rollout_size", "num_slots", "max_new_tokens", "max_validation_prompts"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.group_size >= 1, "group_size", self.group_size, "1 or more completions of each prompt")
         if self.rollout_size % self.group_size:
             raise UserError(

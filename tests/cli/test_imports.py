@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_rlhf.cli.imports import failed_import
+from lit_rlhf.cli.imports import failed_import, names_in
 from tests.cli.command_line import run
 from tests.tiny import save_tiny
 
@@ -66,6 +66,17 @@ def test_a_reward_whose_module_fails_is_told_by_option_and_cause(by, module, cap
     said = capsys.readouterr().err.splitlines()[0]
     assert said.startswith(f"error: {by.partition('=')[0]}: {name} cannot be imported: RuntimeError: set MY_KEY first")
     assert said.endswith(f"{name}.py:1")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_in_place_of_a_function_is_told_with_one_that_is_in_it(module, capsys):
+    whole, broken = module("from json import loads\n_of = 3\ndef score(p, r): return r\n"), module("1 / 0\n")
+    wanted = "error: --data.reward: expected an import path, module.name, got"
+    for name, near in ((whole, f", such as {whole}.score"), (broken, "")):
+        assert run("fit", "--config", "configs/ppo.yaml", f"--data.reward={name}") == 2
+        said = f"{wanted} {name}, which is a module; name what is meant in it{near}"
+        assert capsys.readouterr().err.splitlines()[0] == said
+    assert names_in("lit_rlhf.losses") is names_in("no_such_module") is names_in("docs") is None
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -28,7 +28,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "unknown option": ("dpo", ["--model.betta=3"], "there is no option --model.betta; did you mean beta?"),
     "unknown option of the Trainer": ("sft", ["--trainer.max_stps=3"], "did you mean max_steps?"),
     "unknown option of an option": ("ppo", ["--model.kl.kl_coeff=3"], "did you mean kl_coef?"),
-    "value of a class": ("ppo", ["--model.kl=lit_rlhf.FixedKL", "--model.kl.kl_coef=-1"], "--model.kl: kl_coef ("),
+    "value of a class": ("ppo", ["--model.kl=lit_rlhf.FixedKL", "--model.kl.kl_coef=-1"], "--model.kl.kl_coef (-1"),
     "value of a class of Lightning's": (
         "sft",
         ["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: x, mode: up}}]"],
@@ -37,7 +37,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "reward model that is none": (
         "ppo",
         ["--data.monitors={a: {class_path: lit_rlhf.RewardModelReward, init_args: {model: runs/sft/model}}}"],
-        "--data.monitors.a: reward model: runs/sft/model holds no trained reward head",
+        "reward model: runs/sft/model holds no trained reward head",
     ),
     "option at the top": (
         "sft",
@@ -310,7 +310,7 @@ def test_a_broken_reward_function_is_named_with_its_place_and_the_remedy(body, w
     options += ["--data.rollout_size=16", "--data.num_slots=8", "--data.max_new_tokens=8", "--model.critic=null"]
     assert run("fit", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/reward") == 2
     said = capsys.readouterr().err.split("error: ")[-1]
-    assert said.startswith(f"data.reward ({name}.score)")
+    assert said.startswith(f"--data.reward ({name}.score)")
     assert BROKEN_REWARDS[body] in said
     assert "KeyError" not in said or f"{name}.py:2" in said
     assert len(said) < 700

@@ -40,7 +40,7 @@ SAID = {
     "there is no module nowhere in the current folder or among what is installed",
     (*PPO, "--data.reward=os.nothere"): "--data.reward: module 'os' has no attribute 'nothere'",
     (*PPO, "--data.rewards={a: os.nothere}"): "--data.rewards: module 'os' has no attribute 'nothere'",
-    (*PPO, "--data.reward=brief"): "--data.reward: expected an import path, got brief",
+    (*PPO, "--data.reward=brief"): "--data.reward: expected an import path, module.name, got brief",
     (*PPO, "--data.reward=lit_rlhf.KLPenalty"): "--data.reward: expected the import path of a subclass of Reward, or ",
     (*SFT, "--model.adam_betas=[0.9]"): "--model.adam_betas: expected a list of 2, got [0.9]",
     (*SFT, "--trainer.max_epochs=1.5"): "--trainer.max_epochs: expected a whole number, or null, got 1.5",

@@ -20,10 +20,7 @@ SIZES = {
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"rollout_size": 0},
-            "rollout_size (0), num_slots (8), max_new_tokens (4) and max_validation_prompts (2)",
-        ),
+        ({"rollout_size": 0}, "rollout_size (0) must be 1 or more"),
         ({"num_slots": -1}, "num_slots (-1)"),
         ({"max_new_tokens": 0}, "max_new_tokens (0)"),
         ({"max_tokens": 0}, "max_tokens (0) must be 1 or more, or null"),

@@ -61,6 +61,30 @@ def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in arguments.items() if name not in NEVER_STORED}
 
 
+def settings_of(data: Any) -> dict[str, Any]:
+    """What a data module holds of its arguments, as a logger shows it: sources by role, settings, rewards by name.
+
+    Of an object within a reward, such as a judge with a key, the class alone: what a logger gets may go far.
+    """
+    held = vars(data) if data is not None else {}
+    together = {name: value for part in held.values() if is_dataclass(part) for name, value in vars(part).items()}
+    sources = {role: [source.name for source in named or ()] for role, named in held.get("sources", {}).items()}
+    terms = held["rewards"].terms if "rewards" in held else ()
+    rewards = {term.name: {**reward_settings(term.reward), "weight": term.weight} for term in terms}
+    return {**{name: plain(value) for name, value in {**sources, **together}.items()}, "rewards": rewards}
+
+
+def reward_settings(reward: object) -> dict[str, Any]:
+    """Class of a reward and, where it is one of this library, its arguments."""
+    form = plain(reward)
+    arguments = form.get("init_args", {}) if type(reward).__module__.startswith(OURS) else {}
+    named = {
+        name: value.get("class_path", value.get(UNKNOWN)) if isinstance(value, dict) else value
+        for name, value in arguments.items()
+    }
+    return {"class_path": f"{type(reward).__module__}.{type(reward).__qualname__}", **named}
+
+
 def read_arguments(file: Path) -> dict[str, Any]:
     """Constructor arguments in their plain form, as a logger keeps them in its hparams.yaml.
 

@@ -1,7 +1,9 @@
 """What a run leaves behind and shows."""
 
+from lit_rlhf.callbacks.baseline import Baseline
 from lit_rlhf.callbacks.compilation import CompileModel
 from lit_rlhf.callbacks.completions import CompletionWriter
+from lit_rlhf.callbacks.dashboard import Dashboard
 from lit_rlhf.callbacks.export import HuggingFaceExport
 from lit_rlhf.callbacks.memory import MemoryTable
 from lit_rlhf.callbacks.performance import Performance
@@ -11,8 +13,10 @@ from lit_rlhf.callbacks.stopping import GracefulStop
 from lit_rlhf.callbacks.summary import RunSummary
 
 __all__ = [
+    "Baseline",
     "CompileModel",
     "CompletionWriter",
+    "Dashboard",
     "GracefulStop",
     "HuggingFaceExport",
     "MemoryTable",

@@ -22,7 +22,9 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.callbacks import (
+    Baseline,
     CompletionWriter,
+    Dashboard,
     GracefulStop,
     HuggingFaceExport,
     MemoryTable,
@@ -58,6 +60,8 @@ from lit_rlhf.signals import SIGNALS, Stop
 
 OF_EVERY_RUN: dict[str, type[Callback]] = {
     "export": HuggingFaceExport,
+    "baseline": Baseline,
+    "dashboard": Dashboard,
     "samples": SampleTable,
     "predictions": CompletionWriter,
     "performance": Performance,
@@ -194,6 +198,8 @@ class AlignmentCLI(LightningCLI):
             # As the Trainer makes it, without the -1 that it would draw as hp_metric.
             root, version = given.get("default_root_dir") or Path.cwd(), SLURMEnvironment.job_id()
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
+        if given.get("num_sanity_val_steps") is None:
+            kwargs["num_sanity_val_steps"] = -1  # all of it, so that every curve has its `Baseline`
         if given.get("enable_model_summary") is None:
             kwargs["enable_model_summary"] = False  # `MemoryTable` says more
         callbacks = given.get("callbacks")

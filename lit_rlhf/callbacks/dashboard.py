@@ -1,0 +1,87 @@
+"""What the loggers are told of a run as a whole: its settings beside its results, and the pages of its curves."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
+
+from lit_rlhf.algorithms.hyperparameters import plain, settings_of
+from lit_rlhf.callbacks.boards import layout
+from lit_rlhf.data.batches import NoBatch, RolloutBatch
+
+OF_THE_TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "world_size")
+RESULTS = ("train/loss", "rollout/score", "rollout/kl")  # shown beside the settings, with all of val/
+LONGEST = 200  # characters of a setting that are shown, as of a chat template
+
+
+class Dashboard(Callback):
+    """Give TensorBoard the settings of the run beside its metrics (HParams) and pages of curves (Custom Scalars).
+
+    Other loggers, such as W&B and MLflow, have the module's settings by Lightning and get those of data and Trainer in
+    their config here. Both tabs are written once, when the run has logged each of its metrics: they follow the curves
+    from then on, to the last value.
+    """
+
+    def __init__(self) -> None:
+        self.held_out: set[str] = set()  # metrics of a validation before training, which Lightning forgets
+        self.steps = 0  # since the start
+        self.written = False
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The names of what is validated."""
+        self.held_out = set(trainer.callback_metrics)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand on the settings of data and Trainer where they go into one config with those of the module."""
+        self.written, self.first_step = False, trainer.global_step
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger | CSVLogger):  # these have the run's config.yaml beside them
+                logger.log_hyperparams(settings_around(trainer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Off policy, all metrics of training are there once Lightning has written them."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        step = trainer.global_step
+        if every and step > self.first_step and step % every == 0 and not isinstance(batch, RolloutBatch | NoBatch):
+            self.write(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """On policy, once the first rollout has been learnt from."""
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pages and settings, where they are not there yet."""
+        if self.written or not trainer.is_global_zero:
+            return
+        self.written = True
+        tags = self.held_out | {name for name in trainer.callback_metrics if "/" in name}
+        shown = sorted(tag for tag in tags if tag.startswith("val/") or tag in RESULTS)
+        flat = dict(flattened({**pl_module.hparams, **settings_around(trainer)}))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(layout(tags))
+                writer = logger.experiment._get_file_writer()
+                for summary in hparams(flat, dict.fromkeys(shown, 0.0)):
+                    writer.add_summary(summary)
+
+
+def settings_around(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """What was asked of data and Trainer, as plain values."""
+    return {
+        "data": settings_of(trainer.datamodule),  # type: ignore[attr-defined]
+        "trainer": {name: plain(getattr(trainer, name)) for name in OF_THE_TRAINER},
+    }
+
+
+def flattened(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    """Settings by their path, data/seed, as one value each; what is neither number nor truth is text."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{above}{name}/")
+        else:
+            yield f"{above}{name}", value if isinstance(value, bool | int | float) else f"{value!s:.{LONGEST}}"

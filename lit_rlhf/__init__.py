@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.dr_grpo import DrGRPO
     from lit_rlhf.algorithms.grpo import GRPO
     from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
+    from lit_rlhf.algorithms.kto import KTO
     from lit_rlhf.algorithms.ppo import PPO
     from lit_rlhf.algorithms.preference_loss import LossTerm
     from lit_rlhf.algorithms.reference_update import ReferenceUpdate
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.reward_model import RewardModel
     from lit_rlhf.algorithms.rloo import RLOO
     from lit_rlhf.algorithms.sft import SFT
-    from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
+    from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, UnpairedDataModule
     from lit_rlhf.errors import UserError
     from lit_rlhf.models.adapters import LoRA
     from lit_rlhf.rollout.data_module import RolloutDataModule
@@ -42,6 +43,7 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "AdaptiveKL": "algorithms.kl_control",
     "FixedKL": "algorithms.kl_control",
     "KLPenalty": "algorithms.kl_control",
+    "KTO": "algorithms.kto",
     "PPO": "algorithms.ppo",
     "LossTerm": "algorithms.preference_loss",
     "ReferenceUpdate": "algorithms.reference_update",
@@ -49,6 +51,7 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "SFT": "algorithms.sft",
     "PreferenceDataModule": "data.modules",
     "SFTDataModule": "data.modules",
+    "UnpairedDataModule": "data.modules",
     "UserError": "errors",
     "LoRA": "models.adapters",
     "RolloutDataModule": "rollout.data_module",
@@ -65,6 +68,7 @@ __all__ = [
     "DAPO",
     "DPO",
     "GRPO",
+    "KTO",
     "PPO",
     "REINFORCE",
     "RLOO",
@@ -88,6 +92,7 @@ __all__ = [
     "RolloutDataModule",
     "SFTDataModule",
     "TextReward",
+    "UnpairedDataModule",
     "UserError",
     "VLLMBackend",
 ]

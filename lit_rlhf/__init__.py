@@ -4,6 +4,7 @@ SFT, reward model, PPO, its siblings without a critic, and DPO as LightningModul
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.dr_grpo import DrGRPO
     from lit_rlhf.algorithms.grpo import GRPO
     from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
-    from lit_rlhf.algorithms.kto import KTO
     from lit_rlhf.algorithms.ppo import PPO
     from lit_rlhf.algorithms.preference_loss import LossTerm
     from lit_rlhf.algorithms.reference_update import ReferenceUpdate
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.reward_model import RewardModel
     from lit_rlhf.algorithms.rloo import RLOO
     from lit_rlhf.algorithms.sft import SFT
-    from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, UnpairedDataModule
+    from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
     from lit_rlhf.errors import UserError
     from lit_rlhf.models.adapters import LoRA
     from lit_rlhf.rollout.data_module import RolloutDataModule
@@ -43,7 +43,6 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "AdaptiveKL": "algorithms.kl_control",
     "FixedKL": "algorithms.kl_control",
     "KLPenalty": "algorithms.kl_control",
-    "KTO": "algorithms.kto",
     "PPO": "algorithms.ppo",
     "LossTerm": "algorithms.preference_loss",
     "ReferenceUpdate": "algorithms.reference_update",
@@ -51,7 +50,6 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "SFT": "algorithms.sft",
     "PreferenceDataModule": "data.modules",
     "SFTDataModule": "data.modules",
-    "UnpairedDataModule": "data.modules",
     "UserError": "errors",
     "LoRA": "models.adapters",
     "RolloutDataModule": "rollout.data_module",
@@ -68,7 +66,6 @@ __all__ = [
     "DAPO",
     "DPO",
     "GRPO",
-    "KTO",
     "PPO",
     "REINFORCE",
     "RLOO",
@@ -92,14 +89,15 @@ __all__ = [
     "RolloutDataModule",
     "SFTDataModule",
     "TextReward",
-    "UnpairedDataModule",
     "UserError",
     "VLLMBackend",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from its file."""
+    """A public name, from its file; `__version__`, from the installed package, which has it from pyproject.toml."""
+    if name == "__version__":
+        return version("lit-rlhf")
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -11,7 +11,6 @@ from lit_rlhf import (
     DAPO,
     DPO,
     GRPO,
-    KTO,
     PPO,
     REINFORCE,
     SFT,
@@ -21,13 +20,11 @@ from lit_rlhf import (
     RewardModel,
     RolloutDataModule,
     SFTDataModule,
-    UnpairedDataModule,
 )
 from lit_rlhf.algorithms.module import AlignmentModule
 from tests.tiny import VOCABULARY, save_tiny
 
 STAGES = ("sft", "reward_model", "dpo", "ppo")
-OFFLINE = {"reward_model": RewardModel, "dpo": DPO, "kto": KTO}  # from preferences, as pairs or one by one
 ON_POLICY = {"ppo": PPO, "reinforce": REINFORCE, "grpo": GRPO, "remax": ReMax, "dapo": DAPO}  # a method of each kind
 
 
@@ -78,9 +75,8 @@ def make_stage(stage: str, folder: Path, **options: Any) -> tuple[AlignmentModul
         module = SFT(model, **options)
         source, kind = str(folder / "sft.jsonl"), SFTDataModule
     else:
-        module = OFFLINE[stage](model, **options)
-        source = str(folder / "preference.jsonl")
-        kind = UnpairedDataModule if module.learns_from == "unpaired" else PreferenceDataModule
+        module = {"reward_model": RewardModel, "dpo": DPO}[stage](model, **options)
+        source, kind = str(folder / "preference.jsonl"), PreferenceDataModule
     return module, kind(train=source, validation=source, max_tokens=100, tokenizer=module.tokenizer)
 
 

@@ -52,7 +52,7 @@ def test_commands_name_targets_and_configs_that_exist(text):
             assert launched.training_script_args[0] in COMMANDS, line
             assert all((ROOT / word).exists() for word in launched.training_script_args if word.endswith(".yaml")), line
         else:
-            assert program in ("tensorboard", "pip"), line
+            assert program in ("tensorboard", "pip", "vllm", "transformers", "curl"), line
 
 
 def test_the_job_for_slurm_asks_for_a_task_for_each_device_of_its_config():

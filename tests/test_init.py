@@ -2,9 +2,12 @@
 
 import ast
 import inspect
+import tomllib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+import yaml
 
 import lit_rlhf
 
@@ -28,3 +31,9 @@ def test_type_checkers_see_the_same_names_from_the_same_files():
 def test_any_other_name_is_none():
     with pytest.raises(AttributeError, match="module 'lit_rlhf' has no attribute 'SFTT'"):
         lit_rlhf.SFTT  # noqa: B018
+
+
+def test_the_version_stands_in_one_place():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert lit_rlhf.__version__ == project["version"]
+    assert "version" not in yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text())

@@ -42,6 +42,7 @@ THINGS = {
     "test_api.py": "of the docs",
     "test_audit.py": "of a tool beside it",
     "test_docs.py": "of the docs",
+    "test_docs_options.py": "of the docs",
     "test_layout.py": "of this folder",
     "torture/": "of the folder itself",
     "website/": "of the folder website/",

@@ -35,24 +35,15 @@ class PackedDataset(Dataset):
         table: tokenised rows of all sources, dropped ones included, without an indices mapping.
         rows: (n,) the rows of `table` that an epoch takes.
         reports: of each source.
-        max_length: tokens that a prompt with a response may have; None = any number.
     """
 
-    def __init__(
-        self, table: datasets.Dataset, rows: np.ndarray, reports: list[Report], max_length: int | None = None
-    ) -> None:
+    def __init__(self, table: datasets.Dataset, rows: np.ndarray, reports: list[Report]) -> None:
         self.table = table.with_format("arrow")
         self.rows = rows
         self.reports = reports
-        self.max_length = max_length
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def num_rows(self) -> int:
-        """How many `row_ids` there are: they are below it."""
-        return len(self)
 
     def lengths(self) -> np.ndarray:
         """(n,) tokens that each example puts into a packed batch."""
@@ -170,19 +161,17 @@ def load_examples(
     options: Options,
     num_proc: int | None = None,
     seed: int = 0,
-    dataset: type[PackedDataset] = SFTDataset,
 ) -> PackedDataset:
     """Read, check, tokenise and count; from the cache on disk where nothing has changed.
 
     Args:
         sources: see `naming.parse_sources`.
-        kind: of the rows.
+        kind: `sft` or `preference`.
         role: what the rows are for; chooses splits and files.
         tokenizer: makes ids, by its chat template where rows are messages.
         options: of tokenisation.
         num_proc: processes that tokenise; None = this one.
         seed: of the share that a weight below 1 takes.
-        dataset: what packs rows of this kind.
 
     Raises:
         UserError: bad rows or sources, or no row left.
@@ -201,4 +190,5 @@ def load_examples(
         tables.append(table.remove_columns("repeats_prompt"))  # counted, and no part of the examples
         reports.append(report)
         offset += len(table)
-    return dataset(datasets.concatenate_datasets(tables), np.concatenate(rows), reports, options.max_length)
+    dataset = SFTDataset if kind == "sft" else PreferenceDataset
+    return dataset(datasets.concatenate_datasets(tables), np.concatenate(rows), reports)

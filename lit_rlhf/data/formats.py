@@ -1,9 +1,8 @@
 """Formats of rows: what each kind of data looks like, checked row by row.
 
 SFT rows have `messages`, or `prompt` and `completion`, or `text`; preference rows `chosen` and `rejected`, and mostly
-`prompt`; unpaired rows `prompt`, `completion` and `label`, or a pair; prompt rows have `prompt` and any other columns.
-A message list is `[{"role": ..., "content": ...}, ...]`; beside one, `tools` and `chat_template_kwargs` go to the chat
-template, and a response that is text is the assistant's.
+`prompt`; prompt rows have `prompt` and any other columns. A message list is `[{"role": ..., "content": ...}, ...]`;
+beside one, `tools` and `chat_template_kwargs` go to the chat template, and a response that is text is the assistant's.
 A row that does not fit is an error that names file, line and column.
 """
 
@@ -15,23 +14,20 @@ from typing import Any, Literal
 from lit_rlhf.data.messages import Row, answer, checked_messages, describe, listed, require_no_media, template_columns
 from lit_rlhf.errors import UserError
 
-Kind = Literal["sft", "preference", "unpaired", "prompts", "scored"]  # scored: completions to be scored
+Kind = Literal["sft", "preference", "prompts", "scored"]  # scored: completions to be scored
 # How a user names where rows come from: see `naming.parse_sources`.
 Sources = str | list[Any] | dict[str, Any]
 
-LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 LARGEST = 3.4e38  # of a margin: batches hold float32
 
 # What rows that are learnt from are read for; of prompts every column may be, by a reward.
 READ: dict[Kind, tuple[str, ...]] = {
     "sft": ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"),
     "preference": ("prompt", "chosen", "rejected", "margin", "tools", "chat_template_kwargs"),
-    "unpaired": ("prompt", "completion", "label", "chosen", "rejected", "tools", "chat_template_kwargs"),
 }
 EXPECTED = {
     "sft": "`messages`, or `prompt` and `completion`, or `text`",
     "preference": "`chosen` and `rejected`, and `prompt` unless both repeat it",
-    "unpaired": "`prompt`, `completion` and `label`, or a pair: `chosen` and `rejected`, and mostly `prompt`",
     "prompts": "`prompt`",
     "scored": "`prompt` and `completion`",
 }
@@ -66,8 +62,8 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
     """What of a row its tokens follow from, checked; args as of `check_row`."""
     present = {name for name, value in row.items() if value is not None}
 
-    def keep(*columns: str, beside: str | None = None) -> Row:
-        if not present.issuperset({*columns, beside or columns[0]}):
+    def keep(*columns: str) -> Row:
+        if not present.issuperset(columns):
             null = f", and null in {listed(set(row) - present)}" if len(present) < len(row) else ""
             raise UserError(f"{place}: expected the columns {EXPECTED[kind]}; found {listed(present)}{null}")
         return {name: _checked_content(row[name], f"{place}, column '{name}'") for name in columns}
@@ -77,11 +73,7 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
         return columns | (template_columns(row, place) if isinstance(columns["prompt"], list) else {})
     if kind == "preference":
         pair = keep("prompt", "chosen", "rejected") if "prompt" in present else keep("chosen", "rejected")
-        return {**_checked_pair(pair, row, place), "margin": _margin(row.get("margin"), f"{place}, column 'margin'")}
-    if kind == "unpaired" and not present & {"completion", "label"}:
-        return _checked_pair(keep("chosen", "rejected", *present & {"prompt"}), row, place)
-    if kind == "unpaired":
-        return _checked_unpaired(keep("prompt", "completion", beside="label"), row, place)
+        return _checked_pair(pair, row, place)
     if kind == "sft" and "messages" in present:
         if isinstance(row["messages"], str):
             raise UserError(f"{place}, column 'messages': expected a message list, found {describe('')}")
@@ -105,8 +97,7 @@ def as_prompt(row: Row) -> Row | None:
         return {"prompt": row["messages"][:last], "completion": row["messages"][last : last + 1], **template}
     if "prompt" not in row:
         return None
-    known = next(row[name] for name in ("chosen", "completion", "rejected") if name in row)
-    return {"prompt": row["prompt"], "completion": known, **template}
+    return {"prompt": row["prompt"], "completion": row["chosen"] if "chosen" in row else row["completion"], **template}
 
 
 def _require_no_template_columns(row: Row, place: str) -> None:
@@ -157,28 +148,15 @@ def _checked_pair(columns: Row, row: Row, place: str) -> Row:
     if isinstance(columns.get("prompt"), list):
         columns = _with_answers(columns, row, place)
         for name in ("chosen", "rejected"):
-            _require_assistant(columns[name], f"{place}, column '{name}'")
+            roles = [message["role"] for message in columns[name]]
+            if not roles or {roles[0], roles[-1]} != {"assistant"}:
+                raise UserError(
+                    f"{place}, column '{name}': expected what follows the prompt to begin and end with the assistant, "
+                    f"found {roles}"
+                )
     else:
         _with_answers({"prompt": "", **columns}, row, place)
-    return columns
-
-
-def _require_assistant(response: list[Row], place: str) -> None:
-    roles = [message["role"] for message in response]
-    if not roles or {roles[0], roles[-1]} != {"assistant"}:
-        raise UserError(f"{place}: expected what follows the prompt to begin and end with the assistant, found {roles}")
-
-
-def _checked_unpaired(columns: Row, row: Row, place: str) -> Row:
-    """A completion with its label, as the half of a pair that it is: `chosen` or `rejected`."""
-    columns = _with_answers(columns, row, place)
-    if isinstance(columns["prompt"], list):
-        columns = _without_repeated_prompt(columns, place)
-        _require_assistant(columns["completion"], f"{place}, column 'completion'")
-    label = LABELS.get(str(row["label"]).lower())  # 1 and 1.0 are True, and of CSV all are texts
-    if label is None:
-        raise UserError(f"{place}, column 'label': expected true or false, found {describe(row['label'])}")
-    return {("chosen" if label else "rejected") if name == "completion" else name: v for name, v in columns.items()}
+    return {**columns, "margin": _margin(row.get("margin"), f"{place}, column 'margin'")}
 
 
 def _margin(value: Any, place: str) -> float:

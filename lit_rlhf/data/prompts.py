@@ -83,8 +83,8 @@ def load_prompts(
         seed: of the share that a weight below 1 takes.
         kind: prompts, or scored where a completion must stand beside each.
         num_proc: processes that tokenise; None = this one.
-        of: sft, preference or unpaired, where the rows are of that kind: their prompts are taken, and beside each the
-            completion that it is known to have. There may be none.
+        of: sft or preference, where the rows are of that kind: their prompts are taken, and beside each the completion
+            that it is known to have. There may be none.
 
     Raises:
         UserError: bad rows or sources, or no prompt left.

@@ -97,8 +97,7 @@ def _iterate(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, Any]
         from lit_rlhf import demo  # its grammar is only needed here
 
         require_no_split(source)
-        of_demo: Any = {"scored": "sft", "unpaired": "preference"}.get(kind, kind)
-        rows = demo.rows(of_demo, "train" if role == "train" else "validation")
+        rows = demo.rows("sft" if kind == "scored" else kind, "train" if role == "train" else "validation")
         yield from ((f"demo, row {number}", row) for number, row in enumerate(rows, 1))
         return
     files = find_files(source, role)

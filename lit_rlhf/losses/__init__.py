@@ -51,7 +51,6 @@ from lit_rlhf.losses.preference import (
 from lit_rlhf.losses.rating import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
 from lit_rlhf.losses.supervised import bradley_terry_loss, nll
 from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
-from lit_rlhf.losses.unpaired import kto_loss, mismatched_kl
 
 __all__ = [
     "Advantages",
@@ -83,11 +82,9 @@ __all__ = [
     "ipo_loss",
     "jensen_shannon_dpo_loss",
     "jensen_shannon_link",
-    "kto_loss",
     "length_normalized_dpo_loss",
     "length_normalized_ipo_loss",
     "load_balancing_loss",
-    "mismatched_kl",
     "nca_pair_loss",
     "nll",
     "offset_dpo_loss",

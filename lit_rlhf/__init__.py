@@ -1,6 +1,6 @@
 """lit-rlhf: align language models with PyTorch Lightning.
 
-SFT, reward model, PPO, its siblings without a critic, and DPO as LightningModules; `token_mdp` is their environment.
+SFT, reward models, PPO, its siblings without a critic, and DPO as LightningModules; `token_mdp` is their environment.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
     from lit_rlhf.algorithms.ppo import PPO
     from lit_rlhf.algorithms.preference_loss import LossTerm
+    from lit_rlhf.algorithms.process_reward_model import ProcessRewardModel
     from lit_rlhf.algorithms.reference_update import ReferenceUpdate
     from lit_rlhf.algorithms.reinforce import REINFORCE
     from lit_rlhf.algorithms.reinforce_plus_plus import REINFORCEPlusPlus
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.reward_model import RewardModel
     from lit_rlhf.algorithms.rloo import RLOO
     from lit_rlhf.algorithms.sft import SFT
-    from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule
+    from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, StepwiseDataModule
     from lit_rlhf.errors import UserError
     from lit_rlhf.models.adapters import LoRA
     from lit_rlhf.rollout.data_module import RolloutDataModule
@@ -45,11 +46,13 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "KLPenalty": "algorithms.kl_control",
     "PPO": "algorithms.ppo",
     "LossTerm": "algorithms.preference_loss",
+    "ProcessRewardModel": "algorithms.process_reward_model",
     "ReferenceUpdate": "algorithms.reference_update",
     "RewardModel": "algorithms.reward_model",
     "SFT": "algorithms.sft",
     "PreferenceDataModule": "data.modules",
     "SFTDataModule": "data.modules",
+    "StepwiseDataModule": "data.modules",
     "UserError": "errors",
     "LoRA": "models.adapters",
     "RolloutDataModule": "rollout.data_module",
@@ -78,6 +81,7 @@ __all__ = [
     "LoRA",
     "LossTerm",
     "PreferenceDataModule",
+    "ProcessRewardModel",
     "REINFORCEPlusPlus",
     "ReMax",
     "ReferenceUpdate",
@@ -88,6 +92,7 @@ __all__ = [
     "RolloutBackend",
     "RolloutDataModule",
     "SFTDataModule",
+    "StepwiseDataModule",
     "TextReward",
     "UserError",
     "VLLMBackend",

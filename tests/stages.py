@@ -16,16 +16,25 @@ from lit_rlhf import (
     SFT,
     AdaptiveKL,
     PreferenceDataModule,
+    ProcessRewardModel,
     ReMax,
     RewardModel,
     RolloutDataModule,
     SFTDataModule,
+    StepwiseDataModule,
 )
 from lit_rlhf.algorithms.module import AlignmentModule
 from tests.tiny import VOCABULARY, save_tiny
 
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 ON_POLICY = {"ppo": PPO, "reinforce": REINFORCE, "grpo": GRPO, "remax": ReMax, "dapo": DAPO}  # a method of each kind
+
+OFF_POLICY: dict[str, tuple[Any, str, Any]] = {  # module, file and data module
+    "sft": (SFT, "sft", SFTDataModule),
+    "reward_model": (RewardModel, "preference", PreferenceDataModule),
+    "process_reward_model": (ProcessRewardModel, "stepwise", StepwiseDataModule),
+    "dpo": (DPO, "preference", PreferenceDataModule),
+}
 
 
 def write_inputs(folder: Path, rows: int = 24) -> None:
@@ -36,10 +45,17 @@ def write_inputs(folder: Path, rows: int = 24) -> None:
     def text() -> str:
         return " ".join(f"w{i}" for i in rng.integers(3, VOCABULARY, rng.integers(2, 9)))
 
+    def steps() -> list[str]:
+        return [text() for _ in range(rng.integers(1, 4))]
+
     files = {
         "sft": [{"prompt": text(), "completion": " " + text()} for _ in range(rows)],
         "preference": [{"prompt": text(), "chosen": " " + text(), "rejected": " " + text()} for _ in range(rows)],
         "prompts": [{"prompt": text()} for _ in range(rows)],
+        "stepwise": [
+            {"prompt": text(), "completions": (own := steps()), "labels": ["w9" not in step.split() for step in own]}
+            for _ in range(rows)
+        ],
     }
     for name, content in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
@@ -71,12 +87,8 @@ def make_stage(stage: str, folder: Path, **options: Any) -> tuple[AlignmentModul
             group_size=1 if stage == "ppo" else 4,
         )
         return module, data
-    if stage == "sft":
-        module = SFT(model, **options)
-        source, kind = str(folder / "sft.jsonl"), SFTDataModule
-    else:
-        module = {"reward_model": RewardModel, "dpo": DPO}[stage](model, **options)
-        source, kind = str(folder / "preference.jsonl"), PreferenceDataModule
+    make, name, kind = OFF_POLICY[stage]
+    module, source = make(model, **options), str(folder / f"{name}.jsonl")
     return module, kind(train=source, validation=source, max_tokens=100, tokenizer=module.tokenizer)
 
 

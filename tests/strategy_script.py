@@ -42,6 +42,7 @@ WHOLE_DPO = WHOLE | {"reference_free": True}
 WHOLE_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole_sft": ("sft", WHOLE),
     "whole_reward_model": ("reward_model", WHOLE | {"normalize": None}),
+    "whole_process_reward_model": ("process_reward_model", WHOLE),
     "whole_dpo": ("dpo", WHOLE_DPO),
     "whole_lora": ("sft", WHOLE | {"lora": LoRA(r=4), "activation_checkpointing": True}),
     "chunked_sft": ("sft", WHOLE),  # the head sees a few tokens at a time, as in a large batch
@@ -54,6 +55,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo_cached": ("dpo", {"cache_reference": True}),
     "dpo_moving": ("dpo", MOVING_DPO),
     "best_reward_model": ("reward_model", {}),
+    "process_reward_model": ("process_reward_model", {"lora": LoRA(r=4)}),
     # Policy, reference and critic on one base, which is held in another dtype than what learns.
     "lora_ppo": ("ppo", {"lora": LoRA(r=4), "frozen_dtype": "bfloat16", "activation_checkpointing": True}),
     "head_ppo": ("ppo", {"hold_critic": "head"}),  # one pass for two roles

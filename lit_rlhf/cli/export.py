@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
+from lit_rlhf.algorithms.process_reward_model import ProcessRewardModel
 from lit_rlhf.algorithms.resumed_state import require_same_shapes
 from lit_rlhf.algorithms.reward_model import RewardModel, stored_score_head
 from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_apart, require_replaceable, starts_of
@@ -15,10 +16,13 @@ from lit_rlhf.cli.checkpoints import require_checkpoint
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.errors import UserError, damaged, require_alike
 from lit_rlhf.models.adapter_folders import Origin, named_base, saved_adapter
+from lit_rlhf.models.heads import OF_RESPONSES, OF_STEPS
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.loading import load_shape
 from lit_rlhf.models.saving import artefact
 from lit_rlhf.models.tokens import load_tokenizer
+
+HEADS = {RewardModel.exported: OF_RESPONSES, ProcessRewardModel.exported: OF_STEPS}  # by the network that is exported
 
 
 def export(
@@ -61,10 +65,11 @@ def export(
     origin: dict[str, Any] | None = None if facts.get("adapter") is None else {}
     require_alike(facts, {"exported": "", "algorithm": "", "tokens": 0, "adapter": origin}, damaged(ckpt_path, "facts"))
     network = facts["exported"]
-    head = stored_score_head(facts) if network == RewardModel.exported else None
+    scores = HEADS.get(network)
+    head = None if scores is None else stored_score_head(facts)._replace(step_separator=facts.get("step_separator"))
     try:
         adapter = stored_origin(facts, policy)
-        model = load_shape(source if adapter is None else adapter.base, head is not None, trust_remote_code)
+        model = load_shape(source if adapter is None else adapter.base, scores, trust_remote_code)
         tokenizer = load_tokenizer(source, model.config, trust_remote_code)
     except UserError as error:
         hint = "" if policy else f"; {source} is what the run started from: where is it now? Name it by --policy"

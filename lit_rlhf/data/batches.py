@@ -31,6 +31,16 @@ class PreferenceBatch(NamedTuple):
     denominator: Tensor  # () float32: pairs of the global batch / (accumulation steps x ranks)
 
 
+class StepwiseBatch(NamedTuple):
+    """B solutions, of which K steps were judged."""
+
+    packed: PackedBatch
+    step_nodes: Tensor  # (K,) int64: the last node of each step, solution after solution
+    labels: Tensor  # (K,) float32: 1 = the step is right, 0 = it is wrong, between them how probably
+    solution_ids: Tensor  # (K,) int64: the solution that it belongs to, ascending
+    denominator: Tensor  # () float32: steps of the global batch / (accumulation steps x ranks)
+
+
 class Origins(NamedTuple):
     """Where each of the data's prompts comes from, for messages."""
 
@@ -54,6 +64,7 @@ class PromptBatch(NamedTuple):
     numbers: np.ndarray | None = None  # (B,) int64: which of the data's prompts they are; None = the first B
     response_ids: list[np.ndarray] | None = None  # B of (T,) int64: completions to be scored, where the data are such
     origins: Origins | None = None  # of all the data's prompts
+    step_ends: list[np.ndarray] | None = None  # B of (K,) int64: where in a response its steps have their last tokens
 
     def place(self, index: int) -> str:
         """Where prompt `index` of these stands in the data, for a message."""

@@ -68,7 +68,12 @@ def require_held_out_rows(train: Sources | None, validation: Sources | None) -> 
         )
 
 
-DATA_MODULES = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "prompts": "RolloutDataModule"}
+DATA_MODULES = {
+    "sft": "SFTDataModule",
+    "preference": "PreferenceDataModule",
+    "stepwise": "StepwiseDataModule",
+    "prompts": "RolloutDataModule",
+}
 
 
 def require_kind(trainer: Any, kind: Kind) -> None:

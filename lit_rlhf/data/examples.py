@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data import tokenize
-from lit_rlhf.data.batches import PreferenceBatch, SFTBatch
+from lit_rlhf.data.batches import PreferenceBatch, SFTBatch, StepwiseBatch
 from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.naming import Role, Source, parse_sources
@@ -22,7 +22,7 @@ from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.sources import weighted
 from lit_rlhf.data.token_cache import tokenized
-from lit_rlhf.engine.packing import Example, pack
+from lit_rlhf.engine.packing import Example, PackedBatch, pack
 from lit_rlhf.errors import UserError
 
 ROWS = 128  # of a table that are looked at together
@@ -136,6 +136,50 @@ class PreferenceDataset(PackedDataset):
         )
 
 
+class StepwiseDataset(PackedDataset):
+    """Solutions in steps."""
+
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of prompt and solution."""
+        return self._list_lengths("prompt_ids") + self._list_lengths("response_ids")
+
+    def items(self) -> np.ndarray:
+        """(n,) steps that were judged."""
+        return self._list_lengths("labels")
+
+    def __getitem__(self, batch: MicroBatch) -> StepwiseBatch:
+        table = self._take(batch)
+        prompts, responses, ends = (ragged(table[name]) for name in ("prompt_ids", "response_ids", "step_ends"))
+        packed = pack([Example(prompt, (response,)) for prompt, response in zip(prompts, responses, strict=True)])
+        labels = table["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return StepwiseBatch(
+            packed=packed,
+            step_nodes=response_nodes(packed, responses, ends),
+            labels=torch.tensor(labels, dtype=torch.float32),
+            solution_ids=torch.arange(len(ends)).repeat_interleave(torch.tensor([len(places) for places in ends])),
+            denominator=torch.tensor(batch.denominator, dtype=torch.float32),
+        )
+
+
+def response_nodes(packed: PackedBatch, responses: list[np.ndarray], places: list[np.ndarray]) -> torch.Tensor:
+    """(K,) nodes of some tokens of each response, by their places in it, one response of an example after the other.
+
+    Args:
+        packed: examples of one response each.
+        responses: B of (T,).
+        places: B of (k,), below T.
+    """
+    first_nodes = packed.last_nodes.numpy() + 1 - np.array([len(response) for response in responses])
+    return torch.from_numpy(np.concatenate([first + own for first, own in zip(first_nodes, places, strict=True)]))
+
+
+DATASETS: dict[str, type[PackedDataset]] = {
+    "sft": SFTDataset,
+    "preference": PreferenceDataset,
+    "stepwise": StepwiseDataset,
+}
+
+
 def parts(column: pa.ChunkedArray) -> Iterator[pa.Array]:
     """A column in runs of rows, so that what is computed of them is never there for all tokens at once."""
     for chunk in column.chunks:
@@ -166,7 +210,7 @@ def load_examples(
 
     Args:
         sources: see `naming.parse_sources`.
-        kind: `sft` or `preference`.
+        kind: of the examples, see `DATASETS`.
         role: what the rows are for; chooses splits and files.
         tokenizer: makes ids, by its chat template where rows are messages.
         options: of tokenisation.
@@ -190,5 +234,4 @@ def load_examples(
         tables.append(table.remove_columns("repeats_prompt"))  # counted, and no part of the examples
         reports.append(report)
         offset += len(table)
-    dataset = SFTDataset if kind == "sft" else PreferenceDataset
-    return dataset(datasets.concatenate_datasets(tables), np.concatenate(rows), reports)
+    return DATASETS[kind](datasets.concatenate_datasets(tables), np.concatenate(rows), reports)

@@ -3,6 +3,7 @@
 SFT rows have `messages`, or `prompt` and `completion`, or `text`; preference rows `chosen` and `rejected`, and mostly
 `prompt`; prompt rows have `prompt` and any other columns. A message list is `[{"role": ..., "content": ...}, ...]`;
 beside one, `tools` and `chat_template_kwargs` go to the chat template, and a response that is text is the assistant's.
+Stepwise rows have `prompt`, `completions` (the steps of one solution) and `labels` (one of each step), see `steps.py`.
 A row that does not fit is an error that names file, line and column.
 """
 
@@ -12,9 +13,10 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from lit_rlhf.data.messages import Row, answer, checked_messages, describe, listed, require_no_media, template_columns
+from lit_rlhf.data.steps import checked_labels, checked_steps
 from lit_rlhf.errors import UserError
 
-Kind = Literal["sft", "preference", "prompts", "scored"]  # scored: completions to be scored
+Kind = Literal["sft", "preference", "stepwise", "prompts", "scored", "scored_steps"]  # scored: to be scored
 # How a user names where rows come from: see `naming.parse_sources`.
 Sources = str | list[Any] | dict[str, Any]
 
@@ -24,12 +26,15 @@ LARGEST = 3.4e38  # of a margin: batches hold float32
 READ: dict[Kind, tuple[str, ...]] = {
     "sft": ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"),
     "preference": ("prompt", "chosen", "rejected", "margin", "tools", "chat_template_kwargs"),
+    "stepwise": ("prompt", "completions", "labels", "tools", "chat_template_kwargs"),
 }
 EXPECTED = {
     "sft": "`messages`, or `prompt` and `completion`, or `text`",
     "preference": "`chosen` and `rejected`, and `prompt` unless both repeat it",
+    "stepwise": "`prompt`, `completions` (a list of steps) and `labels` (one of each step)",
     "prompts": "`prompt`",
     "scored": "`prompt` and `completion`",
+    "scored_steps": "`prompt` and `completions` (a list of steps)",
 }
 
 
@@ -51,7 +56,7 @@ def check_row(row: Any, kind: Kind, place: str) -> Row:
     if kind in READ or has_messages:  # a picture beside a prompt of text may be for the reward
         require_no_media(row, place, "column")
     # Of prompts every column stays as it is: rewards read them, and `predict` writes them.
-    if kind in ("prompts", "scored"):
+    if kind in ("prompts", "scored", "scored_steps"):
         return row
     if not has_messages:
         _require_no_template_columns(row, place)
@@ -62,15 +67,24 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
     """What of a row its tokens follow from, checked; args as of `check_row`."""
     present = {name for name, value in row.items() if value is not None}
 
-    def keep(*columns: str) -> Row:
+    def need(*columns: str) -> None:
         if not present.issuperset(columns):
             null = f", and null in {listed(set(row) - present)}" if len(present) < len(row) else ""
             raise UserError(f"{place}: expected the columns {EXPECTED[kind]}; found {listed(present)}{null}")
+
+    def keep(*columns: str) -> Row:
+        need(*columns)
         return {name: _checked_content(row[name], f"{place}, column '{name}'") for name in columns}
 
     if kind == "prompts":
         columns = keep("prompt")
         return columns | (template_columns(row, place) if isinstance(columns["prompt"], list) else {})
+    if kind in ("stepwise", "scored_steps"):
+        need("prompt", "completions", *(["labels"] if kind == "stepwise" else []))
+        columns = keep("prompt")
+        columns |= template_columns(row, place) if isinstance(columns["prompt"], list) else {}
+        columns["completions"] = checked_steps(row, place)
+        return columns | ({"labels": checked_labels(row, place)} if kind == "stepwise" else {})
     if kind == "preference":
         pair = keep("prompt", "chosen", "rejected") if "prompt" in present else keep("chosen", "rejected")
         return _checked_pair(pair, row, place)
@@ -87,8 +101,10 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
 
 
 def as_prompt(row: Row) -> Row | None:
-    """The prompt of a checked SFT or preference row, beside the completion it is known to have; None for bare text."""
+    """The prompt of a checked row, beside the completion it is known to have, or its steps; None for bare text."""
     template: Row = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+    if "completions" in row:
+        return row
     if "messages" in row:
         turns = [turn for turn, message in enumerate(row["messages"]) if message["role"] == "assistant"]
         if not turns or turns[-1] == 0:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from lit_rlhf.data.formats import READ, Kind
+from lit_rlhf.data.formats import EXPECTED, READ, Kind
 from lit_rlhf.data.messages import MEDIA, Row, checked_messages, describe, listed
 from lit_rlhf.errors import UserError
 
@@ -105,6 +105,8 @@ def reshaped(row: Any, kind: Kind, shape: Format | None, place: str) -> Any:
     """
     if shape is None or not isinstance(row, dict):
         return row
+    if kind in ("stepwise", "scored_steps"):
+        raise UserError(f"{place}: format {shape} has no steps; expected the columns {EXPECTED[kind]}")
     read: Row = {name: value for name, value in row.items() if value is not None}
     answers = (
         ("chosen", "rejected") if kind == "preference" else ("output",) * (shape == "alpaca" and kind != "prompts")

@@ -1,4 +1,4 @@
-"""The LightningDataModules of SFT, and of reward models and DPO."""
+"""The LightningDataModules of what is learnt from rows: demonstrations, pairs, solutions in steps."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ from lit_rlhf.data.settings import BatchSettings, TokenizationSettings
 from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.signals import SIGNALS
 
-__all__ = ["PreferenceDataModule", "SFTDataModule", "load_prompts"]
+__all__ = ["PreferenceDataModule", "SFTDataModule", "StepwiseDataModule", "load_prompts"]
 
 PREDICT_BATCH = 256  # prompts handed to `predict_step` at once; how many are played together is the model's affair
 ROLES: dict[str, Role] = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -272,3 +272,28 @@ class PreferenceDataModule(ExamplesDataModule):
         for dataset in list(self.datasets.values())[: int(self.trainer is not None and not self.warned)]:
             warn_of_margins(self.trainer, dataset)
             self.warned = True
+
+
+class StepwiseDataModule(ExamplesDataModule):
+    """Solutions in steps: rows with `prompt`, `completions` (the steps) and `labels` (whether each is right).
+
+    A label is true or false, or how probably the step is right, from 0 to 1; null = it was not judged.
+
+    Args:
+        train: rows to learn from, as in `ExamplesDataModule`.
+        validation: held-out rows; null = no validation.
+        step_separator: text behind each step, by which a policy's steps are told apart; it belongs to the step.
+        kwargs: as in `ExamplesDataModule`; what is too long loses whole steps.
+    """
+
+    kind = "stepwise"
+
+    def __init__(
+        self,
+        train: Sources | None = DEMO,
+        validation: Sources | None = DEMO,
+        step_separator: str = "\n",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(train, validation, **kwargs)
+        self.tokenization = replace(self.tokenization, step_separator=step_separator)

@@ -32,6 +32,7 @@ class PromptDataset(Dataset):
         columns: n values each; None where a row lacks it.
         response_ids: n arrays (T,) int64 where the completions of the rows are to be scored.
         origins: of the rows, where they were read from sources.
+        step_ends: n arrays (K,) int64 where each of their steps is to be.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class PromptDataset(Dataset):
         columns: dict[str, list[Any]],
         response_ids: list[np.ndarray] | None = None,
         origins: Origins | None = None,
+        step_ends: list[np.ndarray] | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.columns = columns
         self.response_ids = response_ids
         self.origins = origins
+        self.step_ends = step_ends
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -60,6 +63,7 @@ class PromptDataset(Dataset):
             rows,
             None if self.response_ids is None else [self.response_ids[row] for row in rows],
             self.origins,
+            None if self.step_ends is None else [self.step_ends[row] for row in rows],
         )
 
 
@@ -81,15 +85,15 @@ def load_prompts(
         tokenizer: makes ids; message lists end with its template's generation prompt.
         options: of tokenisation.
         seed: of the share that a weight below 1 takes.
-        kind: prompts, or scored where a completion must stand beside each.
+        kind: prompts, or scored (scored_steps) where a completion (steps) must stand beside each.
         num_proc: processes that tokenise; None = this one.
-        of: sft or preference, where the rows are of that kind: their prompts are taken, and beside each the completion
-            that it is known to have. There may be none.
+        of: sft, preference or stepwise, where the rows are of that kind: their prompts are taken, and beside each the
+            completion that it is known to have. There may be none.
 
     Raises:
         UserError: bad rows or sources, or no prompt left.
     """
-    ids: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES[kind] if name.endswith("_ids")}
+    ids: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES[kind] if name.endswith(("_ids", "_ends"))}
     rows: list[Row] = []
     places: list[Callable[[int], str]] = []
     origins: list[tuple[int, int]] = []
@@ -120,7 +124,8 @@ def load_prompts(
         rows += [read[row] for row in kept]
         origins += [(len(places), row) for row in kept.tolist()]
         places.append(place)
-    return PromptDataset(ids["prompt_ids"], to_columns(rows), ids.get("response_ids"), Origins(places, origins))
+    of_responses = ids.get("response_ids"), Origins(places, origins), ids.get("step_ends")
+    return PromptDataset(ids["prompt_ids"], to_columns(rows), *of_responses)
 
 
 def _place_of_kept(source: Source, kind: Kind, role: Role, numbers: Sequence[int], kept: int) -> str:

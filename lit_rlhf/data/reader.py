@@ -24,6 +24,7 @@ class Options(NamedTuple):
     max_prompt_length: int | None = None  # longer prompts that are to be completed or scored lose tokens on the left
     control_tokens: ControlTokens = "keep"
     template_kwargs: Mapping[str, Any] = {}
+    step_separator: str = "\n"  # behind each step of a solution
 
 
 class Reader:
@@ -75,4 +76,4 @@ def _spelt(row: Row) -> Any:
     """The texts of a row, a text response behind its prompt: together they may spell what neither does."""
     if not isinstance(row.get("prompt"), str):
         return row
-    return [row["prompt"] + row.get(name, "") for name in ("completion", "chosen", "rejected")]
+    return [row["prompt"] + "".join(row.get(name, "")) for name in ("completion", "completions", "chosen", "rejected")]

@@ -17,7 +17,7 @@ from lit_rlhf.models.tokens import share_tokenizer
 
 @dataclass(frozen=True)
 class TokenizationSettings:
-    """How rows become tokens; the arguments of `ExamplesDataModule` and `SFTDataModule` say what each means."""
+    """How rows become tokens; the arguments of `ExamplesDataModule` and its subclasses say what each means."""
 
     max_length: int | None = None
     truncation: Truncation = "truncate"
@@ -27,6 +27,7 @@ class TokenizationSettings:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     control_tokens: ControlTokens = "keep"
     loss_on: LossOn = "response"
+    step_separator: str = "\n"
 
     def __post_init__(self) -> None:
         """Refuse lengths that leave no token, and variables of the template that it has for itself."""
@@ -75,7 +76,7 @@ class TokenizationSettings:
         return self._options(None, limit)
 
     def _options(self, max_length: int | None, max_prompt_length: int | None) -> Options:
-        how = (self.control_tokens, self.chat_template_kwargs)
+        how = (self.control_tokens, self.chat_template_kwargs, self.step_separator)
         return Options(max_length, self.truncation, self.loss_on, max_prompt_length, *how)
 
 

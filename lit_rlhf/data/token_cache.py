@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data import tokenize
+from lit_rlhf.data import steps, tokenize
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.encoding import require_offsets
 from lit_rlhf.data.formats import EXPECTED, Kind
@@ -43,10 +43,15 @@ _OF_EACH_ROW = {**_OF_PROMPTS, "repeats_prompt": datasets.Value("bool")}
 FEATURES = {
     "prompts": datasets.Features({"prompt_ids": _IDS, **_OF_PROMPTS}),
     "scored": datasets.Features({"prompt_ids": _IDS, "response_ids": _IDS, **_OF_EACH_ROW}),
+    "scored_steps": datasets.Features({"prompt_ids": _IDS, "response_ids": _IDS, "step_ends": _IDS, **_OF_EACH_ROW}),
     "sft": datasets.Features({"input_ids": _IDS, "loss_mask": _MASK, **_OF_EACH_ROW}),
     "preference": datasets.Features(
         {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS, "chosen_mask": _MASK, "rejected_mask": _MASK}
         | {"margin": datasets.Value("float32"), **_OF_EACH_ROW}
+    ),
+    "stepwise": datasets.Features(
+        {"prompt_ids": _IDS, "response_ids": _IDS, "step_ends": _IDS}
+        | {"labels": datasets.List(datasets.Value("float32")), **_OF_EACH_ROW}
     ),
 }
 
@@ -56,6 +61,8 @@ FUNCTIONS: dict[Kind, Any] = {
     "scored": tokenize.tokenize_scored,
     "sft": tokenize.tokenize_sft,
     "preference": tokenize.tokenize_preference,
+    "stepwise": steps.tokenize_stepwise,
+    "scored_steps": steps.tokenize_scored_steps,
 }
 
 

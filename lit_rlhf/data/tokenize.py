@@ -39,10 +39,10 @@ def tokenize_sft(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, option
     texts = [_sft_text(reader, reader.read(row)) for row in rows]
     masked = [_mask_sft(text, encoding, reader.stops, options) for text, encoding in reader.encode(texts)]
     ids, masks, statuses = map(list, zip(*masked, strict=True))
-    return {"input_ids": ids, "loss_mask": masks, **_of_each_row(reader, rows, statuses)}
+    return {"input_ids": ids, "loss_mask": masks, **of_each_row(reader, rows, statuses)}
 
 
-def _of_each_row(reader: Reader, rows: Sequence[Row], statuses: list[int]) -> dict[str, list[Any]]:
+def of_each_row(reader: Reader, rows: Sequence[Row], statuses: list[int]) -> dict[str, list[Any]]:
     """What is counted of rows with responses."""
     repeats = [_repeats_prompt(row) for row in rows]
     return {"status": statuses, "repeats_prompt": repeats, "control_tokens": reader.control}
@@ -51,7 +51,7 @@ def _of_each_row(reader: Reader, rows: Sequence[Row], statuses: list[int]) -> di
 def _repeats_prompt(row: Row) -> bool:
     """Whether a response that is text begins with the whole prompt, which it is appended to."""
     prompt = row.get("prompt", "")
-    answers = [row.get(name) for name in ("completion", "chosen", "rejected")]
+    answers = [row.get(name) for name in ("completion", "chosen", "rejected")] + row.get("completions", [])[:1]
     return isinstance(prompt, str) and any(
         prompt.strip() and isinstance(answer, str) and answer.lstrip().startswith(prompt.strip()) for answer in answers
     )
@@ -133,7 +133,7 @@ def tokenize_preference(
         prompt, responses = _split_pair((chosen, rejected), "prompt" in row, reader.stops)
         fitted.append(_fit_pair(prompt, responses, reader.stops, options))
     columns = dict(zip(PAIR, map(list, zip(*fitted, strict=True)), strict=True))
-    return {**columns, "margin": [row["margin"] for row in rows], **_of_each_row(reader, rows, columns["status"])}
+    return {**columns, "margin": [row["margin"] for row in rows], **of_each_row(reader, rows, columns["status"])}
 
 
 def _response_text(reader: Reader, row: Row, column: str) -> Text:
@@ -226,7 +226,7 @@ def tokenize_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, op
         texts.append(Text(text, len(text), [], rendered=chat))
     columns: dict[str, list[Any]] = {"prompt_ids": [], "status": [], "control_tokens": reader.control}
     for _, encoding in reader.encode(texts):
-        ids = _cut_prompt(encoding.ids, tokenizer, options)
+        ids = cut_prompt(encoding.ids, tokenizer, options)
         columns["prompt_ids"].append(ids)
         cut = len(ids) < len(encoding.ids)
         columns["status"].append(TRUNCATED if cut else KEPT if len(ids) else NO_PROMPT)
@@ -245,7 +245,7 @@ def tokenize_scored(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, opt
     for text, encoding in reader.encode(texts):
         length = _prompt_length(text, encoding)
         whole, response = encoding.ids[:length], _response(text, encoding, length, reader.stops).ids
-        prompt = _cut_prompt(whole, tokenizer, options)
+        prompt = cut_prompt(whole, tokenizer, options)
         room = len(response) if options.max_length is None else max(options.max_length - len(prompt), 0)
         status = EMPTY if is_empty(response, reader.stops) else KEPT
         if len(prompt) < len(whole) or len(response) > room:
@@ -253,10 +253,11 @@ def tokenize_scored(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, opt
         columns["prompt_ids"].append(prompt)
         columns["response_ids"].append(response[:room])
         columns["status"].append(status if len(prompt) else NO_PROMPT)
-    return {**columns, **_of_each_row(reader, rows, columns["status"])}
+    return {**columns, **of_each_row(reader, rows, columns["status"])}
 
 
-def _cut_prompt(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, options: Options) -> np.ndarray:
+def cut_prompt(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, options: Options) -> np.ndarray:
+    """(P,) of a prompt's tokens those that `max_prompt_length` leaves: its end, and its beginning token if any."""
     limit = options.max_prompt_length
     if limit is None or len(ids) <= limit:
         return ids

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lit_rlhf.demo.gold import gold_reward
+from lit_rlhf.demo.sums import right_steps, sum_reward
 from lit_rlhf.demo.text import bayes_accuracy, rows
 
 # The configs of all stages: in the package that is installed, or in a checkout.
@@ -13,4 +14,4 @@ CONFIGS = next(
 )
 MODEL_DIR = Path(__file__).parent / "model"  # tokenizer and Llama configuration, no weights
 
-__all__ = ["MODEL_DIR", "bayes_accuracy", "gold_reward", "rows"]
+__all__ = ["MODEL_DIR", "bayes_accuracy", "gold_reward", "right_steps", "rows", "sum_reward"]

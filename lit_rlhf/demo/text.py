@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 from lit_rlhf.demo.gold import MAX_WORDS, gold_reward
 from lit_rlhf.demo.grammar import KIND_OF, OPENERS, PHRASES, TAILS, TOPICS, VALUES, slots_of
+from lit_rlhf.demo.sums import SIZES as SUMS
+from lit_rlhf.demo.sums import sum_rows
 
-Kind = Literal["sft", "preference", "prompts"]
+Kind = Literal["sft", "preference", "stepwise", "prompts"]
 Split = Literal["train", "validation"]
 
 SIZES: dict[tuple[str, str], int] = {
@@ -43,11 +45,15 @@ def rows(kind: Kind, split: Split = "train") -> list[dict[str, Any]]:
     """The embedded data set: conversational rows, the same on every machine, in the same order.
 
     Args:
-        kind: `sft` gives prompt and completion, `preference` prompt, chosen and rejected, `prompts` prompt and topic.
+        kind: `sft` gives prompt and completion, `preference` prompt, chosen and rejected, `prompts` prompt and topic;
+            `stepwise` is of sums, not of customers: prompt, completions and labels.
         split: `train` or `validation`; no prompt of one split, of any kind, occurs in the other.
     """
-    if (kind, split) not in SIZES:
-        raise ValueError(f"no embedded rows of kind {kind!r}, split {split!r}; there are {sorted(SIZES)}")
+    there_are = {*SIZES, *(("stepwise", name) for name in SUMS)}
+    if (kind, split) not in there_are:
+        raise ValueError(f"no embedded rows of kind {kind!r}, split {split!r}; there are {sorted(there_are)}")
+    if kind == "stepwise":
+        return sum_rows(split)
     drawn = _draw(kind, split)
     if kind == "prompts":
         return [{"prompt": _turn("user", request.text), "topic": request.topic} for request, _ in drawn]

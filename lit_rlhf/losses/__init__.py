@@ -49,7 +49,7 @@ from lit_rlhf.losses.preference import (
     robust_dpo_loss,
 )
 from lit_rlhf.losses.rating import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
-from lit_rlhf.losses.supervised import bradley_terry_loss, nll
+from lit_rlhf.losses.supervised import bradley_terry_loss, nll, process_reward_loss
 from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
 
 __all__ = [
@@ -90,6 +90,7 @@ __all__ = [
     "offset_dpo_loss",
     "policy_gradient_loss",
     "ppo_policy_loss",
+    "process_reward_loss",
     "reinforce",
     "reinforce_plus_plus",
     "remax",

@@ -1,4 +1,4 @@
-"""Losses with a target in the data: demonstrations and preferences. Axes: B pairs; any shape for tokens."""
+"""Losses with a target in the data: demonstrations, pairs, steps. Axes: B pairs; K steps; any shape for tokens."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -37,3 +37,20 @@ def bradley_terry_loss(
         (B,) losses; log 2 where the scores differ by exactly the margin.
     """
     return -F.logsigmoid(chosen_scores - rejected_scores - margin)
+
+
+@check_shapes
+def process_reward_loss(scores: Float[Tensor, " K"], labels: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Loss of each step: -y log σ(s) - (1 - y) log σ(-s).
+
+    Lightman et al. 2023, section 2.6, https://arxiv.org/abs/2305.20050; with soft labels, Wang et al. 2023
+    (Math-Shepherd), Eq. 2, https://arxiv.org/abs/2312.08935.
+
+    Args:
+        scores: (K,) s, the log-odds that a step is right.
+        labels: (K,) y, 1 = it is right, 0 = it is wrong, between them how probably it is right.
+
+    Returns:
+        (K,) losses; log 2 where s is 0, and at the least the entropy of the label, where σ(s) = y.
+    """
+    return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")

@@ -44,7 +44,7 @@ def write_adapter(
     folder: Path,
     settings: Mapping[str, Any],
     weights: Mapping[str, Tensor],
-    bias: float,
+    scores: Mapping[str, Any],
     base_weights: str | None = None,
 ) -> None:
     """Write what PEFT and transformers load on the base that the settings name.
@@ -53,7 +53,7 @@ def write_adapter(
         folder: is there.
         settings: as `plain_config` gives them.
         weights: by the names of the base's layers; with `score.weight`, it is a reward model's.
-        bias: added to scores; nothing is written of 0.
+        scores: what stands in the config.json of a whole reward model; nothing is written of 0 and no others.
         base_weights: fingerprint of the base; None = not known.
     """
     from peft import LoraConfig
@@ -62,8 +62,8 @@ def write_adapter(
     LoraConfig(**{**settings, **saved, "inference_mode": True}).save_pretrained(str(folder))
     whole = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
     save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if bias:
-        (folder / BIAS_FILE).write_text(json.dumps({"score_bias": bias}))
+    if any(scores.values()):
+        (folder / BIAS_FILE).write_text(json.dumps(dict(scores)))
     if base_weights is not None:
         (folder / BASE_FILE).write_text(json.dumps({"base_fingerprint": base_weights}))
 

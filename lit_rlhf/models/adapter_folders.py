@@ -22,6 +22,7 @@ from lit_rlhf.engine.memory import only_shapes
 from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.models.adapters import MOST_RANK, without_dropout
 from lit_rlhf.models.fingerprints import SINCE, Fingerprints, fingerprint, fingerprints
+from lit_rlhf.models.heads import ScalarHeadKind, adapter_head_kind
 from lit_rlhf.models.holding import FrozenDtype
 from lit_rlhf.models.hub import HUB_NAME, hub_or_cache, require_json, resolve
 from lit_rlhf.models.weight_checks import check_score_bias
@@ -29,7 +30,7 @@ from lit_rlhf.models.weight_checks import check_score_bias
 PREFIX = "base_model.model."  # of each weight in PEFT's files
 HEADS = ("score", "classifier")  # what PEFT saves as a whole for a classifier, if it is there
 SCORE = "score.weight"
-BIAS_FILE = "score_bias.json"  # what is added to scores: for a whole reward model, it stands in its config.json
+BIAS_FILE = "score_bias.json"  # what is added to scores, and such: of a whole reward model, it stands in config.json
 BASE_FILE = "base_fingerprint.json"  # of the weights that the adapter has learnt on
 # Settings of an adapter that change nothing but its own layers.
 TAKEN = {
@@ -56,9 +57,9 @@ class SavedAdapter:
     settings: dict[str, Any]
 
     @property
-    def scores(self) -> bool:
-        """Whether it is a reward model's: it has a trained scalar head."""
-        return self.settings.get("task_type") == "SEQ_CLS"
+    def head_kind(self) -> ScalarHeadKind | None:
+        """What its trained scalar head scores; None where it has none."""
+        return adapter_head_kind(self.settings.get("task_type"))
 
     def config(self) -> Any:
         """PEFT's config of it, without dropout.
@@ -128,6 +129,12 @@ class SavedAdapter:
         """Added to the scores of its head; None = as of its base."""
         held = self._beside(BIAS_FILE)
         return None if held is None else check_score_bias(held.get("score_bias"), self.name, BIAS_FILE)
+
+    @property
+    def step_separator(self) -> str | None:
+        """What stands behind the steps that its head scores; None where that is not known."""
+        separator = (self._beside(BIAS_FILE) or {}).get("step_separator")
+        return separator if isinstance(separator, str) else None
 
     def require_base(self) -> None:
         """Refuse a base whose weights are not those that the adapter has learnt on, as far as that is known.

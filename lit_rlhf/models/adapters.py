@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.errors import UserError, named_by, require, require_types
 from lit_rlhf.models.adapter_layers import ALL_LINEAR, candidates, regex_fault, require_layers
+from lit_rlhf.models.heads import OF_RESPONSES, OF_STEPS
 
 PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 MOST_RANK = 2**16  # no layer is as wide
@@ -33,7 +34,7 @@ class LoRA:
     Args:
         r: rank of A and B.
         alpha: with r, the factor on B A.
-        dropout: of what A is given, in training; for SFT and RewardModel alone, since PPO's ratio and DPO's log-ratio
+        dropout: of what A is given, in training; for SFT and reward models alone, since PPO's ratio and DPO's log-ratio
             compare two passes of one network. The responses of a pair share it in the prompt that they share.
         target_modules: the layers, by the end of their name or a list of ends, or by a regular expression of whole
             names; all-linear = every linear layer but the head.
@@ -78,12 +79,12 @@ class LoRA:
             if isinstance(given, str) and PLAIN_NAME.fullmatch(given):  # of which PEFT would make a pattern
                 object.__setattr__(self, option, [given])
 
-    def config(self, base: str, scores: bool) -> Any:
+    def config(self, base: str, task_type: str) -> Any:
         """The same as PEFT's `LoraConfig`.
 
         Args:
             base: folder or hub name of the frozen model.
-            scores: whether it is for a reward model, whose scalar head is trained and saved as a whole.
+            task_type: of PEFT: CAUSAL_LM, or one whose scalar head is trained and saved as a whole, see `heads.py`.
         """
         from peft import LoraConfig
 
@@ -99,7 +100,7 @@ class LoRA:
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
             base_model_name_or_path=base,
-            task_type="SEQ_CLS" if scores else "CAUSAL_LM",
+            task_type=task_type,
         )
 
 
@@ -108,7 +109,7 @@ def refuse_dropout(lora: LoRA | None, stage: str) -> None:
     if lora is not None and lora.dropout > 0:
         raise UserError(
             f"lora.dropout ({lora.dropout}) must be 0 in {stage}: it compares passes of the policy with each other, "
-            "and dropout would make them differ by chance; SFT and RewardModel take it"
+            "and dropout would make them differ by chance; SFT and reward models take it"
         )
 
 
@@ -141,8 +142,12 @@ class Adapters:
 
         config = copy.deepcopy(config)
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in self.model.modules())
+        task_type = config.task_type
+        if task_type == OF_STEPS.task_type:
+            config.task_type = OF_RESPONSES.task_type  # the one whose head PEFT takes for none of all linear layers
         with quiet_peft():
             inject_adapter_in_model(config, self.model, name)
+        config.task_type = task_type
         self.layers = dict(lora_layers(self.model))
         self.trained |= {name} if trained else set()
         self.on = None

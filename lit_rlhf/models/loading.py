@@ -18,6 +18,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapter_folders import SavedAdapter, named_base, saved_adapter
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.fingerprints import fingerprints
+from lit_rlhf.models.heads import OF_RESPONSES, ScalarHeadKind, head_kind
 from lit_rlhf.models.holding import FrozenDtype, reading_in, require_frozen_dtype
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.policy import Policy, Scorer
@@ -25,7 +26,6 @@ from lit_rlhf.models.probe import choose_attention, disable_dropout
 from lit_rlhf.models.starts import adapt
 from lit_rlhf.models.tokens import keep_to_tokens, load_tokenizer
 from lit_rlhf.models.trunk import backbone
-from lit_rlhf.models.weight_checks import has_score_head
 from lit_rlhf.models.weights import load_model, stored_architectures, stored_dtype
 
 
@@ -62,8 +62,9 @@ def load_policy(
         read_as = None if merge_start else held
         model = load_model(AutoModelForCausalLM, base, from_scratch, trust_remote_code, held=read_as)
     stored = stored_architectures(base, trust_remote_code)
-    if not from_scratch and (has_score_head(stored) or (start is not None and start.scores)):
-        raise UserError(f"{name} holds a reward model ({stored}), not a policy; name the folder of a causal LM")
+    scores = head_kind(stored) or (None if start is None else start.head_kind)
+    if not from_scratch and scores is not None:
+        raise UserError(f"{name} holds a {scores.named} ({stored}), not a policy; name the folder of a causal LM")
     policy = Policy(model)
     policy.uncut = model.__dict__.get("uncut")
     choose_attention(policy, str(name))
@@ -97,8 +98,9 @@ def load_scorer(
     role: str = "reward_model",
     frozen_dtype: FrozenDtype | None = None,
     learns: bool = True,
+    kind: ScalarHeadKind = OF_RESPONSES,
 ) -> Scorer:
-    """Load a one-label sequence classifier, from a reward model's folder or on top of a causal LM.
+    """Load a classifier of one label, from a reward model's folder or on top of a causal LM.
 
     Args:
         name: folder or hub name of a Hugging Face model, or of an adapter of PEFT; or "demo".
@@ -111,6 +113,7 @@ def load_scorer(
         role: names the adapter that learns, if one does.
         frozen_dtype: as in `load_policy`.
         learns: as in `load_policy`.
+        kind: what its head scores: whole responses, or steps.
 
     Raises:
         UserError: no such model, or no trained scalar head in it and `fresh_head` is off.
@@ -119,17 +122,17 @@ def load_scorer(
     base = name if start is None else start.base
     held = frozen_base(start, lora, merge_start, frozen_dtype, learns)
     with reading_for(lora, merge_start):
-        kind, read_as = AutoModelForSequenceClassification, None if merge_start else held
-        model = load_model(kind, base, False, trust_remote_code, 1, bool(fresh_head), read_as)
+        read_as = None if merge_start else held
+        model = load_model(kind.auto_class, base, False, trust_remote_code, 1, bool(fresh_head), read_as)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; its architecture is not supported")
     architectures = stored_architectures(base, trust_remote_code)
-    trained = has_score_head(architectures) or (start is not None and start.scores)
+    trained = kind in (head_kind(architectures), None if start is None else start.head_kind)
     fresh_head = not trained if fresh_head is None else fresh_head
     if not fresh_head and not trained:
         remedy = "Where one is to be trained, set model.fresh_head: null"
         if not learns:
-            remedy = "Train a reward model first (lit_rlhf.RewardModel), and name the folder that it exports"
+            remedy = f"Train a {kind.named} first ({kind.trained_by}), and name the folder that it exports"
         elif role == "critic":
             remedy = "Name a reward model, or set model.critic: null to start from the policy"
         raise UserError(f"{name} holds no trained reward head: its config names {architectures}. {remedy}")
@@ -185,15 +188,17 @@ def frozen_base(
     return frozen_dtype if stays else None
 
 
-def load_shape(name: str | Path, classifies: bool, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_shape(
+    name: str | Path, scores: ScalarHeadKind | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A model without values for its weights, which lie on the meta device.
 
     Args:
         name: folder or hub name of a Hugging Face causal LM, or "demo".
-        classifies: a one-label sequence classifier of its shape instead.
+        scores: what a scalar head in place of the language model's scores.
         trust_remote_code: run model code that comes with the weights.
     """
-    kind, num_labels = (AutoModelForSequenceClassification, 1) if classifies else (AutoModelForCausalLM, None)
+    kind, num_labels = (AutoModelForCausalLM, None) if scores is None else (scores.auto_class, 1)
     with torch.device("meta"):
         return cast(PreTrainedModel, load_model(kind, name, True, trust_remote_code, num_labels, fresh_head=True))
 

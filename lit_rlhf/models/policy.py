@@ -221,7 +221,7 @@ class SoftCappedHead:
 
 
 class Scorer(Network):
-    """A sequence classifier with one label: a reward model (read at last tokens) or a critic (read at every state)."""
+    """A classifier with one label, read at last tokens (a reward model), at every state (a critic) or at step ends."""
 
     def __init__(self, model: PreTrainedModel, fresh_head: bool = False) -> None:
         super().__init__(model)
@@ -237,6 +237,11 @@ class Scorer(Network):
     def bias(self) -> float:
         """Added to the head's scores; in the config, since the head of transformers' classifiers has no bias."""
         return float(getattr(self.model.config, "score_bias", 0.0))
+
+    @property
+    def step_separator(self) -> str | None:
+        """What stands behind the steps that a process reward model scores; None where its config does not say."""
+        return getattr(self.model.config, "step_separator", None)
 
 
 def context_length(config: PretrainedConfig) -> int | None:

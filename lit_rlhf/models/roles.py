@@ -19,6 +19,7 @@ from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.models.adapter_folders import SCORE, SavedAdapter, named_base
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.fingerprints import Fingerprints, fingerprints
+from lit_rlhf.models.heads import OF_RESPONSES
 from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.network import ScalarHead
@@ -245,7 +246,8 @@ def critic_place(policy: Policy, hold: HoldCritic | None, critic: str | None, sa
     Raises:
         UserError: it cannot live where it was asked to.
     """
-    can = policy.adapters is not None if critic is None else shares_base(policy, saved)
+    scores = saved is None or saved.head_kind in (None, OF_RESPONSES)  # a head of steps is none of responses
+    can = policy.adapters is not None if critic is None else scores and shares_base(policy, saved)
     if hold == "head" and critic is not None:
         raise UserError(f"hold_critic: head learns on the policy's trunk, so {critic} would have no say: drop critic")
     if hold == "adapter" and not can:
@@ -280,7 +282,7 @@ def add_critic(policy: Policy, hold: HoldCritic, lora: LoRA | None, saved: Saved
     elif saved is None:
         fitting = without_head(policy, lora)
         assert fitting is not None
-        config, head = fitting.config(adapters.base, scores=True), head_name(policy)
+        config, head = fitting.config(adapters.base, OF_RESPONSES.task_type), head_name(policy)
         if isinstance(config.target_modules, str):  # which may be a pattern of the head's name, too
             given = config.exclude_modules
             config.exclude_modules = f"(?:{given})|{head}" if isinstance(given, str) else [*(given or ()), head]

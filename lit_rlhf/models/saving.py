@@ -16,6 +16,7 @@ from lit_rlhf.models.adapter_exports import whole_adapter, write_adapter
 from lit_rlhf.models.adapter_folders import SCORE, Origin, without_dropout
 from lit_rlhf.models.adapters import Adapters
 from lit_rlhf.models.causes import silent_transformers
+from lit_rlhf.models.heads import kind_of
 from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.loading import load_policy, load_scorer
 from lit_rlhf.models.weights import stored_dtype
@@ -30,6 +31,7 @@ class ScoreHead(NamedTuple):
 
     gain: float
     bias: float
+    step_separator: str | None = None  # behind the steps that it scores
 
 
 class Artefact(NamedTuple):
@@ -76,6 +78,8 @@ def artefact(
         generation = _generation_config(model, tokenizer, stops)
         return Artefact(model, config, generation, tokenizer, dtype, 1.0, adapter, whole)
     config.score_bias = head.bias
+    if head.step_separator is not None:
+        config.step_separator = head.step_separator
     count = len(tokenizer)
     set_scorer_padding(config, tokenizer, stops)
     if adapter is not None and not whole and len(tokenizer) > count:
@@ -150,8 +154,10 @@ def write_own(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor], fo
     if SCORE in own:
         own[SCORE] = own[SCORE] * made.gain
     cast = {name: tensor if made.dtype is None else _cast(tensor, made.dtype) for name, tensor in own.items()}
-    bias = float(getattr(made.config, "score_bias", 0.0))
-    write_adapter(folder, settings, cast, bias, adapter.base_weights)
+    scores = {"score_bias": float(getattr(made.config, "score_bias", 0.0))}
+    if (separator := getattr(made.config, "step_separator", None)) is not None:
+        scores["step_separator"] = separator
+    write_adapter(folder, settings, cast, scores, adapter.base_weights)
     write_settings(made, folder)
     open_files(folder)
 
@@ -167,7 +173,7 @@ def merged(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor]) -> tu
     trusted = type(made.model).__module__.startswith("transformers_modules")  # its code runs in this process already
     held: dict[str, Any] = {"merge_start": adapter.merged, "frozen_dtype": adapter.held, "learns": False}
     if made.generation is None:
-        model: Any = load_scorer(source, None, trusted, **held).model
+        model: Any = load_scorer(source, None, trusted, kind=kind_of(made.model), **held).model
         widen(model, adapter.held)
         with torch.no_grad():
             model.score.weight.copy_(own.pop(SCORE))

@@ -12,10 +12,11 @@ from lit_rlhf.errors import UserError, named_by
 from lit_rlhf.models.adapter_folders import SCORE, Origin, SavedAdapter, named_base, plain_config
 from lit_rlhf.models.adapters import Adapters, LoRA
 from lit_rlhf.models.fingerprints import fingerprint
+from lit_rlhf.models.heads import kind_of
 from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.policy import Policy, Scorer
-from lit_rlhf.models.weight_checks import check_special_tokens, has_score_head
+from lit_rlhf.models.weight_checks import check_special_tokens
 
 START = "start"  # the adapter that a run started from, where another learns on top of it
 
@@ -62,13 +63,14 @@ def adapt(
             below = (START,)
             refuse_sum_of_dora(start, lora)
     if lora is not None:
-        adapters.add(role, lora.config(base, scores=isinstance(network, Scorer)))
+        task_type = kind_of(network.model).task_type if isinstance(network, Scorer) else "CAUSAL_LM"
+        adapters.add(role, lora.config(base, task_type))
     elif merge_start:
         network.model.requires_grad_(True)
         return
     model: Any = network.model
     if isinstance(network, Scorer):
-        model.score.float().requires_grad_(True)  # it learns, and so is held as adapters are
+        model.score.float().weight.requires_grad_(True)  # it learns, and so is held as adapters are
     network.adapters, network.active = adapters, (*below, role)
     settings = plain_config(model.peft_config[role])
     under = None
@@ -92,10 +94,12 @@ def load_start(network: Policy | Scorer, adapters: Adapters, start: SavedAdapter
     weights, config = start.weights(), start.config()
     head = weights.pop(SCORE, None)
     if isinstance(network, Scorer):
-        config.task_type = "SEQ_CLS"
+        kind = kind_of(network.model)
+        config.task_type = kind.task_type
         if head is not None and not network.fresh_head:
             set_head(network, head, start.bias)
-        elif not network.fresh_head and not has_score_head(list(network.model.config.architectures or [])):
+            network.model.config.step_separator = start.step_separator
+        elif not network.fresh_head and not kind.made(list(network.model.config.architectures or [])):
             raise UserError(f"{start.name}: its adapter_model.safetensors holds no scalar head; copy it anew")
     with named_by(start.name):
         adapters.load(place, config, weights, trained)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.errors import UserError, one_line
+from lit_rlhf.models.heads import head_kind
 
 MOST_LAYERS = 10_000
 LISTS = dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), "a list of ids")  # of tokens that are never written
@@ -20,7 +21,7 @@ LISTS = dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), "a list of i
 def check_labels(config: PretrainedConfig, num_labels: int, name: str | Path) -> None:
     """Refuse a classifier that was trained with another number of labels, or whose scores are shifted by no number."""
     check_score_bias(getattr(config, "score_bias", 0.0), name)
-    if has_score_head(architectures_of(config, name)) and config.num_labels != num_labels:
+    if head_kind(architectures_of(config, name)) is not None and config.num_labels != num_labels:
         labels = ", ".join(map(str, list((config.id2label or {}).values())[:3]))
         raise UserError(
             f"{name} is a classifier of {config.num_labels} labels ({labels}); a reward model or critic has a head of "
@@ -164,8 +165,3 @@ def architectures_of(config: PretrainedConfig, name: str | Path) -> list[str]:
     if not isinstance(named, list) or not all(isinstance(kind, str) for kind in named):
         raise UserError(f"{name}: architectures ({one_line(repr(named))}) in config.json must be a list of names")
     return named
-
-
-def has_score_head(architectures: list[str]) -> bool:
-    """Whether weights of these classes are a reward model's: with a scalar head that was trained."""
-    return any("ForSequenceClassification" in architecture for architecture in architectures)

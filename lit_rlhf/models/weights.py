@@ -15,6 +15,7 @@ from lit_rlhf.engine.memory import only_shapes
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.causes import silent_transformers
 from lit_rlhf.models.fingerprints import weight_files
+from lit_rlhf.models.heads import KINDS, OF_STEPS, head_kind
 from lit_rlhf.models.holding import FrozenDtype, dtype_of, quantization, stays_uncut
 from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, resolve
 from lit_rlhf.models.probe import disable_dropout
@@ -28,7 +29,6 @@ from lit_rlhf.models.weight_checks import (
     check_shapes,
     check_sizes,
     check_special_tokens,
-    has_score_head,
 )
 
 WANTED = {False: "config.json and model.safetensors", True: "config.json and a tokenizer, which are enough for a plan"}
@@ -64,6 +64,8 @@ def load_model(
             if not fresh_head:
                 check_labels(config, num_labels, name)
             config.num_labels = num_labels
+        if auto_class is OF_STEPS.auto_class and head_kind(architectures_of(config, name)) is not OF_STEPS:
+            config.token_classification_bias = False  # of a head that is drawn: adapters hold its weight alone
         dtype = _dtype_of(config, source)
         generation: GenerationConfig | None = None
         with suppress(OSError):  # there need not be one
@@ -156,8 +158,10 @@ def _read(
     model.__dict__["uncut"] = dtype_of(held) if stays_uncut(held) else None
     head = ("score.",) if fresh_head else ()
     check_shapes(report["mismatched_keys"], name, head)
-    stored_head = has_score_head(architectures_of(config, name)) and not fresh_head
-    drawn = () if stored_head else ("score.",)
+    stored = head_kind(architectures_of(config, name))
+    others = [kind.auto_class for kind in KINDS if kind is not stored]
+    stored_head = stored is not None and auto_class not in others and not fresh_head
+    drawn = ("score.bias",) if stored_head else ("score.",)  # older transformers make a bias whatever the config says
     check_missing(report["missing_keys"], model, name, drawn)
     check_left_out(report["unexpected_keys"], model, name, type(model.config) is type(config), drawn)
     check_finite(model, source, name, head)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, named_by, one_line, require, require_types
 from lit_rlhf.models.adapter_folders import named_base, saved_adapter
 from lit_rlhf.models.fingerprints import fingerprints
+from lit_rlhf.models.heads import OF_RESPONSES, ScalarHeadKind
 from lit_rlhf.models.holding import FrozenDtype, reading_in, require_frozen_dtype
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.loading import load_scorer
@@ -95,6 +96,8 @@ class RewardModelReward(Reward):
         trust_remote_code: run model code that comes with the weights.
     """
 
+    kind: ClassVar[ScalarHeadKind] = OF_RESPONSES
+
     def __init__(
         self,
         model: str,
@@ -130,13 +133,19 @@ class RewardModelReward(Reward):
         """The reward model as a network of its own."""
         trusted, frozen_dtype = self.trust_remote_code, self.frozen_dtype
         with reading_in(torch.get_default_dtype()):  # whole, whatever is cut
-            scorer = freeze(load_scorer(self.name, False, trusted, frozen_dtype=frozen_dtype, learns=False))
+            options: dict[str, Any] = {"frozen_dtype": frozen_dtype, "learns": False, "kind": self.kind}
+            scorer = freeze(load_scorer(self.name, False, trusted, **options))
         self.stands_on = scorer.stands_on
         return scorer
 
     def share(self, policy: Policy) -> None:
         """Stand on the policy's base, where that is the adapter's own."""
-        if self.held is None and self.saved is not None and shares_base(policy, self.saved):
+        if (
+            self.held is None
+            and self.saved is not None
+            and self.saved.head_kind is self.kind
+            and shares_base(policy, self.saved)
+        ):
             if self.frozen_dtype is not None:
                 raise UserError(
                     f"reward model {self.name}: frozen_dtype ({self.frozen_dtype}) has nothing to say, since it stands "

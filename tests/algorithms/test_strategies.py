@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from lit_rlhf import LoRA, RewardModel, UserError
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
@@ -197,6 +197,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         "dpo_cached",
         "dpo_moving",
         "best_reward_model",
+        "process_reward_model",
         "lora_ppo",
         "head_ppo",
         "grpo",
@@ -208,6 +209,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         assert result["steps"] > 0
         assert all(math.isfinite(value) for value in result["metrics"].values()), (run, result)
         kind = AutoModelForSequenceClassification if run.endswith("reward_model") else AutoModelForCausalLM
+        kind = AutoModelForTokenClassification if run.endswith("process_reward_model") else kind
         model = kind.from_pretrained(tmp_path / strategy / run / "model")
         assert all(parameter.isfinite().all() for parameter in model.parameters())
     # The reference's log-probs are the same, whether a frozen copy gives them or a cache that one rank had begun.

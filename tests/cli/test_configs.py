@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from tests.cli.command_line import QUICK, SMALL_PPO, run
 
@@ -23,8 +23,11 @@ def test_each_config_runs_two_steps_and_exports_a_model_that_transformers_loads(
         small += SMALL_PPO
     assert run("fit", "--config", config, *QUICK, *small) == 0
 
-    kind = AutoModelForSequenceClassification if config.stem == "reward_model" else AutoModelForCausalLM
-    model = kind.from_pretrained(root / "model")
+    scorers = {
+        "reward_model": AutoModelForSequenceClassification,
+        "process_reward_model": AutoModelForTokenClassification,
+    }
+    model = scorers.get(config.stem, AutoModelForCausalLM).from_pretrained(root / "model")
     summary = json.loads((root / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["peak_memory_mb"] > 0

@@ -1,0 +1,49 @@
+"""Models with a scalar head: what transformers calls them, and PEFT their adapters."""
+
+from typing import Any, NamedTuple
+
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+
+class ScalarHeadKind(NamedTuple):
+    """What a scalar head was trained to score."""
+
+    auto_class: Any  # of transformers, which loads it
+    ending: str  # of the name of such a class
+    task_type: str  # of an adapter in PEFT
+    named: str  # to a person
+    trained_by: str
+
+    def made(self, architectures: list[str]) -> bool:
+        """Whether weights of these classes hold such a head."""
+        return any(self.ending in architecture for architecture in architectures)
+
+
+OF_RESPONSES = ScalarHeadKind(
+    AutoModelForSequenceClassification, "ForSequenceClassification", "SEQ_CLS", "reward model", "lit_rlhf.RewardModel"
+)
+OF_STEPS = ScalarHeadKind(
+    AutoModelForTokenClassification,
+    "ForTokenClassification",
+    "TOKEN_CLS",
+    "process reward model",
+    "lit_rlhf.ProcessRewardModel",
+)
+KINDS = (OF_RESPONSES, OF_STEPS)
+
+
+def head_kind(architectures: list[str]) -> ScalarHeadKind | None:
+    """What the scalar head in weights of these classes scores; None where there is none."""
+    return next((kind for kind in KINDS if kind.made(architectures)), None)
+
+
+def adapter_head_kind(task_type: Any) -> ScalarHeadKind | None:
+    """Likewise of an adapter for this task."""
+    return next((kind for kind in KINDS if kind.task_type == task_type), None)
+
+
+def kind_of(model: Any) -> ScalarHeadKind:
+    """What the scalar head of a model scores."""
+    kind = head_kind([type(model).__name__])
+    assert kind is not None, f"{type(model).__name__} has no scalar head"
+    return kind

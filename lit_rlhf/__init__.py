@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lit_rlhf.models.adapters import LoRA
     from lit_rlhf.rollout.data_module import RolloutDataModule
     from lit_rlhf.rollout.play import GenerationSettings, RolloutBackend
+    from lit_rlhf.rollout.process_rewards import ProcessRewardModelReward
     from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
     from lit_rlhf.rollout.shaping import RewardShaping
     from lit_rlhf.rollout.vllm_backend import VLLMBackend
@@ -58,6 +59,7 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "RolloutDataModule": "rollout.data_module",
     "GenerationSettings": "rollout.play",
     "RolloutBackend": "rollout.play",
+    "ProcessRewardModelReward": "rollout.process_rewards",
     "Reward": "rollout.rewards",
     "RewardModelReward": "rollout.rewards",
     "TextReward": "rollout.rewards",
@@ -82,6 +84,7 @@ __all__ = [
     "LossTerm",
     "PreferenceDataModule",
     "ProcessRewardModel",
+    "ProcessRewardModelReward",
     "REINFORCEPlusPlus",
     "ReMax",
     "ReferenceUpdate",

@@ -81,7 +81,7 @@ class CreditingModule(AlignmentModule):
         scores = self.scores(rollout)
         kl_coef = self.kl.kl_coef if self.kl_penalty.place == "reward" else 0.0
         penalty = rollout.rows(self.kl_penalty.estimate(old_logprobs, ref_logprobs))
-        rewards = token_rewards(scores, penalty, kl_coef, rollout.mask)
+        rewards = self.credited(scores, rollout.step_rewards(), penalty, kl_coef, rollout.mask)
         if self.shaping.whiten:
             moments = self.moments_over_ranks(rollout.flat(rewards))
             rewards = whiten(rewards, rollout.mask, moments, keep_mean=True)
@@ -109,6 +109,18 @@ class CreditingModule(AlignmentModule):
             columns |= {"old_values": old_values, "returns": returns}
         self.finish_rollout(rollout.means(scores, old_logprobs, ref_logprobs), old_values, returns, len(scores))
         return rollout.experience(columns, self.sum_over_ranks(rollout.step_tokens()).tolist())
+
+    def credited(
+        self, scores: Tensor, step_rewards: Tensor | None, penalty: Tensor, kl_coef: float, mask: Tensor
+    ) -> Tensor:
+        """(B, T) token rewards: what was paid step by step where it was paid, and what the scores leave at the end.
+
+        So a response earns its shaped score (B,) in all, whatever of it came early.
+        """
+        if step_rewards is None:
+            return token_rewards(scores, penalty, kl_coef, mask)
+        early = step_rewards * self.shaping.scale
+        return token_rewards(scores - early.sum(1), penalty, kl_coef, mask) + early
 
     def planned(self, played: Play, minibatches: Minibatches) -> PlannedRollout:
         """The rollout, cut into the micro-batches of this iteration."""

@@ -107,6 +107,13 @@ class PlannedRollout:
         """(B, T) -> (M,)."""
         return unpad_rows(rows, self.mask)
 
+    def step_rewards(self) -> Tensor | None:
+        """(B, T) float32 what of the rewards was paid step by step, on its tokens; None where nothing was."""
+        if self.episodes[0].step_rewards is None:
+            return None
+        paid = [episode.step_rewards for episode in self.episodes if episode.step_rewards is not None]
+        return self.rows(torch.from_numpy(np.concatenate(paid)).float())
+
     def step_tokens(self) -> Tensor:
         """Response tokens of each optimiser step, on this rank."""
         lengths = np.array([len(episode.response_ids) for episode in self.played.episodes])

@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -40,6 +40,7 @@ from token_mdp.rewards import bare
 class Reward:
     """What a reward function offers; a plain function of text becomes one by itself, see `TextReward`."""
 
+    pays_steps: bool = False  # whether `step_rewards` says which tokens its score is paid with; else the last
     abstain: bool = False  # whether None for a response means that it has nothing to say of it
     stands_on: Mapping[str, str] = MappingProxyType({})  # folder of weights that it scores by -> their fingerprint
 
@@ -67,6 +68,10 @@ class Reward:
     def view(self) -> Any:
         """Where it lives: a network, a view on the policy's, or a word for what is neither."""
         return "Python"
+
+    def step_rewards(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """(T,) what each token of n responses is paid: the parts of which a score is the sum, where it `pays_steps`."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its steps are paid")  # pragma: no cover
 
     def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> Any:
         """Score n responses.
@@ -183,9 +188,12 @@ class RewardModelReward(Reward):
 
     def __call__(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], **columns: Any) -> np.ndarray:
         """(n,) scores."""
-        # Of a sharded policy's base: ranks have different numbers of responses to score, and do not wait.
-        with nullcontext() if self.policy is None else gathered(self.policy):
+        with self.at_hand():
             return scores(self.scorer, prompts, responses, self.max_tokens)
+
+    def at_hand(self) -> AbstractContextManager[None]:
+        """While inside, its weights are whole: ranks have different numbers of responses to score, and do not wait."""
+        return nullcontext() if self.policy is None else gathered(self.policy)  # of a sharded policy's base
 
 
 @torch.no_grad()

@@ -198,10 +198,22 @@ class Rewards:
             values = episode.components or {self.terms[0].name: episode.reward}
             for term in self.terms:
                 require_computable(term, values[term.name], prompts, episode.prompt_index)
+        if any(term.reward.pays_steps for term in self.terms):
+            episodes = self.with_steps(episodes)
         if not self.abstain:
             return episodes
         silent = [term.name for term in self.terms if term.reward.abstain]
         return [episode._replace(components=counted(episode.components, silent)) for episode in episodes]
+
+    def with_steps(self, episodes: list[Episode]) -> list[Episode]:
+        """Episodes that say which part of their rewards is paid with which of their tokens; the rest is of the last."""
+        prompts, responses = [e.prompt_ids for e in episodes], [e.response_ids for e in episodes]
+        paid = [np.zeros(len(response)) for response in responses]
+        for term in self.terms:
+            if term.reward.pays_steps and term.weight:
+                for total, own in zip(paid, term.reward.step_rewards(prompts, responses), strict=True):
+                    total += term.weight * own
+        return [episode._replace(step_rewards=rewards) for episode, rewards in zip(episodes, paid, strict=True)]
 
 
 def require_computable(term: Term, value: float, prompts: PromptBatch, index: int) -> None:

@@ -93,6 +93,12 @@ class RewardShaping:
         """
         self.seen = Moments(*(old + new for old, new in zip(self.seen, rewards, strict=True)))
 
+    @property
+    def scale(self) -> float:
+        """What rewards are multiplied by: 1 / their standard deviation, if that is asked for and they are not equal."""
+        varies = self.seen.variance > 1e-12 * self.seen.mean.square()
+        return 1 / self.seen.variance.sqrt().item() if self.settings.normalize is not None and varies else 1.0
+
     @check_shapes
     def scores(
         self, rewards: Float[Tensor, " B"], lengths: Shaped[Tensor, " B"], cut: Bool[Tensor, " B"]
@@ -110,10 +116,7 @@ class RewardShaping:
         settings, scores = self.settings, rewards.double()
         if settings.normalize == "standardize":
             scores = scores - self.seen.mean
-        if (
-            settings.normalize is not None and self.seen.variance > 1e-12 * self.seen.mean.square()
-        ):  # else all are equal
-            scores = scores / self.seen.variance.sqrt()
+        scores = scores * self.scale
         if settings.clip is not None:
             scores = scores.clamp(-settings.clip, settings.clip)
         scores = scores - settings.length_penalty * (lengths - settings.length_budget).clamp(min=0)

@@ -25,6 +25,7 @@ SIZES = {
     "B": 4,
     "T": 3,
     "M": 12,
+    "K": 5,
     "N": 4,
     "C": TREE.num_completions,
     "U": 2,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -25,6 +26,7 @@ IN_GROUPS = {
     "adam_betas": "betas",
     "adam_eps": "eps",
 }
+DAMAGED = "ckpt_path: {} is damaged, or of another run, so take an older one: its"
 LEARNT = "optimizer_learnt"  # key of a checkpoint: what `learnt_by` gives of it
 Change = tuple[Any, Any]  # of an option: what the checkpoint's run had, and what this one has
 
@@ -79,7 +81,7 @@ def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, sched
     Raises:
         UserError: names the file, the part and what stands there.
     """
-    name = f"ckpt_path: {file} is damaged, or of another run, so take an older one: its"
+    name = DAMAGED.format(file)
     steps, states = checkpoint["global_step"], checkpoint.get("optimizer_states", ())
     for given in checkpoint.get("lr_schedulers", ()):
         require_alike(given, schedule.state_dict(), f"{name} lr_schedulers", ("base_lrs", "last_epoch", "lr_lambdas"))
@@ -87,22 +89,49 @@ def require_own_state(checkpoint: Mapping[str, Any], optimizer: Optimizer, sched
         if states and steps - given["last_epoch"] not in (0, 1):  # 1 between a step and that of its schedule
             raise UserError(f"{name} lr_schedulers['last_epoch']: expected {steps} steps, found {given['last_epoch']}")
     for given in states:
-        own = [{**group, "params": None} for group in optimizer.param_groups]
-        require_alike(given, {"param_groups": own, "state": {}}, f"{name} optimizer_states", ("param_groups", "state"))
-        for number, (group, mine) in enumerate(zip(given["param_groups"], optimizer.param_groups, strict=True)):
-            part = f"{name} param_groups[{number}]"
-            require_alike(group, {}, part, ("params", *(key for key in NEEDED if key in mine)))
-            require_alike(group["params"], [None] * len(mine["params"]), f"{part}['params']")
-            for key in BELOW.keys() & group.keys():
-                _require_below(BELOW[key], group[key], f"{part}[{key!r}]")
-            for key in group.keys() & mine.keys() - set(VARIES):
-                if group[key] != mine[key]:
-                    raise UserError(f"{part}[{key!r}]: expected {mine[key]}, found {one_line(repr(group[key]))}")
-            for key, parameter in zip(group["params"], mine["params"], strict=True):
-                if key in given["state"] and type(optimizer) is AdamW and isinstance(key, int):
-                    _require_moments(given["state"][key], parameter, steps, f"{name} state[{key}]")
+        require_own_groups(given, optimizer.param_groups, type(optimizer) is AdamW, steps, name)
     if states and (noted := checkpoint.get(LEARNT, learnt_by(checkpoint))) != learnt_by(checkpoint):
         raise UserError(f"{name} optimizer_states are not of the weights that had learnt, {one_line(noted)}")
+
+
+def require_own_groups(given: Any, groups: list[dict[str, Any]], has_moments: bool, steps: int, name: str) -> None:
+    """The same of one optimiser's state.
+
+    Args:
+        given: as of `Optimizer.state_dict`.
+        groups: of this run as they were made, with their parameters.
+        has_moments: whether it keeps AdamW's, of each parameter's shape.
+        steps: that were taken.
+        name: of the file, as the start of a message.
+    """
+    own = [{**group, "params": None} for group in groups]
+    require_alike(given, {"param_groups": own, "state": {}}, f"{name} optimizer_states", ("param_groups", "state"))
+    for number, (group, mine) in enumerate(zip(given["param_groups"], groups, strict=True)):
+        part = f"{name} param_groups[{number}]"
+        require_alike(group, {}, part, ("params", *(key for key in NEEDED if key in mine)))
+        require_alike(group["params"], [None] * len(mine["params"]), f"{part}['params']")
+        for key in BELOW.keys() & group.keys():
+            _require_below(BELOW[key], group[key], f"{part}[{key!r}]")
+        for key in group.keys() & mine.keys() - set(VARIES):
+            if group[key] != mine[key]:
+                raise UserError(f"{part}[{key!r}]: expected {mine[key]}, found {one_line(repr(group[key]))}")
+        for key, parameter in zip(group["params"], mine["params"], strict=True):
+            if key in given["state"] and has_moments and isinstance(key, int):
+                _require_moments(given["state"][key], parameter, steps, f"{name} state[{key}]")
+
+
+def require_read_state(optimizer: Optimizer, made: list[dict[str, Any]], steps: int, file: str) -> None:
+    """As `require_own_state`, of a state that each rank has read into its optimiser by itself (FSDP2).
+
+    Args:
+        optimizer: with what was read; one that is not torch's is not looked at.
+        made: its groups as this run made them.
+        steps: that were taken.
+        file: of the checkpoint.
+    """
+    if type(optimizer) is AdamW:
+        groups = [{**group, **own} for group, own in zip(optimizer.param_groups, made, strict=True)]
+        require_own_groups(optimizer.state_dict(), groups, True, steps, DAMAGED.format(file))
 
 
 def learnt_by(checkpoint: Mapping[str, Any]) -> list[list[Any]]:
@@ -129,8 +158,9 @@ def _require_moments(given: Any, parameter: nn.Parameter, steps: int, name: str)
             raise UserError(f"{name}[{key!r}]: expected a tensor of {tuple(shape)}, found {said}")
     if not 0 <= given["step"] <= steps:
         raise UserError(f"{name}['step']: expected at most {steps} steps, found {given['step']:g}")
-    if (given["exp_avg_sq"] < 0).any():
-        raise UserError(f"{name}['exp_avg_sq']: expected squares, found {given['exp_avg_sq'].min():g}")
+    squares = given["exp_avg_sq"].to_local() if isinstance(given["exp_avg_sq"], DTensor) else given["exp_avg_sq"]
+    if (squares < 0).any():
+        raise UserError(f"{name}['exp_avg_sq']: expected squares, found {squares.min():g}")
 
 
 def make_optimizer(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.algorithms.checkpoint import require_facts, require_location
 from lit_rlhf.algorithms.hyperparameters import read_arguments, restored_arguments
 from lit_rlhf.algorithms.learning import LearningModule
-from lit_rlhf.algorithms.optimizers import LEARNT, learnt_by
+from lit_rlhf.algorithms.optimizers import LEARNT, learnt_by, require_read_state
 from lit_rlhf.algorithms.resumed_state import (
     moments_of,
     pieces_of,
@@ -144,6 +144,8 @@ class ResumableModule(LearningModule):
                 self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]
         if self.pieces_unread:  # each rank has read its own, past `on_load_checkpoint`
             require_finite(pieces_of(self, self.trainer.optimizers), self.resumed_file)
+            for optimizer in self.trainer.optimizers if self.made else ():
+                require_read_state(optimizer, self.made, self.global_step, self.resumed_file)
         self.loader_states, self.untrained, self.pieces_unread = [], None, False
         self.take_own_options(self.resumed_file)
         self.take_found_rate()

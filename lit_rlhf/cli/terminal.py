@@ -38,6 +38,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # `validation: null`
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")  # CompletionWriter goes without
     warnings.filterwarnings("ignore", message="The number of training batches")  # perf and rollout: each epoch
+    warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")  # a class's default: its text stands
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(is_news)
 

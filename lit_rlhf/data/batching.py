@@ -52,6 +52,7 @@ class TokenBudgetSampler(DistributedSampler):
         rank: this one.
         accumulate_grad_batches: A; None = nothing is learnt.
         limit_batches: micro-batches of each rank that the Trainer will take in an epoch; None = all.
+        place: where example i comes from, for messages.
 
     Raises:
         UserError: no example, fewer examples than ranks, an example longer than `max_tokens`.
@@ -69,6 +70,7 @@ class TokenBudgetSampler(DistributedSampler):
         rank: int = 0,
         accumulate_grad_batches: int | None = 1,
         limit_batches: int | None = None,
+        place: Callable[[int], str] = "example {}".format,
     ) -> None:
         n = len(lengths)
         if n < num_replicas:
@@ -77,8 +79,8 @@ class TokenBudgetSampler(DistributedSampler):
             raise UserError(f"batch_size ({batch_size}) must be 1 or more, or null for no limit")
         if max_tokens is not None and (longest := int(lengths.max())) > max_tokens:
             raise UserError(
-                f"example {int(lengths.argmax())} has {longest} tokens, more than max_tokens ({max_tokens}) allows in "
-                f"a micro-batch; raise max_tokens to {longest} or lower max_length"
+                f"{place(int(lengths.argmax()))}: {longest} tokens are more than data.max_tokens ({max_tokens}) allows "
+                f"in a micro-batch; raise it to {longest}, or lower data.max_length"
             )
         super().__init__(lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths, dtype=np.int64)

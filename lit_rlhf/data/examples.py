@@ -1,8 +1,9 @@
 """Tokenised examples, packed into typed batches when asked for."""
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -14,13 +15,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data import tokenize
-from lit_rlhf.data.batches import PreferenceBatch, SFTBatch, StepwiseBatch
+from lit_rlhf.data.batches import Origins, PreferenceBatch, SFTBatch, StepwiseBatch
 from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.naming import Role, Source, parse_sources
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
-from lit_rlhf.data.sources import weighted
+from lit_rlhf.data.sources import place_of, weighted
 from lit_rlhf.data.token_cache import tokenized
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
 from lit_rlhf.errors import UserError
@@ -35,12 +36,20 @@ class PackedDataset(Dataset):
         table: tokenised rows of all sources, dropped ones included, without an indices mapping.
         rows: (n,) the rows of `table` that an epoch takes.
         reports: of each source.
+        places: of each source: its row -> file and line.
     """
 
-    def __init__(self, table: datasets.Dataset, rows: np.ndarray, reports: list[Report]) -> None:
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        rows: np.ndarray,
+        reports: list[Report],
+        places: Sequence[Callable[[int], str]] = (),
+    ) -> None:
         self.table = table.with_format("arrow")
         self.rows = rows
         self.reports = reports
+        self.places = list(places)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,6 +64,12 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, batch: MicroBatch) -> Any:
         raise NotImplementedError  # pragma: no cover
+
+    def place(self, example: int) -> str:
+        """File and line of an example, looked for in the file."""
+        firsts = np.cumsum([0, *(report.rows for report in self.reports)])
+        source = int(np.searchsorted(firsts, self.rows[example], side="right")) - 1
+        return Origins(self.places, [(source, int(self.rows[example] - firsts[source]))]).place(0)
 
     def fingerprint(self) -> str:
         """Hash of the rows that an epoch takes and of all tokens, whatever file or cache they came from."""
@@ -220,7 +235,7 @@ def load_examples(
     Raises:
         UserError: bad rows or sources, or no row left.
     """
-    tables, rows, reports, offset = [], [], [], 0
+    tables, rows, reports, places, offset = [], [], [], [], 0
     for source in parse_sources(sources):
         table = tokenized(source, kind, role, tokenizer, options, num_proc)
         statuses = table.data.column("status").to_numpy()
@@ -229,9 +244,10 @@ def load_examples(
         report = Report.of(f"{role} data {source.name}", statuses, control_tokens, tokenizer, repeats=repeats)
         report.say(options)
         if report.kept == 0:
-            raise UserError(f"no row is left to use. {report}. The length limit is {options.max_length} tokens")
+            raise UserError(f"no row is left to use. {report}. {report.remedy(options)}")
         rows.append(weighted(np.flatnonzero(statuses <= tokenize.EMPTY), source, seed) + offset)
         tables.append(table.remove_columns("repeats_prompt"))  # counted, and no part of the examples
         reports.append(report)
+        places.append(functools.partial(place_of, source, kind, role))
         offset += len(table)
-    return DATASETS[kind](datasets.concatenate_datasets(tables), np.concatenate(rows), reports)
+    return DATASETS[kind](datasets.concatenate_datasets(tables), np.concatenate(rows), reports, places)

@@ -9,6 +9,7 @@ A row that does not fit is an error that names file, line and column.
 
 import itertools
 import math
+from collections.abc import Collection
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ EXPECTED = {
     "scored": "`prompt` and `completion`",
     "scored_steps": "`prompt` and `completions` (a list of steps)",
 }
+
+SHAPES = {"alpaca": "instruction", "sharegpt": "conversations"}  # that `data.format` names, by the column that tells
 
 
 def check_row(row: Any, kind: Kind, place: str) -> Row:
@@ -70,7 +73,8 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
     def need(*columns: str) -> None:
         if not present.issuperset(columns):
             null = f", and null in {listed(set(row) - present)}" if len(present) < len(row) else ""
-            raise UserError(f"{place}: expected the columns {EXPECTED[kind]}; found {listed(present)}{null}")
+            hint = "" if set(columns) <= set(row) else f"; {_how_to_map(row, columns, kind)}"
+            raise UserError(f"{place}: expected the columns {EXPECTED[kind]}; found {listed(present)}{null}{hint}")
 
     def keep(*columns: str) -> Row:
         need(*columns)
@@ -98,6 +102,15 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
         return keep("text")
     columns = _with_answers(keep("prompt", "completion"), row, place)
     return _without_repeated_prompt(columns, place) if isinstance(columns["prompt"], list) else columns
+
+
+def _how_to_map(row: Row, needed: Collection[str], kind: Kind) -> str:
+    """What the user may declare of a row that has other columns."""
+    for shape, column in SHAPES.items():
+        if row.get(column) is not None and kind not in ("stepwise", "scored_steps"):
+            return f"rows with {column!r} are read by data.format: {shape}"
+    names = ", ".join(f"{name}: ITS_NAME" for name in needed if name not in row)
+    return f"columns of other names are declared by data.columns: {{{names}}}"
 
 
 def as_prompt(row: Row) -> Row | None:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from lit_rlhf.data.formats import EXPECTED, READ, Kind
+from lit_rlhf.data.formats import EXPECTED, READ, SHAPES, Kind
 from lit_rlhf.data.messages import MEDIA, Row, checked_messages, describe, listed
 from lit_rlhf.errors import UserError
 
@@ -111,7 +111,7 @@ def reshaped(row: Any, kind: Kind, shape: Format | None, place: str) -> Any:
     answers = (
         ("chosen", "rejected") if kind == "preference" else ("output",) * (shape == "alpaca" and kind != "prompts")
     )
-    needed = ("instruction" if shape == "alpaca" else "conversations", *answers)
+    needed = (SHAPES[shape], *answers)
     if missing := [name for name in needed if name not in read]:
         null = f", and null in {listed(set(row) - set(read))}" if len(read) < len(row) else ""
         raise UserError(f"{place}: expected the column {missing[0]!r} of format {shape}; found {listed(read)}{null}")

@@ -216,6 +216,7 @@ class ExamplesDataModule(LightningDataModule):
             shuffle=shuffle,
             seed=self.batches.seed,
             accumulate_grad_batches=accumulate,
+            place=dataset.place,
             **self._ranks(),
         )
         if limit is not None:  # an int counts micro-batches, a float is a share of them

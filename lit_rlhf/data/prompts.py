@@ -143,7 +143,7 @@ def usable(report: Report, statuses: np.ndarray, options: Options) -> np.ndarray
     note = f"{f': rows {dropped[:8]}' if dropped else ''}{' and more' if len(dropped) > 8 else ''}"
     report.say(options, note)
     if report.kept == 0:
-        raise UserError(f"no prompt is left to use. {report}")
+        raise UserError(f"no prompt is left to use. {report}. {report.remedy(options)}")
     return np.flatnonzero(used)
 
 

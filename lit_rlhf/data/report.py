@@ -74,21 +74,19 @@ class Report:
         )
 
     def say(self, options: Options, note: str = "") -> None:
-        """Log it, with a note; warn where more than a tenth is not used whole or doubles its prompt, with what to do.
+        """Log it, with a note; as a warning with what to do where more than a tenth is not used whole.
+
+        That none is left is an error, which says all of it; that responses double their prompts is warned of besides.
 
         Args:
             options: by which the rows were read.
             note: what to log besides.
         """
-        rank_zero_info(f"{self}{self._read_as(options)}{note}")
-        lost = self.rows - self.kept + self.truncated
-        if lost > MUCH * self.rows and self.kept:  # that none is left is an error of its own
-            causes = [f"{self.truncated} truncated"] if self.truncated else []
-            causes += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]
-            rank_zero_warn(
-                f"{self.name}: {lost} of {self.rows} rows are not used whole ({', '.join(causes)}). "
-                f"{self._remedy(options)}"
-            )
+        told, lost = f"{self}{self._read_as(options)}{note}", self.rows - self.kept + self.truncated
+        if self.kept and lost > MUCH * self.rows:
+            rank_zero_warn(f"{told}: {lost} of {self.rows} rows are not used whole. {self.remedy(options)}")
+        elif self.kept:
+            rank_zero_info(told)
         if self.repeating > MUCH * self.rows:
             rank_zero_warn(
                 f"{self.name}: in {self.repeating} of {self.rows} rows the response begins with the whole prompt, and "
@@ -119,7 +117,8 @@ class Report:
             return ", read as plain text"
         return ", read as these tokens (control_tokens: escape reads them as plain text, refuse names the row)"
 
-    def _remedy(self, options: Options) -> str:
+    def remedy(self, options: Options) -> str:
+        """What to do about rows that are not used whole."""
         too_long = {tokenize.STATUS[status] for status in (tokenize.TOO_LONG, tokenize.LONG_PROMPT)}
         if not (self.truncated or too_long & self.dropped.keys()):
             return "Are these the data that were meant?"

@@ -55,9 +55,9 @@ class Minibatches:
             )
         if self.max_tokens is not None and self.longest > self.max_tokens:
             raise UserError(
-                f"the longest prompt and max_new_tokens are {self.longest} tokens, more than max_tokens "
-                f"({self.max_tokens}) allows in a micro-batch; raise max_tokens to {self.longest}, or lower "
-                "max_prompt_length or max_new_tokens"
+                f"the longest prompt and max_new_tokens are {self.longest} tokens, more than data.max_tokens "
+                f"({self.max_tokens}) allows in a micro-batch; raise it to {self.longest}, or lower "
+                "data.max_prompt_length or data.max_new_tokens"
             )
 
     @property

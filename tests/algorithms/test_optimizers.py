@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_rlhf import SFT, UserError
-from lit_rlhf.algorithms.optimizers import LEARNT, learnt_by, make_optimizer, require_own_state
+from lit_rlhf.algorithms.optimizers import LEARNT, learnt_by, make_optimizer, require_own_state, require_read_state
 from lit_rlhf.algorithms.settings import OptimizerSettings
 
 
@@ -73,6 +73,34 @@ def test_states_that_no_step_could_be_computed_with_are_refused_by_file_and_part
     place[last] = value
     with pytest.raises(UserError, match=rf"^ckpt_path: a\.ckpt is damaged.*{re.escape(said)}"):
         require_own_state(checkpoint, optimizer, schedule, "a.ckpt")
+
+
+READ = [part for part in HARM if re.match(r"param_groups\[.\]\['(?!params)|state\[", part)]
+
+
+@pytest.mark.parametrize("part", READ)
+def test_a_state_that_a_rank_has_read_by_itself_is_held_to_the_same(part):
+    layer = nn.Linear(2, 2)
+    settings = OptimizerSettings(1e-3, 0.1, (0.8, 0.9), 1e-6, "constant", 0)
+    optimizer = make_optimizer(settings, settings.groups(layer.parameters(), 1e-3), layer.modules(), fused=False)
+    LambdaLR(optimizer, lambda step: 1.0)
+    made = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    require_read_state(optimizer, made, 1, "a.ckpt")
+    value, said = HARM[part]
+    where, number, *key = re.findall(r"\w+", part)
+    number = int(number)
+    place, at = (
+        (optimizer.param_groups, number)
+        if where == "param_groups"
+        else (optimizer.state, [*layer.parameters()][number])
+    )
+    if key:
+        place, at = place[at], key[0]
+    place[at] = value
+    with pytest.raises(UserError, match=rf"^ckpt_path: a\.ckpt is damaged.*{re.escape(said)}"):
+        require_read_state(optimizer, made, 1, "a.ckpt")
 
 
 def test_8_bits_without_the_package_are_refused_before_anything_is_read(monkeypatch):

@@ -196,7 +196,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
         ["--data.max_prompt_length=4096"],
         "must be less than the model's context",
     ),
-    "micro-batch too small": ("sft", ["--data.max_tokens=3"], "raise max_tokens"),
+    "micro-batch too small": ("sft", ["--data.max_tokens=3"], " tokens are more than data.max_tokens (3)"),
     "missing data": ("sft", [NO_VALIDATION, "--data.train=nowhere.jsonl"], "nowhere.jsonl"),
     "malformed row": ("sft", [NO_VALIDATION, "--data.train=malformed.jsonl"], "malformed.jsonl, line 2"),
     "JSON syntax": ("sft", [NO_VALIDATION, "--data.train=syntax.jsonl"], "syntax.jsonl, line 1"),

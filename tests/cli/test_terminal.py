@@ -5,12 +5,13 @@ import io
 import logging
 import sys
 import threading
+import warnings
 
 import pytest
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from lit_rlhf.cli.terminal import is_news, leave_to_the_run, log_above_bars
+from lit_rlhf.cli.terminal import is_news, leave_to_the_run, log_above_bars, quiet_libraries
 
 
 def test_loggers_that_hold_the_terminal_write_to_what_stands_for_it_while_a_bar_is_drawn(monkeypatch):
@@ -23,6 +24,17 @@ def test_loggers_that_hold_the_terminal_write_to_what_stands_for_it_while_a_bar_
     monkeypatch.setattr(sys, "stderr", above)  # as rich does
     logger.warning("said")
     assert (terminal.getvalue(), above.getvalue(), file.getvalue()) == ("", "said\n", "said\n")
+
+
+def test_defaults_of_classes_that_yaml_cannot_hold_are_no_news():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet_libraries()
+        warnings.warn(
+            "\n    Unable to serialize instance cpu\n", stacklevel=1
+        )  # as of StochasticWeightAveraging's device
+        with pytest.raises(UserWarning, match="other"):
+            warnings.warn("other", stacklevel=1)
 
 
 def test_a_disk_that_fills_up_under_the_curves_is_told_by_the_main_thread_alone(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def test_heavy_tailed_lengths_leave_little_of_the_budget_unused():
 
 
 def test_an_example_over_the_budget_is_named_with_what_to_do():
-    with pytest.raises(UserError, match=r"example 1 has 9 tokens, more than max_tokens \(8\).* raise max_tokens to 9"):
+    with pytest.raises(UserError, match=r"example 1: 9 tokens are more than data.max_tokens \(8\).* raise it to 9"):
         TokenBudgetSampler(np.array([3, 9]), max_tokens=8)
     with pytest.raises(UserError, match=r"3 examples do not divide among 2 ranks .* raise it to 12"):
         list(TokenBudgetSampler(np.array([6, 6, 7]), max_tokens=8, num_replicas=2))

@@ -46,7 +46,7 @@ def test_dropped_and_truncated_rows_are_counted_and_never_dealt(tmp_path):
     rows = [{"prompt": "how", "chosen": " yes" * n, "rejected": " no"} for n in (1, 9, 2)]
     source = write(tmp_path / "pairs.jsonl", [*rows, {"prompt": "how", "chosen": " no", "rejected": " no"}])
     options = {"max_length": 6, "truncation": "drop", "tokenizer": word_tokenizer(WORDS)}
-    with pytest.warns(UserWarning, match=r"2 of 4 rows are not used whole .*truncation: truncate"):
+    with pytest.warns(UserWarning, match=r"2 of 4 rows are not used whole.*truncation: truncate"):
         module = attach(PreferenceDataModule(source, None, **options))
     [report] = module.datasets["train"].reports
     assert (report.rows, report.kept) == (4, 2)
@@ -57,6 +57,23 @@ def test_dropped_and_truncated_rows_are_counted_and_never_dealt(tmp_path):
     with pytest.warns(UserWarning, match=r"12 of 20 rows .* Raise max_length \(4\).*truncation: drop"):
         cut = attach(SFTDataModule(sft_file(tmp_path), None, max_length=4, tokenizer=word_tokenizer(WORDS)))
     assert cut.datasets["train"].reports[0].truncated == 12, "completions of 3, 4 and 5 words"
+
+
+def test_an_example_that_no_micro_batch_can_take_is_told_by_file_and_line(tmp_path):
+    rows = {"a.jsonl": [" yes", None, " no"], "b.jsonl": [" no", " yes" * 9]}  # None: a tie, which is dropped
+    sources = [
+        write(tmp_path / name, [{"prompt": "how", "chosen": text or " so", "rejected": " so"} for text in texts])
+        for name, texts in rows.items()
+    ]
+    module = PreferenceDataModule(sources, None, max_tokens=8, tokenizer=word_tokenizer(WORDS))
+    with pytest.warns(UserWarning, match="1 of 3 rows"):
+        attach(module)
+    assert [module.datasets["train"].place(example)[-15:] for example in (1, 2)] == [
+        "a.jsonl, line 3",
+        "b.jsonl, line 1",
+    ]
+    with pytest.raises(UserError, match=r"b\.jsonl, line 2: 13 tokens are more than data\.max_tokens \(8\)"):
+        module.train_dataloader()
 
 
 def test_several_sources_are_mixed_by_weight(tmp_path):

@@ -130,7 +130,7 @@ def test_the_context_of_the_model_is_the_default_length_limit(tmp_path):
     module = attach(SFTDataModule(sft_file(tmp_path), None, tokenizer=tokenizer))
     assert module.datasets["train"].lengths().max() > 4
     tokenizer.model_max_length = 4
-    with pytest.warns(UserWarning, match="12 truncated"):
+    with pytest.warns(UserWarning, match="12 of them truncated"):
         module = attach(SFTDataModule(sft_file(tmp_path), None, tokenizer=tokenizer))
     assert module.datasets["train"].lengths().max() == 4
 

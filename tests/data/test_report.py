@@ -19,21 +19,33 @@ def statuses(**counts):
 @pytest.mark.parametrize(
     ("counts", "options", "words"),
     [
-        ({"kept": 8, "cut": 2}, CUT, r"2 of 10 rows .* \(2 truncated\)\. Raise max_length \(512\).*truncation: drop"),
-        ({"kept": 8, "long": 2}, DROP, r"\(2 dropped: too long\)\. Raise max_length \(512\).*truncation: truncate"),
-        ({"kept": 8, "prompt": 1, "tie": 1}, CUT, r"1 dropped: ties.*, 1 dropped: whose prompt alone"),
-        ({"kept": 8, "tie": 2}, CUT, r"2 dropped: ties: chosen equals rejected\)\. Are these the data"),
+        (
+            {"kept": 8, "cut": 2},
+            CUT,
+            r"10 used, 2 of them truncated: 2 of 10 rows .*\. Raise max_length \(512\).*truncation: drop",
+        ),
+        (
+            {"kept": 8, "long": 2},
+            DROP,
+            r"2 dropped \(2 too long\): 2 of 10 .*\. Raise max_length \(512\).*truncation: truncate",
+        ),
+        ({"kept": 8, "prompt": 1, "tie": 1}, CUT, r"2 dropped \(1 ties: .*, 1 whose prompt alone"),
+        ({"kept": 8, "tie": 2}, CUT, r"2 dropped \(2 ties: chosen equals rejected\): 2 of 10 .*\. Are these the data"),
     ],
 )
-def test_more_than_a_tenth_that_is_not_used_whole_is_warned_of_with_what_to_do(counts, options, words):
+def test_more_than_a_tenth_that_is_not_used_whole_is_warned_of_with_what_to_do(counts, options, words, caplog):
+    caplog.set_level("INFO")
     with pytest.warns(UserWarning, match=f"^rows: .*{words}"):
         Report.of("rows", statuses(**counts)).say(options)
+    assert not caplog.records, "all of it is said once"
 
 
-def test_a_tenth_is_only_counted_and_so_is_a_loss_that_ends_the_run_anyway():
+def test_a_tenth_is_only_counted_and_a_loss_that_ends_the_run_is_left_to_its_error(caplog):
+    caplog.set_level("INFO")
     Report.of("rows", statuses(kept=18, cut=1, tie=1)).say(CUT)
-    Report.of("rows", statuses(long=3)).say(DROP)
-    Report.of("rows", statuses(kept=1)).say(Options(None))
+    Report.of("none", statuses(long=3)).say(DROP)
+    Report.of("one", statuses(kept=1)).say(Options(None))
+    assert [record.getMessage()[:4] for record in caplog.records] == ["rows", "one:"]
 
 
 def test_prompts_are_told_what_limits_prompts():
@@ -66,7 +78,7 @@ def test_both_kinds_of_learnt_rows_are_cut_unless_asked_otherwise(tmp_path):
     for make, source in ((SFTDataModule, sft_file), (PreferenceDataModule, pair_file)):
         with pytest.warns(UserWarning, match="truncated"):
             cut = attach(make(source(tmp_path), None, max_length=5, tokenizer=word_tokenizer(WORDS)))
-        with pytest.warns(UserWarning, match="dropped: too long"):
+        with pytest.warns(UserWarning, match=r"dropped \(\d+ too long"):
             dropped = attach(
                 make(source(tmp_path), None, max_length=5, truncation="drop", tokenizer=word_tokenizer(WORDS))
             )

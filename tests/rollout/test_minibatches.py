@@ -94,7 +94,9 @@ def test_fewer_episodes_than_micro_batches_are_refused_with_the_numbers():
 
 
 def test_a_limit_below_the_longest_episode_is_refused_with_the_one_that_would_do():
-    with pytest.raises(UserError, match=re.escape("are 300 tokens, more than max_tokens (256)") + ".*raise .* to 300"):
+    with pytest.raises(
+        UserError, match=re.escape("are 300 tokens, more than data.max_tokens (256)") + ".*raise .* to 300"
+    ):
         Minibatches(8, 1, 2, 1, 256, 300)
 
 

@@ -16,7 +16,13 @@ from lit_rlhf.algorithms.hyperparameters import plain_arguments
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, warn_of_rounding
 from lit_rlhf.algorithms.resuming import ResumableModule
 from lit_rlhf.algorithms.settings import OptimizerSettings
-from lit_rlhf.algorithms.strategies import check_strategy, holds_pieces, tell_read_whole
+from lit_rlhf.algorithms.strategies import (
+    check_strategy,
+    check_tensor_parallel,
+    cuts_networks,
+    holds_pieces,
+    tell_read_whole,
+)
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.chat import stop_token_ids
@@ -27,6 +33,7 @@ from lit_rlhf.errors import UserError, hints_of, require, require_kinds
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
 from lit_rlhf.models.network import Network
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.roles import OwnModel
 from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
 from lit_rlhf.models.tokens import keep_to_tokens
 from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
@@ -123,6 +130,11 @@ class AlignmentModule(ResumableModule):
             for option, value in quantized.items():
                 if option.endswith(f": {value}"):
                     raise UserError(f"{option} cannot be held in pieces, as trainer.strategy would have it: use ddp")
+        if cuts_networks(self.trainer) and any(isinstance(v, OwnModel) and v.parked for v in self.views().values()):
+            raise UserError(
+                "hold_reference: parked moves a whole network, and trainer.strategy holds it in pieces; set "
+                "hold_reference: copy, or use ddp"
+            )
         if self.frozen_dtype is not None:
             require_precision(self.frozen_dtype, str(self.trainer.precision))
             if all(p.requires_grad for network in self.networks() for p in network.parameters()):
@@ -215,11 +227,7 @@ class AlignmentModule(ResumableModule):
         mesh = self.device_mesh
         if mesh is not None:
             group, ranks = mesh["tensor_parallel"].size(), self.trainer.world_size
-            if group > 1:
-                raise UserError(
-                    f"trainer.strategy: tensor_parallel_size is {group}, so that {group} ranks would do the same work; "
-                    f"tensor parallelism is not supported, set tensor_parallel_size: 1 and data_parallel_size: {ranks}"
-                )
+            check_tensor_parallel(group, ranks)
             compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             tell_read_whole(dict(self.named_children()) | self.frozen)
             for network in self.networks():

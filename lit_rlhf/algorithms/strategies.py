@@ -14,6 +14,44 @@ from lit_rlhf.models.network import Network
 from lit_rlhf.models.weights import stored_dtype
 
 FSDP2 = "lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)"
+FSDP1_REFUSED = f"trainer.strategy (fsdp) is FSDP1, which is not supported: use {FSDP2}"
+BEYOND_ZERO_2_REFUSED = (
+    f"trainer.strategy (deepspeed) cuts or offloads more than ZeRO-2 does, which is not supported: use {FSDP2}, or "
+    "deepspeed_stage_2"
+)
+
+
+def check_named_strategy(strategy: Any, devices: Any = "auto") -> None:
+    """Refuse by its name what `check_strategy` would: to make it may take a package or a GPU that is not there.
+
+    Args:
+        strategy: as a config has it: a name, or a mapping of class_path and init_args.
+        devices: likewise; a number, a list, or a word.
+
+    Raises:
+        UserError: FSDP1, more of DeepSpeed than ZeRO-2, or one device where several were asked for.
+    """
+    kind, options = name_and_options(strategy)
+    if kind.startswith("fsdp"):
+        raise UserError(FSDP1_REFUSED)
+    wants = any(options.get(name) for name in ("offload_optimizer", "offload_parameters", "remote_device"))
+    if kind.startswith("deepspeed") and (wants or options.get("stage") == 3 or "stage_3" in kind or "offload" in kind):
+        raise UserError(BEYOND_ZERO_2_REFUSED)
+    several = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
+    if kind in ("single_device", "singledevicestrategy") and several > 1:
+        raise UserError(
+            f"trainer.strategy ({kind}) takes one device, and trainer.devices ({devices}) asks for {several}: use ddp, "
+            "or trainer.devices: 1"
+        )
+
+
+def name_and_options(strategy: Any) -> tuple[str, Mapping[str, Any]]:
+    """Of a strategy as a config has it: its name or that of its class, in small letters, and the arguments given."""
+    if isinstance(strategy, str):
+        return strategy.rpartition(".")[2].lower(), {}
+    given = strategy if isinstance(strategy, Mapping) else vars(strategy)
+    name, options = str(given.get("class_path")).rpartition(".")[2].lower(), given.get("init_args") or {}
+    return name, options if isinstance(options, Mapping) else vars(options)
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -25,16 +63,13 @@ def check_strategy(trainer: Trainer) -> None:
     """
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
-        raise UserError(f"trainer.strategy (fsdp) is FSDP1, which is not supported: use {FSDP2}")
+        raise UserError(FSDP1_REFUSED)
     if not isinstance(strategy, DeepSpeedStrategy):
         return
     config: dict[str, Any] = strategy.config or {}
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3 or zero.get("offload_optimizer") or zero.get("offload_param"):
-        raise UserError(
-            f"trainer.strategy (deepspeed) cuts or offloads more than ZeRO-2 does, which is not supported: use "
-            f"{FSDP2}, or deepspeed_stage_2"
-        )
+        raise UserError(BEYOND_ZERO_2_REFUSED)
     if trainer.accumulate_grad_batches > 1:
         raise UserError(
             f"trainer.accumulate_grad_batches ({trainer.accumulate_grad_batches}): DeepSpeed would divide gradients by "
@@ -47,9 +82,28 @@ def check_strategy(trainer: Trainer) -> None:
     config.setdefault("train_micro_batch_size_per_gpu", 1)
 
 
+def check_tensor_parallel(group: int, ranks: int) -> None:
+    """Refuse groups of ranks that would share tensors, and so do the same work.
+
+    Args:
+        group: ranks of each.
+        ranks: of the run.
+    """
+    if group > 1:
+        raise UserError(
+            f"trainer.strategy: tensor_parallel_size is {group}, so that {group} ranks would do the same work; "
+            f"tensor parallelism is not supported, set tensor_parallel_size: 1 and data_parallel_size: {ranks}"
+        )
+
+
+def cuts_networks(trainer: Trainer) -> bool:
+    """Whether ranks hold pieces of all networks (FSDP2), or a plan stands for such a run."""
+    return isinstance(trainer.strategy, ModelParallelStrategy) or getattr(trainer.strategy, "stands_for_pieces", False)
+
+
 def holds_pieces(trainer: Trainer) -> bool:
     """Whether ranks hold pieces of weights, or of what the optimiser makes of them."""
-    return isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy)
+    return cuts_networks(trainer) or isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
 def steps_by_itself(trainer: Trainer) -> bool:

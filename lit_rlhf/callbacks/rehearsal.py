@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.algorithms.referenced import ReferencedModule
+from lit_rlhf.algorithms.strategies import check_tensor_parallel, name_and_options
 from lit_rlhf.callbacks.memory import Held, buffers, held_roles
 from lit_rlhf.callbacks.performance import forward_flops, matrix_weights, roles, step_flops
 from lit_rlhf.data.batches import NoBatch
@@ -51,6 +52,7 @@ class InPlace(SingleDeviceStrategy):
     """Moves nothing: tensors without numbers are where they shall be, and cannot be moved within a module."""
 
     strategy_name = "in_place"
+    stands_for_pieces = False  # whether the strategy that it stands for would hold networks in pieces
 
     def model_to_device(self) -> None:
         """They are there."""
@@ -113,13 +115,15 @@ def rehearse(
     Raises:
         UserError: a strategy that is not known here.
     """
-    sharing = sharing_of(options.get("strategy", "auto")) if ranks > 1 else "none"
+    sharing = sharing_of(options.get("strategy", "auto"), ranks) if ranks > 1 else "none"
     kept = {name: options[name] for name in KEPT if options.get(name) is not None}
     accumulate = int(kept.pop("accumulate_grad_batches", 1))
     phases = Phases(memory, buckets=sharing == "replicas")
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    in_place = InPlace(torch.device("cpu"))
+    in_place.stands_for_pieces = sharing == "shards"
     trainer = Trainer(
-        strategy=InPlace(torch.device("cpu")),
+        strategy=in_place,
         accelerator="cpu",
         devices=1,
         logger=False,
@@ -150,17 +154,16 @@ def rehearse(
     return Rehearsal(phases.held, peaks, phases.flops, phases.tokens, micro_batches[0])
 
 
-def sharing_of(strategy: Any) -> Sharing:
+def sharing_of(strategy: Any, ranks: int) -> Sharing:
     """How ranks share a run by the strategy of its config: whole replicas, or shards as of FSDP2."""
-    named = strategy["class_path"] if isinstance(strategy, Mapping) else strategy
-    name = str(named).rpartition(".")[2].lower()
-    if name in ("auto", "ddpstrategy", "singledevicestrategy") or name.startswith("ddp"):
+    name, options = name_and_options(strategy)
+    if name in ("auto", "singledevicestrategy") or name.startswith("ddp"):
         return "replicas"
-    if name == "modelparallelstrategy" or name.startswith("fsdp"):
+    if name == "modelparallelstrategy":
+        group = options.get("tensor_parallel_size", "auto")
+        check_tensor_parallel(ranks if group == "auto" else int(group), ranks)
         return "shards"
-    raise UserError(
-        f"--gpus: trainer.strategy ({name}) is not planned for; DDP, FSDP and ModelParallelStrategy (FSDP2) are"
-    )
+    raise UserError(f"--gpus: trainer.strategy ({name}) is not planned for; DDP and ModelParallelStrategy (FSDP2) are")
 
 
 class Unit(NamedTuple):

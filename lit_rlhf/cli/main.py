@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.algorithms.strategies import check_named_strategy
 from lit_rlhf.callbacks import (
     Baseline,
     CompletionWriter,
@@ -162,6 +163,7 @@ class AlignmentCLI(LightningCLI):
         subcommand = self.config.get("subcommand")  # none with `run=False`
         given = self.config if subcommand is None else self.config[subcommand]
         self._check_values(given)
+        check_named_strategy(given.trainer.strategy, given.trainer.devices)
         if subcommand is not None and given.get("ckpt_path") is not None:  # a plan reads none
             root = Path(given.trainer.default_root_dir or ".")
             given.ckpt_path = choose_checkpoint(given.ckpt_path, root, training=subcommand == "fit")

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lit_rlhf.algorithms.strategies import FSDP2
 from lit_rlhf.cli.disk_errors import disk_error, refused_by_disk
 from lit_rlhf.errors import UserError, one_line
 from token_mdp import RewardError
@@ -141,7 +142,7 @@ def refused_option(error: BaseException, options: Mapping[str, Any]) -> UserErro
             f"trainer.callbacks: two of {alike[1]} would take each other's state in checkpoints, having one monitor "
             "and intervals: give one others, or leave it out"
         )
-    said = re.sub(r" Example choices: .*", " Use auto or ddp, or deepspeed or fsdp where it is installed", said)
+    said = re.sub(r" Example choices: .*", f" Use auto or ddp, {FSDP2}, or deepspeed_stage_2", said)
     about = [name for words, name in SPOKEN_OF.items() if words in said]
     about += [name for name in options if re.search(rf"(?<![\w.]){name}\b", said)]
     shown = f"{about[0]} ({one_line(repr(options.get(about[0])))})" if about else type(error).__name__

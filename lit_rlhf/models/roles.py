@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.engine.packing import PackedBatch
-from lit_rlhf.engine.sharding import is_sharded
 from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.models.adapter_folders import SCORE, SavedAdapter, named_base
 from lit_rlhf.models.adapters import LoRA
@@ -105,11 +104,6 @@ class OwnModel:
     def at_hand(self) -> Iterator[None]:
         """Move the network to the policy; and back, if it is parked and nobody else holds it there."""
         held, wanted = next(self.network.parameters()), next(self.policy.parameters())
-        if self.parked and is_sharded(self.network):
-            raise UserError(
-                "hold_reference: parked moves a whole network, and this strategy holds it in pieces; set "
-                "hold_reference: copy, or offload by the strategy"
-            )
         came = held.device != wanted.device
         follows = self.held is None and held.dtype != wanted.dtype
         if came or follows:

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_rlhf import LoRA, RewardModel, UserError
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
-from lit_rlhf.algorithms.strategies import check_strategy, tell_read_whole
+from lit_rlhf.algorithms.strategies import check_named_strategy, check_strategy, tell_read_whole
 from lit_rlhf.cli.export import export
 from lit_rlhf.losses.advantages import Moments
 from lit_rlhf.models.holding import reading_in
@@ -50,6 +51,40 @@ def test_strategies_under_which_a_run_would_go_wrong_are_refused_with_what_to_us
         setattr(made, name, value)
     with pytest.raises(UserError, match=message):
         check_strategy(made)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("fsdp", "is FSDP1, which is not supported"),
+        ("fsdp_cpu_offload", "is FSDP1"),
+        ({"class_path": "lightning.pytorch.strategies.FSDPStrategy"}, "is FSDP1"),
+        ("deepspeed_stage_3", "or deepspeed_stage_2"),
+        ("deepspeed_stage_2_offload", "offloads more than ZeRO-2"),
+        (Namespace(class_path="a.DeepSpeedStrategy", init_args=Namespace(stage=3)), "cuts or offloads"),
+        ({"class_path": "a.DeepSpeedStrategy", "init_args": {"offload_optimizer": True}}, "cuts or offloads"),
+        ("single_device", r"trainer.devices \(2\) asks for 2: use ddp"),
+    ],
+)
+def test_strategies_are_refused_by_their_names_before_they_ask_for_a_gpu_or_a_package(strategy, message):
+    with pytest.raises(UserError, match=message):
+        check_named_strategy(strategy, 2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices"),
+    [
+        ("auto", 2),
+        ("ddp", "2"),
+        ("deepspeed_stage_2", 2),
+        ({"class_path": "a.DeepSpeedStrategy", "init_args": {"stage": 2, "offload_optimizer": False}}, 2),
+        (Namespace(class_path="a.ModelParallelStrategy", init_args=Namespace(tensor_parallel_size=1)), [0, 1]),
+        ("single_device", "auto"),
+        ("single_device", [0]),
+    ],
+)
+def test_strategies_that_a_run_goes_well_under_are_taken_by_their_names(strategy, devices):
+    check_named_strategy(strategy, devices)
 
 
 def test_deepspeed_asks_no_loader_for_a_batch_size():

@@ -17,13 +17,13 @@ from tests.stages import STAGES, make_stage, make_trainer
 __all__ = ["pytestmark"]
 
 
-def planned(stage, inputs, **options):
+def planned(stage, inputs, ranks=1, strategy="auto", **options):
     """The rehearsal of a stage of two epochs."""
     memory = LiveMemory()
     memory.phase = "load"
     with shapes(), memory:
         module, data = make_stage(stage, inputs, **options)
-    return rehearse(module, data, {"gradient_clip_val": 1.0}, memory)
+    return rehearse(module, data, {"gradient_clip_val": 1.0, "strategy": strategy}, memory, ranks)
 
 
 def taken(stage, inputs, folder, **options):
@@ -147,17 +147,35 @@ def test_the_largest_unit_of_shards_is_gathered_in_the_dtype_of_autocast(inputs)
     [
         ("auto", "replicas"),
         ("ddp", "replicas"),
-        ("fsdp", "shards"),
-        ({"class_path": "a.ModelParallelStrategy", "init_args": {"timeout": 1.5}}, "shards"),
+        ({"class_path": "a.ModelParallelStrategy", "init_args": {"tensor_parallel_size": 1}}, "shards"),
     ],
 )
 def test_ranks_share_as_the_strategy_has_it(strategy, sharing):
-    assert sharing_of(strategy) == sharing
+    assert sharing_of(strategy, 2) == sharing
 
 
 def test_a_strategy_that_is_not_known_is_refused():
     with pytest.raises(UserError, match=r"trainer.strategy \(deepspeed_stage_2\) is not planned for"):
-        sharing_of("deepspeed_stage_2")
+        sharing_of("deepspeed_stage_2", 2)
+
+
+@pytest.mark.parametrize(("options", "group"), [({}, 8), ({"tensor_parallel_size": 2}, 2)])
+def test_groups_of_ranks_that_would_do_the_same_work_are_refused_as_in_a_run(options, group):
+    with pytest.raises(UserError, match=rf"tensor_parallel_size is {group}, .* data_parallel_size: 8"):
+        sharing_of({"class_path": "a.ModelParallelStrategy", "init_args": options}, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"hold_reference": "parked"}, "hold_reference: parked moves a whole network"),
+        ({"lora": LoRA(r=4), "frozen_dtype": "nf4"}, "frozen_dtype: nf4 cannot be held in pieces"),
+    ],
+)
+def test_what_a_run_in_pieces_would_refuse_is_refused(options, told, inputs):
+    sharded = {"class_path": "a.ModelParallelStrategy", "init_args": {"tensor_parallel_size": 1}}
+    with pytest.raises(UserError, match=told):
+        planned("dpo", inputs, ranks=2, strategy=sharded, **options)
 
 
 def test_nothing_is_left_behind_of_a_rehearsal(inputs):

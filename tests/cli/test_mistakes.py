@@ -65,11 +65,9 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
         "`val_check_interval` (9999)",
     ),
     "validation after no epochs": ("sft", ["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch (0) must"),
-    "ranks out of one process": (
-        "sft",
-        ["--trainer.strategy=ddp_spawn"],
-        "trainer.strategy (ddp_spawn) makes its ranks",
-    ),
+    "ranks out of one process": ("sft", ["--trainer.strategy=ddp_spawn"], "strategy (ddp_spawn) makes its ranks"),
+    "one device of two": ("sft", ["--trainer.strategy=single_device", "--trainer.devices=2"], "asks for 2: use ddp"),
+    "ZeRO-3": ("sft", ["--trainer.strategy=deepspeed_stage_3"], "which is not supported: use lightning."),
     "ranks out of a notebook": ("sft", ["--trainer.strategy=ddp_notebook"], "use ddp, which starts the program anew"),
     "no steps": ("sft", ["--trainer.max_steps=0"], "max_steps (0) must be more than 0, or nothing is learnt"),
     "no time": ("sft", ["--trainer.max_time=00:00:00:00"], "ended before its first step, by trainer.max_time"),
@@ -161,7 +159,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     ),
     "value out of range": ("sft", ["--model.generation.top_p=2"], "top_p (2.0)"),
     "unknown accelerator": ("sft", ["--trainer.accelerator=cpuu"], "cpuu"),
-    "unknown strategy": ("sft", ["--trainer.strategy=ddpp"], "Use auto or ddp, or deepspeed or fsdp where it is inst"),
+    "unknown strategy": ("sft", ["--trainer.strategy=ddpp"], "Use auto or ddp, lightning.pytorch.strategies.ModelPa"),
     "empty model": (
         "sft",
         ["--model.policy="],

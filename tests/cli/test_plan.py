@@ -53,6 +53,7 @@ def test_what_does_not_fit_is_told_with_what_would_take_less(workdir, monkeypatc
         (["--gpus=two"], "gpus"),
         (["--gpus=2"], "add --memory, in GB"),
         (["--gpus=2", "--memory=80", "--trainer.strategy=deepspeed"], "is not planned for"),
+        (["--gpus=2", "--memory=80", "--trainer.strategy=fsdp"], "is FSDP1, which is not supported: use lightning."),
         (["--model.policy=some/where"], "config.json and a tokenizer, which are enough for a plan, or a name on the"),
     ],
 )

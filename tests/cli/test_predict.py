@@ -60,11 +60,14 @@ def test_what_dropped_prompts_were_is_said_and_the_answers_keep_their_ids(workdi
     config = Path("configs/dpo.yaml").absolute()
     monkeypatch.chdir(workdir)
     said = []
-    monkeypatch.setattr("lit_rlhf.data.report.rank_zero_info", said.append)
+    monkeypatch.setattr("lit_rlhf.data.report.rank_zero_warn", said.append)
     Path("gaps.jsonl").write_text("".join(json.dumps({"id": i, "prompt": "Hello" * (i != 1)}) + "\n" for i in range(3)))
     options = ["--data.predict=gaps.jsonl", "--trainer.default_root_dir=out/gaps"]
     assert run("predict", "--config", config, *QUICK, *options, "--model.generation.max_new_tokens=2") == 0
-    assert said == ["predict prompts gaps.jsonl: 3 rows, 2 used, 1 dropped (1 no whole token as prompt): rows [2]"]
+    [line] = said
+    assert line.startswith(
+        "predict prompts gaps.jsonl: 3 rows, 2 used, 1 dropped (1 no whole token as prompt): rows [2]: 1 of 3"
+    )
     assert [row["id"] for row in predictions("out/gaps")] == [0, 2]
 
 

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.dr_grpo import DrGRPO
     from lit_rlhf.algorithms.grpo import GRPO
     from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
+    from lit_rlhf.algorithms.online_dpo import OnlineDPO
     from lit_rlhf.algorithms.ppo import PPO
     from lit_rlhf.algorithms.preference_loss import LossTerm
     from lit_rlhf.algorithms.process_reward_model import ProcessRewardModel
+    from lit_rlhf.algorithms.raft import RAFT
     from lit_rlhf.algorithms.reference_update import ReferenceUpdate
     from lit_rlhf.algorithms.reinforce import REINFORCE
     from lit_rlhf.algorithms.reinforce_plus_plus import REINFORCEPlusPlus
@@ -38,6 +40,8 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "DPO": "algorithms.dpo",
     "DrGRPO": "algorithms.dr_grpo",
     "GRPO": "algorithms.grpo",
+    "OnlineDPO": "algorithms.online_dpo",
+    "RAFT": "algorithms.raft",
     "REINFORCE": "algorithms.reinforce",
     "REINFORCEPlusPlus": "algorithms.reinforce_plus_plus",
     "RLOO": "algorithms.rloo",
@@ -72,6 +76,7 @@ __all__ = [
     "DPO",
     "GRPO",
     "PPO",
+    "RAFT",
     "REINFORCE",
     "RLOO",
     "SFT",
@@ -82,6 +87,7 @@ __all__ = [
     "KLPenalty",
     "LoRA",
     "LossTerm",
+    "OnlineDPO",
     "PreferenceDataModule",
     "ProcessRewardModel",
     "ProcessRewardModelReward",

@@ -12,9 +12,11 @@ from lit_rlhf import (
     DPO,
     GRPO,
     PPO,
+    RAFT,
     REINFORCE,
     SFT,
     AdaptiveKL,
+    OnlineDPO,
     PreferenceDataModule,
     ProcessRewardModel,
     ReMax,
@@ -27,7 +29,15 @@ from lit_rlhf.algorithms.module import AlignmentModule
 from tests.tiny import VOCABULARY, save_tiny
 
 STAGES = ("sft", "reward_model", "dpo", "ppo")
-ON_POLICY = {"ppo": PPO, "reinforce": REINFORCE, "grpo": GRPO, "remax": ReMax, "dapo": DAPO}  # a method of each kind
+ON_POLICY = {  # a method of each kind
+    "ppo": PPO,
+    "reinforce": REINFORCE,
+    "grpo": GRPO,
+    "remax": ReMax,
+    "dapo": DAPO,
+    "raft": RAFT,
+    "online_dpo": OnlineDPO,
+}
 
 OFF_POLICY: dict[str, tuple[Any, str, Any]] = {  # module, file and data module
     "sft": (SFT, "sft", SFTDataModule),
@@ -71,9 +81,9 @@ def make_stage(stage: str, folder: Path, **options: Any) -> tuple[AlignmentModul
     model = str(folder / "model")
     options = {"learning_rate": 1e-2, "lr_scheduler": "linear", "warmup_steps": 2} | options
     if stage in ON_POLICY:
-        kl = AdaptiveKL(0.1, target=0.5, horizon=100)
-        of_kind = {"ppo_epochs": 2, "num_minibatches": 2} | options
-        module: AlignmentModule = ON_POLICY[stage](model, kl=kl, **of_kind)
+        kl = {} if stage == "online_dpo" else {"kl": AdaptiveKL(0.1, target=0.5, horizon=100)}
+        of_kind = {"ppo_epochs": 2, "num_minibatches": 2} | kl | options
+        module: AlignmentModule = ON_POLICY[stage](model, **of_kind)
         prompts = str(folder / "prompts.jsonl")
         data: LightningDataModule = RolloutDataModule(
             share_of_w9,

@@ -61,6 +61,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "head_ppo": ("ppo", {"hold_critic": "head"}),  # one pass for two roles
     # Groups, a rollout of its own for the baseline, and groups that are dealt again by one rank more than by the other.
     **{stage: (stage, {}) for stage in ("grpo", "remax", "dapo")},
+    "raft": ("raft", {}),  # some of each group are learnt from
+    "online_dpo": ("online_dpo", {"reference_update": ReferenceUpdate(alpha=1.0, every=4), "loss": bco_pair_loss}),
     **WHOLE_RUNS,
 }
 

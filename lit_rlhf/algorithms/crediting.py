@@ -18,6 +18,7 @@ from lit_rlhf.losses.advantages import Moments, explained_variance, token_reward
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.roles import Reference, Values
 from lit_rlhf.rollout.experience import Experience, PlannedRollout
+from lit_rlhf.rollout.keeping import columns_of, part_of, strongest
 from lit_rlhf.rollout.minibatches import Minibatches
 from lit_rlhf.rollout.play import Play
 from lit_rlhf.rollout.shaping import RewardShaping
@@ -33,6 +34,9 @@ class CreditingModule(AlignmentModule):
     prefix: ClassVar[str]  # of its metrics
     has_critic: ClassVar[bool] = False  # values
     plays_greedy: ClassVar[bool] = False  # scores of the most likely response to each prompt
+    # Of each group so many responses are learnt from, those of the largest advantages in size; None = all.
+    kept_of_group: ClassVar[int | None] = None
+    compares_kept: ClassVar[bool] = False  # whether its loss compares them, so that they stay in one micro-batch
 
     policy: Policy
     reference: Reference
@@ -75,7 +79,9 @@ class CreditingModule(AlignmentModule):
         The forward passes run on the micro-batches of the first pass, as they will be trained on: the first ratio of
         new to old policy is exactly 1.
         """
-        rollout = self.planned(played, minibatches)
+        group_size = self.trainer.datamodule.settings.group_size  # type: ignore[attr-defined]
+        all_learnt = self.kept_of_group is None
+        rollout = self.planned(played, minibatches if all_learnt else minibatches.of_all(group_size))
         old_logprobs, ref_logprobs, old_values = self.forward_rollout(rollout)
 
         scores = self.scores(rollout)
@@ -104,11 +110,26 @@ class CreditingModule(AlignmentModule):
         if self.whiten_advantages:
             advantages = whiten(advantages, moments=self.moments_over_ranks(advantages))
         columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "advantages": advantages}
-        columns |= self.token_weights(rollout)
         if old_values is not None:
             columns |= {"old_values": old_values, "returns": returns}
         self.finish_rollout(rollout.means(scores, old_logprobs, ref_logprobs), old_values, returns, len(scores))
-        return rollout.experience(columns, self.sum_over_ranks(rollout.step_tokens()).tolist())
+        if self.kept_of_group is not None:
+            of_groups = estimated.advantages.sum(1).div(rollout.lengths)[np.argsort(rollout.order)]
+            kept = strongest(of_groups.view(-1, rollout.group_size), self.kept_of_group)
+            whole, rollout = rollout, self.planned(part_of(played, kept), minibatches)
+            columns = columns_of(columns, whole, rollout, kept)
+        columns |= self.token_weights(rollout)
+        sizes = self.sum_over_ranks(self.step_sizes(rollout, columns["advantages"]))
+        return rollout.experience(columns, sizes.clamp(min=1).tolist())
+
+    def step_sizes(self, rollout: PlannedRollout, advantages: Tensor) -> Tensor:
+        """What the loss of each optimiser step is a mean over, on this rank: its response tokens.
+
+        Args:
+            rollout: that is learnt from.
+            advantages: (M,) of its tokens.
+        """
+        return rollout.step_tokens()
 
     def credited(
         self, scores: Tensor, step_rewards: Tensor | None, penalty: Tensor, kl_coef: float, mask: Tensor
@@ -123,7 +144,7 @@ class CreditingModule(AlignmentModule):
         return token_rewards(scores - early.sum(1), penalty, kl_coef, mask) + early
 
     def planned(self, played: Play, minibatches: Minibatches) -> PlannedRollout:
-        """The rollout, cut into the micro-batches of this iteration."""
+        """The rollout, cut into micro-batches: those of this iteration, or of scoring what is not all learnt from."""
         rng = np.random.default_rng([self.sampling.seed, self.trainer.current_epoch, self.global_rank])
         prompt_tokens = np.array([len(episode.prompt_ids) for episode in played.episodes])
         response_tokens = np.array([len(episode.response_ids) for episode in played.episodes])

@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lit_rlhf.algorithms.preference import agreement, response_logprobs, sequence_logprobs
+from lit_rlhf.algorithms.preference import pair_metrics, response_logprobs, sequence_logprobs
 from lit_rlhf.algorithms.preference_loss import LossTerm, PreferenceLoss
 from lit_rlhf.algorithms.referenced import ReferencedModule
 from lit_rlhf.data.batches import PreferenceBatch
@@ -63,7 +62,9 @@ class DPO(ReferencedModule):
         chosen_rewards, rejected_rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
         if stage == "train":
             self.loss.observe((chosen_rewards + rejected_rewards) / 2)
-        self.log_rewards(stage, batch, losses, chosen, rejected, chosen_rewards, rejected_rewards)
+        columns = pair_metrics(*(column.detach() for column in (chosen, rejected, chosen_rewards, rejected_rewards)))
+        prefix = "dpo" if stage == "train" else stage
+        self.log_pairs(stage, batch, losses, {f"{prefix}/{name}": values.mean() for name, values in columns.items()})
         return losses
 
     @property
@@ -79,40 +80,6 @@ class DPO(ReferencedModule):
         """As that of the reference; then the state of the loss follows the policy, where it has one."""
         super().optimizer_step(*args, **kwargs)
         self.loss.after_step(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-
-    @torch.no_grad()
-    def log_rewards(
-        self,
-        stage: str,
-        batch: PreferenceBatch,
-        losses: Tensor,
-        chosen: Tensor,
-        rejected: Tensor,
-        chosen_rewards: Tensor,
-        rejected_rewards: Tensor,
-    ) -> None:
-        """Log the loss, the implicit rewards r̂ = β log π/π_ref (whatever the loss compares) and why they moved.
-
-        Args:
-            stage: train, val or test.
-            batch: the pairs.
-            losses: (B,).
-            chosen: (B,) log π of the chosen responses; they may fall while the margin grows.
-            rejected: (B,) log π of the rejected responses.
-            chosen_rewards: (B,) r̂ of the chosen responses.
-            rejected_rewards: (B,) r̂ of the rejected responses.
-        """
-        agrees = agreement(chosen_rewards, rejected_rewards)
-        means = {
-            "reward_accuracy": agrees["accuracy"],
-            "reward_margin": agrees["margin"],
-            "chosen_reward": chosen_rewards.mean(),
-            "rejected_reward": rejected_rewards.mean(),
-            "chosen_logprobs": chosen.mean(),
-            "rejected_logprobs": rejected.mean(),
-        }
-        prefix = "dpo" if stage == "train" else stage
-        self.log_pairs(stage, batch, losses, {f"{prefix}/{name}": mean for name, mean in means.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the state of the loss."""

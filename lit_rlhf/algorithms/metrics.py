@@ -59,6 +59,6 @@ class MetricsModule(LightningModule):
         totals, weights = zip(*self.step_sums.values(), strict=True)
         sums = torch.stack([torch.stack(totals), torch.tensor(weights, dtype=torch.float32, device=self.device)])
         totals, weights = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        for tag, mean in zip(self.step_sums, totals / weights, strict=True):
+        for tag, mean in zip(self.step_sums, totals / weights.clamp(min=1), strict=True):
             self.log(tag, mean, prog_bar=tag.rpartition("/")[2] in PROGRESS)
         self.step_sums = {}

@@ -105,7 +105,7 @@ class OnPolicyModule(CreditingModule):
             self.advantages = chosen_estimator(advantages, sample)
         self.chosen_advantages, self.whiten_advantages = advantages, whiten_advantages
         with named_by("model.loss"):
-            self.loss = chosen_loss(loss)
+            self.loss = self.chosen_loss(loss)
         self.kl = FixedKL() if kl is None else kl
         if not hasattr(self.kl, "kl_coef"):
             raise UserError(f"model.kl: {type(kl).__name__} has no kl_coef; name FixedKL or AdaptiveKL, or null")
@@ -121,6 +121,10 @@ class OnPolicyModule(CreditingModule):
         self.critic_settings = CriticSettings(0.0, None, 0, None)
         self.rollout_metrics, self.step_kl, self.stopped = {}, [], False
         self.returns_seen = nothing_seen()
+
+    def chosen_loss(self, loss: ChosenFunction) -> Any:
+        """The policy loss, tried."""
+        return chosen_loss(loss)
 
     def views(self) -> dict[str, Any]:
         """Policy, reference and, where there is one, critic."""

@@ -45,8 +45,37 @@ def sequence_logprobs(policy: Policy | Reference | nn.Module, packed: PackedBatc
 
 
 @check_shapes
+def pair_metrics(
+    chosen: Float[Tensor, " B"],
+    rejected: Float[Tensor, " B"],
+    chosen_rewards: Float[Tensor, " B"],
+    rejected_rewards: Float[Tensor, " B"],
+) -> dict[str, Float[Tensor, " B"]]:
+    """What to log of each pair: its implicit rewards r̂ = β log π/π_ref, whatever the loss compares, and why they moved.
+
+    Args:
+        chosen: log π of the chosen responses; they may fall while the margin grows.
+        rejected: log π of the rejected responses.
+        chosen_rewards: r̂ of the chosen responses.
+        rejected_rewards: r̂ of the rejected responses.
+    """
+    return {
+        "reward_accuracy": agrees(chosen_rewards, rejected_rewards),
+        "reward_margin": chosen_rewards - rejected_rewards,
+        "chosen_reward": chosen_rewards,
+        "rejected_reward": rejected_rewards,
+        "chosen_logprobs": chosen,
+        "rejected_logprobs": rejected,
+    }
+
+
+@check_shapes
+def agrees(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Whether the scores of a pair agree with its label; a tie is half right."""
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+
+
+@check_shapes
 def agreement(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> dict[str, Float[Tensor, ""]]:
-    """How well the scores of B pairs agree with the labels; a tie is half right."""
-    margin = (chosen - rejected).detach()
-    accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
-    return {"accuracy": accuracy.mean(), "margin": margin.mean()}
+    """How well the scores of B pairs agree with the labels."""
+    return {"accuracy": agrees(chosen, rejected).mean(), "margin": (chosen - rejected).detach().mean()}

@@ -7,6 +7,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lit_rlhf.errors import UserError, require_types
+from lit_rlhf.models.holding import FrozenDtype
+from lit_rlhf.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class ReferenceUpdate:
             raise UserError(f"alpha ({self.alpha}) of the reference's update must be in (0, 1]; 1 copies the policy")
         if self.every < 1:
             raise UserError(f"every ({self.every}) must be 1 or more optimiser steps between two updates")
+
+    def require_whole(self, policy: Policy, frozen_dtype: FrozenDtype | None) -> None:
+        """Refuse a policy that learns an adapter, and a reference that is held in less than the policy."""
+        if policy.adapters is not None:
+            raise UserError("reference_update moves whole weights, and here an adapter learns: drop one of them")
+        if frozen_dtype is not None:
+            raise UserError("reference_update moves the reference, and frozen_dtype is of weights that stay: drop one")
 
     @torch.no_grad()
     def apply(self, reference: nn.Module, policy: nn.Module) -> None:

@@ -62,10 +62,8 @@ class ReferencedModule(PreferenceModule):
         self.policy, self.tokenizer = load_policy_with_tokenizer(
             policy, False, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
-        if reference_update is not None and self.policy.adapters is not None:
-            raise UserError("reference_update moves whole weights, and here an adapter learns: drop one of them")
-        if reference_update is not None and self.frozen_dtype is not None:
-            raise UserError("reference_update moves the reference, and frozen_dtype is of weights that stay: drop one")
+        if reference_update is not None:
+            reference_update.require_whole(self.policy, self.frozen_dtype)
         self.still_reference: Reference | None = None  # a reference that stays, unless its log-probs are cached
         with named_by("model.reference"):
             saved = None if reference is None else saved_adapter(reference)

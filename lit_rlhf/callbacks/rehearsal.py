@@ -255,8 +255,9 @@ def shorten_rollout(module: Any, data: Any, accumulate: int, memory: LiveMemory)
             played.learnt, played.sharing = whole.max_tokens // rows, whole.sharing
             groups = -(-BATCHES * (whole.max_tokens // played.learnt) * whole.sharing // whole.group_size)
             size, taken = min(size * accumulate, groups * whole.group_size), 1
-        steps = max(2, -(-min(settings.num_slots, settings.rollout_size) // (size * taken)))
-        data.settings = replace(settings, rollout_size=steps * size * taken)
+        played_for = size * taken // whole.group_size * settings.group_size  # a step, which may learn from some alone
+        steps = max(2, -(-min(settings.num_slots, settings.rollout_size) // played_for))
+        data.settings = replace(settings, rollout_size=steps * played_for)
         module.updates = replace(module.updates, num_minibatches=steps, ppo_epochs=1)
         module.sampling = replace(module.sampling, dynamic_sampling=0)  # further rounds take as much memory as one
         data.trainer.accumulate_grad_batches = taken

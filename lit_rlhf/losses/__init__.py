@@ -47,8 +47,10 @@ from lit_rlhf.losses.preference import (
     ipo_loss,
     offset_dpo_loss,
     robust_dpo_loss,
+    soft_label_dpo_loss,
 )
 from lit_rlhf.losses.rating import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
+from lit_rlhf.losses.selection import best_and_worst, best_of_group
 from lit_rlhf.losses.supervised import bradley_terry_loss, nll, process_reward_loss
 from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
 
@@ -64,6 +66,8 @@ __all__ = [
     "apo_down_loss",
     "apo_zero_loss",
     "bco_pair_loss",
+    "best_and_worst",
+    "best_of_group",
     "bradley_terry_loss",
     "chosen_nll_loss",
     "cispo_policy_loss",
@@ -98,6 +102,7 @@ __all__ = [
     "rloo",
     "robust_dpo_loss",
     "rpo_loss",
+    "soft_label_dpo_loss",
     "sppo_hard_loss",
     "value_loss",
 ]

@@ -69,9 +69,9 @@ def rloo(rollout: ScoredRollout) -> Advantages:
     Raises:
         ValueError: a group of one.
     """
-    group = _statistics(rollout, "rloo")
+    group = group_statistics(rollout, "rloo")
     others = (group.sizes * group.mean - group.returns) / (group.sizes - 1)
-    return _on_each_token(rollout, group.returns - others)
+    return on_each_token(rollout, group.returns - others)
 
 
 @check_shapes
@@ -93,8 +93,8 @@ def grpo(rollout: ScoredRollout, epsilon: float = EPSILON) -> Advantages:
         ValueError: a group of one.
     """
     require(epsilon > 0, "epsilon", epsilon, "more than 0: equal returns have no standard deviation")
-    group = _statistics(rollout, "grpo")
-    return _on_each_token(rollout, (group.returns - group.mean) / (group.std + epsilon))
+    group = group_statistics(rollout, "grpo")
+    return on_each_token(rollout, (group.returns - group.mean) / (group.std + epsilon))
 
 
 @check_shapes
@@ -113,8 +113,8 @@ def dr_grpo(rollout: ScoredRollout) -> Advantages:
     Raises:
         ValueError: a group of one.
     """
-    group = _statistics(rollout, "dr_grpo")
-    return _on_each_token(rollout, group.returns - group.mean)
+    group = group_statistics(rollout, "dr_grpo")
+    return on_each_token(rollout, group.returns - group.mean)
 
 
 @check_shapes
@@ -139,7 +139,7 @@ def reinforce_plus_plus(rollout: ScoredRollout, gamma: float = 1.0, group_baseli
     if not group_baseline:
         return Advantages(returns, returns)
     return _over(
-        rollout, returns, _statistics(rollout, "reinforce_plus_plus with group_baseline").mean.to(returns.dtype)
+        rollout, returns, group_statistics(rollout, "reinforce_plus_plus with group_baseline").mean.to(returns.dtype)
     )
 
 
@@ -181,7 +181,8 @@ class _Groups(NamedTuple):
     std: Float[Tensor, " B"]  # of a sample
 
 
-def _statistics(rollout: ScoredRollout, name: str) -> _Groups:
+@check_shapes
+def group_statistics(rollout: ScoredRollout, name: str) -> _Groups:
     """Returns of whole responses and of their groups.
 
     Raises:
@@ -203,7 +204,8 @@ def _by_group(values: Float[Tensor, " B"], group_index: Int[Tensor, " B"]) -> Fl
     return torch.zeros_like(values).index_add(0, group_index, values)[group_index]
 
 
-def _on_each_token(rollout: ScoredRollout, advantages: Float[Tensor, " B"]) -> Advantages:
+@check_shapes
+def on_each_token(rollout: ScoredRollout, advantages: Float[Tensor, " B"]) -> Advantages:
     """A response's advantage on each of its tokens; and the reward to go."""
     rows = advantages[:, None].to(rollout.token_rewards.dtype) * rollout.response_mask
     return Advantages(rows, _reward_to_go(rollout))

@@ -136,6 +136,38 @@ def offset_dpo_loss(
 
 
 @check_shapes
+def soft_label_dpo_loss(
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
+    beta: float,
+    margin: Float[Tensor, " B"] | float,
+) -> Float[Tensor, " B"]:
+    """DPO for pairs whose rewards are known: -p log σ(z) - (1 - p) log σ(-z), p = σ(margin).
+
+    Furuta et al. 2024, section 3.1, https://arxiv.org/abs/2409.06691 (their conservative form), with the preference
+    probability that Bradley-Terry gives to a difference of rewards: `dpo_loss` in the mean over labels drawn by it. Its
+    least is at z = margin, so that on any pairs that tie all responses together the optimum is π*, however the pairs
+    were drawn; with labels that never err, `dpo_loss` has none.
+
+    Args:
+        chosen_logprobs: (B,) as in `dpo_loss`.
+        rejected_logprobs: (B,) likewise.
+        ref_chosen_logprobs: (B,) likewise.
+        ref_rejected_logprobs: (B,) likewise.
+        beta: as in `dpo_loss`.
+        margin: (B,) or a number: the reward of y_w less that of y_l.
+
+    Returns:
+        (B,) losses; log 2 for each pair when policy and reference agree.
+    """
+    z = _margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta)
+    prefers = torch.sigmoid(torch.as_tensor(margin, dtype=z.dtype, device=z.device))
+    return -prefers * F.logsigmoid(z) - (1 - prefers) * F.logsigmoid(-z)
+
+
+@check_shapes
 def ipo_loss(
     chosen_logprobs: Float[Tensor, " B"],
     rejected_logprobs: Float[Tensor, " B"],

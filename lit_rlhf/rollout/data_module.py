@@ -222,16 +222,19 @@ class RolloutDataModule(LightningDataModule):
     def minibatches(self) -> Minibatches:
         """How the episodes of each iteration are cut, on this rank."""
         assert self.trainer is not None
-        updates: Any = self.trainer.lightning_module.updates
+        agent: Any = self.trainer.lightning_module
+        groups = self.settings.rollout_size // self.trainer.world_size // self.settings.group_size
+        kept = self.settings.group_size if agent.kept_of_group is None else agent.kept_of_group
         return Minibatches(
-            self.settings.rollout_size // self.trainer.world_size,
-            updates.ppo_epochs,
-            updates.num_minibatches,
+            groups * kept,
+            agent.updates.ppo_epochs,
+            agent.updates.num_minibatches,
             self.accumulate_grad_batches or self.trainer.accumulate_grad_batches,
             self.settings.max_tokens,
             max(map(len, self.prompts["train"].prompt_ids)) + self.settings.max_new_tokens,
-            self.settings.group_size,
+            kept,
             self.settings.max_new_tokens,
+            agent.compares_kept,
         )
 
     def val_dataloader(self) -> DataLoader | list:

@@ -23,7 +23,7 @@ class Experience(NamedTuple):
     response_ids: list[np.ndarray]  # (T,) each
     tokens: dict[str, list[Tensor]]  # (T,) each: the token columns of RolloutBatch, by their names there
     plan: Plan
-    step_tokens: list[float]  # per optimiser step, its response tokens over all ranks
+    step_sizes: list[float]  # per optimiser step, what its loss is a mean over: response tokens of all ranks, or pairs
 
     def micro_batch(self, number: int, num_ranks: int, limit: int | None = None) -> RolloutBatch | NoBatch:
         """The micro-batch of this number among those of all passes; with a limit, only its first prompts."""
@@ -31,14 +31,14 @@ class Experience(NamedTuple):
         rows = self.plan[step][part][:limit]
         if not len(rows):
             return NoBatch()
-        order, tokens = packed_order(rows), self.step_tokens[step]
+        order, size = packed_order(rows), self.step_sizes[step]
         columns = {name: torch.cat([column[i] for i in order]) for name, column in self.tokens.items()}
         if "weights" in columns:  # so that a sum over tokens / tokens is one over responses / responses
             responses = num_ranks * sum(part.size for part in self.plan[step])
-            columns["weights"] = columns["weights"] * (tokens / responses)
+            columns["weights"] = columns["weights"] * (size / responses)
         return RolloutBatch(
             packed=pack_episodes(self.prompt_ids, self.response_ids, rows),
-            denominator=torch.tensor(tokens / (len(self.plan[step]) * num_ranks), dtype=torch.float32),
+            denominator=torch.tensor(size / (len(self.plan[step]) * num_ranks), dtype=torch.float32),
             **columns,
         )
 
@@ -49,7 +49,7 @@ class Experience(NamedTuple):
             "response_ids": [torch.from_numpy(ids) for ids in self.response_ids],
             "tokens": {name: [tensor.clone() for tensor in column] for name, column in self.tokens.items()},
             "plan": [[torch.from_numpy(rows) for rows in step] for step in self.plan],
-            "step_tokens": self.step_tokens,
+            "step_sizes": self.step_sizes,
         }
 
     @classmethod
@@ -60,7 +60,7 @@ class Experience(NamedTuple):
             response_ids=[ids.numpy() for ids in state["response_ids"]],
             tokens=state["tokens"],
             plan=[[by_prompt(rows.numpy()) for rows in step] for step in state["plan"]],
-            step_tokens=state["step_tokens"],
+            step_sizes=state["step_sizes"] if "step_sizes" in state else state["step_tokens"],  # of before pairs
         )
 
 
@@ -116,8 +116,12 @@ class PlannedRollout:
 
     def step_tokens(self) -> Tensor:
         """Response tokens of each optimiser step, on this rank."""
-        lengths = np.array([len(episode.response_ids) for episode in self.played.episodes])
-        return torch.tensor([float(lengths[np.concatenate(step)].sum()) for step in self.plan])
+        return self.step_sums(self.lengths)
+
+    def step_sums(self, values: Tensor) -> Tensor:
+        """(B,) values of episodes -> their sum over each optimiser step, on this rank."""
+        as_played = values.double().numpy()[np.argsort(self.order)]
+        return torch.tensor([float(as_played[np.concatenate(step)].sum()) for step in self.plan])
 
     def means(self, scores: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, Tensor]:
         """What to log of a rollout, as means over its episodes or tokens.
@@ -137,21 +141,22 @@ class PlannedRollout:
         if self.group_size > 1:
             in_groups = scores[torch.from_numpy(np.argsort(self.order))].view(-1, self.group_size)
             means["equal_groups"] = (in_groups == in_groups[:, :1]).all(1).float().mean()
+            means["best_score"] = in_groups.amax(1).mean()
         if self.played.dropped is not None:
             means["dropped_groups"] = torch.tensor(self.played.dropped * self.group_size / len(self.episodes))
         return {f"rollout/{name}": mean for name, mean in means.items()}
 
-    def experience(self, columns: Mapping[str, Tensor], step_tokens: list[float]) -> Experience:
+    def experience(self, columns: Mapping[str, Tensor], step_sizes: list[float]) -> Experience:
         """What is learnt from.
 
         Args:
             columns: (M,) each: the token columns of RolloutBatch, by their names there.
-            step_tokens: per optimiser step, its response tokens over all ranks.
+            step_sizes: per optimiser step, what its loss is a mean over.
         """
         row_of = np.argsort(self.order)
         parts = {name: column.split(self.lengths.tolist()) for name, column in columns.items()}
         tokens = {name: [rows[row] for row in row_of] for name, rows in parts.items()}
-        return Experience(*self.tokens(), tokens, self.plan, step_tokens)
+        return Experience(*self.tokens(), tokens, self.plan, step_sizes)
 
 
 def pack_episodes(

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import psutil
@@ -30,9 +30,11 @@ class Minibatches:
         group_size: episodes in a row that answer one prompt, and stay together in an optimiser step; in a micro-batch,
             too, where as many fit into it.
         longest_response: of `longest`, the tokens that are not shared in a group.
+        whole_groups: a group may not be cut at all, since its episodes are compared in the loss.
 
     Raises:
-        UserError: fewer groups than micro-batches, or a `max_tokens` that the longest episode does not fit into.
+        UserError: fewer groups than micro-batches, or a `max_tokens` that the longest episode, or the largest group
+            that may not be cut, does not fit into.
     """
 
     num_episodes: int
@@ -43,6 +45,7 @@ class Minibatches:
     longest: int
     group_size: int = 1
     longest_response: int = 0
+    whole_groups: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be cut."""
@@ -58,6 +61,12 @@ class Minibatches:
                 f"the longest prompt and max_new_tokens are {self.longest} tokens, more than data.max_tokens "
                 f"({self.max_tokens}) allows in a micro-batch; raise it to {self.longest}, or lower "
                 "data.max_prompt_length or data.max_new_tokens"
+            )
+        if self.whole_groups and self.sharing < self.group_size:
+            raise UserError(
+                f"the longest prompt and {self.group_size} responses of max_new_tokens, which the loss compares, are "
+                f"{self.tokens_of(self.group_size)} tokens, more than max_tokens ({self.max_tokens}) allows in a "
+                f"micro-batch; raise max_tokens to {self.tokens_of(self.group_size)}, or lower max_new_tokens"
             )
 
     @property
@@ -92,6 +101,11 @@ class Minibatches:
         """Of a micro-batch."""
         most = self.episodes_of_part // self.sharing * self.tokens_of(self.sharing)
         return most if self.max_tokens is None else min(most, self.max_tokens)
+
+    def of_all(self, group_size: int) -> "Minibatches":
+        """The cut in which a rollout is scored of whose groups, so large, a part alone is learnt from."""
+        once = replace(self, whole_groups=False, ppo_epochs=1, num_minibatches=1, accumulate_grad_batches=1)
+        return replace(once, num_episodes=self.num_groups * group_size, group_size=group_size)
 
     def __len__(self) -> int:
         return self.ppo_epochs * self.num_minibatches * self.micro_batches

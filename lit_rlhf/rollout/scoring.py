@@ -41,6 +41,7 @@ TAKEN = (
     "sampler_gap",
     "equal_groups",
     "dropped_groups",
+    "best_score",
     "process",
     "shaping",
 )

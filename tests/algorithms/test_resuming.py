@@ -37,6 +37,8 @@ def fit(stage, inputs, folder, ckpt_path=None, **options):
         ("reinforce", 5, {}),
         ("remax", 3, {}),
         ("dapo", 5, {}),
+        ("raft", 5, {}),
+        ("online_dpo", 3, {"beta": 0.2, "loss": bco_pair_loss, "reference_update": ReferenceUpdate(1.0, every=4)}),
         ("dpo", 2, {"cache_reference": True}),
         ("dpo", 3, {"reference_update": ReferenceUpdate(alpha=0.5, every=2)}),
         ("dpo", 2, {"loss": bco_pair_loss}),

@@ -238,6 +238,8 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         "grpo",
         "remax",
         "dapo",
+        "raft",
+        "online_dpo",
         *WHOLE_RUNS,
     }
     for run, result in results.items():
@@ -305,6 +307,14 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         one, another = results[run]["of_all"]
         assert one == another and one["heard"][-1] == [one["rollout"]["rollout/kl"], 16]
         assert one["returns"] != 0.0
+        if strategy == "ddp":
+            assert results[run]["own_weights"][0] == results[run]["own_weights"][1]
+
+    # Of each group one or two are learnt from, of other prompts on each rank.
+    for run, kept in (("raft", 1), ("online_dpo", 2)):
+        mine, other = ([tuple(prompt) for prompt in prompts] for prompts in results[run]["prompts"])
+        assert len(mine) == len(other) == 2 * kept and not set(mine) & set(other)
+        assert results[run]["of_all"][0] == results[run]["of_all"][1]
         if strategy == "ddp":
             assert results[run]["own_weights"][0] == results[run]["own_weights"][1]
 

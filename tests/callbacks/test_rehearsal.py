@@ -46,7 +46,9 @@ def test_a_run_takes_what_was_planned(stage, lora, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("max_tokens", [pytest.param(40, marks=pytest.mark.slow), None])
-@pytest.mark.parametrize("stage", ["grpo", *(pytest.param(s, marks=pytest.mark.slow) for s in ("reinforce", "remax"))])
+@pytest.mark.parametrize(
+    "stage", ["grpo", "online_dpo", *(pytest.param(s, marks=pytest.mark.slow) for s in ("reinforce", "remax", "raft"))]
+)
 def test_groups_take_what_was_planned_and_no_critic_is_among_it(stage, max_tokens, inputs, tmp_path, monkeypatch):
     made = make_stage
 

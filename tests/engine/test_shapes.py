@@ -45,6 +45,7 @@ OTHERS = {
     "head": nn.Linear(SIZES["d"], SIZES["V"]),
     "loss": lambda group: group.logprobs.sum(),
     "link": reverse_kl_link,
+    "name": "an estimator",
     "num_sequences": 1,
     "ref_table": TABLE,
     "table": TABLE,

@@ -32,6 +32,7 @@ from lit_rlhf.losses import (
     reverse_kl_link,
     robust_dpo_loss,
     rpo_loss,
+    soft_label_dpo_loss,
     sppo_hard_loss,
 )
 
@@ -47,6 +48,7 @@ FAMILY = {
     "conservative": (partial(conservative_dpo_loss, label_smoothing=0.1), LOG2),
     "robust": (partial(robust_dpo_loss, label_smoothing=0.1), LOG2),
     "offset": (partial(offset_dpo_loss, margin=math.log(3)), math.log(4)),  # log(1 + 3)
+    "soft_label": (partial(soft_label_dpo_loss, margin=2.0), LOG2),
     "ipo": (ipo_loss, 1.0),  # (0 - 1/(2 * 0.5))²
     "hinge": (hinge_loss, 1.0),
     "exo": (partial(exo_pair_loss, label_smoothing=0.1), -LOG2 - 0.5 * math.log(0.9 * 0.1)),  # KL((½, ½)‖(0.9, 0.1))

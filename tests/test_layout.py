@@ -23,6 +23,7 @@ THINGS = {
     "algorithms/test_retrained.py": "whole runs",
     "benchmarks/": "of the folder benchmarks/",
     "callbacks/test_tensorboard.py": "whole runs",
+    "callbacks/test_tensorboard_tabs.py": "another program",
     "cli/test_configs.py": "of the folder configs/",
     "cli/test_large_configs.py": "of the folder configs/large/",
     "cli/test_predict.py": "whole runs",

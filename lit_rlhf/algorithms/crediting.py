@@ -14,7 +14,16 @@ from lit_rlhf.algorithms.settings import CriticSettings, SamplingSettings, Updat
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import UserError, named_by, require_alike
 from lit_rlhf.losses import ScoredRollout
-from lit_rlhf.losses.advantages import Moments, explained_variance, token_rewards, whiten
+from lit_rlhf.losses.advantages import (
+    Moments,
+    explained_variance,
+    make_row_mask,
+    pad_rows,
+    token_rewards,
+    unpad_rows,
+    whiten,
+)
+from lit_rlhf.losses.kl import k1
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.roles import Reference, Values
 from lit_rlhf.rollout.experience import Experience, PlannedRollout
@@ -112,6 +121,9 @@ class CreditingModule(AlignmentModule):
         columns = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "advantages": advantages}
         if old_values is not None:
             columns |= {"old_values": old_values, "returns": returns}
+        kl = k1(old_logprobs, ref_logprobs)
+        spreads = {"score": scores, "response_length": rollout.lengths, "token_kl": kl, "advantages": advantages}
+        self.watch({f"rollout/{name}": values for name, values in spreads.items()})
         self.finish_rollout(rollout.means(scores, old_logprobs, ref_logprobs), old_values, returns, len(scores))
         if self.kept_of_group is not None:
             of_groups = estimated.advantages.sum(1).div(rollout.lengths)[np.argsort(rollout.order)]
@@ -167,6 +179,28 @@ class CreditingModule(AlignmentModule):
             values = [] if self.critic is None else [self.critic(batch, batch.predictors)]
             ref_logprobs = self.reference(batch, temperature)[0]
         return [column.cpu() for column in (logprobs, ref_logprobs, *values)]
+
+    def credited_tokens(self, packed: PackedBatch, scores: Tensor) -> dict[str, Tensor]:
+        """KL to the reference of each response token, k1; with a critic its value and advantage, too: (M,) each.
+
+        Advantages are not whitened; there are none where they compare completions of one prompt.
+
+        Args:
+            packed: B responses, each to a prompt of its own.
+            scores: (B,) shaped rewards.
+        """
+        logprobs, ref_logprobs, *values = self.forward_packed(packed)
+        readings = {"KL": k1(logprobs, ref_logprobs)}
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if values and data.settings.group_size == 1:
+            mask, numbers = make_row_mask(packed.sequence_ids.cpu(), len(scores)), torch.arange(len(scores))
+            kl_coef = self.kl.kl_coef if self.kl_penalty.place == "reward" else 0.0
+            penalty = pad_rows(self.kl_penalty.estimate(logprobs, ref_logprobs), mask)
+            rewards = token_rewards(scores, penalty, kl_coef, mask)
+            mean = self.returns_seen.mean
+            scored = ScoredRollout(rewards, pad_rows(values[0], mask), mask, scores, numbers, numbers, mean)
+            readings |= {"advantage": unpad_rows(self.advantages(scored).advantages, mask), "value": values[0]}
+        return readings
 
     def scores(self, rollout: PlannedRollout) -> Tensor:
         """(B,) rewards of a rollout, shaped."""

@@ -64,6 +64,7 @@ class DPO(ReferencedModule):
             self.loss.observe((chosen_rewards + rejected_rewards) / 2)
         columns = pair_metrics(*(column.detach() for column in (chosen, rejected, chosen_rewards, rejected_rewards)))
         prefix = "dpo" if stage == "train" else stage
+        self.watch({f"{prefix}/reward_margin": columns["reward_margin"]})
         self.log_pairs(stage, batch, losses, {f"{prefix}/{name}": values.mean() for name, values in columns.items()})
         return losses
 

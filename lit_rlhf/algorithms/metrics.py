@@ -17,6 +17,7 @@ class MetricsModule(LightningModule):
         super().__init__()
         # Of the optimiser step's micro-batches so far, by metric: weighted sum and weight.
         self.step_sums: dict[str, tuple[Tensor, int]] = {}
+        self.watched: dict[str, list[Tensor]] | None = None  # values whose spread is asked for; None = nobody asks
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all ranks, back on the CPU."""
@@ -51,6 +52,16 @@ class MetricsModule(LightningModule):
             else:
                 in_bar = name.rpartition("/")[2] in PROGRESS
                 self.log(tag, value, batch_size=weight, on_step=False, on_epoch=True, sync_dist=True, prog_bar=in_bar)
+
+    def watch(self, spreads: dict[str, Tensor]) -> None:
+        """Keep values of this rank whose mean says too little, where a histogram is due.
+
+        Args:
+            spreads: values of any shape, by the name of what they are.
+        """
+        if self.watched is not None:
+            for name, values in spreads.items():
+                self.watched.setdefault(name, []).append(values.detach().float().flatten().cpu())
 
     def log_step(self) -> None:
         """Log the training metrics of an optimiser step: means over its micro-batches on all ranks, in one exchange."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.algorithms.hyperparameters import plain_arguments
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, warn_of_rounding
 from lit_rlhf.algorithms.resuming import ResumableModule
+from lit_rlhf.algorithms.samples import Sample, examples_of, read_samples, with_known_completions
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.algorithms.strategies import (
     check_strategy,
@@ -28,6 +29,7 @@ from lit_rlhf.data.batching import as_it_is
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.checks import require_batch
 from lit_rlhf.data.formats import Kind
+from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import full_state_dict, shard
 from lit_rlhf.errors import UserError, hints_of, require, require_kinds
 from lit_rlhf.models.holding import FrozenDtype, require_frozen_dtype, require_precision
@@ -36,7 +38,14 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.roles import OwnModel
 from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
 from lit_rlhf.models.tokens import keep_to_tokens
-from lit_rlhf.rollout.play import GenerationSettings, completion_rows, predicted_rows, room_for_response
+from lit_rlhf.rollout.play import (
+    GenerationSettings,
+    complete,
+    completion_rows,
+    episode_rows,
+    predicted_rows,
+    room_for_response,
+)
 
 
 class AlignmentModule(ResumableModule):
@@ -207,14 +216,21 @@ class AlignmentModule(ResumableModule):
         """What becomes of a scalar head in an export, by the facts of a checkpoint or, for None, of this module."""
         return None
 
-    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
-        """Rows of text that show a person what the model does on these prompts.
+    def samples(self, prompts: PromptBatch) -> list[Sample]:
+        """Text that shows a person what the model does on these prompts, and numbers for each of its tokens.
 
         Completions end where the context does: a run is not stopped by what illustrates it.
         """
         room = room_for_response(self.policy, prompts.prompt_ids)
         limit = self.generation.max_new_tokens if room is None else min(self.generation.max_new_tokens, room)
-        return completion_rows(self.policy, self.tokenizer, prompts, replace(self.generation, max_new_tokens=limit))
+        settings = replace(self.generation, max_new_tokens=limit)
+        episodes = complete(self.policy, self.tokenizer, prompts, settings)
+        rows = with_known_completions(episode_rows(self.tokenizer, episodes), prompts)
+        return read_samples(rows, examples_of(episodes), self.tokenizer, self.token_readings, self.device)
+
+    def token_readings(self, packed: PackedBatch) -> dict[str, Tensor]:
+        """What this stage knows of each response token, by name: (M,) each."""
+        return {"log-prob": self.policy(packed)[0]}
 
     def configure_model(self) -> None:
         """Shard every network under FSDP2 (`ModelParallelStrategy`); other strategies need nothing.

@@ -1,5 +1,6 @@
 """The on-policy road: play, score, charge the KL, estimate advantages, learn. A method is an estimator and a loss."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from lit_rlhf.algorithms.chosen import ChosenFunction, chosen_estimator, chosen_
 from lit_rlhf.algorithms.crediting import CreditingModule
 from lit_rlhf.algorithms.kl_control import FixedKL, KLController, KLPenalty
 from lit_rlhf.algorithms.lightning_tools import takes_gradients_early
+from lit_rlhf.algorithms.samples import Sample, examples_of, read_samples, with_known_completions
 from lit_rlhf.algorithms.settings import CriticSettings, LossAverage, SamplingSettings, UpdateSettings
 from lit_rlhf.data.batches import NoBatch, PromptBatch, RolloutBatch
 from lit_rlhf.engine.early_backward import backward_early
@@ -179,6 +181,7 @@ class OnPolicyModule(CreditingModule):
         if not self.stopped:
             named = {term.name: term.losses for term in terms} | {"approx_kl": approx_kl} | metrics
             means = {f"{self.prefix}/{name}": values.detach().mean() for name, values in named.items()}
+            self.watch({f"{self.prefix}/{name}": metrics[name] for name in metrics if name == "ratio"})
             self.log_mean("train", {**means, "loss": losses.detach().mean()}, weight=len(losses))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -236,13 +239,16 @@ class OnPolicyModule(CreditingModule):
         settings = data.settings.bound(self.sampling.generation)
         return complete(self.policy, self.tokenizer, prompts, settings, data.rewards)
 
-    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
-        """Completions of held-out prompts with their scores."""
+    def samples(self, prompts: PromptBatch) -> list[Sample]:
+        """Completions of held-out prompts with their scores and, token by token, what would be learnt from them."""
         episodes = self.play_prompts(prompts)
-        return [
+        rows = [
             row | {"score": episode.reward} | episode.components
             for row, episode in zip(episode_rows(self.tokenizer, episodes), episodes, strict=True)
         ]
+        readings = partial(self.credited_tokens, scores=self.shaped(episodes))
+        known = with_known_completions(rows, prompts)
+        return read_samples(known, examples_of(episodes), self.tokenizer, readings, self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the iteration has come to; the data module keeps prompts and rollout."""

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from lit_rlhf.algorithms.calibration import Calibration, calibration
 from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.algorithms.samples import Sample, known_examples, read_samples
 from lit_rlhf.algorithms.step_metrics import StepCounts, step_counts
 from lit_rlhf.data.batches import PromptBatch, StepwiseBatch
 from lit_rlhf.data.modules import StepwiseDataModule
+from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import UserError
 from lit_rlhf.losses import process_reward_loss
 from lit_rlhf.models.adapters import LoRA
@@ -150,12 +152,17 @@ class ProcessRewardModel(AlignmentModule):
             rows.append({"step_scores": probabilities + [None] * (len(steps) - len(probabilities))})
         return predicted_rows(batch, rows)
 
-    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
+    def samples(self, prompts: PromptBatch) -> list[Sample]:
         """Held-out solutions, with the scores of their steps."""
-        return [
+        rows = [
             {"prompt": row["prompt"], "completion": "\n".join(row["completions"]), "step_scores": rounded(row)}
             for row in self.predict_step(prompts, 0)
         ]
+        return read_samples(rows, known_examples(prompts), self.tokenizer, self.token_readings, self.device)
+
+    def token_readings(self, packed: PackedBatch) -> dict[str, Tensor]:
+        """(M,) the score of a step that would end with each token: 0 is as probably right as wrong."""
+        return {"score so far": self.process_reward_model(packed, packed.predictors + 1)}
 
 
 def rounded(row: dict[str, Any]) -> str:

@@ -42,6 +42,8 @@ class ReferencedModule(PreferenceModule):
         kwargs: the optimiser's settings, see `AlignmentModule`.
     """
 
+    beta: float  # of the implicit reward, β log π/π_ref
+
     def __init__(
         self,
         policy: str = "demo",
@@ -127,6 +129,18 @@ class ReferencedModule(PreferenceModule):
         reference = self.reference if self.reference_update is not None else self.still_reference
         assert reference is not None
         return response_logprobs(reference, packed)
+
+    def token_readings(self, packed: PackedBatch) -> dict[str, Tensor]:
+        """Also log π/π_ref of each response token, whose mean over samples of π is the KL, and the implicit reward.
+
+        Where π_ref is a cache of log-probs, no one knows those of other responses.
+        """
+        logprobs = self.policy(packed)[0]
+        reference = self.reference if self.reference_update is not None else self.still_reference
+        if self.reference_free or reference is None:
+            return {"log-prob": logprobs}
+        logratio = logprobs - reference(packed)[0]
+        return {"implicit reward": self.beta * logratio, "KL": logratio, "log-prob": logprobs}
 
     def row_logprobs(self, reference: Reference, batch: Any) -> Tensor:
         """(B, 2) log π_ref of what the loss reads of each row of a batch: the columns that a cache keeps."""

@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.calibration import Calibration, calibration
 from lit_rlhf.algorithms.preference import PreferenceModule, agreement
+from lit_rlhf.algorithms.samples import Sample, known_examples, read_samples
 from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.data.batching import ResumableLoader
+from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import gathered
 from lit_rlhf.errors import UserError, damaged, require_alike
 from lit_rlhf.losses import bradley_terry_loss
@@ -82,6 +84,7 @@ class RewardModel(PreferenceModule):
         losses = bradley_terry_loss(chosen, rejected, batch.margin)
         losses = losses + self.balance_term("reward_model", len(chosen))
         self.log_pairs("train", batch, losses, agreement(chosen, rejected))
+        self.watch({"train/margin": chosen - rejected, "train/score": torch.cat([chosen, rejected])})
         return losses.sum() / batch.denominator
 
     def on_validation_epoch_end(self) -> None:
@@ -101,6 +104,7 @@ class RewardModel(PreferenceModule):
         losses = bradley_terry_loss(chosen, rejected, batch.margin)
         confidence = (chosen - rejected).abs().sigmoid().mean()
         self.log_pairs(stage, batch, losses, {"confidence": confidence, **agreement(chosen, rejected)})
+        self.watch({f"{stage}/margin": chosen - rejected, f"{stage}/score": torch.cat([chosen, rejected])})
         self.seen_scores += [chosen, rejected]
         bins = torch.stack(calibration(chosen - rejected))
         self.bins = bins if self.bins is None else self.bins + bins
@@ -171,10 +175,17 @@ class RewardModel(PreferenceModule):
         values = scores(self.reward_model, batch.prompt_ids, batch.response_ids)
         return predicted_rows(batch, [{"score": value} for value in values.tolist()])
 
-    def sample_table(self, prompts: PromptBatch) -> list[dict[str, Any]]:
-        """Scores of held-out completions, where the data has them."""
-        rows = self.predict_step(prompts, 0) if prompts.response_ids is not None else []
-        return [{"prompt": row["prompt"], "completion": row["completion"], "score": row["score"]} for row in rows]
+    def samples(self, prompts: PromptBatch) -> list[Sample]:
+        """Held-out completions with their scores, where the data has them, and the score after each of their tokens."""
+        if prompts.response_ids is None:
+            return []
+        names = ("prompt", "completion", "score")
+        rows = [{name: row[name] for name in names} for row in self.predict_step(prompts, 0)]
+        return read_samples(rows, known_examples(prompts), self.tokenizer, self.token_readings, self.device)
+
+    def token_readings(self, packed: PackedBatch) -> dict[str, Tensor]:
+        """(M,) what the response would score if it ended with each of its tokens."""
+        return {"score so far": self.reward_model(packed, packed.predictors + 1)}
 
 
 def stored_score_head(facts: Mapping[str, Any]) -> ScoreHead:

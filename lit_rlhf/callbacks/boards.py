@@ -9,6 +9,7 @@ PAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "Reward and KL": {
         "score": ("score", "shaped_score"),
         OTHERS: (),
+        "rewards of steps": ("process", "shaping"),
         "KL to the reference": ("kl",),
         "KL coefficient": ("kl_coef",),
         "accuracy": ("accuracy", "reward_accuracy", "confidence"),
@@ -26,6 +27,7 @@ PAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "Lengths and ends": {
         "response length": ("response_length", "chosen_length", "rejected_length"),
         "share that ends by itself": ("eos_fraction",),
+        "share that repeats": ("repeated_fraction",),
     },
     "Stability": {
         "ratio of new to old policy": ("ratio",),
@@ -35,7 +37,7 @@ PAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "entropy": ("entropy",),
         "explained variance": ("explained_variance",),
         "log-probs of pairs": ("chosen_logprobs", "rejected_logprobs"),
-        "groups without a difference": ("equal_groups",),
+        "groups without a difference": ("equal_groups", "dropped_groups"),
         "gap of sampler and trainer": ("sampler_gap",),
         "gradient norm": ("grad_norm",),
         "learning rate": ("learning_rate", "critic_learning_rate"),
@@ -48,7 +50,7 @@ PAGES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 KNOWN = "|".join(name for charts in PAGES.values() for names in charts.values() for name in names)
-OF_OTHERS = rf"(rollout|val)/(?!({KNOWN}|episodes)$)[^/]+$"
+OF_OTHERS = rf"(rollout|val)/(?!({KNOWN})$)[^/]+$"
 
 
 def layout(tags: Collection[str]) -> dict[str, dict[str, list[object]]]:

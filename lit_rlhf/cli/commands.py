@@ -17,6 +17,7 @@ RUNS = {
 }
 # Any other: a function in the file of that name, under `lit_rlhf.cli`.
 PROGRAMS = {
+    "doctor": "Say what went wrong in a run, since when, and what helps.",
     "compare": "Play finished runs on the same held-out prompts.",
     "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
     "plan": "Say what a config would take, in memory and time, without a weight.",

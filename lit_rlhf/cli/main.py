@@ -23,10 +23,12 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.algorithms.strategies import check_named_strategy
 from lit_rlhf.callbacks import (
+    Alarms,
     Baseline,
     CompletionWriter,
     Dashboard,
     GracefulStop,
+    Histograms,
     HuggingFaceExport,
     MemoryTable,
     OneLineBar,
@@ -64,6 +66,8 @@ OF_EVERY_RUN: dict[str, type[Callback]] = {
     "baseline": Baseline,
     "dashboard": Dashboard,
     "samples": SampleTable,
+    "histograms": Histograms,
+    "alarms": Alarms,
     "predictions": CompletionWriter,
     "performance": Performance,
     "summary": RunSummary,
@@ -282,7 +286,8 @@ def command(argv: list[str], from_shell: bool) -> None:
     elif argv[0] in PROGRAMS:
         program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
         about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
-        auto_cli(program, args=with_bare_flags(program, argv[1:]), as_positional=False, parser_class=Program, **about)
+        given = [f"--run={argv[1]}", *argv[2:]] if argv[0] == "doctor" and argv[1:2] and argv[1][0] != "-" else argv[1:]
+        auto_cli(program, args=with_bare_flags(program, given), as_positional=False, parser_class=Program, **about)
     else:
         run(None if from_shell else argv)  # LightningCLI warns when it is handed the process's own arguments
 

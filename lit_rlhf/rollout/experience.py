@@ -136,6 +136,7 @@ class PlannedRollout:
             **episode_means(self.played.episodes),
             "kl": k1(old_logprobs, ref_logprobs).sum() / len(self.episodes),
             "shaped_score": scores.mean(),
+            "entropy": -old_logprobs.mean(),  # E[-log π], in nats per token, by the tokens that were sampled
             "sampler_gap": (sampled - old_logprobs).abs().mean(),
         }
         if self.group_size > 1:
@@ -176,12 +177,21 @@ def by_prompt(rows: np.ndarray) -> np.ndarray:
     return rows[:, None] if rows.ndim == 1 else rows
 
 
+def repetition(response_ids: np.ndarray) -> float:
+    """Share of the runs of four tokens of a response, (T,), that have stood in it before."""
+    if len(response_ids) < 4:
+        return 0.0
+    runs = np.lib.stride_tricks.sliding_window_view(response_ids, 4)
+    return 1 - len(np.unique(runs, axis=0)) / len(runs)
+
+
 def episode_means(episodes: Sequence[Episode]) -> dict[str, Tensor]:
     """What a person asks of episodes: reward and its components, length, how many ended by themselves."""
     means = {
         "score": np.mean([e.reward for e in episodes]),
         "response_length": np.mean([len(e.response_ids) for e in episodes]),
         "eos_fraction": np.mean([e.finish_reason is FinishReason.STOP for e in episodes]),
+        "repeated_fraction": np.mean([repetition(e.response_ids) for e in episodes]),
         **{name: np.mean([e.components[name] for e in episodes]) for name in episodes[0].components},
     }
     return {name: torch.tensor(float(mean)) for name, mean in means.items()}

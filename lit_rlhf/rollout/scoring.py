@@ -36,6 +36,8 @@ TAKEN = (
     "shaped_score",
     "response_length",
     "eos_fraction",
+    "repeated_fraction",
+    "entropy",
     "kl",
     "kl_coef",
     "sampler_gap",

@@ -185,10 +185,10 @@ def test_sample_tables_show_completions_with_their_scores(folder, tmp_path):
     (tmp_path / "held_out.jsonl").write_text(PROMPTS + "\n")
     module, data, trainer = make(folder, tmp_path, data={"validation": str(tmp_path / "held_out.jsonl")})
     trainer.validate(module, data, verbose=False)
-    rows = module.sample_table(data.sample_prompts(3))
-    assert len(rows) == 3
-    for row in rows:
-        assert set(row) == {"prompt", "completion", "finish_reason", "score"}
+    samples = module.samples(data.sample_prompts(3))
+    assert len(samples) == 3
+    for row, *_ in samples:
+        assert set(row) == {"prompt", "completion", "finish_reason", "score", "kl"}
         assert row["score"] == pytest.approx(count_w9([], [row["completion"]])[0])
 
 

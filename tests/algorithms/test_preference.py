@@ -77,7 +77,7 @@ def test_a_method_of_ones_own_trains_validates_and_shows_samples_with_what_the_b
     trainer = make_trainer(tmp_path, max_epochs=1, limit_val_batches=1.0, callbacks=[SampleTable(2)])
     trainer.fit(module, data)
     assert {"train/accuracy", "val/accuracy"} < set(trainer.callback_metrics)
-    assert len(module.sample_table(data.sample_prompts(2))) == 2
+    assert len(module.samples(data.sample_prompts(2))) == 2
 
 
 def test_a_method_that_sets_no_network_is_told_so_before_it_trains(inputs, tmp_path):

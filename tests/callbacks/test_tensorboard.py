@@ -10,7 +10,7 @@ STEP = {"epoch", "train/loss", "train/grad_norm", "train/learning_rate"}
 IMPLICIT = {"reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward", "chosen_logprobs"}
 IMPLICIT |= {"rejected_logprobs"}
 PAIRS = {"train/chosen_length", "train/rejected_length"}
-EPISODES = {"score", "kl", "response_length", "eos_fraction"}
+EPISODES = {"score", "kl", "response_length", "eos_fraction", "repeated_fraction"}
 LEARNING = {"policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "explained_variance"}
 TAGS = {
     "sft": STEP | {"train/response_length", "val/loss"},
@@ -22,7 +22,7 @@ TAGS = {
     "ppo": STEP
     | {f"ppo/{name}" for name in LEARNING}
     | {f"{prefix}/{name}" for prefix in ("rollout", "val") for name in EPISODES}
-    | {f"rollout/{name}" for name in ("shaped_score", "sampler_gap", "kl_coef")},
+    | {f"rollout/{name}" for name in ("shaped_score", "sampler_gap", "kl_coef", "entropy")},
 }
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means
+from lit_rlhf.rollout.experience import Experience, PlannedRollout, episode_means, repetition
 from lit_rlhf.rollout.play import Play
 from token_mdp import Episode, FinishReason
 
@@ -151,4 +151,12 @@ def test_means_of_episodes_by_hand():
         for i, (reward, length, reason, component) in enumerate(ends)
     ]
     means = {name: mean.item() for name, mean in episode_means(episodes).items()}
-    assert means == pytest.approx({"score": 2.0, "response_length": 3.0, "eos_fraction": 2 / 3, "length": 2.0})
+    assert means == pytest.approx(
+        {"score": 2.0, "response_length": 3.0, "eos_fraction": 2 / 3, "repeated_fraction": 1 / 6, "length": 2.0}
+    )
+
+
+def test_repetition_is_the_share_of_runs_of_four_tokens_that_have_stood_before():
+    assert repetition(np.array([1, 2, 3])) == repetition(np.arange(9)) == 0
+    assert repetition(np.full(13, 7)) == pytest.approx(9 / 10)  # ten runs, all of them the first
+    assert repetition(np.array([1, 2, 3, 4, 9, 1, 2, 3, 4])) == pytest.approx(1 / 6)

@@ -1,0 +1,103 @@
+"""Responses to held-out prompts for a person: their text, and a number for each token by what the stage knows."""
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.engine.packing import Example, PackedBatch, pack
+from token_mdp import Episode
+
+ADDED_UP = ("KL", "implicit reward")  # readings whose sum over a response means something
+MOST_TOKENS = 512  # of a response, that are shown one by one
+WINDOW = 16  # tokens that are decoded together
+HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for a character whose tokens are not all there
+
+
+class Sample(NamedTuple):
+    """A response and what is known of it."""
+
+    row: dict[str, Any]  # prompt, completion, and numbers of the whole response
+    pieces: list[str]  # the text of each token; a character of several tokens stands at the last of them
+    readings: dict[str, list[float]]  # by name, a number for each of these tokens
+
+
+def read_samples(
+    rows: Sequence[dict[str, Any]],
+    examples: Sequence[Example],
+    tokenizer: Any,
+    readings: Callable[[PackedBatch], dict[str, Tensor]],
+    device: torch.device,
+) -> list[Sample]:
+    """Read responses token by token.
+
+    Args:
+        rows: B rows of text and numbers.
+        examples: B prompts, each with one response.
+        tokenizer: decodes.
+        readings: numbers of a packed batch's response tokens, (M,) by name; the sums of those in `ADDED_UP` join the
+            row, as `kl` and `implicit_reward`.
+        device: of the models.
+    """
+    prompts, responses = zip(*((example.prompt_ids, example.responses[0]) for example in examples), strict=True)
+    with torch.no_grad():
+        columns = readings(move_data_to_device(pack(examples), device))
+    split = {name: column.float().cpu().split([len(ids) for ids in responses]) for name, column in columns.items()}
+    samples = []
+    for number, (row, ids) in enumerate(zip(rows, responses, strict=True)):
+        mine = {name: parts[number] for name, parts in split.items()}
+        sums = {name.lower().replace(" ", "_"): mine[name].sum().item() for name in ADDED_UP if name in mine}
+        shown = {name: [round(value, 4) for value in part[:MOST_TOKENS].tolist()] for name, part in mine.items()}
+        texts = pieces(tokenizer, ids[:MOST_TOKENS], prompts[number][-1:])
+        samples.append(Sample({**row, **sums}, texts, shown))
+    return samples
+
+
+def examples_of(episodes: Sequence[Episode]) -> list[Example]:
+    """Episodes, to be packed."""
+    return [Example(episode.prompt_ids, (episode.response_ids,)) for episode in episodes]
+
+
+def known_examples(prompts: PromptBatch) -> list[Example]:
+    """Prompts with the completions that the data have, to be packed."""
+    assert prompts.response_ids is not None, "the data have completions"
+    return [Example(prompt, (ids,)) for prompt, ids in zip(prompts.prompt_ids, prompts.response_ids, strict=True)]
+
+
+def with_known_completions(rows: Sequence[dict[str, Any]], prompts: PromptBatch) -> list[dict[str, Any]]:
+    """Rows with the completion that the data have beside each prompt, by the name that `predict` gives it."""
+    known = prompts.columns.get("completion") or [None] * len(rows)
+    texts = [{"reference_completion": text} if isinstance(text, str) else {} for text in known]
+    return [{**row, **text} for row, text in zip(rows, texts, strict=True)]
+
+
+def pieces(tokenizer: Any, ids: np.ndarray, before: np.ndarray | tuple[int, ...] = ()) -> list[str]:
+    """Tokens as texts that make up the text of all, special tokens included.
+
+    Args:
+        tokenizer: decodes.
+        ids: (T,) tokens.
+        before: tokens that they follow, which say whether a space is due before the first.
+    """
+    ids = np.concatenate([np.array(before, dtype=np.int64), ids])
+
+    def text_from(start: int, end: int) -> str:
+        return str(tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False))
+
+    parts, start, done = [], 0, ""
+    for end in range(1, len(ids) + 1):
+        text = text_from(start, end)
+        if text.endswith(HALF) and end < len(ids):  # the rest of the character is to come
+            parts.append("")
+            continue
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(done, text, strict=False))
+        parts.append(text[len(list(alike)) :])
+        done = text
+        if end - start > WINDOW:  # go on from this token, which says whether a space is due before the next
+            start, done = end - 1, text_from(end - 1, end)
+    return parts[len(before) :]

@@ -1,0 +1,76 @@
+"""Samples: text by tokens that make up the whole, and what each stage knows of a token."""
+
+import numpy as np
+import pytest
+import torch
+
+from lit_rlhf.algorithms.samples import MOST_TOKENS, Sample, pieces, read_samples
+from lit_rlhf.engine.packing import Example
+from tests.stages import make_stage, make_trainer
+
+
+class Bytes:
+    """A tokenizer of bytes, as of byte-level models: characters beyond ASCII are several tokens."""
+
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+class Words:
+    """A tokenizer that writes a space before each word but the first, as SentencePiece decodes."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(f"w{i}" for i in ids)
+
+
+def test_pieces_make_up_the_text_and_a_character_stands_at_its_last_token():
+    text = "Grüße, 你好 🙂! " * 9
+    parts = pieces(Bytes(), np.frombuffer(text.encode(), dtype=np.uint8))
+    assert "".join(parts) == text and len(parts) == len(text.encode())
+    assert parts[:5] == ["G", "r", "", "ü", ""]
+
+
+def test_pieces_keep_the_spaces_that_a_decoder_writes_between_tokens_however_long_the_text():
+    parts = pieces(Words(), np.arange(60))
+    assert parts[:3] == ["w0", " w1", " w2"] and "".join(parts) == Words().decode(range(60), False)
+
+
+def test_half_a_character_at_the_end_is_shown_as_such():
+    assert pieces(Bytes(), np.frombuffer("aü".encode()[:2], dtype=np.uint8)) == ["a", "\ufffd"]
+
+
+def test_readings_are_dealt_to_their_responses_and_what_adds_up_is_in_the_row():
+    examples = [Example(np.array([3]), (np.array([4, 5]),)), Example(np.array([6, 7]), (np.array([8]),))]
+    readings = {"KL": torch.tensor([0.5, 1.0, 3.0]), "value": torch.tensor([1.0, 2.0, 4.0])}
+    first, second = read_samples([{"prompt": "a"}, {"prompt": "b"}], examples, Words(), lambda _: readings, "cpu")
+    assert first == Sample({"prompt": "a", "kl": 1.5}, [" w4", " w5"], {"KL": [0.5, 1.0], "value": [1.0, 2.0]})
+    assert second.row["kl"] == 3.0 and second.readings["value"] == [4.0]
+
+
+def test_long_responses_are_shown_in_part_and_counted_whole():
+    examples = [Example(np.array([3]), (np.arange(2 * MOST_TOKENS),))]
+    (sample,) = read_samples([{}], examples, Words(), lambda _: {"KL": torch.ones(2 * MOST_TOKENS)}, "cpu")
+    assert len(sample.pieces) == len(sample.readings["KL"]) == MOST_TOKENS and sample.row["kl"] == 2 * MOST_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("stage", "known"),
+    [
+        ("sft", {"log-prob"}),
+        ("reward_model", {"score so far"}),
+        ("dpo", {"implicit reward", "KL", "log-prob"}),
+        ("ppo", {"KL", "advantage", "value"}),
+    ],
+)
+def test_each_stage_reads_tokens_by_what_it_knows(stage, known, inputs, tmp_path):
+    module, data = make_stage(stage, inputs)
+    module.untrained = None
+    make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
+    samples = module.samples(data.sample_prompts(2))
+    for sample in samples:
+        assert set(sample.readings) == known
+        assert {len(values) for values in sample.readings.values()} == {len(sample.pieces)}
+    if stage == "reward_model":  # the last token read is where the score is
+        assert samples[0].readings["score so far"][-1] == pytest.approx(samples[0].row["score"], abs=1e-4)
+    elif stage in ("dpo", "ppo"):  # before training, the policy is the reference
+        assert samples[0].row["kl"] == pytest.approx(0, abs=1e-5)

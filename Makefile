@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup demo test test-slow test-newest test-oldest check compatibility rllib format format-check lint types api
 .PHONY: docs course figures build clean torture audit
-.PHONY: bench bench-scaling bench-gpu
+.PHONY: optimality bench bench-scaling bench-gpu
 
 setup: $(VENV)/.done
 
@@ -102,6 +102,13 @@ build: setup
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+
+# Every algorithm against the optimum that it states, every loss against the exact gradient: hours on one core.
+optimality: export OMP_NUM_THREADS = 1
+optimality: setup
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not gpu" \
+		tests/oracle tests/algorithms/test_policy_gradient.py \
+		tests/benchmarks/test_optimality.py tests/benchmarks/test_optimality_family.py
 
 # Beside every peer whose Python PEER_PYTHON and its siblings name; see docs/performance.md.
 PEERS := $(PEER_PYTHON)$(PEER_PPO_PYTHON)$(LITGPT_PYTHON)$(TORCHTUNE_PYTHON)$(LLAMA_CPP_PYTHON)

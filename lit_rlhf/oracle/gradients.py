@@ -14,12 +14,13 @@ from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.errors import require
-from lit_rlhf.oracle.groups import Groups, listed_groups, own_slopes
+from lit_rlhf.oracle.groups import Groups, every_response, listed_groups, own_slopes
 from lit_rlhf.oracle.methods import OnPolicyMethod
 from lit_rlhf.oracle.problems import Problem
-from lit_rlhf.oracle.solution import objective, policy_values
+from lit_rlhf.oracle.solution import objective
 from lit_rlhf.oracle.tables import TablePolicy
 
+MAX_CELLS = 5_000  # of all responses to all prompts, (C, T) each: a square matrix of 200 MB
 NOTHING = 1e-10  # a mean gradient below this share of its own spread, or of the exact one, is rounding
 
 
@@ -45,6 +46,9 @@ class GradientJudge:
 
     Attributes:
         exact: ∇J, by the logits of the policy, flat.
+
+    Raises:
+        ValueError: the problem is too large, or beta is negative.
     """
 
     def __init__(
@@ -57,43 +61,23 @@ class GradientJudge:
         require(0 <= beta < math.inf, "beta", beta, "0 or more and finite")
         self.problem, self.beta = problem, beta
         self.policy = problem.table_policy().moved(1.0) if policy is None else policy
-        tree, logits = problem.tree, self.policy.logits
-        mask = torch.arange(tree.max_new_tokens) < tree.lengths[:, None]
-        tables = [tree.tabulate(self.policy.logprob_fn, prompt) for prompt in problem.prompts]
-        ref_tables = [[level.detach() for level in tree.tabulate(problem.reference, p)] for p in problem.prompts]
-        old = self.policy if old_policy is None else old_policy
-        old_tables = [[level.detach() for level in tree.tabulate(old.logprob_fn, p)] for p in problem.prompts]
-        scores = torch.stack([problem.reward_fn(p, tree.completions, tree.lengths).double() for p in problem.prompts])
+        tree, prompts, logits = problem.tree, problem.prompts, self.policy.logits
+        if (cells := len(prompts) * tree.completions.numel()) > MAX_CELLS:
+            raise ValueError(
+                f"problem has {cells:,} tokens in all its responses, and GradientJudge keeps a gradient by each: "
+                f"{MAX_CELLS:,} at most; lower its vocab_size or max_new_tokens"
+            )
+        tables = [tree.tabulate(self.policy.logprob_fn, prompt) for prompt in prompts]
+        self.everything = every_response(problem, beta, tables, self.policy if old_policy is None else old_policy)
 
         logprobs = torch.stack([tree.along(table) for table in tables])  # (prompts, C, T)
-        ref_logprobs = torch.stack([tree.along(table) for table in ref_tables])
         of_each = torch.eye(logprobs.numel(), dtype=torch.float64).view(-1, *logprobs.shape)
         rows = torch.autograd.grad(logprobs, logits, of_each, retain_graph=True, is_grads_batched=True)[0]
         self.jacobian = rows.flatten(1)  # (prompts C T, parameters)
-        J = objective(logprobs.sum(-1), ref_logprobs.sum(-1), scores, beta).mean()
-        self.exact = torch.autograd.grad(J, logits)[0].flatten()
-
-        def values(kl_coef: float) -> Tensor:
-            of_prompts = zip(old_tables, ref_tables, scores, strict=True)
-            return torch.cat([tree.along(policy_values(tree, *one, kl_coef).values) for one in of_prompts])
-
-        self.old_logprobs = torch.stack([tree.completion_logprobs(table) for table in old_tables])  # (prompts, C)
-        best = torch.stack([tree.most_likely(table) for table in old_tables])
-        prompts = len(problem.prompts)
-        self.everything = Groups(
-            logprobs=logprobs.detach().flatten(0, 1),
-            old_logprobs=torch.cat([tree.along(table) for table in old_tables]),
-            ref_logprobs=ref_logprobs.flatten(0, 1),
-            response_mask=mask.repeat(prompts, 1),
-            response_ids=tree.completions.repeat(prompts, 1),
-            scores=scores.flatten(),
-            greedy_scores=scores.gather(1, best[:, None]).expand_as(scores).flatten(),
-            values=values(beta),
-            score_values=values(0.0),
-            weights=self.old_logprobs.exp().flatten() / prompts,
-            rows=torch.arange(scores.numel()),
-            group_index=torch.arange(scores.numel()),
-        )
+        whole, C = logprobs.sum(-1), tree.num_completions
+        ref_logprobs, scores = self.everything.ref_logprobs.sum(-1).view(-1, C), self.everything.scores.view(-1, C)
+        self.exact = torch.autograd.grad(objective(whole, ref_logprobs, scores, beta).mean(), logits)[0].flatten()
+        self.old_logprobs = self.everything.old_logprobs.sum(-1).view(-1, C)  # (prompts, C)
 
     def groups(self, group_size: int = 1, ordered: bool = False) -> Groups:
         """All groups of so many responses to one prompt.
@@ -153,7 +137,7 @@ class GradientJudge:
         size, T = groups.group_size, slopes.shape[1]
         mean, square = torch.zeros_like(self.exact), torch.zeros((), dtype=torch.float64)
         places = (groups.rows[:, None] * T + torch.arange(T)).view(-1, size * T)  # (n, G T) rows of the jacobian
-        probabilities, slopes = groups.weights.view(-1, size).sum(1), slopes.view(-1, size * T)
+        probabilities, slopes = groups.weights.view(-1, size).sum(1), slopes.reshape(-1, size * T)
         chunk = max(1, 10_000_000 // len(self.jacobian))
         for place, slope, probability in zip(
             places.split(chunk), slopes.split(chunk), probabilities.split(chunk), strict=True

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.errors import require
+from lit_rlhf.oracle.problems import Problem
+from lit_rlhf.oracle.solution import policy_values
+from lit_rlhf.oracle.tables import TablePolicy
 
 MAX_ROWS = 4_000_000  # responses in all groups together: 4 million of 3 tokens take about 1 GB
 
@@ -68,6 +71,48 @@ def own_slopes(groups: Groups, loss: Callable[[Groups], Tensor]) -> Float[Tensor
             raise ValueError(f"a loss must give a scalar tensor that depends on logprobs, not {kind}")
         slopes.append(torch.autograd.grad(value, group.logprobs)[0])
     return torch.cat(slopes)
+
+
+def every_response(problem: Problem, beta: float, tables: list[list[Tensor]], old_policy: TablePolicy) -> Groups:
+    """All responses to all prompts, prompt after prompt, each a group of its own.
+
+    Args:
+        problem: whose responses they are.
+        beta: weight of the KL, for `values`.
+        tables: of π, for each prompt.
+        old_policy: π_old.
+    """
+    tree, prompts = problem.tree, problem.prompts
+    scores = torch.stack([problem.reward_fn(p, tree.completions, tree.lengths).double() for p in prompts])
+    with torch.no_grad():
+        ref_tables = [tree.tabulate(problem.reference, prompt) for prompt in prompts]
+        old_tables = [tree.tabulate(old_policy.logprob_fn, prompt) for prompt in prompts]
+        logprobs, old, ref = (torch.cat([*map(tree.along, of_all)]) for of_all in (tables, old_tables, ref_tables))
+    values, score_values = (
+        torch.cat(
+            [
+                tree.along(policy_values(tree, *of_one, kl_coef).values)
+                for of_one in zip(old_tables, ref_tables, scores, strict=True)
+            ]
+        )
+        for kl_coef in (beta, 0.0)
+    )
+    best = torch.stack([tree.most_likely(table) for table in old_tables])
+    mask = torch.arange(tree.max_new_tokens) < tree.lengths[:, None]
+    return Groups(
+        logprobs=logprobs,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        response_mask=mask.repeat(len(prompts), 1),
+        response_ids=tree.completions.repeat(len(prompts), 1),
+        scores=scores.flatten(),
+        greedy_scores=scores.gather(1, best[:, None]).expand_as(scores).flatten(),
+        values=values,
+        score_values=score_values,
+        weights=old.sum(1).exp() / len(prompts),
+        rows=torch.arange(scores.numel()),
+        group_index=torch.arange(scores.numel()),
+    )
 
 
 @check_shapes

@@ -128,3 +128,8 @@ def test_a_mean_over_prompts_and_over_groups_costs_what_one_group_does_per_respo
 def test_a_negative_beta_is_refused():
     with pytest.raises(ValueError, match=r"beta \(-1\)"):
         GradientJudge(PROBLEM, -1)
+
+
+def test_a_problem_of_too_many_responses_is_refused():
+    with pytest.raises(ValueError, match=r"problem has 6,825 tokens in all.*5,000 at most; lower its"):
+        GradientJudge(random_problem(5, 5), BETA)

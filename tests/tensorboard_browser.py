@@ -51,6 +51,14 @@ def asked(address, route, **query):
         return json.load(answer)
 
 
+def until(true, seconds=60):
+    """Wait for what TensorBoard, which reads logs as it runs, is to know."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
 class Browser:
     """A page in a headless Chromium."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import NamedTuple
 
-from lit_rlhf.callbacks.boards import OF_OTHERS
+from lit_rlhf.callbacks.boards import OF_OTHERS, OVER
 
 RECENT = 3  # points that a rule looks at together
 ENOUGH = 4  # points that a curve needs before it is compared with its beginning
@@ -248,6 +248,7 @@ RULES = (
 
 def alarms(curves: Curves) -> Iterator[Alarm]:
     """What is wrong with a run, by its curves."""
+    curves = {tag: curve for tag, curve in curves.items() if not tag.startswith(OVER)}
     for rule in RULES:
         for tag, curve in curves.items():
             if curve.values and re.match(rule.tags, tag) and (seen := rule.find(curve, curves)):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Mapping
 
+OVER = "over_"  # tags of curves that begin so are drawn over something else than optimiser steps
 OTHERS = "further rewards and monitors"  # by names that the user gave
 # Page, chart, and the last names of its curves, whatever the stage before the slash.
 PAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -60,7 +61,7 @@ def layout(tags: Collection[str]) -> dict[str, dict[str, list[object]]]:
     charts of several runs over each other.
     """
     pages: Mapping[str, dict[str, list[str]]] = {
-        page: {chart: [rf"[^/]+/{name}$" for name in names] or [OF_OTHERS] for chart, names in charts.items()}
+        page: {chart: [rf"(?!{OVER})[^/]+/{name}$" for name in names] or [OF_OTHERS] for chart, names in charts.items()}
         for page, charts in PAGES.items()
     }
     trained = [tag for tag in tags if not tag.startswith("val/")]  # names that the user gave are those of rewards

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 from lit_rlhf.algorithms.hyperparameters import plain, settings_of
-from lit_rlhf.callbacks.boards import layout
+from lit_rlhf.callbacks.boards import OVER, layout
 from lit_rlhf.data.batches import NoBatch, RolloutBatch
 
 OF_THE_TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "world_size")
@@ -51,8 +51,22 @@ class Dashboard(Callback):
             self.write(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """On policy, once the first rollout has been learnt from."""
+        """On policy, once the first rollout has been learnt from; each has its curves."""
+        self.draw_rollout(trainer, getattr(pl_module, "rollout_metrics", {}))
         self.write(trainer, pl_module)
+
+    def draw_rollout(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Points of curves over iterations and over episodes, by which runs of other sizes compare."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        iteration = trainer.current_epoch + 1
+        for logger in trainer.loggers if metrics and trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                for tag, value in metrics.items():
+                    name = tag.rpartition("/")[2]
+                    logger.experiment.add_scalar(f"{OVER}iterations/{name}", value, iteration)
+                    logger.experiment.add_scalar(
+                        f"{OVER}episodes/{name}", value, iteration * data.settings.rollout_size
+                    )
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pages and settings, where they are not there yet."""

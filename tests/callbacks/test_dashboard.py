@@ -53,6 +53,14 @@ def test_tabs_are_written_once_and_name_no_metric_twice_however_long_the_run_is(
     assert len(events.Tensors("custom_scalars__config__")) == 1
 
 
+def test_rollouts_are_drawn_over_iterations_and_over_episodes_too(inputs, tmp_path):
+    _, events = run("ppo", inputs, tmp_path, max_epochs=2)
+    curves = {over: events.Scalars(f"{over}/score") for over in ("rollout", "over_iterations", "over_episodes")}
+    assert [point.step for point in curves["over_iterations"]] == [1, 2]
+    assert [point.step for point in curves["over_episodes"]] == [16, 32]
+    assert len({tuple(point.value for point in points) for points in curves.values()}) == 1
+
+
 def test_other_loggers_get_the_settings_of_model_data_and_trainer_in_one_config(inputs, tmp_path):
     other = Other()
     run("dpo", inputs, tmp_path, other, CSVLogger(tmp_path / "csv"))

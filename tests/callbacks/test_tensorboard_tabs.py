@@ -5,10 +5,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_rlhf.callbacks import Baseline, Dashboard, Histograms, SampleTable
 from tests.stages import make_stage, make_trainer, write_inputs
-from tests.tensorboard_browser import Browser, asked, chromium, serving
+from tests.tensorboard_browser import Browser, asked, chromium, serving, until
 
 TABS = {  # and words that are there if the tab has something to show
-    "custom_scalars": ("Reward and KL", "Stability", "explained variance"),
+    "custom_scalars": ("Reward and KL", "Stability", "KL to the reference"),
     "text": ("samples/text_summary", "before", "step 4"),
     "images": ("samples/tokens",),
     "histograms": ("rollout/advantages",),
@@ -33,6 +33,7 @@ def logs(tmp_path_factory):
 def address(logs):
     """Where TensorBoard shows them."""
     with serving(logs) as address:
+        until(lambda: "rollout/score" in asked(address, "plugin/scalars/tags").get("ppo", ()))  # written last
         yield address
 
 
@@ -41,7 +42,10 @@ def test_its_plugins_answer_with_what_the_run_has_written(address):
     pages = asked(address, "plugin/custom_scalars/layout")["category"]
     assert pages[0]["title"] == "Reward and KL"
     curves = asked(address, "plugin/custom_scalars/scalars", run="ppo", tag="[^/]+/score$")["tag_to_events"]
-    assert set(curves) == {"rollout/score", "val/score"}
+    assert set(curves) == {"rollout/score", "val/score", "over_iterations/score", "over_episodes/score"}
+    charts = [tag for page in pages for chart in page["chart"] for tag in chart["multiline"]["tag"]]
+    curves = asked(address, "plugin/custom_scalars/scalars", run="ppo", tag=next(t for t in charts if "score" in t))
+    assert set(curves["tag_to_events"]) == {"rollout/score", "val/score"}
     assert "samples/text_summary" in asked(address, "plugin/text/tags")["ppo"]
     assert "<table>" in asked(address, "plugin/text/text", run="ppo", tag="samples/text_summary")[-1]["text"]
     assert "samples/tokens" in asked(address, "plugin/images/tags")["ppo"]

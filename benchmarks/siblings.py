@@ -1,4 +1,4 @@
-"""The losses of the DPO family whose optimum on preferences between completions is known in closed form."""
+"""The losses of preferences between completions, and of labels, whose optimum is known."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.natural_gradient import learn_by_natural_gradient
 from benchmarks.table_preferences import Pairs, exact_pairs, learn_preferences, table_of
+from benchmarks.table_unpaired import Unpaired
 from lit_rlhf import losses
 from lit_rlhf.oracle import Oracle, Problem, TablePolicy, divergence_optimum, optimal_logprobs
 
@@ -71,7 +72,7 @@ class Sibling(NamedTuple):
         return oracle.optimal_logprobs if self.optimum is None else self.optimum(oracle)
 
 
-SIBLINGS = {
+SIBLINGS: dict[str, Sibling | Unpaired] = {
     "dpo": Sibling(losses.dpo_loss),
     "robust_dpo": Sibling(partial(losses.robust_dpo_loss, label_smoothing=0.1), flipped=0.1),
     "conservative_dpo": Sibling(  # σ(z) = (1 - ε) p + ε (1 - p), which no policy meets for all pairs at once
@@ -105,4 +106,5 @@ SIBLINGS = {
     "alpha_dpo": Sibling(
         partial(losses.alpha_dpo_loss, alpha=0.5), partial(link_optimum, losses.alpha_link(0.5)), natural=True
     ),
+    "kto": Unpaired(),
 }

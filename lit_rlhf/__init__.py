@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.dr_grpo import DrGRPO
     from lit_rlhf.algorithms.grpo import GRPO
     from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
+    from lit_rlhf.algorithms.kto import KTO
     from lit_rlhf.algorithms.online_dpo import OnlineDPO
     from lit_rlhf.algorithms.ppo import PPO
     from lit_rlhf.algorithms.preference_loss import LossTerm
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.reward_model import RewardModel
     from lit_rlhf.algorithms.rloo import RLOO
     from lit_rlhf.algorithms.sft import SFT
-    from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, StepwiseDataModule
+    from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, StepwiseDataModule, UnpairedDataModule
     from lit_rlhf.errors import UserError
     from lit_rlhf.models.adapters import LoRA
     from lit_rlhf.rollout.data_module import RolloutDataModule
@@ -49,6 +50,7 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "AdaptiveKL": "algorithms.kl_control",
     "FixedKL": "algorithms.kl_control",
     "KLPenalty": "algorithms.kl_control",
+    "KTO": "algorithms.kto",
     "PPO": "algorithms.ppo",
     "LossTerm": "algorithms.preference_loss",
     "ProcessRewardModel": "algorithms.process_reward_model",
@@ -58,6 +60,7 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "PreferenceDataModule": "data.modules",
     "SFTDataModule": "data.modules",
     "StepwiseDataModule": "data.modules",
+    "UnpairedDataModule": "data.modules",
     "UserError": "errors",
     "LoRA": "models.adapters",
     "RolloutDataModule": "rollout.data_module",
@@ -75,6 +78,7 @@ __all__ = [
     "DAPO",
     "DPO",
     "GRPO",
+    "KTO",
     "PPO",
     "RAFT",
     "REINFORCE",
@@ -103,6 +107,7 @@ __all__ = [
     "SFTDataModule",
     "StepwiseDataModule",
     "TextReward",
+    "UnpairedDataModule",
     "UserError",
     "VLLMBackend",
 ]

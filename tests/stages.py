@@ -11,6 +11,7 @@ from lit_rlhf import (
     DAPO,
     DPO,
     GRPO,
+    KTO,
     PPO,
     RAFT,
     REINFORCE,
@@ -24,6 +25,7 @@ from lit_rlhf import (
     RolloutDataModule,
     SFTDataModule,
     StepwiseDataModule,
+    UnpairedDataModule,
 )
 from lit_rlhf.algorithms.module import AlignmentModule
 from tests.tiny import VOCABULARY, save_tiny
@@ -44,6 +46,7 @@ OFF_POLICY: dict[str, tuple[Any, str, Any]] = {  # module, file and data module
     "reward_model": (RewardModel, "preference", PreferenceDataModule),
     "process_reward_model": (ProcessRewardModel, "stepwise", StepwiseDataModule),
     "dpo": (DPO, "preference", PreferenceDataModule),
+    "kto": (KTO, "preference", UnpairedDataModule),
 }
 
 

@@ -49,7 +49,7 @@ from lit_rlhf.rollout.play import (
 
 
 class AlignmentModule(ResumableModule):
-    """Base of SFT, RewardModel, PPO and DPO.
+    """Base of SFT, RewardModel, PPO, DPO and KTO.
 
     The constructor of a subclass calls this one, then sets `tokenizer` and the network that `exported` names
     (`load_policy_with_tokenizer` makes both), and `generation` where the default does not suit. The class says what it

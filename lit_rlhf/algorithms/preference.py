@@ -1,10 +1,13 @@
 """What algorithms that learn from pairs share."""
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.data.batches import PreferenceBatch
+from lit_rlhf.data.formats import Kind
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.models.policy import Policy
@@ -14,7 +17,7 @@ from lit_rlhf.models.roles import Reference
 class PreferenceModule(AlignmentModule):
     """Base of the algorithms that learn from a `PreferenceDataModule`; what a subclass sets, `AlignmentModule` says."""
 
-    learns_from = "preference"
+    learns_from: ClassVar[Kind] = "preference"
 
     def log_pairs(self, stage: str, batch: PreferenceBatch, losses: Tensor, metrics: dict[str, Tensor]) -> None:
         """Log a micro-batch of B pairs; in training also how long their responses are, which a bias would feed on.

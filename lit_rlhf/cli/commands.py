@@ -25,7 +25,7 @@ PROGRAMS = {
 WORDS = ("last", "best", "hpc", "registry", "null")  # for a checkpoint that is to be found
 COMMANDS = (*RUNS, *PROGRAMS)
 USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
-DESCRIPTION = "Align language models with PyTorch Lightning: SFT, reward model, PPO, GRPO, DPO."
+DESCRIPTION = "Align language models with PyTorch Lightning: SFT, reward model, PPO, GRPO, DPO, KTO."
 HELP = f"""usage: {USAGE}
 
 {DESCRIPTION}

@@ -11,7 +11,12 @@ from lit_rlhf.data.naming import Source, parse_sources
 from lit_rlhf.errors import UserError
 
 # By name alone: nothing that a folder's config names is imported.
-KINDS: dict[str, Kind] = {"RolloutDataModule": "prompts", "PreferenceDataModule": "preference", "SFTDataModule": "sft"}
+KINDS: dict[str, Kind] = {
+    "RolloutDataModule": "prompts",
+    "PreferenceDataModule": "preference",
+    "UnpairedDataModule": "unpaired",
+    "SFTDataModule": "sft",
+}
 
 ONLY_MEASURED = "verbose"  # an option of `validate` and `test` that `fit` has not: by it their configs are known
 

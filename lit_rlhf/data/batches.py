@@ -41,6 +41,24 @@ class StepwiseBatch(NamedTuple):
     denominator: Tensor  # () float32: steps of the global batch / (accumulation steps x ranks)
 
 
+class Mismatched(NamedTuple):
+    """As many responses as a micro-batch has, each behind a prompt that is not its own."""
+
+    packed: PackedBatch  # B sequences
+    row_ids: Tensor  # (B,) int64: the completions of the data set whose prompts these are
+
+
+class UnpairedBatch(NamedTuple):
+    """B completions, each desirable or not; those of one row share its prompt."""
+
+    packed: PackedBatch
+    row_ids: Tensor  # (B,) int64: the completions of the data set that these are
+    desirable: Tensor  # (B,) bool
+    # Of each micro-batch of an optimiser step, with its first; with the others none. Where nothing is learnt, its own.
+    mismatched: tuple[Mismatched, ...]
+    denominator: Tensor  # () float32: completions of the global batch / (accumulation steps x ranks)
+
+
 class Origins(NamedTuple):
     """Where each of the data's prompts comes from, for messages."""
 

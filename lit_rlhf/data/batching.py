@@ -26,6 +26,8 @@ class MicroBatch(NamedTuple):
 
     indices: np.ndarray  # (B,) int64
     denominator: float  # divides the sum of its losses
+    # Of the first of an optimiser step: the indices of all of this rank's; of the others none; None = it stands alone.
+    step: tuple[np.ndarray, ...] | None = None
 
 
 class TokenBudgetSampler(DistributedSampler):
@@ -101,8 +103,8 @@ class TokenBudgetSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         start, self.start = self.start, 0
-        plan = self.plan(self.epoch)
-        yield from plan[self.rank :: self.num_replicas][start:]
+        mine = self.plan(self.epoch)[self.rank :: self.num_replicas]
+        yield from (self._with_step(mine, number) for number in range(start, len(mine)))
 
     def plan(self, epoch: int) -> list[MicroBatch]:
         """The micro-batches of all ranks in an epoch."""
@@ -123,6 +125,16 @@ class TokenBudgetSampler(DistributedSampler):
             batches = self._adjust(batches, total)
             batches = [batches[j] for j in rng.permutation(total)] if self.shuffle else sorted(batches, key=min)
         return self._with_denominators(batches)
+
+    def _with_step(self, mine: list[MicroBatch], number: int) -> MicroBatch:
+        """A micro-batch of this rank; of an optimiser step the first knows which belong to it."""
+        steps = self.accumulate_grad_batches
+        if steps is None:
+            return mine[number]
+        taken = min(self.num_batches, self.limit_batches or self.num_batches)
+        last = min(number + steps, taken) if number < taken else number + steps
+        step = tuple(batch.indices for batch in mine[number:last]) if number % steps == 0 else ()
+        return mine[number]._replace(step=step)
 
     def fingerprint(self) -> int:
         """Changes with anything that changes the plan."""

@@ -71,6 +71,7 @@ def require_held_out_rows(train: Sources | None, validation: Sources | None) -> 
 DATA_MODULES = {
     "sft": "SFTDataModule",
     "preference": "PreferenceDataModule",
+    "unpaired": "UnpairedDataModule",
     "stepwise": "StepwiseDataModule",
     "prompts": "RolloutDataModule",
 }
@@ -111,6 +112,37 @@ def warn_of_margins(trainer: Any, dataset: Any) -> None:
         rank_zero_warn(
             f"the loss of {type(module).__name__} reads the margin of each pair, and {lacking} of {pairs} pairs have "
             "none, or 0, so that they are learnt from as without it: give the column `margin`, or the loss that option"
+        )
+
+
+FAIR_RATIO = (1.0, 4 / 3)  # λ_D n_D / λ_U n_U: Ethayarajh et al. 2024, Eq. 8
+
+
+def check_labels(trainer: Any, dataset: Any) -> None:
+    """Refuse completions of one class alone; advise weights where one class outweighs the other.
+
+    Raises:
+        UserError: names the class that is lacking.
+    """
+    desirable, undesirable = dataset.count_labels()
+    if not desirable or not undesirable:
+        found, lacking = ("desirable", "undesirable") if desirable else ("undesirable", "desirable")
+        raise UserError(
+            f"all {desirable + undesirable} completions of the training data are {found}, and both classes are needed: "
+            f"add {lacking} ones (label: {'false' if desirable else 'true'}), or train SFT on desirable ones"
+        )
+    module: Any = getattr(trainer, "lightning_module", None)
+    if not hasattr(module, "desirable_weight"):
+        return
+    weight, other = module.desirable_weight, module.undesirable_weight
+    ratio = (weight * desirable) / (other * undesirable)
+    least, most = FAIR_RATIO
+    if not least * 0.95 <= ratio <= most * 1.05:  # a few rows more or less are not worth a word
+        low, high = (bound * other * undesirable / desirable for bound in FAIR_RATIO)
+        rank_zero_warn(
+            f"{desirable} completions are desirable and {undesirable} are not: with desirable_weight {weight:g} and "
+            f"undesirable_weight {other:g} the first count {ratio:.2g} times as much as the others, where 1 to 4/3 "
+            f"times is advised; set model.desirable_weight between {low:.3g} and {high:.3g}"
         )
 
 

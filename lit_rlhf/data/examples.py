@@ -37,6 +37,7 @@ class PackedDataset(Dataset):
         rows: (n,) the rows of `table` that an epoch takes.
         reports: of each source.
         places: of each source: its row -> file and line.
+        max_length: tokens that a prompt with a response may have; None = any number.
     """
 
     def __init__(
@@ -45,14 +46,21 @@ class PackedDataset(Dataset):
         rows: np.ndarray,
         reports: list[Report],
         places: Sequence[Callable[[int], str]] = (),
+        max_length: int | None = None,
     ) -> None:
         self.table = table.with_format("arrow")
         self.rows = rows
         self.reports = reports
         self.places = list(places)
+        self.max_length = max_length
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def num_rows(self) -> int:
+        """How many `row_ids` there are: they are below it."""
+        return len(self)
 
     def lengths(self) -> np.ndarray:
         """(n,) tokens that each example puts into a packed batch."""
@@ -188,13 +196,6 @@ def response_nodes(packed: PackedBatch, responses: list[np.ndarray], places: lis
     return torch.from_numpy(np.concatenate([first + own for first, own in zip(first_nodes, places, strict=True)]))
 
 
-DATASETS: dict[str, type[PackedDataset]] = {
-    "sft": SFTDataset,
-    "preference": PreferenceDataset,
-    "stepwise": StepwiseDataset,
-}
-
-
 def parts(column: pa.ChunkedArray) -> Iterator[pa.Array]:
     """A column in runs of rows, so that what is computed of them is never there for all tokens at once."""
     for chunk in column.chunks:
@@ -220,17 +221,19 @@ def load_examples(
     options: Options,
     num_proc: int | None = None,
     seed: int = 0,
+    dataset: type[PackedDataset] = SFTDataset,
 ) -> PackedDataset:
     """Read, check, tokenise and count; from the cache on disk where nothing has changed.
 
     Args:
         sources: see `naming.parse_sources`.
-        kind: of the examples, see `DATASETS`.
+        kind: of the rows.
         role: what the rows are for; chooses splits and files.
         tokenizer: makes ids, by its chat template where rows are messages.
         options: of tokenisation.
         num_proc: processes that tokenise; None = this one.
         seed: of the share that a weight below 1 takes.
+        dataset: what packs rows of this kind.
 
     Raises:
         UserError: bad rows or sources, or no row left.
@@ -250,4 +253,4 @@ def load_examples(
         reports.append(report)
         places.append(functools.partial(place_of, source, kind, role))
         offset += len(table)
-    return DATASETS[kind](datasets.concatenate_datasets(tables), np.concatenate(rows), reports, places)
+    return dataset(datasets.concatenate_datasets(tables), np.concatenate(rows), reports, places, options.max_length)

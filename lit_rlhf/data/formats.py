@@ -1,9 +1,10 @@
 """Formats of rows: what each kind of data looks like, checked row by row.
 
 SFT rows have `messages`, or `prompt` and `completion`, or `text`; preference rows `chosen` and `rejected`, and mostly
-`prompt`; prompt rows have `prompt` and any other columns. A message list is `[{"role": ..., "content": ...}, ...]`;
-beside one, `tools` and `chat_template_kwargs` go to the chat template, and a response that is text is the assistant's.
-Stepwise rows have `prompt`, `completions` (the steps of one solution) and `labels` (one of each step), see `steps.py`.
+`prompt`; unpaired rows `prompt`, `completion` and `label`, or a pair; prompt rows have `prompt` and any other columns.
+A message list is `[{"role": ..., "content": ...}, ...]`; beside one, `tools` and `chat_template_kwargs` go to the chat
+template, and a response that is text is the assistant's. Stepwise rows have `prompt`, `completions` (the steps of one
+solution) and `labels` (one of each step), see `steps.py`.
 A row that does not fit is an error that names file, line and column.
 """
 
@@ -17,21 +18,24 @@ from lit_rlhf.data.messages import Row, answer, checked_messages, describe, list
 from lit_rlhf.data.steps import checked_labels, checked_steps
 from lit_rlhf.errors import UserError
 
-Kind = Literal["sft", "preference", "stepwise", "prompts", "scored", "scored_steps"]  # scored: to be scored
+Kind = Literal["sft", "preference", "unpaired", "stepwise", "prompts", "scored", "scored_steps"]  # scored: to be scored
 # How a user names where rows come from: see `naming.parse_sources`.
 Sources = str | list[Any] | dict[str, Any]
 
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 LARGEST = 3.4e38  # of a margin: batches hold float32
 
 # What rows that are learnt from are read for; of prompts every column may be, by a reward.
 READ: dict[Kind, tuple[str, ...]] = {
     "sft": ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"),
     "preference": ("prompt", "chosen", "rejected", "margin", "tools", "chat_template_kwargs"),
+    "unpaired": ("prompt", "completion", "label", "chosen", "rejected", "tools", "chat_template_kwargs"),
     "stepwise": ("prompt", "completions", "labels", "tools", "chat_template_kwargs"),
 }
 EXPECTED = {
     "sft": "`messages`, or `prompt` and `completion`, or `text`",
     "preference": "`chosen` and `rejected`, and `prompt` unless both repeat it",
+    "unpaired": "`prompt`, `completion` and `label`, or a pair: `chosen` and `rejected`, and mostly `prompt`",
     "stepwise": "`prompt`, `completions` (a list of steps) and `labels` (one of each step)",
     "prompts": "`prompt`",
     "scored": "`prompt` and `completion`",
@@ -91,7 +95,12 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
         return columns | ({"labels": checked_labels(row, place)} if kind == "stepwise" else {})
     if kind == "preference":
         pair = keep("prompt", "chosen", "rejected") if "prompt" in present else keep("chosen", "rejected")
-        return _checked_pair(pair, row, place)
+        return {**_checked_pair(pair, row, place), "margin": _margin(row.get("margin"), f"{place}, column 'margin'")}
+    if kind == "unpaired" and not present & {"completion", "label"}:
+        return _checked_pair(keep("chosen", "rejected", *present & {"prompt"}), row, place)
+    if kind == "unpaired":
+        need("prompt", "completion", "label")
+        return _checked_unpaired(keep("prompt", "completion"), row, place)
     if kind == "sft" and "messages" in present:
         if isinstance(row["messages"], str):
             raise UserError(f"{place}, column 'messages': expected a message list, found {describe('')}")
@@ -126,7 +135,8 @@ def as_prompt(row: Row) -> Row | None:
         return {"prompt": row["messages"][:last], "completion": row["messages"][last : last + 1], **template}
     if "prompt" not in row:
         return None
-    return {"prompt": row["prompt"], "completion": row["chosen"] if "chosen" in row else row["completion"], **template}
+    known = next(row[name] for name in ("chosen", "completion", "rejected") if name in row)
+    return {"prompt": row["prompt"], "completion": known, **template}
 
 
 def _require_no_template_columns(row: Row, place: str) -> None:
@@ -177,15 +187,28 @@ def _checked_pair(columns: Row, row: Row, place: str) -> Row:
     if isinstance(columns.get("prompt"), list):
         columns = _with_answers(columns, row, place)
         for name in ("chosen", "rejected"):
-            roles = [message["role"] for message in columns[name]]
-            if not roles or {roles[0], roles[-1]} != {"assistant"}:
-                raise UserError(
-                    f"{place}, column '{name}': expected what follows the prompt to begin and end with the assistant, "
-                    f"found {roles}"
-                )
+            _require_assistant(columns[name], f"{place}, column '{name}'")
     else:
         _with_answers({"prompt": "", **columns}, row, place)
-    return {**columns, "margin": _margin(row.get("margin"), f"{place}, column 'margin'")}
+    return columns
+
+
+def _require_assistant(response: list[Row], place: str) -> None:
+    roles = [message["role"] for message in response]
+    if not roles or {roles[0], roles[-1]} != {"assistant"}:
+        raise UserError(f"{place}: expected what follows the prompt to begin and end with the assistant, found {roles}")
+
+
+def _checked_unpaired(columns: Row, row: Row, place: str) -> Row:
+    """A completion with its label, as the half of a pair that it is: `chosen` or `rejected`."""
+    columns = _with_answers(columns, row, place)
+    if isinstance(columns["prompt"], list):
+        columns = _without_repeated_prompt(columns, place)
+        _require_assistant(columns["completion"], f"{place}, column 'completion'")
+    label = LABELS.get(str(row["label"]).lower())  # 1 and 1.0 are True, and of CSV all are texts
+    if label is None:
+        raise UserError(f"{place}, column 'label': expected true or false, found {describe(row['label'])}")
+    return {("chosen" if label else "rejected") if name == "completion" else name: v for name, v in columns.items()}
 
 
 def _margin(value: Any, place: str) -> float:

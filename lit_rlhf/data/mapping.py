@@ -108,6 +108,8 @@ def reshaped(row: Any, kind: Kind, shape: Format | None, place: str) -> Any:
     if kind in ("stepwise", "scored_steps"):
         raise UserError(f"{place}: format {shape} has no steps; expected the columns {EXPECTED[kind]}")
     read: Row = {name: value for name, value in row.items() if value is not None}
+    if kind == "unpaired":  # a completion beside its label, or both of a pair
+        kind = "preference" if "chosen" in read or "rejected" in read else "scored"
     answers = (
         ("chosen", "rejected") if kind == "preference" else ("output",) * (shape == "alpaca" and kind != "prompts")
     )

@@ -1,4 +1,4 @@
-"""The LightningDataModules of what is learnt from rows: demonstrations, pairs, solutions in steps."""
+"""The LightningDataModules of what is learnt from rows: demonstrations, pairs, labels of completions and of steps."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data.batches import PromptBatch
 from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler, as_it_is
 from lit_rlhf.data.checks import (
+    check_labels,
     check_tools,
     check_trainer_options,
     named_sources,
@@ -20,17 +21,18 @@ from lit_rlhf.data.checks import (
     warn_of_margins,
 )
 from lit_rlhf.data.control_tokens import ControlTokens
-from lit_rlhf.data.examples import PackedDataset, load_examples
+from lit_rlhf.data.examples import PackedDataset, PreferenceDataset, SFTDataset, StepwiseDataset, load_examples
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.mapping import Format
 from lit_rlhf.data.naming import DEMO, STAGES, Role
 from lit_rlhf.data.prompts import PromptDataset, load_prompts
 from lit_rlhf.data.reader import LossOn, Options, Truncation
 from lit_rlhf.data.settings import BatchSettings, TokenizationSettings
+from lit_rlhf.data.unpaired import UnpairedDataset
 from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.signals import SIGNALS
 
-__all__ = ["PreferenceDataModule", "SFTDataModule", "StepwiseDataModule", "load_prompts"]
+__all__ = ["PreferenceDataModule", "SFTDataModule", "StepwiseDataModule", "UnpairedDataModule", "load_prompts"]
 
 PREDICT_BATCH = 256  # prompts handed to `predict_step` at once; how many are played together is the model's affair
 ROLES: dict[str, Role] = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -68,6 +70,7 @@ class ExamplesDataModule(LightningDataModule):
     """
 
     kind: ClassVar[Kind]
+    dataset: ClassVar[type[PackedDataset]]  # what packs rows of that kind
 
     def __init__(
         self,
@@ -138,7 +141,7 @@ class ExamplesDataModule(LightningDataModule):
                 self.prompts = self.prompts or self._load_prompts()
             elif (sources := self.sources[name]) is not None and name not in self.datasets:
                 how = (self.tokenizer, options, self.tokenization.num_proc, self.batches.seed)
-                self.datasets[name] = load_examples(sources, self.kind, ROLES[name], *how)
+                self.datasets[name] = load_examples(sources, self.kind, ROLES[name], *how, self.dataset)
 
     def train_dataloader(self) -> ResumableLoader:
         """This rank's micro-batches; goes on in mid-epoch after a resume.
@@ -180,8 +183,8 @@ class ExamplesDataModule(LightningDataModule):
         return self._loader(name, False, None) if name in self.datasets else None
 
     def num_rows(self, split: str) -> int:
-        """How many rows of "train", "val" or "test" an epoch takes: `row_ids` are below it."""
-        return len(self.datasets[ROLES[split]])
+        """How many `row_ids` of "train", "val" or "test" an epoch takes: they are below it."""
+        return self.datasets[ROLES[split]].num_rows
 
     def rows_fingerprint(self, split: str) -> str:
         """Hash of the tokens of these rows, in their order."""
@@ -248,7 +251,7 @@ class SFTDataModule(ExamplesDataModule):
         kwargs: as in `ExamplesDataModule`.
     """
 
-    kind = "sft"
+    kind, dataset = "sft", SFTDataset
 
     def __init__(
         self,
@@ -264,7 +267,7 @@ class SFTDataModule(ExamplesDataModule):
 class PreferenceDataModule(ExamplesDataModule):
     """Pairs: rows with `chosen` and `rejected`, a `prompt` unless both repeat it, and perhaps a `margin`."""
 
-    kind = "preference"
+    kind, dataset = "preference", PreferenceDataset
     warned = False  # once, not for each part of the data
 
     def setup(self, stage: str) -> None:
@@ -272,6 +275,23 @@ class PreferenceDataModule(ExamplesDataModule):
         super().setup(stage)
         for dataset in list(self.datasets.values())[: int(self.trainer is not None and not self.warned)]:
             warn_of_margins(self.trainer, dataset)
+            self.warned = True
+
+
+class UnpairedDataModule(ExamplesDataModule):
+    """Completions by themselves: rows with `prompt`, `completion` and `label`, true where it is desirable; or pairs.
+
+    Of a pair, `chosen` is a desirable completion and `rejected` an undesirable one, and both share its prompt.
+    """
+
+    kind, dataset = "unpaired", UnpairedDataset
+    warned = False
+
+    def setup(self, stage: str) -> None:
+        """As of `ExamplesDataModule`; looks at how many completions are desirable."""
+        super().setup(stage)
+        if "train" in self.datasets and not self.warned:
+            check_labels(self.trainer, self.datasets["train"])
             self.warned = True
 
 
@@ -287,7 +307,7 @@ class StepwiseDataModule(ExamplesDataModule):
         kwargs: as in `ExamplesDataModule`; what is too long loses whole steps.
     """
 
-    kind = "stepwise"
+    kind, dataset = "stepwise", StepwiseDataset
 
     def __init__(
         self,

@@ -87,8 +87,8 @@ def load_prompts(
         seed: of the share that a weight below 1 takes.
         kind: prompts, or scored (scored_steps) where a completion (steps) must stand beside each.
         num_proc: processes that tokenise; None = this one.
-        of: sft, preference or stepwise, where the rows are of that kind: their prompts are taken, and beside each the
-            completion that it is known to have. There may be none.
+        of: sft, preference, unpaired or stepwise, where the rows are of that kind: their prompts are taken, and beside
+            each the completion that it is known to have. There may be none.
 
     Raises:
         UserError: bad rows or sources, or no prompt left.

@@ -97,7 +97,7 @@ def _iterate(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, Any]
         from lit_rlhf import demo  # its grammar is only needed here
 
         require_no_split(source)
-        written: Any = {"scored": "sft", "scored_steps": "stepwise"}.get(kind, kind)
+        written: Any = {"scored": "sft", "scored_steps": "stepwise", "unpaired": "preference"}.get(kind, kind)
         rows = demo.rows(written, "train" if role == "train" else "validation")
         yield from ((f"demo, row {number}", row) for number, row in enumerate(rows, 1))
         return

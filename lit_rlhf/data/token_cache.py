@@ -40,15 +40,14 @@ _IDS = datasets.List(datasets.Value("int32"))
 _MASK = datasets.List(datasets.Value("bool"))
 _OF_PROMPTS = {"status": datasets.Value("uint8"), "control_tokens": _IDS}
 _OF_EACH_ROW = {**_OF_PROMPTS, "repeats_prompt": datasets.Value("bool")}
+_OF_PAIRS = {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS, "chosen_mask": _MASK, "rejected_mask": _MASK}
 FEATURES = {
     "prompts": datasets.Features({"prompt_ids": _IDS, **_OF_PROMPTS}),
     "scored": datasets.Features({"prompt_ids": _IDS, "response_ids": _IDS, **_OF_EACH_ROW}),
     "scored_steps": datasets.Features({"prompt_ids": _IDS, "response_ids": _IDS, "step_ends": _IDS, **_OF_EACH_ROW}),
     "sft": datasets.Features({"input_ids": _IDS, "loss_mask": _MASK, **_OF_EACH_ROW}),
-    "preference": datasets.Features(
-        {"prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS, "chosen_mask": _MASK, "rejected_mask": _MASK}
-        | {"margin": datasets.Value("float32"), **_OF_EACH_ROW}
-    ),
+    "preference": datasets.Features({**_OF_PAIRS, "margin": datasets.Value("float32"), **_OF_EACH_ROW}),
+    "unpaired": datasets.Features({**_OF_PAIRS, **_OF_EACH_ROW}),
     "stepwise": datasets.Features(
         {"prompt_ids": _IDS, "response_ids": _IDS, "step_ends": _IDS}
         | {"labels": datasets.List(datasets.Value("float32")), **_OF_EACH_ROW}
@@ -61,6 +60,7 @@ FUNCTIONS: dict[Kind, Any] = {
     "scored": tokenize.tokenize_scored,
     "sft": tokenize.tokenize_sft,
     "preference": tokenize.tokenize_preference,
+    "unpaired": tokenize.tokenize_unpaired,
     "stepwise": steps.tokenize_stepwise,
     "scored_steps": steps.tokenize_scored_steps,
 }

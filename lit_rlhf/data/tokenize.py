@@ -131,9 +131,41 @@ def tokenize_preference(
     fitted = []
     for row, chosen, rejected in zip(rows, *sides, strict=True):
         prompt, responses = _split_pair((chosen, rejected), "prompt" in row, reader.stops)
-        fitted.append(_fit_pair(prompt, responses, reader.stops, options))
-    columns = dict(zip(PAIR, map(list, zip(*fitted, strict=True)), strict=True))
+        fitted.append(_fit(prompt, responses, reader.stops, options))
+    columns = _pair_columns([(prompt, *responses, status) for prompt, responses, status in fitted])
     return {**columns, "margin": [row["margin"] for row in rows], **of_each_row(reader, rows, columns["status"])}
+
+
+def tokenize_unpaired(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: Options
+) -> dict[str, list[Any]]:
+    """Rows of desirable (`chosen`) and undesirable (`rejected`) responses to the columns of pairs.
+
+    One of the two may be lacking, and then has no token.
+    """
+    reader = Reader(tokenizer, options)
+    read = [reader.read(row) for row in rows]
+    lone = [next((name for name in ("chosen", "rejected") if name not in row), None) for row in rows]
+    texts = [
+        [_response_text(reader, row, name if name in row else other) for row in read]  # one that is alone twice
+        for name, other in (("chosen", "rejected"), ("rejected", "chosen"))
+    ]
+    fitted = []
+    for row, lacking, chosen, rejected in zip(rows, lone, *map(reader.encode, texts), strict=True):
+        prompt, responses = _split_pair((chosen, rejected), "prompt" in row, reader.stops)
+        given = responses if lacking is None else responses[:1]
+        prompt, kept, status = _fit(prompt, given, reader.stops, options)
+        none = kept[0].cut(0)
+        both = {None: kept, "chosen": [none, *kept], "rejected": [*kept, none]}[lacking]
+        fitted.append((prompt, *both, status))
+    columns = _pair_columns(fitted)
+    return {**columns, **of_each_row(reader, rows, columns["status"])}
+
+
+def _pair_columns(fitted: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
+    """The columns of `PAIR` of (prompt, chosen, rejected, status)."""
+    rows = [(prompt, c.ids, r.ids, c.mask, r.mask, status) for prompt, c, r, status in fitted]
+    return dict(zip(PAIR, map(list, zip(*rows, strict=True)), strict=True))
 
 
 def _response_text(reader: Reader, row: Row, column: str) -> Text:
@@ -187,30 +219,32 @@ def _begins_a_word(encoding: Encoding, token: int) -> bool:
     return bool(start == 0 or encoding.text[start : start + 1].isspace() or encoding.text[start - 1].isspace())
 
 
-def _fit_pair(
+def _fit(
     prompt: np.ndarray, responses: Sequence[Response], stops: Sequence[int], options: Options
-) -> tuple[Any, ...]:
-    """The columns of `PAIR`."""
+) -> tuple[np.ndarray, Sequence[Response], int]:
+    """A prompt with one response or both of a pair, within the limit of tokens, and what became of them."""
 
-    def pair(status: int) -> tuple[Any, ...]:
-        kept = status <= EMPTY
-        chosen, rejected = (response if kept else response.cut(0) for response in responses)
-        return (prompt if kept else prompt[:0], chosen.ids, rejected.ids, chosen.mask, rejected.mask, status)
+    def dropped(status: int) -> tuple[np.ndarray, Sequence[Response], int]:
+        return prompt[:0], [response.cut(0) for response in responses], status
 
-    if np.array_equal(responses[0].ids, responses[1].ids):
-        return pair(TIE)
+    if _ties(responses):
+        return dropped(TIE)
     if len(prompt) == 0:
-        return pair(NO_PROMPT)
+        return dropped(NO_PROMPT)
     longest = len(prompt) + max(len(response.ids) for response in responses)
     if options.max_length is None or longest <= options.max_length:
-        return pair(EMPTY if any(is_empty(response.ids, stops) for response in responses) else KEPT)
+        return prompt, responses, EMPTY if any(is_empty(response.ids, stops) for response in responses) else KEPT
     room = options.max_length - len(prompt)
     if options.truncation == "drop":
-        return pair(TOO_LONG)
+        return dropped(TOO_LONG)
     if room < 1:
-        return pair(LONG_PROMPT)
-    responses = [response.cut(room) for response in responses]
-    return pair(TIE if np.array_equal(responses[0].ids, responses[1].ids) else TRUNCATED)
+        return dropped(LONG_PROMPT)
+    cut = [response.cut(room) for response in responses]
+    return dropped(TIE) if _ties(cut) else (prompt, cut, TRUNCATED)
+
+
+def _ties(responses: Sequence[Response]) -> bool:
+    return len(responses) == 2 and np.array_equal(responses[0].ids, responses[1].ids)
 
 
 def tokenize_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: Options) -> dict[str, list[Any]]:

@@ -29,7 +29,7 @@ class Example(NamedTuple):
 class PackedBatch(NamedTuple):
     """Sequences packed without padding, shared prompts stored once.
 
-    Sequence k * len(examples) + i is response k of example i: `chunk(2)` splits preferences into chosen and rejected.
+    Sequences are in the order of `sequence_order`: `chunk(2)` splits preferences into chosen and rejected.
     """
 
     input_ids: Tensor  # (N,) int64
@@ -62,45 +62,56 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
     """Pack examples into one row of real tokens.
 
     Args:
-        examples: at least one; each with the same number of responses.
+        examples: at least one, each with at least one response.
 
     Raises:
-        ValueError: an empty prompt or response, or examples that differ in their number of responses.
+        ValueError: an empty prompt or response.
     """
-    num_responses = len(examples[0].responses)
     for i, example in enumerate(examples):
-        if len(example.responses) != num_responses:
-            raise ValueError(f"example {i} has {len(example.responses)} responses, the first has {num_responses}")
         if len(example.prompt_ids) == 0 or any(len(response) == 0 for response in example.responses):
             raise ValueError(f"example {i} has an empty prompt or response; drop such rows before packing")
     # Nodes: of each example the prompt, then its responses.
-    spans = [(example.prompt_ids, *example.responses) for example in examples]
-    span_lengths = np.array([[len(ids) for ids in row] for row in spans])
-    span_starts = (np.cumsum(span_lengths) - span_lengths.ravel()).reshape(span_lengths.shape)
-    input_ids = np.concatenate([ids for row in spans for ids in row]).astype(np.int64)
-    span_positions = np.zeros_like(span_starts)
-    span_positions[:, 1:] = span_lengths[:, :1]
-    position_ids = np.arange(len(input_ids)) - np.repeat((span_starts - span_positions).ravel(), span_lengths.ravel())
+    spans = [ids for example in examples for ids in (example.prompt_ids, *example.responses)]
+    counts = np.array([len(example.responses) for example in examples])
+    lengths = np.array([len(ids) for ids in spans])
+    starts = np.cumsum(lengths) - lengths
+    prompts = np.cumsum(counts + 1) - (counts + 1)  # which spans they are
+    input_ids = np.concatenate(spans).astype(np.int64)
+    position_starts = np.repeat(lengths[prompts], counts + 1)  # of responses; prompts begin at 0
+    position_starts[prompts] = 0
+    position_ids = np.arange(len(input_ids)) - np.repeat(starts - position_starts, lengths)
 
-    # Sequences: response 0 of every example, then response 1 of every example, and so on.
-    P, T = np.tile(span_lengths[:, 0], num_responses), span_lengths[:, 1:].T.ravel()
-    prompt_starts, response_starts = np.tile(span_starts[:, 0], num_responses), span_starts[:, 1:].T.ravel()
+    owners, numbers = sequence_order(counts)
+    P, T = lengths[prompts[owners]], lengths[prompts[owners] + 1 + numbers]
+    prompt_starts, response_starts = starts[prompts[owners]], starts[prompts[owners] + 1 + numbers]
     halves = np.stack([prompt_starts, response_starts], axis=1), np.stack([P, T], axis=1)
     sequences = Sequences(ranges(*(half.ravel() for half in halves)), P + T)
     predictors = sequences.nodes[ranges(sequences.starts() + P - 1, T)]
     targets, sequence_ids = ranges(response_starts, T), np.repeat(np.arange(len(T)), T)
     if any(example.loss_masks is not None for example in examples):
-        mask = np.concatenate([mask_of(example, k) for k in range(num_responses) for example in examples])
+        mask = np.concatenate([mask_of(examples[i], k) for i, k in zip(owners, numbers, strict=True)])
         predictors, targets, sequence_ids = predictors[mask], targets[mask], sequence_ids[mask]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
-        layout=make_layout(sequences, len(input_ids), P if num_responses > 1 else None),
+        layout=make_layout(sequences, len(input_ids), P if counts.max() > 1 else None),
         predictors=torch.from_numpy(predictors),
         target_ids=torch.from_numpy(input_ids[targets]),
         sequence_ids=torch.from_numpy(sequence_ids),
         last_nodes=torch.from_numpy(response_starts + T - 1),
     )
+
+
+def sequence_order(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) example of each sequence, and which of its responses: the first of every example, then each one's second.
+
+    Args:
+        counts: (examples,) responses of each.
+    """
+    owners = np.repeat(np.arange(len(counts)), counts)
+    numbers = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+    order = np.argsort(numbers, kind="stable")
+    return owners[order], numbers[order]
 
 
 def mask_of(example: Example, response: int) -> np.ndarray:

@@ -53,6 +53,7 @@ from lit_rlhf.losses.rating import apo_down_loss, apo_zero_loss, bco_pair_loss, 
 from lit_rlhf.losses.selection import best_and_worst, best_of_group
 from lit_rlhf.losses.supervised import bradley_terry_loss, nll, process_reward_loss
 from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
+from lit_rlhf.losses.unpaired import kto_loss, mismatched_kl
 
 __all__ = [
     "Advantages",
@@ -86,9 +87,11 @@ __all__ = [
     "ipo_loss",
     "jensen_shannon_dpo_loss",
     "jensen_shannon_link",
+    "kto_loss",
     "length_normalized_dpo_loss",
     "length_normalized_ipo_loss",
     "load_balancing_loss",
+    "mismatched_kl",
     "nca_pair_loss",
     "nll",
     "offset_dpo_loss",

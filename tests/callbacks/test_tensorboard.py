@@ -12,7 +12,11 @@ IMPLICIT |= {"rejected_logprobs"}
 PAIRS = {"train/chosen_length", "train/rejected_length"}
 EPISODES = {"score", "kl", "response_length", "eos_fraction", "repeated_fraction"}
 LEARNING = {"policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "explained_variance"}
+CLASSES = {f"{name}_{what}" for name in ("desirable", "undesirable") for what in ("reward", "logprobs", "length")}
 TAGS = {
+    "kto": STEP
+    | {f"{prefix}/{name}" for prefix in ("kto", "val") for name in CLASSES | {"kl", "reward_margin"}}
+    | {"val/loss"},
     "sft": STEP | {"train/response_length", "val/loss"},
     "reward_model": STEP
     | PAIRS
@@ -38,14 +42,15 @@ def events(folder, stage, inputs, trainer, **options):
     return {tag: [event.value for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}, before
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "kto"])
 def test_each_stage_writes_these_tags_and_no_others(stage, inputs, tmp_path):
     scalars, _ = events(tmp_path, stage, inputs, {})
     assert set(scalars) - {"hp_metric"} == TAGS[stage]
 
 
 @pytest.mark.parametrize(
-    ("stage", "options"), [("sft", {}), ("reward_model", {"normalize": None}), ("dpo", {"reference_free": True})]
+    ("stage", "options"),
+    [("sft", {}), ("reward_model", {"normalize": None}), ("dpo", {"reference_free": True}), ("kto", {})],
 )
 def test_a_training_metric_is_the_mean_over_the_optimiser_step(stage, options, inputs, tmp_path):
     # Accumulation takes the whole data set into one step, so it shows what validation on the same data has just found.
@@ -54,6 +59,6 @@ def test_a_training_metric_is_the_mean_over_the_optimiser_step(stage, options, i
     shared = {name.partition("/")[2]: value for name, value in before.items()}
     shown = {tag.partition("/")[2]: values[0] for tag, values in scalars.items() if not tag.startswith("val/")}
     compared = shared.keys() & shown.keys()
-    assert len(compared) == {"sft": 1, "reward_model": 3, "dpo": 7}[stage]
+    assert len(compared) == {"sft": 1, "reward_model": 3, "dpo": 7, "kto": 9}[stage]
     for name in compared:
         assert shown[name] == pytest.approx(shared[name], rel=1e-5), name

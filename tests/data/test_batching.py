@@ -27,6 +27,23 @@ def all_ranks(ranks, epoch=0, **options):
     return dealt
 
 
+@pytest.mark.parametrize("limit", [None, 5])
+def test_the_first_micro_batch_of_a_step_knows_the_steps_micro_batches_of_its_rank(limit):
+    options = {"lengths": LENGTHS, "max_tokens": 100, "accumulate_grad_batches": 3, "limit_batches": limit}
+    for dealt in all_ranks(2, **options):
+        taken = dealt[:limit]
+        for number, batch in enumerate(taken):
+            step = [] if number % 3 else [other.indices.tolist() for other in taken[number : number + 3]]
+            assert [rows.tolist() for rows in batch.step] == step
+    assert all(batch.step is None for batch in all_ranks(1, lengths=LENGTHS, accumulate_grad_batches=None)[0])
+
+
+def test_after_a_resume_in_the_middle_of_a_step_no_micro_batch_passes_for_its_first():
+    sampler = TokenBudgetSampler(LENGTHS, max_tokens=100, accumulate_grad_batches=3)
+    sampler.start = 2
+    assert [len(batch.step) for batch in sampler][:4] == [0, 3, 0, 0]
+
+
 def indices(batches):
     return [batch.indices.tolist() for batch in batches]
 

@@ -1,6 +1,7 @@
 """What both kinds of data module refuse, check by check; test_modules.py has what a user meets of it."""
 
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_rlhf.data.checks import (
+    check_labels,
     check_tools,
     check_trainer_options,
     require_held_out_rows,
@@ -218,3 +220,31 @@ def test_a_folder_that_a_run_could_not_write_into_is_told_before_training_by_its
         check_tools(trainer(**FOLDERS[option](bad), fast_dev_run=1), "fit")
     if "callbacks" in option:
         check_tools(trainer(**FOLDERS[option](bad)), "validate")  # which writes no checkpoint
+
+
+def labels(desirable, undesirable):
+    return SimpleNamespace(count_labels=lambda: (desirable, undesirable))
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"), [((3, 0), r"add undesirable ones \(label: false"), ((0, 2), "add desirable")]
+)
+def test_completions_of_one_class_alone_are_refused_with_what_is_lacking(counts, said):
+    with pytest.raises(UserError, match=rf"^all {sum(counts)} completions of the training data are .*{said}"):
+        check_labels(trainer(), labels(*counts))
+
+
+def weighted(desirable_weight=1.0, undesirable_weight=1.0):
+    return trainer(lightning_module=SimpleNamespace(**locals()))
+
+
+def test_classes_of_unequal_weight_are_warned_of_with_the_weights_that_would_balance_them():
+    # λ_D 10 / (1.0 * 30) between 1 and 4/3: λ_D between 3 and 4
+    with pytest.warns(UserWarning, match=r"10 completions are desirable and 30 are not.*between 3 and 4$"):
+        check_labels(weighted(), labels(10, 30))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for weight in (3.0, 3.5, 4.0):
+            check_labels(weighted(weight), labels(10, 30))
+        check_labels(weighted(undesirable_weight=0.3), labels(10, 30))
+        check_labels(trainer(), labels(10, 30))  # a module of a user's own, without weights

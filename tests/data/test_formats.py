@@ -42,6 +42,25 @@ YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "conten
             {"chosen": [ASK, YES], "rejected": [ASK, YES]},
             {"prompt": [ASK], "chosen": [YES], "rejected": [YES], "margin": 0.0},
         ),
+        # a completion by itself is the half of a pair that its label says
+        (
+            "unpaired",
+            {"prompt": "q", "completion": "y", "label": True, "id": 7},
+            {"prompt": "q", "chosen": "y"},
+        ),
+        ("unpaired", {"prompt": "q", "completion": "n", "label": 0}, {"prompt": "q", "rejected": "n"}),
+        ("unpaired", {"prompt": "q", "completion": "y", "label": "True"}, {"prompt": "q", "chosen": "y"}),
+        (
+            "unpaired",
+            {"prompt": [ASK], "completion": "n", "label": False},
+            {"prompt": [ASK], "rejected": [NO | {"content": "n"}]},
+        ),
+        ("unpaired", {"prompt": [ASK], "completion": [ASK, YES], "label": True}, {"prompt": [ASK], "chosen": [YES]}),
+        (
+            "unpaired",
+            {"chosen": [ASK, YES], "rejected": [ASK, NO]},
+            {"prompt": [ASK], "chosen": [YES], "rejected": [NO]},
+        ),
     ],
 )
 def test_a_row_keeps_the_columns_of_its_format(kind, row, kept):
@@ -52,6 +71,20 @@ def test_a_row_keeps_the_columns_of_its_format(kind, row, kept):
     ("kind", "row", "message"),
     [
         ("sft", ["a"], "here: expected an object with `messages`"),
+        (
+            "unpaired",
+            {"prompt": "q", "completion": "y"},
+            "expected the columns `prompt`, `completion` and `label`, or a",
+        ),
+        ("unpaired", {"prompt": "q", "completion": "y", "label": None}, "and null in \\['label'\\]"),
+        ("unpaired", {"prompt": "q", "completion": "y", "label": 2}, "'label': expected true or false, found int"),
+        ("unpaired", {"prompt": "q", "completion": "y", "label": "good"}, "expected true or false, found text"),
+        ("unpaired", {"prompt": [ASK], "completion": [YES, ASK], "label": 1}, "'completion': expected what follows"),
+        (
+            "unpaired",
+            {"prompt": "q", "chosen": "y"},
+            "expected the columns `prompt`, `completion` and `label`, or a pair",
+        ),
         ("sft", {"prompt": "q"}, "here: expected the columns .* found \\['prompt'\\]"),
         ("sft", {"text": 5}, "here, column 'text': expected text, found int \\(5\\)"),
         ("sft", {"messages": "hi"}, "here, column 'messages': expected a message list, found text"),

@@ -20,6 +20,7 @@ from lit_rlhf.data.tokenize import (
     tokenize_preference,
     tokenize_prompts,
     tokenize_sft,
+    tokenize_unpaired,
 )
 from lit_rlhf.errors import UserError
 from tests.tiny_tokenizers import CHATML, MARKED_CHATML, byte_tokenizer, word_tokenizer
@@ -45,6 +46,29 @@ def sft(rows, tokenizer, options=FREE):
 def preference(row, tokenizer, options=FREE):
     columns = tokenize_preference([{"margin": 0.0, **row}], tokenizer, options)
     return [columns[name][0] for name in ("prompt_ids", "chosen_ids", "rejected_ids", "status")]
+
+
+def test_a_completion_by_itself_is_read_as_in_a_pair_and_the_side_that_is_lacking_has_no_token():
+    tokenizer = word_tokenizer("a b c")
+    pair = {"prompt": "a b", "chosen": " c a", "rejected": " b"}
+    expected = preference(pair, tokenizer)
+    rows = [pair, {"prompt": "a b", "chosen": " c a"}, {"prompt": "a b", "rejected": " b"}]
+    columns = tokenize_unpaired(rows, tokenizer, FREE)
+    assert "margin" not in columns and columns["status"] == [KEPT] * 3
+    found = [[columns[name][i].tolist() for name in ("prompt_ids", "chosen_ids", "rejected_ids")] for i in range(3)]
+    prompt, chosen, rejected = (ids.tolist() for ids in expected[:3])
+    assert found == [[prompt, chosen, rejected], [prompt, chosen, []], [prompt, [], rejected]]
+    assert [mask.tolist() for mask in columns["chosen_mask"]] == [[True] * 3, [True] * 3, []]
+
+
+def test_a_completion_by_itself_is_cut_or_dropped_as_one_of_a_pair_is():
+    tokenizer, row = word_tokenizer("a b c"), {"prompt": "a b", "rejected": " c a c a"}
+    cut = tokenize_unpaired([row], tokenizer, Options(max_length=4))
+    assert cut["status"] == [TRUNCATED] and len(cut["rejected_ids"][0]) == 2
+    dropped = tokenize_unpaired([row], tokenizer, Options(max_length=4, truncation="drop"))
+    assert dropped["status"] == [TOO_LONG] and len(dropped["rejected_ids"][0]) == len(dropped["prompt_ids"][0]) == 0
+    long_prompt = tokenize_unpaired([row], tokenizer, Options(max_length=2))
+    assert long_prompt["status"] == [LONG_PROMPT]
 
 
 def learnt(tokenizer, ids, mask):

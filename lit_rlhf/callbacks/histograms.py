@@ -15,6 +15,7 @@ from lit_rlhf.data.batches import NoBatch, RolloutBatch
 from lit_rlhf.errors import require, require_types
 
 OF_ROLLOUTS = "rollout/"
+SPREAD = "_spread"  # ends the tag: TensorBoard would show no scalar of the same one
 Watched = dict[str, list[Tensor]] | None
 
 
@@ -94,4 +95,4 @@ class Histograms(Callback):
         for name, kept in watched.items() if trainer.is_global_zero else ():
             values = torch.cat(kept).numpy()
             for logger in trainer.loggers:
-                show_histogram(logger, name, values, trainer.global_step)
+                show_histogram(logger, f"{name}{SPREAD}", values, trainer.global_step)

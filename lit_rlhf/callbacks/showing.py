@@ -44,4 +44,4 @@ def show_histogram(logger: Logger, name: str, values: np.ndarray, step: int) -> 
     elif isinstance(logger, WandbLogger):
         import wandb  # the logger is there, so that this is
 
-        logger.experiment.log({f"{name}_histogram": wandb.Histogram(values)})
+        logger.experiment.log({name: wandb.Histogram(values)})

@@ -28,6 +28,12 @@ class Kept(Callback):
         self.tensors.append(sum(map(len, (pl_module.watched or {}).values())))
 
 
+def names(events):
+    """Of the histograms; none has the tag of a scalar, which TensorBoard would then not show."""
+    assert not set(events.Tags()["histograms"]) & set(events.Tags()["scalars"])
+    return {tag.removesuffix("_spread") for tag in events.Tags()["histograms"]}
+
+
 def run(stage, inputs, folder, every=2, **options):
     module, data = make_stage(stage, inputs)
     module.untrained = None
@@ -43,8 +49,8 @@ def run(stage, inputs, folder, every=2, **options):
 @pytest.mark.parametrize("stage", ["reward_model", "dpo"])
 def test_pairs_are_shown_each_few_steps_and_at_each_validation(stage, inputs, tmp_path):
     events, _, trainer = run(stage, inputs, tmp_path)
-    assert set(events.Tags()["histograms"]) == WATCHED[stage]
-    shown = {tag: events.Histograms(tag) for tag in WATCHED[stage]}
+    assert names(events) == WATCHED[stage]
+    shown = {tag: events.Histograms(f"{tag}_spread") for tag in WATCHED[stage]}
     for tag, histograms in shown.items():
         if tag.startswith("val/"):
             pairs = 48 if tag.endswith("score") else 24
@@ -57,11 +63,11 @@ def test_pairs_are_shown_each_few_steps_and_at_each_validation(stage, inputs, tm
 
 def test_a_rollout_is_shown_with_the_ratios_of_the_last_step_on_it(inputs, tmp_path):
     events, *_ = run("ppo", inputs, tmp_path)
-    assert set(events.Tags()["histograms"]) == WATCHED["ppo"]
-    scores, ratios = events.Histograms("rollout/score"), events.Histograms("ppo/ratio")
+    assert names(events) == WATCHED["ppo"]
+    scores, ratios = events.Histograms("rollout/score_spread"), events.Histograms("ppo/ratio_spread")
     assert len(scores) == len(ratios) == 2
     assert {h.histogram_value.num for h in scores} == {16}
-    tokens = events.Histograms("rollout/token_kl")[0].histogram_value.num
+    tokens = events.Histograms("rollout/token_kl_spread")[0].histogram_value.num
     assert ratios[0].histogram_value.num < tokens  # of one of two minibatches
     assert not np.isclose(ratios[0].histogram_value.min, 1.0)  # the first of all ratios are 1
 

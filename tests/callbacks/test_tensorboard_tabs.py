@@ -49,7 +49,7 @@ def test_its_plugins_answer_with_what_the_run_has_written(address):
     assert "samples/text_summary" in asked(address, "plugin/text/tags")["ppo"]
     assert "<table>" in asked(address, "plugin/text/text", run="ppo", tag="samples/text_summary")[-1]["text"]
     assert "samples/tokens" in asked(address, "plugin/images/tags")["ppo"]
-    assert "rollout/advantages" in asked(address, "plugin/histograms/tags")["ppo"]
+    assert "rollout/advantages_spread" in asked(address, "plugin/histograms/tags")["ppo"]
 
 
 @pytest.mark.slow

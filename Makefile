@@ -108,7 +108,7 @@ optimality: export OMP_NUM_THREADS = 1
 optimality: setup
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not gpu" \
 		tests/oracle tests/algorithms/test_policy_gradient.py \
-		tests/benchmarks/test_optimality.py tests/benchmarks/test_optimality_family.py
+		tests/benchmarks/test_optimality.py tests/benchmarks/test_optimality_family.py tests/benchmarks/test_gradients.py
 
 # Beside every peer whose Python PEER_PYTHON and its siblings name; see docs/performance.md.
 PEERS := $(PEER_PYTHON)$(PEER_PPO_PYTHON)$(LITGPT_PYTHON)$(TORCHTUNE_PYTHON)$(LLAMA_CPP_PYTHON)

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_rlhf.algorithms.cpo import CPO
     from lit_rlhf.algorithms.dapo import DAPO
     from lit_rlhf.algorithms.dpo import DPO
     from lit_rlhf.algorithms.dr_grpo import DrGRPO
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.kl_control import AdaptiveKL, FixedKL, KLPenalty
     from lit_rlhf.algorithms.kto import KTO
     from lit_rlhf.algorithms.online_dpo import OnlineDPO
+    from lit_rlhf.algorithms.orpo import ORPO
     from lit_rlhf.algorithms.ppo import PPO
     from lit_rlhf.algorithms.preference_loss import LossTerm
     from lit_rlhf.algorithms.process_reward_model import ProcessRewardModel
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.reward_model import RewardModel
     from lit_rlhf.algorithms.rloo import RLOO
     from lit_rlhf.algorithms.sft import SFT
+    from lit_rlhf.algorithms.simpo import SimPO
     from lit_rlhf.data.modules import PreferenceDataModule, SFTDataModule, StepwiseDataModule, UnpairedDataModule
     from lit_rlhf.errors import UserError
     from lit_rlhf.models.adapters import LoRA
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 HOMES = {  # of the public names: a file is read when one of its names is asked for, torch not before
     "DAPO": "algorithms.dapo",
+    "CPO": "algorithms.cpo",
     "DPO": "algorithms.dpo",
     "DrGRPO": "algorithms.dr_grpo",
     "GRPO": "algorithms.grpo",
@@ -46,6 +50,8 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "REINFORCE": "algorithms.reinforce",
     "REINFORCEPlusPlus": "algorithms.reinforce_plus_plus",
     "RLOO": "algorithms.rloo",
+    "ORPO": "algorithms.orpo",
+    "SimPO": "algorithms.simpo",
     "ReMax": "algorithms.remax",
     "AdaptiveKL": "algorithms.kl_control",
     "FixedKL": "algorithms.kl_control",
@@ -75,10 +81,12 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
 }
 
 __all__ = [
+    "CPO",
     "DAPO",
     "DPO",
     "GRPO",
     "KTO",
+    "ORPO",
     "PPO",
     "RAFT",
     "REINFORCE",
@@ -105,6 +113,7 @@ __all__ = [
     "RolloutBackend",
     "RolloutDataModule",
     "SFTDataModule",
+    "SimPO",
     "StepwiseDataModule",
     "TextReward",
     "UnpairedDataModule",

@@ -8,10 +8,12 @@ import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
 
 from lit_rlhf import (
+    CPO,
     DAPO,
     DPO,
     GRPO,
     KTO,
+    ORPO,
     PPO,
     RAFT,
     REINFORCE,
@@ -24,6 +26,7 @@ from lit_rlhf import (
     RewardModel,
     RolloutDataModule,
     SFTDataModule,
+    SimPO,
     StepwiseDataModule,
     UnpairedDataModule,
 )
@@ -40,6 +43,7 @@ ON_POLICY = {  # a method of each kind
     "raft": RAFT,
     "online_dpo": OnlineDPO,
 }
+REFERENCE_FREE = {"simpo": SimPO, "cpo": CPO, "orpo": ORPO}
 
 OFF_POLICY: dict[str, tuple[Any, str, Any]] = {  # module, file and data module
     "sft": (SFT, "sft", SFTDataModule),
@@ -47,6 +51,7 @@ OFF_POLICY: dict[str, tuple[Any, str, Any]] = {  # module, file and data module
     "process_reward_model": (ProcessRewardModel, "stepwise", StepwiseDataModule),
     "dpo": (DPO, "preference", PreferenceDataModule),
     "kto": (KTO, "preference", UnpairedDataModule),
+    **{name: (method, "preference", PreferenceDataModule) for name, method in REFERENCE_FREE.items()},
 }
 
 

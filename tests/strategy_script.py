@@ -45,6 +45,7 @@ WHOLE_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole_process_reward_model": ("process_reward_model", WHOLE),
     "whole_dpo": ("dpo", WHOLE_DPO),
     "whole_kto": ("kto", WHOLE),
+    "whole_orpo": ("orpo", WHOLE),
     "whole_lora": ("sft", WHOLE | {"lora": LoRA(r=4), "activation_checkpointing": True}),
     "chunked_sft": ("sft", WHOLE),  # the head sees a few tokens at a time, as in a large batch
     "chunked_dpo": ("dpo", WHOLE_DPO),

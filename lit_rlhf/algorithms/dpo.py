@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlhf.algorithms.preference import pair_metrics, response_logprobs, sequence_logprobs
+from lit_rlhf.algorithms.preference import response_logprobs, sequence_logprobs
 from lit_rlhf.algorithms.preference_loss import LossTerm, PreferenceLoss
 from lit_rlhf.algorithms.referenced import ReferencedModule
 from lit_rlhf.data.batches import PreferenceBatch
@@ -28,6 +28,8 @@ class DPO(ReferencedModule):
         reference_free: no reference, as if it were uniform: the implicit reward is β log π.
         kwargs: where the reference lives, see `ReferencedModule`; the optimiser's settings, see `AlignmentModule`.
     """
+
+    prefix = "dpo"
 
     def __init__(
         self,
@@ -62,10 +64,7 @@ class DPO(ReferencedModule):
         chosen_rewards, rejected_rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
         if stage == "train":
             self.loss.observe((chosen_rewards + rejected_rewards) / 2)
-        columns = pair_metrics(*(column.detach() for column in (chosen, rejected, chosen_rewards, rejected_rewards)))
-        prefix = "dpo" if stage == "train" else stage
-        self.watch({f"{prefix}/reward_margin": columns["reward_margin"]})
-        self.log_pairs(stage, batch, losses, {f"{prefix}/{name}": values.mean() for name, values in columns.items()})
+        self.log_rewards(stage, batch, losses, (chosen, rejected), (chosen_rewards, rejected_rewards))
         return losses
 
     @property

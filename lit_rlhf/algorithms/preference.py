@@ -1,7 +1,9 @@
 """What algorithms that learn from pairs share."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ class PreferenceModule(AlignmentModule):
     """Base of the algorithms that learn from a `PreferenceDataModule`; what a subclass sets, `AlignmentModule` says."""
 
     learns_from: ClassVar[Kind] = "preference"
+    prefix: ClassVar[str] = "train"  # of the training metrics of a method, before their slash
 
     def log_pairs(self, stage: str, batch: PreferenceBatch, losses: Tensor, metrics: dict[str, Tensor]) -> None:
         """Log a micro-batch of B pairs; in training also how long their responses are, which a bias would feed on.
@@ -33,6 +36,29 @@ class PreferenceModule(AlignmentModule):
             chosen, rejected = batch.packed.response_lengths.chunk(2)
             means |= {"chosen_length": chosen.mean(), "rejected_length": rejected.mean()}
         self.log_mean(stage, means, weight=len(losses))
+
+    @torch.no_grad()
+    def log_rewards(
+        self,
+        stage: str,
+        batch: PreferenceBatch,
+        losses: Tensor,
+        logprobs: Sequence[Tensor],
+        rewards: Sequence[Tensor],
+    ) -> None:
+        """Log the loss, the rewards that log-probs imply (whatever the loss compares), and why they moved.
+
+        Args:
+            stage: train, val or test.
+            batch: the pairs.
+            losses: (B,).
+            logprobs: (B,) log π of chosen and of rejected responses; both may fall while the margin grows.
+            rewards: (B,) likewise, of DPO and KTO β log π/π_ref.
+        """
+        columns = pair_metrics(*(column.detach() for column in (*logprobs, *rewards)))
+        prefix = self.prefix if stage == "train" else stage
+        self.watch({f"{prefix}/reward_margin": columns["reward_margin"]})
+        self.log_pairs(stage, batch, losses, {f"{prefix}/{name}": values.mean() for name, values in columns.items()})
 
 
 def response_logprobs(policy: Policy | Reference | nn.Module, packed: PackedBatch) -> Tensor:

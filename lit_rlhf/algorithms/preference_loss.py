@@ -12,6 +12,7 @@ its options. Whatever makes no sense is refused by name when it is chosen, befor
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ NEED_REFERENCE = (
     losses.jensen_shannon_dpo_loss,
     losses.alpha_dpo_loss,
 )
+
+
+WITHOUT_REFERENCE = {losses.simpo_loss: "SimPO", losses.cpo_loss: "CPO", losses.orpo_loss: "ORPO"}
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ def try_term(term: LossTerm, reference_free: bool = False) -> Tensor:
     Raises:
         UserError: names the loss and the option.
     """
+    if alone := WITHOUT_REFERENCE.get(term.function):
+        raise UserError(f"{name_of(term)} knows no reference: set model.class_path: lit_rlhf.{alone}, which holds none")
     check_options(term, PAIR, filled=FROM_BATCH, takers=_takers)
     require(0 < term.weight < math.inf, f"the weight of {name_of(term)}", term.weight, "more than 0, and finite")
     if reference_free and term.function in NEED_REFERENCE:
@@ -186,6 +192,6 @@ def try_term(term: LossTerm, reference_free: bool = False) -> Tensor:
 
 def _takers(argument: str) -> str:
     """The losses that take this option, in words; nothing where there are none."""
-    names = [name for name in losses.__all__ if name.endswith("_loss")]
+    names = [name for name in losses.__all__ if "ref_chosen_logprobs" in signature(getattr(losses, name)).parameters]
     those = [name for name in names if argument in arguments_of(LossTerm(getattr(losses, name)), PAIR)]
     return f"; {', '.join(those)} take it" if those else ""

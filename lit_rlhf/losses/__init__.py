@@ -28,6 +28,7 @@ from lit_rlhf.losses.per_token import (
     length_normalized_dpo_loss,
     length_normalized_ipo_loss,
     rpo_loss,
+    wpo_loss,
 )
 from lit_rlhf.losses.policy_gradients import (
     PolicyLoss,
@@ -50,6 +51,7 @@ from lit_rlhf.losses.preference import (
     soft_label_dpo_loss,
 )
 from lit_rlhf.losses.rating import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
+from lit_rlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from lit_rlhf.losses.selection import best_and_worst, best_of_group
 from lit_rlhf.losses.supervised import bradley_terry_loss, nll, process_reward_loss
 from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
@@ -73,6 +75,7 @@ __all__ = [
     "chosen_nll_loss",
     "cispo_policy_loss",
     "conservative_dpo_loss",
+    "cpo_loss",
     "discopop_loss",
     "dpo_loss",
     "dr_grpo",
@@ -95,6 +98,7 @@ __all__ = [
     "nca_pair_loss",
     "nll",
     "offset_dpo_loss",
+    "orpo_loss",
     "policy_gradient_loss",
     "ppo_policy_loss",
     "process_reward_loss",
@@ -105,7 +109,9 @@ __all__ = [
     "rloo",
     "robust_dpo_loss",
     "rpo_loss",
+    "simpo_loss",
     "soft_label_dpo_loss",
     "sppo_hard_loss",
     "value_loss",
+    "wpo_loss",
 ]

@@ -128,3 +128,36 @@ def chosen_nll_loss(
         (B,) losses in nats per token.
     """
     return -chosen_logprobs / chosen_lengths
+
+
+@check_shapes
+def wpo_loss(
+    chosen_logprobs: Float[Tensor, " B"],
+    rejected_logprobs: Float[Tensor, " B"],
+    ref_chosen_logprobs: Float[Tensor, " B"],
+    ref_rejected_logprobs: Float[Tensor, " B"],
+    beta: float,
+    chosen_lengths: Shaped[Tensor, " B"],
+    rejected_lengths: Shaped[Tensor, " B"],
+) -> Float[Tensor, " B"]:
+    """DPO weighted by how likely the policy is to write the pair: -w log σ(z).
+
+    Zhou et al. 2024 (WPO), section 3.2, https://arxiv.org/abs/2406.11827, without the alignment of weights there, which
+    asks for whole distributions: log w = log π(y_w)/|y_w| + log π(y_l)/|y_l|, without a gradient. Pairs off the policy
+    count less, as if they were its own.
+
+    Args:
+        chosen_logprobs: (B,) as in `dpo_loss`.
+        rejected_logprobs: (B,) likewise.
+        ref_chosen_logprobs: (B,) likewise.
+        ref_rejected_logprobs: (B,) likewise.
+        beta: as in `dpo_loss`.
+        chosen_lengths: (B,) number of response tokens in y_w.
+        rejected_lengths: (B,) likewise in y_l.
+
+    Returns:
+        (B,) losses, at most those of DPO; weights are below 1, so that the learning rate may be larger.
+    """
+    weights = (chosen_logprobs / chosen_lengths + rejected_logprobs / rejected_lengths).detach().exp()
+    pair = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    return weights * dpo_loss(*pair, beta)

@@ -25,7 +25,7 @@ OPTIONS = {  # of losses that need some
     "offset_dpo_loss": {"margin": 0.5},
     "robust_dpo_loss": {"label_smoothing": 0.1},
 }
-FAMILY = [name for name in losses.__all__ if "chosen_logprobs" in signature(getattr(losses, name)).parameters]
+FAMILY = [name for name in losses.__all__ if "ref_chosen_logprobs" in signature(getattr(losses, name)).parameters]
 
 
 @pytest.mark.parametrize("name", FAMILY)

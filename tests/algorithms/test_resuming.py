@@ -44,6 +44,7 @@ def fit(stage, inputs, folder, ckpt_path=None, **options):
         ("dpo", 2, {"loss": bco_pair_loss}),
         ("process_reward_model", 2, {}),
         ("kto", 3, {}),
+        ("simpo", 2, {}),
     ],
 )
 def test_a_resumed_run_has_the_bits_of_a_run_never_stopped(inputs, tmp_path, stage, step, options):

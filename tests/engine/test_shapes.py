@@ -47,8 +47,10 @@ OTHERS = {
     "link": reverse_kl_link,
     "name": "an estimator",
     "num_sequences": 1,
+    "odds_coef": 0.2,
     "ref_table": TABLE,
     "table": TABLE,
+    "target_margin": 0.5,
     "top_k": 2,
     "tree": TREE,
 }

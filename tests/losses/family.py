@@ -34,6 +34,7 @@ from lit_rlhf.losses import (
     rpo_loss,
     soft_label_dpo_loss,
     sppo_hard_loss,
+    wpo_loss,
 )
 
 LOG2 = math.log(2)
@@ -64,6 +65,7 @@ FAMILY = {
     "length_normalized_ipo": (partial(length_normalized_ipo_loss, chosen_lengths=ONE, rejected_lengths=ONE), 1.0),
     "rpo": (partial(rpo_loss, chosen_lengths=ONE), LOG2 + 3),
     "chosen_nll": (partial(chosen_nll_loss, chosen_lengths=ONE), 3.0),
+    "wpo": (partial(wpo_loss, chosen_lengths=ONE, rejected_lengths=ONE), math.exp(-6) * LOG2),
     "f_reverse": (partial(f_dpo_loss, link=reverse_kl_link), LOG2),
     "f_forward": (partial(f_dpo_loss, link=forward_kl_link), LOG2),
     "f_jensen_shannon": (partial(f_dpo_loss, link=jensen_shannon_link), LOG2),

@@ -1,6 +1,7 @@
 """What holds for every preference loss, and one pair worked out by hand for each."""
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from lit_rlhf.losses import (
     robust_dpo_loss,
     rpo_loss,
     sppo_hard_loss,
+    wpo_loss,
 )
 from tests.losses.family import FAMILY, column, randoms
 
@@ -40,9 +42,8 @@ every_loss = pytest.mark.parametrize("loss", [f for f, _ in FAMILY.values()], id
 
 def test_the_family_holds_every_preference_loss():
     tested = {getattr(loss, "func", loss) for loss, _ in FAMILY.values()}
-    others = {"bradley_terry_loss", "load_balancing_loss", "policy_gradient_loss", "value_loss"}
-    names = (name for name in losses.__all__ if name.endswith("_loss") and not name.endswith("_policy_loss"))
-    public = {getattr(losses, name) for name in names if name not in others}
+    exported = (getattr(losses, name) for name in losses.__all__ if name.endswith("_loss"))
+    public = {loss for loss in exported if "ref_chosen_logprobs" in signature(loss).parameters}
     assert tested == public, "give it a row in tests/losses/family.py"
 
 
@@ -96,6 +97,8 @@ BY_HAND = {
     "chosen_nll": (partial(chosen_nll_loss, chosen_lengths=column(2)), 0.5),
     # 0.251929 + 0.5 * 1/2
     "rpo": (partial(rpo_loss, chosen_lengths=column(2), nll_coef=0.5), 0.501929),
+    # e^(-1/2 - 4/4) · 0.251929
+    "wpo": (partial(wpo_loss, chosen_lengths=column(2), rejected_lengths=column(4)), 0.223130 * 0.251929),
     # -e^-1 + e^1.5 = 4.113810: -log σ(2.056905)
     "f_forward": (partial(f_dpo_loss, link=forward_kl_link), 0.120312),
     # log σ(1) - log σ(-1.5) = 1.388152: -log σ(0.694076)
@@ -138,7 +141,9 @@ def test_value_and_gradient_are_finite_at_log_ratios_of_100(loss, logratio):
     assert value.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY if not name.startswith(("aot", "length", "rpo", "chosen"))])
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILY if not name.startswith(("aot", "length", "rpo", "chosen", "wpo"))]
+)
 def test_a_pair_does_not_feel_its_neighbours(name):
     loss = FAMILY[name][0]
     quadruple = [randoms(seed) for seed in range(4)]
@@ -149,8 +154,8 @@ def test_a_pair_does_not_feel_its_neighbours(name):
 
 @every_loss
 def test_only_the_difference_to_the_reference_counts(loss):
-    if getattr(loss, "func", None) in (rpo_loss, chosen_nll_loss):
-        pytest.skip("its likelihood term is absolute on purpose")
+    if getattr(loss, "func", None) in (rpo_loss, chosen_nll_loss, wpo_loss):
+        pytest.skip("its likelihood term, or weight, is absolute on purpose")
     chosen, rejected, ref_chosen, ref_rejected = (randoms(seed) for seed in range(4))
     lengths = {name: x.expand(6) for name, x in getattr(loss, "keywords", {}).items() if name.endswith("lengths")}
     moved = loss(chosen - 7, rejected + 2, ref_chosen - 7, ref_rejected + 2, 0.3, **lengths)

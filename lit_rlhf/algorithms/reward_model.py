@@ -1,5 +1,6 @@
 """Reward model: learn a scalar score from pairwise preferences."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.data.batching import ResumableLoader
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import gathered
-from lit_rlhf.errors import UserError, damaged, require_alike
-from lit_rlhf.losses import bradley_terry_loss
+from lit_rlhf.errors import UserError, damaged, require, require_alike
+from lit_rlhf.losses import bradley_terry_loss, centring_loss
 from lit_rlhf.losses.advantages import Moments
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_scorer
@@ -41,6 +42,8 @@ class RewardModel(PreferenceModule):
         policy: folder or hub name of the causal LM to start from, normally the SFT model; or of a reward model.
         normalize: what the export is shifted and scaled to over the responses that validation reads (training, where
             there is no validation): "mean" 0, "mean_and_std" 0 and 1, or null = scores as learnt.
+        center_coef: weight of `centring_loss`, which holds the scores of each pair around 0, where the export's shift
+            is one number for all prompts; 0 = none, 0.01 is common.
         fresh_head: draw the scalar head anew from N(0, 1/√(d+1)), or keep a reward model's; null = keep it where there
             is one.
         lora: train an adapter on frozen weights; null = all weights, or the adapter in policy's folder.
@@ -56,6 +59,7 @@ class RewardModel(PreferenceModule):
         self,
         policy: str = "demo",
         normalize: Literal["mean", "mean_and_std"] | None = "mean",
+        center_coef: float = 0.0,
         fresh_head: bool | None = None,
         lora: LoRA | None = None,
         merge_start: bool = False,
@@ -63,7 +67,9 @@ class RewardModel(PreferenceModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        require(0 <= center_coef < math.inf, "center_coef", center_coef, "0 or more and finite")
         self.normalize = normalize
+        self.center_coef = center_coef
         self.reward_model = load_scorer(
             policy, fresh_head, trust_remote_code, lora, merge_start, frozen_dtype=self.frozen_dtype
         )
@@ -81,7 +87,7 @@ class RewardModel(PreferenceModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the Bradley-Terry loss of its pairs."""
         chosen, rejected = self.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
-        losses = bradley_terry_loss(chosen, rejected, batch.margin)
+        losses = self.pair_losses(chosen, rejected, batch)
         losses = losses + self.balance_term("reward_model", len(chosen))
         self.log_pairs("train", batch, losses, agreement(chosen, rejected))
         self.watch({"train/margin": chosen - rejected, "train/score": torch.cat([chosen, rejected])})
@@ -101,13 +107,18 @@ class RewardModel(PreferenceModule):
     def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
         """Log loss, accuracy, margin and confidence, as means over all pairs."""
         chosen, rejected = self.reward_model(batch.packed, batch.packed.last_nodes).chunk(2)
-        losses = bradley_terry_loss(chosen, rejected, batch.margin)
+        losses = self.pair_losses(chosen, rejected, batch)
         confidence = (chosen - rejected).abs().sigmoid().mean()
         self.log_pairs(stage, batch, losses, {"confidence": confidence, **agreement(chosen, rejected)})
         self.watch({f"{stage}/margin": chosen - rejected, f"{stage}/score": torch.cat([chosen, rejected])})
         self.seen_scores += [chosen, rejected]
         bins = torch.stack(calibration(chosen - rejected))
         self.bins = bins if self.bins is None else self.bins + bins
+
+    def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch) -> Tensor:
+        """(B,) losses of pairs by the scores of their responses."""
+        losses = bradley_terry_loss(chosen, rejected, batch.margin)
+        return losses + self.center_coef * centring_loss(chosen, rejected) if self.center_coef else losses
 
     def report(self, stage: str) -> None:
         """Log the expected calibration error over the pairs of all ranks."""

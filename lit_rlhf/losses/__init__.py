@@ -53,7 +53,7 @@ from lit_rlhf.losses.preference import (
 from lit_rlhf.losses.rating import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
 from lit_rlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from lit_rlhf.losses.selection import best_and_worst, best_of_group
-from lit_rlhf.losses.supervised import bradley_terry_loss, nll, process_reward_loss
+from lit_rlhf.losses.supervised import bradley_terry_loss, centring_loss, nll, process_reward_loss
 from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
 from lit_rlhf.losses.unpaired import kto_loss, mismatched_kl
 
@@ -72,6 +72,7 @@ __all__ = [
     "best_and_worst",
     "best_of_group",
     "bradley_terry_loss",
+    "centring_loss",
     "chosen_nll_loss",
     "cispo_policy_loss",
     "conservative_dpo_loss",

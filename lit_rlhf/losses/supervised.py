@@ -40,6 +40,22 @@ def bradley_terry_loss(
 
 
 @check_shapes
+def centring_loss(chosen_scores: Float[Tensor, " B"], rejected_scores: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Loss of each pair that holds its scores around 0, which preferences leave open: (r(x, y_w) + r(x, y_l))².
+
+    Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244
+
+    Args:
+        chosen_scores: (B,) as in `bradley_terry_loss`.
+        rejected_scores: (B,) likewise.
+
+    Returns:
+        (B,) losses; 0 where the two scores are opposite.
+    """
+    return (chosen_scores + rejected_scores).square()
+
+
+@check_shapes
 def process_reward_loss(scores: Float[Tensor, " K"], labels: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
     """Loss of each step: -y log σ(s) - (1 - y) log σ(-s).
 

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -157,3 +158,36 @@ def test_validation_reports_accuracy_confidence_and_calibration(inputs, tmp_path
             accuracy = (chosen > rejected)[inside].float().mean()
             error += inside.float().mean().item() * abs(accuracy - confidence[inside].mean()).item()
     assert metrics["val/calibration_error"] == pytest.approx(error, abs=1e-5)
+
+
+def test_centring_holds_the_scores_of_each_pair_around_0(inputs, tmp_path):
+    sums = {}
+    for coef in (0.0, 1.0):
+        torch.manual_seed(0)
+        module, data = make_stage("reward_model", inputs, center_coef=coef, normalize=None)
+        make_trainer(tmp_path, max_epochs=3, limit_val_batches=0).fit(module, data)
+        with torch.no_grad():
+            packed = [batch.packed for batch in data.rows_dataloader("train")]
+            sums[coef] = torch.cat([sum(module.reward_model(batch, batch.last_nodes).chunk(2)) for batch in packed])
+    assert sums[1.0].square().mean() < 0.2 * sums[0.0].square().mean()
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.5])
+def test_the_loss_that_is_logged_is_that_of_pairs_plus_the_centring(inputs, tmp_path, coef):
+    module, data, trainer = fit(inputs, tmp_path, center_coef=coef)
+    (metrics,) = trainer.validate(module, data, verbose=False)
+    total, pairs = 0.0, 0
+    with torch.no_grad():
+        for batch in data.rows_dataloader("val"):
+            for chosen, rejected in zip(
+                *module.reward_model(batch.packed, batch.packed.last_nodes).chunk(2), strict=True
+            ):
+                total += math.log1p(math.exp(rejected - chosen)) + coef * (chosen + rejected).item() ** 2
+                pairs += 1
+    assert metrics["val/loss"] == pytest.approx(total / pairs, rel=1e-5)
+
+
+@pytest.mark.parametrize("coef", [-0.1, math.inf, math.nan])
+def test_a_centring_that_pushes_or_is_no_number_is_refused_by_name(inputs, coef):
+    with pytest.raises(UserError, match=rf"center_coef \({coef}\) must be 0 or more and finite"):
+        RewardModel(str(inputs / "model"), center_coef=coef)

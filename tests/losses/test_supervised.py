@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lit_rlhf.losses import bradley_terry_loss, nll, process_reward_loss
+from lit_rlhf.losses import bradley_terry_loss, centring_loss, nll, process_reward_loss
 
 
 def randoms(*shape, seed=0):
@@ -36,6 +36,14 @@ class TestSupervised:
         loss = bradley_terry_loss(chosen, torch.tensor([500.0]))
         loss.sum().backward()
         assert loss.item() == 1000.0 and chosen.grad.item() == -1.0
+
+    def test_centring_pulls_both_scores_of_a_pair_the_same_way_and_leaves_their_difference(self):
+        # (2 + 1)² = 9, of slope 2 · 3 = 6 in both; 1 and -1 are centred
+        chosen, rejected = torch.tensor([2.0, 1.0]).requires_grad_(), torch.tensor([1.0, -1.0]).requires_grad_()
+        losses = centring_loss(chosen, rejected)
+        assert losses.tolist() == [9.0, 0.0]
+        slopes = torch.autograd.grad(losses.sum(), (chosen, rejected))
+        assert [slope.tolist() for slope in slopes] == [[6.0, 0.0], [6.0, 0.0]]
 
     def test_process_reward_loss_is_the_surprise_at_the_label(self):
         # σ(1) = 0.731059: -log of it is 0.313262 where the step is right, -log 0.268941 = 1.313262 where it is wrong,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.cpo import CPO
     from lit_rlhf.algorithms.dapo import DAPO
+    from lit_rlhf.algorithms.distillation import Distillation, OnPolicyDistillation
     from lit_rlhf.algorithms.dpo import DPO
     from lit_rlhf.algorithms.dr_grpo import DrGRPO
     from lit_rlhf.algorithms.grpo import GRPO
@@ -43,6 +44,8 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "DAPO": "algorithms.dapo",
     "CPO": "algorithms.cpo",
     "DPO": "algorithms.dpo",
+    "Distillation": "algorithms.distillation",
+    "OnPolicyDistillation": "algorithms.distillation",
     "DrGRPO": "algorithms.dr_grpo",
     "GRPO": "algorithms.grpo",
     "OnlineDPO": "algorithms.online_dpo",
@@ -93,12 +96,14 @@ __all__ = [
     "RLOO",
     "SFT",
     "AdaptiveKL",
+    "Distillation",
     "DrGRPO",
     "FixedKL",
     "GenerationSettings",
     "KLPenalty",
     "LoRA",
     "LossTerm",
+    "OnPolicyDistillation",
     "OnlineDPO",
     "PreferenceDataModule",
     "ProcessRewardModel",

@@ -1,7 +1,7 @@
 """The on-policy road: play, score, charge the KL, estimate advantages, learn. A method is an estimator and a loss."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -14,6 +14,7 @@ from lit_rlhf.algorithms.kl_control import FixedKL, KLController, KLPenalty
 from lit_rlhf.algorithms.lightning_tools import takes_gradients_early
 from lit_rlhf.algorithms.samples import Sample, examples_of, read_samples, with_known_completions
 from lit_rlhf.algorithms.settings import CriticSettings, LossAverage, SamplingSettings, UpdateSettings
+from lit_rlhf.algorithms.teacher import frozen_model
 from lit_rlhf.data.batches import NoBatch, PromptBatch, RolloutBatch
 from lit_rlhf.engine.early_backward import backward_early
 from lit_rlhf.engine.packing import Example, pack
@@ -66,6 +67,7 @@ class OnPolicyModule(CreditingModule):
         seed: of sampling and of minibatches.
         lora: train an adapter on frozen weights; null = all weights, or the adapter in policy's folder.
         merge_start: fold the adapter in policy's folder into its base before anything else.
+        reference: folder or hub name of π_ref; null = the policy as it is before the first step.
         hold_reference: where the reference lives: "base" = on the policy's frozen base, the adapters that learn being
             off; "copy" = a model of its own; "parked" = likewise, on the CPU between uses; null = base if there is one.
         trust_remote_code: run model code that comes with the weights.
@@ -74,6 +76,7 @@ class OnPolicyModule(CreditingModule):
     """
 
     learns_from = "prompts"
+    reference_role: ClassVar[str] = "reference"  # the argument that names it, in messages
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class OnPolicyModule(CreditingModule):
         seed: int = 0,
         lora: LoRA | None = None,
         merge_start: bool = False,
+        reference: str | None = None,
         hold_reference: HoldReference | None = None,
         trust_remote_code: bool = False,
         generation: GenerationSettings = GenerationSettings(),
@@ -118,7 +122,13 @@ class OnPolicyModule(CreditingModule):
         self.policy, self.tokenizer = load_policy_with_tokenizer(
             policy, False, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
-        self.reference = reference_of(self.policy, self.frozen, hold_reference, frozen_dtype=self.frozen_dtype)
+        if reference is None:
+            self.reference = reference_of(self.policy, self.frozen, hold_reference, frozen_dtype=self.frozen_dtype)
+        else:
+            held = (hold_reference, self.frozen_dtype, trust_remote_code)
+            self.reference = frozen_model(
+                reference, self.reference_role, self.policy, self.tokenizer, self.frozen, *held
+            )
         self.critic = None
         self.critic_settings = CriticSettings(0.0, None, 0, None)
         self.rollout_metrics, self.step_kl, self.stopped = {}, [], False

@@ -101,6 +101,21 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
+class DistillationSettings:
+    """Who is learnt from, and at which temperature; the arguments of `Distillation` say what each means."""
+
+    teacher: str
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a teacher without a name, and a temperature that leaves no distribution."""
+        require_types(type(self), vars(self))
+        require(self.teacher != "", "model.teacher", "empty text", "a model's folder, or its name on the hub")
+        spread = 0 < self.temperature < math.inf
+        require(spread, "temperature", self.temperature, "more than 0 and finite: distributions are compared")
+
+
+@dataclass(frozen=True)
 class CriticSettings:
     """How the critic learns; the arguments of `PPO` say what each means."""
 

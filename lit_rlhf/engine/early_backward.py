@@ -3,7 +3,7 @@
 Axes: M response tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,21 @@ def backward_early(losses: Float[Tensor, " M"], parameters: Iterable[nn.Paramete
     learns = [parameter for parameter in parameters if parameter.requires_grad]
     with torch.autocast(losses.device.type, enabled=False):  # as Lightning's own backward pass
         gradients = torch.autograd.grad(losses, learns, weight.to(losses).expand_as(losses), allow_unused=True)
-    held: Tensor = _Held.apply(losses.detach(), weight, gradients, *learns)
+    return with_gradients(losses.detach(), weight, gradients, learns)
+
+
+def with_gradients(
+    losses: Float[Tensor, " M"], weight: Tensor, gradients: Sequence[Tensor | None], learns: Sequence[Tensor]
+) -> Float[Tensor, " M"]:
+    """Losses whose gradients are there already.
+
+    Args:
+        losses: every one has the same share in the whole loss.
+        weight: () what each was multiplied by as the gradients were made.
+        gradients: of their weighted sum.
+        learns: what they are by.
+    """
+    held: Tensor = _Held.apply(losses, weight, tuple(gradients), *learns)
     return held
 
 

@@ -32,7 +32,7 @@ def shard(network: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None = No
     fully_shard(network, mesh=mesh, mp_policy=policy)
     if compute is not None:
         model.get_input_embeddings().register_forward_hook(widen)
-    for method in ("decode", "decode_padded", "recompute", "nll", "score"):
+    for method in ("decode", "decode_padded", "recompute", "nll", "score", "divergence", "beside"):
         if hasattr(network, method):
             register_fsdp_forward_method(network, method)
 

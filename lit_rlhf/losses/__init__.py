@@ -12,6 +12,7 @@ Axes: B pairs, M response tokens of all sequences of a packed batch. Log-probabi
 
 from lit_rlhf.losses.advantages import Advantages, ScoredRollout, gae
 from lit_rlhf.losses.baselines import dr_grpo, grpo, reinforce, reinforce_plus_plus, remax, rloo
+from lit_rlhf.losses.distillation import forward_kl, generalized_jensen_shannon, reverse_kl
 from lit_rlhf.losses.divergences import (
     alpha_dpo_loss,
     alpha_link,
@@ -82,9 +83,11 @@ __all__ = [
     "dr_grpo",
     "exo_pair_loss",
     "f_dpo_loss",
+    "forward_kl",
     "forward_kl_dpo_loss",
     "forward_kl_link",
     "gae",
+    "generalized_jensen_shannon",
     "grpo",
     "gspo_policy_loss",
     "hinge_loss",
@@ -106,6 +109,7 @@ __all__ = [
     "reinforce",
     "reinforce_plus_plus",
     "remax",
+    "reverse_kl",
     "reverse_kl_link",
     "rloo",
     "robust_dpo_loss",

@@ -5,7 +5,7 @@ FSDP2 and DDP see every parameter where they expect it. `loading.py` makes them 
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, TypeVar, cast
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.engine.attention import as_mask
+from lit_rlhf.engine.divergence import Divergence, Predictions, divergences, learning
+from lit_rlhf.engine.early_backward import with_gradients
 from lit_rlhf.engine.layout import Layout
 from lit_rlhf.engine.linear_head import mask_
 from lit_rlhf.engine.logprobs import nll_sum, token_logprobs
@@ -28,6 +30,7 @@ from lit_rlhf.models.trunk import (
 )
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ResultT = TypeVar("ResultT")
 # How rows in padded batches share a model's own cache: left-padded to one length, with a mask at each step or, where a
 # state holds what was read, at the first alone; or each row by itself. None = there is no cache that gives its numbers.
 Caching = Literal["together", "by state", "alone"] | None
@@ -104,6 +107,37 @@ class Policy(Network):
         self.switch()
         states = self.scaled(self.read(batch)[batch.predictors])
         return nll_sum(self.head, states, batch.target_ids, unused_ids=self.unused_ids)
+
+    def divergence(
+        self,
+        batch: PackedBatch,
+        teacher: "Policy",
+        divergence: Divergence,
+        temperature: float = 1.0,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """(M,) float32 divergences from a teacher's next-token distributions, each of the same share in the loss.
+
+        Args:
+            batch: packed prompts and responses.
+            teacher: of the same tokens.
+            divergence: see `engine/divergence.py`, as the whole.
+            temperature: divides the logits of both.
+            weights: (M,) of the tokens; None = 1 each.
+        """
+        self.switch()
+        mine = Predictions(self.head, self.scaled(self.read(batch)[batch.predictors]), self.unused_ids)
+        values, gradients = teacher.beside(batch, lambda t: divergences(mine, t, divergence, temperature, weights))
+        if not gradients:
+            return values
+        return with_gradients(values, torch.ones((), device=values.device), gradients, learning(mine))
+
+    def beside(self, batch: PackedBatch, what: Callable[[Predictions], ResultT]) -> ResultT:
+        """What is made of this network's predictions of the response tokens, without a gradient by it."""
+        self.switch()
+        with torch.no_grad():
+            hidden = self.scaled(self.read(batch, learns=False)[batch.predictors])
+        return what(Predictions(self.head, hidden, self.unused_ids))
 
     def decode(
         self,

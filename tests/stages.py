@@ -19,7 +19,9 @@ from lit_rlhf import (
     REINFORCE,
     SFT,
     AdaptiveKL,
+    Distillation,
     OnlineDPO,
+    OnPolicyDistillation,
     PreferenceDataModule,
     ProcessRewardModel,
     ReMax,
@@ -42,6 +44,7 @@ ON_POLICY = {  # a method of each kind
     "dapo": DAPO,
     "raft": RAFT,
     "online_dpo": OnlineDPO,
+    "on_policy_distillation": OnPolicyDistillation,
 }
 REFERENCE_FREE = {"simpo": SimPO, "cpo": CPO, "orpo": ORPO}
 
@@ -52,12 +55,14 @@ OFF_POLICY: dict[str, tuple[Any, str, Any]] = {  # module, file and data module
     "dpo": (DPO, "preference", PreferenceDataModule),
     "kto": (KTO, "preference", UnpairedDataModule),
     **{name: (method, "preference", PreferenceDataModule) for name, method in REFERENCE_FREE.items()},
+    "distillation": (Distillation, "sft", SFTDataModule),
 }
 
 
 def write_inputs(folder: Path, rows: int = 24) -> None:
-    """A tiny model and files of each format, with texts of unequal length."""
+    """A tiny model, a teacher, and files of each format, with texts of unequal length."""
     save_tiny(folder / "model")
+    save_tiny(folder / "teacher", seed=7)
     rng = np.random.default_rng(0)
 
     def text() -> str:
@@ -88,8 +93,14 @@ def make_stage(stage: str, folder: Path, **options: Any) -> tuple[AlignmentModul
     """Module and data of a stage; `options` go to the module."""
     model = str(folder / "model")
     options = {"learning_rate": 1e-2, "lr_scheduler": "linear", "warmup_steps": 2} | options
+    if stage.endswith("distillation"):
+        options = {"teacher": str(folder / "teacher")} | options
     if stage in ON_POLICY:
-        kl = {} if stage == "online_dpo" else {"kl": AdaptiveKL(0.1, target=0.5, horizon=100)}
+        kl = (
+            {}
+            if stage in ("online_dpo", "on_policy_distillation")
+            else {"kl": AdaptiveKL(0.1, target=0.5, horizon=100)}
+        )
         of_kind = {"ppo_epochs": 2, "num_minibatches": 2} | kl | options
         module: AlignmentModule = ON_POLICY[stage](model, **of_kind)
         prompts = str(folder / "prompts.jsonl")

@@ -46,6 +46,7 @@ WHOLE_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole_dpo": ("dpo", WHOLE_DPO),
     "whole_kto": ("kto", WHOLE),
     "whole_orpo": ("orpo", WHOLE),
+    "whole_distillation": ("distillation", WHOLE),
     "whole_lora": ("sft", WHOLE | {"lora": LoRA(r=4), "activation_checkpointing": True}),
     "chunked_sft": ("sft", WHOLE),  # the head sees a few tokens at a time, as in a large batch
     "chunked_dpo": ("dpo", WHOLE_DPO),
@@ -65,6 +66,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     **{stage: (stage, {}) for stage in ("grpo", "remax", "dapo")},
     "raft": ("raft", {}),  # some of each group are learnt from
     "online_dpo": ("online_dpo", {"reference_update": ReferenceUpdate(alpha=1.0, every=4), "loss": bco_pair_loss}),
+    "on_policy_distillation": ("on_policy_distillation", {}),
     **WHOLE_RUNS,
 }
 

@@ -58,7 +58,8 @@ def divergences(
     learns = learning(student) if torch.is_grad_enabled() else []
     size = min(chunk_size(part.head, student.hidden.device, chunk_bytes) for part in (student, teacher))
     width = min(vocabulary_size(part.head) for part in (student, teacher))
-    values, of_hidden, sums = [], [], [None for _ in learns[1:]]
+    values, of_hidden = [], []
+    sums: list[Tensor | None] = [None for _ in learns[1:]]
     for rows in chunks(len(student.hidden), size):
         with torch.no_grad():
             of_teacher = teacher.logprobs(teacher.hidden[rows], width, temperature)

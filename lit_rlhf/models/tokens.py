@@ -111,7 +111,7 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToken
     if differing := differing_tokens(tokenizer, other):
         raise UserError(
             f"{name} was trained with another tokenizer than the policy ({differing}): it would read other words than "
-            "the policy wrote. Start both from the same SFT model"
+            "the policy wrote. Take two of one tokenizer, as two that were trained from the same SFT model"
         )
 
 

@@ -8,7 +8,7 @@ from lit_rlhf.losses import forward_kl, reverse_kl
 from lit_rlhf.models.trunk import packed_outputs
 from tests.ppo_runs import Rollouts, make, record
 from tests.stages import make_trainer
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,10 @@ def test_it_comes_nearer_to_a_teacher_that_stays_as_it_is(lora, inputs, teacher,
 
 
 def test_on_policy_it_learns_from_its_own_responses_and_no_reward(folder, teacher, tmp_path):
-    data = {"rollout_size": 32, "max_tokens": 80}
-    module = record(folder, tmp_path, kind=OnPolicyDistillation, teacher=teacher, data=data, num_minibatches=2)
-    assert sum(batch.packed.num_sequences for batch, _ in module.seen) == 32 and set(module.views()) == {
-        "policy",
-        "teacher",
-    }
+    sizes = {"data": {"rollout_size": 32}, "num_minibatches": 2}
+    module = record(folder, tmp_path, kind=OnPolicyDistillation, teacher=teacher, **sizes)
+    assert sum(batch.packed.num_sequences for batch, _ in module.seen) == 32
+    assert set(module.views()) == {"policy", "teacher"}
     assert module.rollout_metrics["rollout/kl"] > 0.1  # to the teacher, which the student was not
 
     rollouts = Rollouts()
@@ -87,5 +85,8 @@ def test_a_teacher_of_other_words_and_a_temperature_of_nothing_are_refused(input
         offline(inputs, teacher, temperature=0.0)
     with pytest.raises(UserError, match=r"^model\.teacher: "):
         offline(inputs, str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match=r"teacher demo was trained with another tokenizer than the policy"):
-        offline(inputs, "demo")
+    other = save_tiny(tmp_path / "other")
+    tiny_tokenizer(missing="w9").save_pretrained(other)
+    for kind in (Distillation, OnPolicyDistillation):
+        with pytest.raises(UserError, match=r"^teacher \S+/other was trained with another tokenizer than .*[^\n]+$"):
+            kind(str(inputs / "model"), str(other))

@@ -45,6 +45,8 @@ def fit(stage, inputs, folder, ckpt_path=None, **options):
         ("process_reward_model", 2, {}),
         ("kto", 3, {}),
         ("simpo", 2, {}),
+        ("distillation", 2, {}),
+        ("on_policy_distillation", 3, {}),
     ],
 )
 def test_a_resumed_run_has_the_bits_of_a_run_never_stopped(inputs, tmp_path, stage, step, options):

@@ -240,6 +240,7 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         "dapo",
         "raft",
         "online_dpo",
+        "on_policy_distillation",
         *WHOLE_RUNS,
     }
     for run, result in results.items():

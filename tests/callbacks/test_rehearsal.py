@@ -63,6 +63,13 @@ def test_groups_take_what_was_planned_and_no_critic_is_among_it(stage, max_token
     assert {row.role for row in plan.held} == {"policy", "reference", "reward", "logits", "slot cache"}
 
 
+@pytest.mark.parametrize("stage", ["distillation", "on_policy_distillation"])
+def test_a_teacher_and_what_it_is_learnt_by_are_planned(stage, inputs, tmp_path):
+    plan = planned(stage, inputs)
+    assert max(plan.peaks.values()) == pytest.approx(taken(stage, inputs, tmp_path), rel=0.05)
+    assert {"policy", "teacher"} <= {row.role for row in plan.held}
+
+
 def test_rewards_that_are_normalised_by_what_was_seen_are_planned(inputs):
     memory = LiveMemory()
     memory.phase = "load"

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import LightningModule
 from torch.distributed.run import get_args_parser
 
+import lit_rlhf
 from lit_rlhf.cli.commands import COMMANDS
 from lit_rlhf.cli.main import main
 from tests.cli.command_line import QUICK, SMALL_PPO
@@ -127,8 +129,18 @@ def test_every_test_that_a_page_names_exists():
         assert not set(re.findall(r"`(test_\w+)`", page.read_text())) - defined, page.name
 
 
-def test_the_readme_tree_names_every_file_of_the_package():
-    tree = (ROOT / "README.md").read_text()
+def test_the_readme_names_every_method_beside_a_page():
+    rows = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|") and "](docs/" in line
+    ]
+    methods = [name for name in lit_rlhf.__all__ if isinstance(getattr(lit_rlhf, name), type)]
+    methods = [name for name in methods if issubclass(getattr(lit_rlhf, name), LightningModule)]
+    assert {"SFT", "KTO", "PPO"} <= set(methods)
+    assert [name for name in methods if not any(f"`{name}`" in row for row in rows)] == []
+
+
+def test_the_tree_names_every_file_of_the_package():
+    tree = (ROOT / "docs" / "architecture.md").read_text()
     missing = [
         path.name
         for path in (ROOT / "lit_rlhf").iterdir()

@@ -54,13 +54,19 @@ def named(text):
     return found - NO_OPTIONS
 
 
+def ours(page):
+    """The text of a page, without the first column of tables in which it is another library's, `data.…` or not."""
+    text = page.read_text()
+    return re.sub(r"^\| .*? \| ", "| ", text, flags=re.M) if page.name == "coming_from.md" else text
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_options_that_a_page_names_exist(page):
-    assert {option for option in named(page.read_text()) if unknown(option)} == set()
+    assert {option for option in named(ours(page)) if unknown(option)} == set()
 
 
 def test_the_table_of_another_library_names_options_and_an_unknown_one_is_found():
-    options = named((ROOT / "docs" / "coming_from.md").read_text())
+    options = named(ours(ROOT / "docs" / "coming_from.md"))
     assert {"model.beta", "data.group_size", "model.lora.r", "trainer.precision", "export.which"} <= options
     assert all(map(unknown, ("model.betta", "data.beta", "model.lora.rank", "trainer.beta", "model.shaping.floor")))
 

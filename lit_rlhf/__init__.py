@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lit_rlhf.errors import UserError
     from lit_rlhf.models.adapters import LoRA
     from lit_rlhf.rollout.data_module import RolloutDataModule
+    from lit_rlhf.rollout.ensemble import EnsembleReward
     from lit_rlhf.rollout.play import GenerationSettings, RolloutBackend
     from lit_rlhf.rollout.process_rewards import ProcessRewardModelReward
     from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
@@ -73,6 +74,7 @@ HOMES = {  # of the public names: a file is read when one of its names is asked 
     "UserError": "errors",
     "LoRA": "models.adapters",
     "RolloutDataModule": "rollout.data_module",
+    "EnsembleReward": "rollout.ensemble",
     "GenerationSettings": "rollout.play",
     "RolloutBackend": "rollout.play",
     "ProcessRewardModelReward": "rollout.process_rewards",
@@ -98,6 +100,7 @@ __all__ = [
     "AdaptiveKL",
     "Distillation",
     "DrGRPO",
+    "EnsembleReward",
     "FixedKL",
     "GenerationSettings",
     "KLPenalty",

@@ -99,6 +99,8 @@ class Silent(Reward):
 def silence(rewards: Rewards) -> None:
     """Let functions say nothing; reward models score."""
     rewards.terms = [
-        term._replace(reward=Silent(str(term.reward))) if isinstance(term.reward.view(), str) else term
+        term._replace(reward=Silent(str(term.reward)))
+        if any(isinstance(view, str) for view in term.reward.views(term.name).values())
+        else term
         for term in rewards.terms
     ]

@@ -65,9 +65,9 @@ class Reward:
         """Models that this reward holds in memory."""
         yield from ()
 
-    def view(self) -> Any:
-        """Where it lives: a network, a view on the policy's, or a word for what is neither."""
-        return "Python"
+    def views(self, name: str) -> dict[str, Any]:
+        """Its roles, called `name` or more than that, and where they live, as in a module's `views`."""
+        return {name: "Python"}
 
     def step_rewards(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> list[np.ndarray]:
         """(T,) what each token of n responses is paid: the parts of which a score is the sum, where it `pays_steps`."""
@@ -177,9 +177,9 @@ class RewardModelReward(Reward):
         """None: it scores by tokens."""
         return set()
 
-    def view(self) -> "Scorer | OnTrunk":
+    def views(self, name: str) -> dict[str, Any]:
         """The reward model."""
-        return self.scorer
+        return {name: self.scorer}
 
     def networks(self) -> Iterator[nn.Module]:
         """The reward model, where it is a network of its own."""

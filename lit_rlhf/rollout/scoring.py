@@ -142,7 +142,7 @@ class Rewards:
 
     def views(self) -> dict[str, Any]:
         """Where each of them lives, by name."""
-        return {term.name: term.reward.view() for term in self.terms}
+        return {role: view for term in self.terms for role, view in term.reward.views(term.name).items()}
 
     def stands_on(self) -> dict[str, Fingerprints]:
         """By option, the folders of weights that rewards score by."""

@@ -1,6 +1,7 @@
 """Every shipped YAML runs."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,6 +63,9 @@ data:
     reward_weights: {form: 0.2, liked: 0.5}
     monitors:
       length: my_rewards.brief
+      careful:
+        class_path: lit_rlhf.EnsembleReward
+        init_args: {models: [runs/reward_model/model, out/twin], uncertainty_coef: 2.0}
 """
 FUNCTIONS = """
 def brief(prompts, responses):
@@ -87,6 +91,7 @@ def test_rewards_are_named_in_yaml_and_on_the_command_line(given, workdir, monke
     Path("my_rewards.py").write_text(FUNCTIONS)
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # that of another test
     Path("several.yaml").write_text(REWARDS)
+    shutil.copytree("runs/reward_model/model", "out/twin", dirs_exist_ok=True)
     options = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=1", "--trainer.default_root_dir=out/rewards"]
     assert run("fit", "--config", ppo, *given, *options, *QUICK, *SMALL_PPO) == 0, capsys.readouterr().err
     metrics = json.loads(Path("out/rewards/summary.json").read_text())["metrics"]
@@ -94,6 +99,7 @@ def test_rewards_are_named_in_yaml_and_on_the_command_line(given, workdir, monke
         parts = {"right": 1.0, "form": 0.2, "liked": 0.5, "brief": 1.0}
         assert metrics["rollout/form_abstained"] == 0.5 == metrics["rollout/form"]
         assert metrics["rollout/length"] == metrics["rollout/brief"] < 0
+        assert metrics["rollout/careful"] == pytest.approx(metrics["rollout/liked"], abs=1e-5)  # twins agree
         total = sum(weight * metrics[f"rollout/{name}"] for name, weight in parts.items())
         assert metrics["rollout/score"] == pytest.approx(total, abs=1e-5)
     else:

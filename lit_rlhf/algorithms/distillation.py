@@ -18,6 +18,7 @@ from lit_rlhf.errors import named_by
 from lit_rlhf.losses import forward_kl, reinforce, reverse_kl
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.loading import load_policy_with_tokenizer
+from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.roles import OwnModel
 from lit_rlhf.rollout.play import GenerationSettings
 
@@ -76,6 +77,10 @@ class Distillation(AlignmentModule):
     def views(self) -> dict[str, Any]:
         """Policy and teacher."""
         return {**super().views(), "teacher": self.teacher}
+
+    def read_along(self) -> list[Policy]:
+        """The teacher."""
+        return [self.teacher.network]
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """One micro-batch: the divergence of its response tokens."""
@@ -145,18 +150,26 @@ class OnPolicyDistillation(OnPolicyModule):
         """A divergence."""
         return chosen_divergence(loss)
 
+    @property
+    def teacher(self) -> OwnModel:
+        """In the place of the reference, which is what `rollout/kl` is to."""
+        assert isinstance(self.reference, OwnModel)
+        return self.reference
+
     def views(self) -> dict[str, Any]:
-        """Policy and teacher, which is what `rollout/kl` is to."""
-        views = super().views()
-        return {"policy": views["policy"], "teacher": views["reference"]}
+        """Policy and teacher."""
+        return {"policy": super().views()["policy"], "teacher": self.teacher}
+
+    def read_along(self) -> list[Policy]:
+        """The teacher."""
+        return [self.teacher.network]
 
     def training_step(self, batch: RolloutBatch | NoBatch, batch_idx: int) -> Tensor:
         """One micro-batch of the current rollout: the divergence of its response tokens."""
         if isinstance(batch, NoBatch):
             return torch.zeros((), device=self.device, requires_grad=True)
-        assert isinstance(self.reference, OwnModel)
         temperature, weights = self.sampling.temperature, batch.weights
-        losses = divergence_from(self.reference, self.policy, batch.packed, self.loss, temperature, weights)
+        losses = divergence_from(self.teacher, self.policy, batch.packed, self.loss, temperature, weights)
         self.log_mean("train", {"loss": losses.detach().mean()}, weight=len(losses))
         return (losses + self.balance_term("policy", len(losses))).sum() / batch.denominator
 

@@ -115,6 +115,10 @@ class AlignmentModule(ResumableModule):
         yield from self.children()
         yield from self.frozen.values()
 
+    def read_along(self) -> list[Policy]:
+        """Those that read each micro-batch of training without learning from it."""
+        return []
+
     def setup(self, stage: str) -> None:
         """Every policy keeps to the tokens that the tokenizer has now: some may have been added since it was loaded.
 

@@ -102,6 +102,10 @@ class ReferencedModule(PreferenceModule):
         held = cached if self.cache_reference or self.reference_free else moving or self.still_reference
         return {**super().views(), "reference": held}
 
+    def read_along(self) -> list[Policy]:
+        """The reference, which is as large as the policy, wherever it lives."""
+        return [] if self.cache_reference or self.reference_free else [self.policy]
+
     def stands_on(self) -> dict[str, Fingerprints]:
         """As of all roles; of a reference whose log-probs are cached too, where a resumed run could compute them."""
         held = {} if self.still_reference is None else {"reference": self.still_reference.stands_on}

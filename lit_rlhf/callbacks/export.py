@@ -169,7 +169,7 @@ def starts_of(
         adapter: what the adapter that learns stands on; None where all weights learn.
         stands_on: of the module and of its rewards, see `AlignmentModule.stands_on`.
     """
-    named = [(role, arguments.get(role)) for role in ("policy", "reference", "critic")]
+    named = [(role, arguments.get(role)) for role in ("policy", "reference", "critic", "teacher")]
     if adapter is not None:
         named += [("the weights that the adapter has learnt on", folder) for folder in (adapter.base, adapter.start)]
     named += [(role, folder) for roles in stands_on for role, held in roles.items() for folder in held]

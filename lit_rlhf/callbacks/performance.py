@@ -83,9 +83,11 @@ class Performance(Callback):
         self.batches += 1
         self.tokens += packed.input_ids.numel()
         self.padding += packed.layout.padding_fraction()
+        assert isinstance(pl_module, AlignmentModule)
+        along = pl_module.read_along()
         for network in roles(pl_module):
-            # Frozen networks of on-policy training run in rollouts only.
-            if not self.on_policy or any(p.requires_grad for p in network.parameters()):
+            # Frozen networks of on-policy training run in rollouts only, but for a teacher.
+            if not self.on_policy or network in along or any(p.requires_grad for p in network.parameters()):
                 self.flops = self.flops + step_flops(network, packed, *self.weights[id(network)])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

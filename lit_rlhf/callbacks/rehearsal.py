@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.algorithms.referenced import ReferencedModule
 from lit_rlhf.algorithms.strategies import check_tensor_parallel, name_and_options
 from lit_rlhf.callbacks.memory import Held, buffers, held_roles
 from lit_rlhf.callbacks.performance import forward_flops, matrix_weights, roles, step_flops
@@ -85,8 +84,8 @@ class Phases(Callback):
         self.tokens = batch.packed.input_ids.numel()
         learning = [n for n in roles(pl_module) if any(p.requires_grad for p in n.parameters())]
         flops = [step_flops(n, batch.packed, matrix_weights(n), matrix_weights(n, frozen=True)) for n in learning]
-        if isinstance(pl_module, ReferencedModule) and not (pl_module.cache_reference or pl_module.reference_free):
-            flops.append(forward_flops(pl_module.policy, batch.packed, matrix_weights(pl_module.policy)))
+        assert isinstance(pl_module, AlignmentModule)
+        flops += [forward_flops(n, batch.packed, matrix_weights(n)) for n in pl_module.read_along()]
         self.flops = float(sum(map(float, flops)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

@@ -70,6 +70,10 @@ def test_a_teacher_and_what_it_is_learnt_by_are_planned(stage, inputs, tmp_path)
     assert {"policy", "teacher"} <= {row.role for row in plan.held}
 
 
+def test_a_teacher_as_large_as_the_student_takes_a_third_of_what_learning_takes(inputs):
+    assert planned("distillation", inputs).flops == pytest.approx(planned("sft", inputs).flops * 4 / 3)
+
+
 def test_rewards_that_are_normalised_by_what_was_seen_are_planned(inputs):
     memory = LiveMemory()
     memory.phase = "load"

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_rlhf import DPO, PPO, SFT, LoRA, RewardModel, RewardModelReward, UserError
+from lit_rlhf import DPO, PPO, SFT, EnsembleReward, LoRA, RewardModel, RewardModelReward, UserError
 from lit_rlhf.algorithms import on_policy
 from lit_rlhf.callbacks.export import HuggingFaceExport
 from lit_rlhf.cli.export import export
@@ -229,6 +230,24 @@ def test_ppo_holds_one_base_for_policy_reference_critic_and_reward_model(sft, sc
         assert not torch.equal(module.policy(batch)[0], expected(batch)[0])
         ours = term.reward.scorer(batch, batch.last_nodes)
         torch.testing.assert_close(ours, judge(batch, batch.last_nodes), rtol=1e-5, atol=1e-5)
+
+
+def test_the_members_of_an_ensemble_stand_on_the_policys_base_each_by_its_adapter(sft, scorer, tmp_path):
+    twin = shutil.copytree(scorer, tmp_path / "twin")
+    weights = load_file(twin / "adapter_model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, twin / "adapter_model.safetensors")
+    module, _, _ = make(sft, tmp_path, lora=ADAPTER)
+    ensemble, asked = EnsembleReward([str(scorer), str(twin)], 0.5), ([np.array([5, 6])], [np.array([7, 8, 9])])
+    ensemble.share(module.policy)
+    ensemble.bind(module.tokenizer, module.device)
+    assert not list(ensemble.networks()) and all(isinstance(v, OnTrunk) for v in ensemble.views("reward").values())
+    apart = []
+    for folder in (scorer, twin):
+        apart.append(RewardModelReward(str(folder)))
+        apart[-1].bind(module.tokenizer, module.device)
+    one, other = (member(*asked).item() for member in apart)
+    assert abs(one - other) > 1e-3
+    assert ensemble(*asked).item() == pytest.approx((one + other) / 2 - 0.5 * abs(one - other) / 2, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -64,17 +64,19 @@ def test_what_is_no_export_is_never_replaced(inputs, tmp_path, folder):
     assert not (root / "end.ckpt").exists(), "refused before training"
 
 
-@pytest.mark.parametrize("role", ["policy", "reference", "critic", "data.reward", "policy, below the export"])
+@pytest.mark.parametrize(
+    "role", ["policy", "reference", "critic", "teacher", "data.reward", "policy, below the export"]
+)
 def test_what_a_run_starts_from_is_not_replaced_by_its_export(tmp_path, role):
     write_inputs(tmp_path, rows=4)
     start = {"policy": tmp_path / "model", "policy, below the export": tmp_path / "model"}.get(role, tmp_path / "other")
-    stage = {"critic": "ppo", "data.reward": "ppo", "reference": "dpo"}.get(role, "sft")
-    if start.name == "other" and stage == "dpo":
+    stage = {"critic": "ppo", "data.reward": "ppo", "reference": "dpo", "teacher": "distillation"}.get(role, "sft")
+    if start.name == "other" and stage in ("dpo", "distillation"):
         save_tiny(start)
     elif start.name == "other":
         scorer = RewardModel(str(tmp_path / "model"))
         export(scorer, full_state_dict(scorer.exportable()), start)
-    options = {role: str(start)} if role in ("reference", "critic") else {}
+    options = {role: str(start)} if role in ("reference", "critic", "teacher") else {}
     module, data = make_stage(stage, tmp_path, **options)
     if role == "data.reward":
         data.rewards = Rewards(RewardModelReward(str(start)))

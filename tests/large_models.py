@@ -112,8 +112,8 @@ def save_scoring_adapter(base: Path, folder: Path, r: int = 2) -> None:
         name = f"model.layers.{layer}.mlp.down_proj"
         weights |= {f"{name}.lora_A.weight": torch.zeros(r, wide), f"{name}.lora_B.weight": torch.zeros(narrow, r)}
     folder.mkdir(parents=True)
-    settings = LoRA(r=r, target_modules=["down_proj"]).config(str(base), scores=True)
-    write_adapter(folder, plain_config(settings), weights, bias=0.0)
+    settings = LoRA(r=r, target_modules=["down_proj"]).config(str(base), "SEQ_CLS")
+    write_adapter(folder, plain_config(settings), weights, scores={})
 
 
 def write_rows(folder: Path, count: int, longest: int) -> None:

@@ -25,9 +25,9 @@ class CPO(ReferenceFreeModule):
     prefix = "cpo"
 
     def __init__(self, policy: str = "demo", beta: float = 0.1, nll_coef: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(policy, **kwargs)
         require(0 < beta < math.inf, "beta", beta, "more than 0 and finite")
         require(0 <= nll_coef < math.inf, "nll_coef", nll_coef, "0 or more and finite")
-        super().__init__(policy, **kwargs)
         self.beta, self.nll_coef = beta, nll_coef
 
     def losses_of(self, chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:

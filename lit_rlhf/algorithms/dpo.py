@@ -39,8 +39,8 @@ class DPO(ReferencedModule):
         reference_free: bool = False,
         **kwargs: Any,
     ) -> None:
-        require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
         super().__init__(policy, reference_free=reference_free, **kwargs)
+        require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
         with named_by("model.loss"):
             self.loss = PreferenceLoss(loss, reference_free)
         self.beta = beta

@@ -54,11 +54,11 @@ class KTO(ReferencedModule):
         undesirable_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        super().__init__(policy, reference_free=False, **kwargs)
         require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
         weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
         for name, weight in weights.items():
             require(0 < weight < math.inf, name, weight, "more than 0 and finite")
-        super().__init__(policy, reference_free=False, **kwargs)
         self.beta = beta
         self.desirable_weight = desirable_weight
         self.undesirable_weight = undesirable_weight

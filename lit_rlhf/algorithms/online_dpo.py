@@ -14,7 +14,7 @@ from lit_rlhf.algorithms.preference import pair_metrics
 from lit_rlhf.algorithms.preference_loss import LossTerm, PreferenceLoss
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.data.batches import NoBatch, PreferenceBatch, RolloutBatch
-from lit_rlhf.errors import damaged, named_by, require, require_alike
+from lit_rlhf.errors import damaged, named_by, require, require_alike, require_types
 from lit_rlhf.losses import best_and_worst, dpo_loss
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import PlannedRollout
@@ -57,6 +57,7 @@ class OnlineDPO(OnPolicyModule):
         num_minibatches: int = 1,
         **kwargs: Any,
     ) -> None:
+        require_types(OnlineDPO.__init__, locals())
         require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
         super().__init__(
             policy,

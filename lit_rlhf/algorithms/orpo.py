@@ -26,8 +26,8 @@ class ORPO(ReferenceFreeModule):
     prefix = "orpo"
 
     def __init__(self, policy: str = "demo", odds_coef: float = 0.1, **kwargs: Any) -> None:
-        require(0 < odds_coef < math.inf, "odds_coef", odds_coef, "more than 0 (at 0 it is SFT on chosen) and finite")
         super().__init__(policy, **kwargs)
+        require(0 < odds_coef < math.inf, "odds_coef", odds_coef, "more than 0 (at 0 it is SFT on chosen) and finite")
         self.odds_coef = odds_coef
 
     def losses_of(self, chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:

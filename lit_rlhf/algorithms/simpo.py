@@ -33,10 +33,10 @@ class SimPO(ReferenceFreeModule):
         nll_coef: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        super().__init__(policy, **kwargs)
         require(0 < beta < math.inf, "beta", beta, "more than 0 and finite")
         require(0 <= target_margin < math.inf, "target_margin", target_margin, "0 or more and finite")
         require(0 <= nll_coef < math.inf, "nll_coef", nll_coef, "0 or more and finite")
-        super().__init__(policy, **kwargs)
         self.beta, self.target_margin, self.nll_coef = beta, target_margin, nll_coef
 
     def losses_of(self, chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:

@@ -66,8 +66,11 @@ def colour(share: float) -> tuple[int, ...]:
 
 
 def readable_font() -> Any:
-    """One of many scripts where the system has it, else Pillow's own of Latin letters."""
+    """One of many scripts where the system has it, else Pillow's own of Latin letters.
+
+    Laid out by Pillow itself: Raqm, which joins letters, fails on pieces such as halves of characters.
+    """
     try:
-        return ImageFont.truetype("DejaVuSans.ttf", SIZE)
+        return ImageFont.truetype("DejaVuSans.ttf", SIZE, layout_engine=ImageFont.Layout.BASIC)
     except OSError:
         return ImageFont.load_default(SIZE)

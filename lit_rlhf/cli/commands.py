@@ -24,8 +24,8 @@ PROGRAMS = {
 }
 WORDS = ("last", "best", "hpc", "registry", "null")  # for a checkpoint that is to be found
 COMMANDS = (*RUNS, *PROGRAMS)
-USAGE = f"lit-rlhf [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
-DESCRIPTION = "Align language models with PyTorch Lightning: SFT, reward model, PPO, GRPO, DPO, KTO."
+USAGE = "lit-rlhf [-c CONFIG] COMMAND ..."
+DESCRIPTION = "Align language models with PyTorch Lightning: SFT, reward models, PPO, DPO, kin."
 HELP = f"""usage: {USAGE}
 
 {DESCRIPTION}

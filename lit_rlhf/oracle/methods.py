@@ -3,14 +3,14 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rlhf.algorithms.kl_control import KLPenalty
 from lit_rlhf.algorithms.settings import LossAverage
-from lit_rlhf.errors import require
+from lit_rlhf.errors import require_types
 from lit_rlhf.losses import Advantages, PolicyLoss, PolicyTokens, ScoredRollout
 from lit_rlhf.losses.advantages import Moments, token_rewards, whiten
 from lit_rlhf.oracle.groups import Groups
@@ -39,10 +39,8 @@ class OnPolicyMethod:
     loss_average: LossAverage = "tokens"
 
     def __post_init__(self) -> None:
-        """Refuse another mean."""
-        require(
-            self.loss_average in get_args(LossAverage), "loss_average", self.loss_average, str(get_args(LossAverage))
-        )
+        """Refuse what is no such method."""
+        require_types(OnPolicyMethod, vars(self))
 
     @classmethod
     def of(cls, algorithm: type, **changes: Any) -> "OnPolicyMethod":

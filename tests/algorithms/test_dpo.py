@@ -24,6 +24,7 @@ OPTIONS = {  # of losses that need some
     "conservative_dpo_loss": {"label_smoothing": 0.1},
     "offset_dpo_loss": {"margin": 0.5},
     "robust_dpo_loss": {"label_smoothing": 0.1},
+    "soft_label_dpo_loss": {"margin": 0.5},
 }
 FAMILY = [name for name in losses.__all__ if "ref_chosen_logprobs" in signature(getattr(losses, name)).parameters]
 

@@ -215,8 +215,8 @@ def test_an_exported_adapter_is_put_on_the_base_that_it_has_learnt_on_alone(inpu
         "start": lambda: SFT(str(policy)),
         "under another": lambda: SFT(str(policy), lora=ADAPTER),
         "merged": lambda: SFT(str(policy), merge_start=True),
-        "reference on the policy's base": lambda: DPO(str(inputs / "model"), str(policy), lora=ADAPTER),
-        "reference of its own": lambda: DPO(str(inputs / "model"), str(policy)),
+        "reference on the policy's base": lambda: DPO(str(inputs / "model"), reference=str(policy), lora=ADAPTER),
+        "reference of its own": lambda: DPO(str(inputs / "model"), reference=str(policy)),
         "critic": lambda: PPO(str(inputs / "model"), critic=str(judge), lora=ADAPTER),
         "reward model": lambda: RewardModelReward(str(judge)).scorer,
         "reward model on the policy's base": lambda: RewardModelReward(str(judge)).share(

@@ -248,7 +248,10 @@ def test_all_stages_run_on_two_processes_and_export(strategy, tmp_path):
         assert all(math.isfinite(value) for value in result["metrics"].values()), (run, result)
         kind = AutoModelForSequenceClassification if run.endswith("reward_model") else AutoModelForCausalLM
         kind = AutoModelForTokenClassification if run.endswith("process_reward_model") else kind
-        model = kind.from_pretrained(tmp_path / strategy / run / "model")
+        labels = (
+            {"num_labels": 1} if run.endswith("reward_model") else {}
+        )  # which the config of an adapter's base lacks
+        model = kind.from_pretrained(tmp_path / strategy / run / "model", **labels)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
     # The reference's log-probs are the same, whether a frozen copy gives them or a cache that one rank had begun.
     assert results["dpo_cached"]["checksum"] == pytest.approx(results["dpo"]["checksum"], rel=1e-5)

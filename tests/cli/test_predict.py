@@ -9,6 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.cli.command_line import QUICK, predictions, run
 
+EXACT = ["--trainer.precision=32-true"]  # where the processor would multiply in bfloat16
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_predict_writes_completions_as_json_lines_in_the_order_of_the_prompts(workdir, monkeypatch):
@@ -30,7 +32,7 @@ def test_predict_scores_with_the_head_that_a_reward_model_was_trained_with(workd
     monkeypatch.chdir(workdir)
     Path("scored.jsonl").write_text('{"prompt": "Say hello.", "completion": " Hello!", "id": 7}\n')
     options = ["--model.policy=runs/reward_model/model", "--data.predict=scored.jsonl"]
-    assert run("predict", "--config", config, *QUICK, *options, "--trainer.default_root_dir=out/scores") == 0
+    assert run("predict", "--config", config, *QUICK, *EXACT, *options, "--trainer.default_root_dir=out/scores") == 0
 
     model = AutoModelForSequenceClassification.from_pretrained("runs/reward_model/model")
     tokenizer = AutoTokenizer.from_pretrained("runs/reward_model/model")
@@ -121,7 +123,9 @@ def test_a_reward_model_scores_the_rows_that_predict_writes(workdir, monkeypatch
     assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
 
     options = ["--data.predict=out/chat/predictions.jsonl", "--model.policy=runs/reward_model/model"]
-    assert run("predict", "--config", reward_model, *QUICK, *options, "--trainer.default_root_dir=out/judged") == 0
+    assert (
+        run("predict", "--config", reward_model, *QUICK, *EXACT, *options, "--trainer.default_root_dir=out/judged") == 0
+    )
     judged = predictions("out/judged")
     assert [{**row, "score": None} for row in judged] == [{**row, "score": None} for row in written]
 

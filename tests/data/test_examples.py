@@ -116,7 +116,7 @@ def test_real_conversations_keep_most_rows_and_share_their_prompts():
     template += "{% if add_generation_prompt %}{{ '\n\nassistant: ' }}{% endif %}"
     source = str(SHARED / "preference" / "hh_helpful_test.jsonl.gz")
     options = {"max_length": 512, "truncation": "drop", "chat_template": template, "tokenizer": tokenizer}
-    with pytest.warns(UserWarning, match="111 dropped: too long"):
+    with pytest.warns(UserWarning, match=r"111 dropped \(111 too long\)"):
         module = attach(PreferenceDataModule(source, None, **options))
     [report] = module.datasets["train"].reports
     assert report.rows == 1000 and report.kept > 850 and set(report.dropped) == {"too long"}

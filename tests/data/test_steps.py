@@ -172,11 +172,11 @@ def test_a_batch_says_where_in_the_packed_row_each_judged_step_ends(tmp_path):
 def test_solutions_to_be_scored_keep_the_columns_of_their_rows(tmp_path):
     rows = [{"prompt": "abc", "completions": ["xyz", "uvw"], "id": 7}]
     file = write(tmp_path / "steps.jsonl", rows)
-    with pytest.warns(UserWarning, match="1 truncated"):
+    with pytest.warns(UserWarning, match="1 of them truncated"):
         prompts = load_prompts(file, "predict", byte_tokenizer(), Options(10), kind="scored_steps")
     batch = prompts.take(np.array([0]))
     assert [ends.tolist() for ends in batch.step_ends] == [[3]]  # the second step is beyond max_length
     assert batch.columns == {"prompt": ["abc"], "completions": [["xyz", "uvw"]], "id": [7]}
     cut = tokenize_scored_steps(rows, byte_tokenizer(), Options(max_length=6, max_prompt_length=2))
-    assert [cut[name][0].tolist() for name in ("prompt_ids", "step_ends")] == [[98, 99], [3]]  # "bc"
+    assert [cut[name][0].tolist() for name in ("prompt_ids", "step_ends")] == [byte_tokenizer()("bc").input_ids, [3]]
     assert json.dumps(cut["status"]) == f"[{TRUNCATED}]"

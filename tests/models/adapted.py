@@ -20,7 +20,7 @@ def adapted_policy(architecture: str = "llama", kind: str = "lora", **options) -
     policy = Policy(tiny_model(architecture))
     policy.adapters = Adapters(policy.model, "base")
     settings = {"r": 4, "alpha": 2.0, "target_modules": linear_names(architecture)} | KINDS[kind] | options
-    policy.adapters.add("policy", LoRA(**settings).config("base", scores=False))
+    policy.adapters.add("policy", LoRA(**settings).config("base", "CAUSAL_LM"))
     policy.active = ("policy",)
     move(policy, "policy")
     return policy

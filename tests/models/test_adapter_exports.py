@@ -25,7 +25,7 @@ def test_peft_loads_what_is_written_and_gives_the_same_numbers(architecture, kin
     move(policy, "policy")
     settings, weights = whole_adapter(policy.origin, policy.model.state_dict())
     (tmp_path / "out").mkdir()
-    write_adapter(tmp_path / "out", json.loads(json.dumps(settings)), weights, 0.0)
+    write_adapter(tmp_path / "out", json.loads(json.dumps(settings)), weights, {})
     with torch.no_grad():
         expected = plain_logits(policy.model, IDS)
     assert relative(logits(tmp_path / "out", base, IDS), expected) < 1e-5
@@ -60,7 +60,7 @@ def test_two_adapters_as_one_give_the_numbers_of_their_sum(rslora, tmp_path):
     settings, weights = whole_adapter(policy.origin, policy.model.state_dict())
     assert settings["r"] == 5 and len(settings["rank_pattern"]) == 5  # q_proj and o_proj of two layers, the embeddings
     (tmp_path / "sum").mkdir()
-    write_adapter(tmp_path / "sum", settings, weights, 0.0)
+    write_adapter(tmp_path / "sum", settings, weights, {})
     assert relative(logits(tmp_path / "sum", base, IDS), expected) < 1e-5
     batch = pack(random_examples(4))
     assert relative(load_policy(tmp_path / "sum")(batch)[0], policy(batch)[0]) < 1e-5

@@ -169,7 +169,7 @@ def test_a_damaged_shift_of_scores_is_named(content, tmp_path):
 
 
 def test_settings_as_plain_values_are_what_peft_reads(tmp_path):
-    config = LoRA(target_modules=["q_proj", "v_proj"]).config("base", scores=True)
+    config = LoRA(target_modules=["q_proj", "v_proj"]).config("base", "SEQ_CLS")
     plain = json.loads(json.dumps(plain_config(config)))
     assert plain["target_modules"] == ["q_proj", "v_proj"] and plain["peft_type"] == "LORA"
     assert peft.LoraConfig(**plain) == config

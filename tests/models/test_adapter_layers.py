@@ -6,7 +6,7 @@ from tests.tiny import tiny_model
 
 
 def config(**options):
-    return LoRA(r=2, **options).config("base", scores=False)
+    return LoRA(r=2, **options).config("base", "CAUSAL_LM")
 
 
 @pytest.mark.parametrize(

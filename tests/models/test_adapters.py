@@ -77,7 +77,7 @@ def test_chunks_that_are_made_anew_have_the_adapters_of_their_first_pass(monkeyp
 
 def test_which_adapters_are_on_does_not_change_which_learn():
     policy = adapted_policy()
-    policy.adapters.add("critic", LoRA(r=2).config("base", scores=True))
+    policy.adapters.add("critic", LoRA(r=2).config("base", "SEQ_CLS"))
     policy.adapters.copy("policy", "start")
     for names in ((), ("start",), ("critic",), ("start", "policy")):
         policy.adapters.switch(names)
@@ -97,7 +97,7 @@ def test_a_new_adapter_changes_nothing_yet():
     for init in ("default", "gaussian"):
         policy = tiny_policy()
         policy.adapters = Adapters(policy.model, "base")
-        policy.adapters.add("policy", LoRA(init=init).config("base", scores=False))
+        policy.adapters.add("policy", LoRA(init=init).config("base", "CAUSAL_LM"))
         policy.active = ("policy",)
         assert torch.equal(policy(batch)[0], expected)
 
@@ -158,7 +158,7 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(given):
     with pytest.raises(
         UserError, match=rf"lora\.{next(iter(given))}: no layer .* named .*query; there are .*q_proj, k_p"
     ):
-        Adapters(policy.model, "base").add("policy", LoRA(**given).config("base", scores=False))
+        Adapters(policy.model, "base").add("policy", LoRA(**given).config("base", "CAUSAL_LM"))
 
 
 def test_layers_are_those_that_the_options_name():
@@ -171,7 +171,7 @@ def test_layers_are_those_that_the_options_name():
         alpha_pattern={"v_proj": 1.0},
     )
     adapters = Adapters(policy.model, "base")
-    adapters.add("policy", lora.config("base", scores=False))
+    adapters.add("policy", lora.config("base", "CAUSAL_LM"))
     assert {
         name.removeprefix("model.layers."): (layer.r["policy"], layer.scaling["policy"])
         for name, layer in adapters.layers.items()
@@ -185,7 +185,7 @@ def test_layers_are_those_that_the_options_name():
 def test_all_linear_layers_get_one_but_the_head():
     policy = tiny_policy("qwen3")
     adapters = Adapters(policy.model, "base")
-    adapters.add("policy", LoRA().config("base", scores=False))
+    adapters.add("policy", LoRA().config("base", "CAUSAL_LM"))
     linear = {name for name, module in tiny_policy("qwen3").model.named_modules() if type(module) is torch.nn.Linear}
     assert set(adapters.layers) == linear - {"lm_head"}
 

@@ -9,7 +9,7 @@ from tests.tiny import tiny_policy
 def adapted():
     policy = tiny_policy()
     policy.adapters = Adapters(policy.model, "base")
-    policy.adapters.add("policy", LoRA(r=2).config("base", scores=False))
+    policy.adapters.add("policy", LoRA(r=2).config("base", "CAUSAL_LM"))
     policy.active = ("policy",)
     return policy
 

@@ -25,7 +25,7 @@ def test_its_defaults_are_those_of_the_algorithm_but_for_what_is_changed():
 
 
 def test_a_mean_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match=r"loss_average \(words\)"):
+    with pytest.raises(ValueError, match=r"loss_average \('words'\) must be tokens"):
         OnPolicyMethod.of(GRPO, loss_average="words")
 
 

@@ -10,7 +10,7 @@ COLUMNS = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"
 LENGTHS = (3, 1, 2, 4)
 
 
-def experience(plan, step_tokens):
+def experience(plan, step_sizes):
     """Four episodes; the columns of token t of episode i hold 100 c + 10 i + t, c being the column."""
     return Experience(
         prompt_ids=[np.arange(1, 3 + i) for i in range(4)],
@@ -20,7 +20,7 @@ def experience(plan, step_tokens):
             for c, name in enumerate(COLUMNS)
         },
         plan=[[np.array(part)[:, None] for part in step] for step in plan],
-        step_tokens=step_tokens,
+        step_sizes=step_sizes,
     )
 
 

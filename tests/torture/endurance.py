@@ -31,8 +31,9 @@ class Diary(Callback):
         """A line of JSON."""
         if (trainer.current_epoch + 1) % EVERY == 0:
             process, now = psutil.Process(), time.process_time()
+            memory = process.memory_info()
             entry = {
-                "memory": process.memory_info().rss,  # a forked process comes to own pages as it touches them
+                "memory": memory.rss - memory.shared,  # pages of files come and go as the kernel sees fit
                 "handles": process.num_fds(),
                 "threads": process.num_threads(),
                 "files": sum(1 for _ in Path.cwd().rglob("*")),

@@ -185,6 +185,9 @@ def test_a_constructor_names_the_argument_that_is_of_another_type(name, argument
 
 
 NEEDED = {
+    "Distillation": {"policy": "demo", "teacher": "x"},
+    "EnsembleReward": {"models": ["x", "y"]},
+    "OnPolicyDistillation": {"policy": "demo", "teacher": "x"},
     "OnPolicyMethod": {"advantages": lit_rlhf.losses.rloo, "loss": lit_rlhf.losses.ppo_policy_loss},
     "PPO": {"policy": "demo"},
     "ProcessRewardModelReward": {"model": "x"},

@@ -137,6 +137,26 @@ def require_loops(given: Mapping[str, Any], mine: Mapping[str, Any], file: str) 
     require_alike(loaders, [{}] * (len(loaders) if isinstance(loaders, list) else 1), f"{name} combined_loader")
 
 
+def reopen_cut_epoch(given: Mapping[str, Any]) -> None:
+    """Count an epoch that the end of a run cut short, as by `max_steps`, as under way; Lightning counts it as made.
+
+    Args:
+        given: state of the fit loop, in a checkpoint; changed where its data loader stopped before the last batch.
+    """
+    loaders = given["state_dict"].get("combined_loader", [])
+    under_way = False  # what is no such state is refused when it is loaded
+    for loader in loaders:
+        ranks = loader["ranks"] if isinstance(loader.get("ranks"), list) else []
+        under_way |= loader.get("taken") not in (None, 0, loader.get("length"))
+        under_way |= any(isinstance(rank, Mapping) and bool(rank.get("done")) for rank in ranks)
+    if under_way and not given["epoch_loop.batch_progress"].get(
+        "is_last_batch", True
+    ):  # as limit_train_batches has it, too
+        for counts in given["epoch_progress"].values():
+            if counts["processed"] == counts["started"]:
+                counts["processed"] = counts["completed"] = counts["started"] - 1
+
+
 def require_epochs(given: Mapping[str, Any], most: int | None, file: str) -> None:
     """Refuse to go on from a run that has made more epochs than this one shall have.
 

@@ -14,6 +14,7 @@ from lit_rlhf.algorithms.optimizers import LEARNT, learnt_by, require_read_state
 from lit_rlhf.algorithms.resumed_state import (
     moments_of,
     pieces_of,
+    reopen_cut_epoch,
     require_callbacks,
     require_epochs,
     require_finite,
@@ -124,6 +125,7 @@ class ResumableModule(LearningModule):
         require_state(checkpoint, file)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             require_loops(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict(), file)
+            reopen_cut_epoch(checkpoint["loops"]["fit_loop"])
             require_epochs(checkpoint["loops"]["fit_loop"], self.trainer.max_epochs, file)
             require_callbacks(checkpoint.get("callbacks", {}), self.trainer.callbacks, file)  # type: ignore[attr-defined]
             warn_of_rounded(weights, held, file)

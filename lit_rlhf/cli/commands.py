@@ -44,7 +44,11 @@ The options of a class: lit-rlhf fit --model.help lit_rlhf.DPO"""
 
 def require_command(argv: Sequence[str]) -> None:
     """Refuse a command line that names no command, or one that there is not, or that cannot be read."""
-    for argument in (*argv, os.getcwd()):
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder is gone: change into one that is there") from error
+    for argument in (*argv, here):
         try:
             argument.encode()
         except UnicodeEncodeError as error:  # bytes that Python could not read in the system's encoding

@@ -25,6 +25,8 @@ def doctor(run: str) -> None:
         raise UserError(f"run: there is no folder {folder.absolute()}; name that of a run, such as runs/ppo")
     file = newest(folder)
     curves = read_table(file) if file.name == TABLE else read_events(file.parent)
+    if not any(curve.steps for curve in curves.values()):
+        raise UserError(f"run: {file.absolute()} holds no curve: its run logged nothing, or the file is damaged")
     found = list(alarms(curves))
     steps = max((curve.steps[-1] for curve in curves.values() if curve.steps), default=0)
     print(f"{file.parent}: {len(curves)} curves up to step {steps}, {len(RULES)} rules, {len(found)} alarms")

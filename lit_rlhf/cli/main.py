@@ -249,8 +249,8 @@ def main(args: Sequence[str] | None = None) -> None:
     quiet_libraries()
     leave_to_the_run()
     log_above_bars()
-    if str(Path.cwd()) not in sys.path:  # a user's own functions are found here, as with `python -m lit_rlhf`
-        sys.path.insert(0, str(Path.cwd()))
+    if (here := os.getcwd()) not in sys.path:  # a user's own functions are found here, as with `python -m lit_rlhf`
+        sys.path.insert(0, here)
     Parser.begin(argv)
     with SIGNALS.listening():
         try:

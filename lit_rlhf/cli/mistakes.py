@@ -142,6 +142,11 @@ def refused_option(error: BaseException, options: Mapping[str, Any]) -> UserErro
             f"trainer.callbacks: two of {alike[1]} would take each other's state in checkpoints, having one monitor "
             "and intervals: give one others, or leave it out"
         )
+    if "enable_checkpointing=False" in said:
+        return UserError(
+            "trainer.enable_checkpointing (False) goes with no ModelCheckpoint, and trainer.callbacks has one: give "
+            "trainer.callbacks without it, or leave the option out"
+        )
     said = re.sub(r" Example choices: .*", f" Use auto or ddp, {FSDP2}, or deepspeed_stage_2", said)
     about = [name for words, name in SPOKEN_OF.items() if words in said]
     about += [name for name in options if re.search(rf"(?<![\w.]){name}\b", said)]

@@ -197,8 +197,11 @@ def stop_token_ids(
 
 def stop_strings_of(generation_config: GenerationConfig | None) -> list[str]:
     """The texts that end a response by a model's own generation config."""
-    listed = getattr(generation_config, "stop_strings", None) or []
-    return [listed] if isinstance(listed, str) else list(listed)
+    given = getattr(generation_config, "stop_strings", None) or []
+    listed = [given] if isinstance(given, str) else given
+    if not (isinstance(listed, list | tuple) and all(isinstance(text, str) and text for text in listed)):
+        raise UserError(f"stop_strings ({given!r}) of the model's generation_config.json must be a text or texts")
+    return list(listed)
 
 
 def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -207,7 +207,8 @@ def _checked_unpaired(columns: Row, row: Row, place: str) -> Row:
         _require_assistant(columns["completion"], f"{place}, column 'completion'")
     label = LABELS.get(str(row["label"]).lower())  # 1 and 1.0 are True, and of CSV all are texts
     if label is None:
-        raise UserError(f"{place}, column 'label': expected true or false, found {describe(row['label'])}")
+        found = f"the text {row['label']!r:.40}" if isinstance(row["label"], str) else describe(row["label"])
+        raise UserError(f"{place}, column 'label': expected true or false, or 1 or 0, found {found}")
     return {("chosen" if label else "rejected") if name == "completion" else name: v for name, v in columns.items()}
 
 

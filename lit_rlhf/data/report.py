@@ -127,7 +127,8 @@ class Report:
                 f"A prompt may have {options.max_prompt_length} tokens, which is max_prompt_length or what the context "
                 "leaves beside a response: raise the one, ask for shorter responses, or shorten the prompts"
             )
-        other = "drop leaves long rows out" if self.truncated else "truncate learns the beginnings of long rows"
+        truncates = options.truncation == "truncate"
+        other = "drop leaves long rows out" if truncates else "truncate learns the beginnings of long rows"
         return (
             f"Raise max_length ({options.max_length}), at most to the model's context, or shorten the rows; "
             f"truncation: {other}"

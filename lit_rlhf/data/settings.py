@@ -39,6 +39,7 @@ class TokenizationSettings:
         require(self.num_proc is None or self.num_proc >= 1, "num_proc", self.num_proc, "1 or more, or null")
         require_processes(self.num_proc, "num_proc")
         check_template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
+        require(self.step_separator != "", "step_separator", "empty text", "a text: by it the steps are known")
 
     def settle(self, tokenizer: PreTrainedTokenizerBase, data: LightningDataModule) -> None:
         """Give the tokenizer the template that was asked for, if one was, and hold it to that of the module."""

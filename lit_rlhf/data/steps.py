@@ -70,7 +70,10 @@ def _label(label: Any, at: str) -> float | None:
     if label is None:
         return None
     known = isinstance(label, int | float | Decimal)  # true and false, too
-    value = float(label) if known else math.nan
+    try:
+        value = float(label) if known else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        value = math.inf
     if not 0 <= value <= 1:
         found = f"{label!r:.40}" if known else f"{describe(label)}{f' {label!r:.40}' * isinstance(label, str)}"
         raise UserError(

@@ -7,8 +7,9 @@ policy's tokenizer and device before the first call.
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, chdir, nullcontext
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -284,7 +285,7 @@ class TextReward(Reward):
         pairs = zip(prompts, responses, strict=True)
         texts = [as_texts(self.tokenizer, *pair, special=self.special_tokens) for pair in pairs]
         wanted = columns_for(self.function, columns)
-        with time_limit(self.timeout):
+        with chdir(os.curdir), time_limit(self.timeout):  # where it goes, the run's files do not follow
             return self.function([prompt for prompt, _ in texts], [response for _, response in texts], **wanted)
 
 

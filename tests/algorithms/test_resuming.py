@@ -66,6 +66,22 @@ def test_a_resumed_run_has_the_bits_of_a_run_never_stopped(inputs, tmp_path, sta
         assert torch.load(checkpoint, weights_only=False)["on_policy"]["stopped"] == ("target_kl" in options)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize(("stage", "steps"), [("sft", 2), ("sft", 7), ("dpo", 4), ("ppo", 3)])
+def test_an_epoch_that_max_steps_cut_short_is_gone_on_with(inputs, tmp_path, stage, steps):
+    same = {"lr_scheduler": "constant"}  # however many steps are planned
+    torch.manual_seed(0)  # of the critic's head
+    whole, trainer = fit(stage, inputs, tmp_path / "whole", **same)
+    torch.manual_seed(0)
+    module, data = make_stage(stage, inputs, **same)
+    first = make_trainer(tmp_path / "cut", max_epochs=3, max_steps=steps, enable_checkpointing=True)
+    first.fit(module, data)
+    [cut] = (tmp_path / "cut").rglob("*.ckpt")
+    resumed, resumed_trainer = fit(stage, inputs, tmp_path / "resumed", ckpt_path=cut, **same)
+    assert resumed_trainer.global_step == trainer.global_step > steps
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
 def test_frozen_weights_stay_out_of_checkpoints(inputs, tmp_path, stage):
     module, _ = fit(stage, inputs, tmp_path)

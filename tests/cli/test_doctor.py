@@ -51,3 +51,10 @@ def test_a_run_that_is_not_there_or_has_written_nothing_is_told(tmp_path):
     (tmp_path / "metrics.csv").write_text("a,b\n1,two\n")
     with pytest.raises(UserError, match=r"metrics.csv, line 2: expected a step and numbers"):
         doctor(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "events.out.tfevents.1.host"])
+def test_a_file_without_a_curve_is_no_healthy_run(name, tmp_path):
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="holds no curve: its run logged nothing, or the file is damaged"):
+        doctor(str(tmp_path))

@@ -77,8 +77,12 @@ def test_a_row_keeps_the_columns_of_its_format(kind, row, kept):
             "expected the columns `prompt`, `completion` and `label`, or a",
         ),
         ("unpaired", {"prompt": "q", "completion": "y", "label": None}, "and null in \\['label'\\]"),
-        ("unpaired", {"prompt": "q", "completion": "y", "label": 2}, "'label': expected true or false, found int"),
-        ("unpaired", {"prompt": "q", "completion": "y", "label": "good"}, "expected true or false, found text"),
+        (
+            "unpaired",
+            {"prompt": "q", "completion": "y", "label": 2},
+            "'label': expected true or false, or 1 or 0, found int",
+        ),
+        ("unpaired", {"prompt": "q", "completion": "y", "label": "good"}, "or 1 or 0, found the text 'good'"),
         ("unpaired", {"prompt": [ASK], "completion": [YES, ASK], "label": 1}, "'completion': expected what follows"),
         (
             "unpaired",

@@ -109,6 +109,7 @@ def test_fit_steps_keeps_those_that_end_within_the_room():
     [
         ({"labels": [True]}, "column 'labels': 1 labels for 3 steps in 'completions': give each step one, null where"),
         ({"labels": "good"}, "column 'labels': expected a list of labels, one of each step, found text"),
+        ({"labels": [1, 10**400, 0]}, "column 'labels', step 1: expected true or false, .* found 10000"),
         ({"labels": [1, 2, 0]}, "column 'labels', step 1: expected true or false, .* found 2"),
         ({"labels": [1, "+", 0]}, r"column 'labels', step 1: .* found text '\+'"),
         ({"labels": [1, math.nan, 0]}, "column 'labels', step 1: .* found nan"),
@@ -131,7 +132,7 @@ def test_a_step_without_a_token_is_refused_with_its_place(tmp_path):
     file = write(tmp_path / "steps.jsonl", [{"prompt": "a", "completions": ["a", "\u200b"], "labels": [1, 0]}])
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    module = StepwiseDataModule(file, None, step_separator="", tokenizer=tokenizer)
+    module = StepwiseDataModule(file, None, step_separator="\u200b", tokenizer=tokenizer)
     with pytest.raises(UserError, match="line 1: column 'completions', step 1: the tokenizer makes no token of it"):
         attach(module)
 

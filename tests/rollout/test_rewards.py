@@ -1,4 +1,5 @@
 import functools
+import os
 
 import numpy as np
 import pytest
@@ -199,3 +200,12 @@ def test_a_column_that_a_class_reads_by_its_name_is_missed_before_anything_is_pl
     TextReward(ExactAnswer("solution")).check_columns(["prompt", "solution"])
     with pytest.raises(UserError, match=r"ExactAnswer: there is no column 'solution' .*; there are \['answer'\]$"):
         TextReward(ExactAnswer("solution")).check_columns(["answer"])
+
+
+def test_a_function_that_changes_the_folder_does_not_move_the_run(tmp_path):
+    def wanders(prompts, responses):
+        os.chdir(tmp_path)
+        return ones(prompts, responses)
+
+    before, ids = os.getcwd(), [np.array([1])]
+    assert bound(wanders)(ids, ids) == [1.0] and os.getcwd() == before

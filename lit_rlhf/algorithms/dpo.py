@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.preference import response_logprobs, sequence_logprobs
-from lit_rlhf.algorithms.preference_loss import LossTerm, PreferenceLoss
+from lit_rlhf.algorithms.preference_loss import KeepsPairLoss, LossTerm, PreferenceLoss
 from lit_rlhf.algorithms.referenced import ReferencedModule
 from lit_rlhf.data.batches import PreferenceBatch
-from lit_rlhf.errors import damaged, named_by, require, require_alike
+from lit_rlhf.errors import named_by, require
 from lit_rlhf.losses import dpo_loss
 from lit_rlhf.models.roles import Reference
 
 
-class DPO(ReferencedModule):
+class DPO(KeepsPairLoss, ReferencedModule):
     """Direct preference optimisation: minimise -log σ(β[log π/π_ref(y_w) - log π/π_ref(y_l)]).
 
     Rafailov et al. 2023, Eq. 7, https://arxiv.org/abs/2305.18290
@@ -75,20 +75,3 @@ class DPO(ReferencedModule):
     def row_logprobs(self, reference: Reference, batch: PreferenceBatch) -> Tensor:
         """(B, 2) log π_ref of chosen and rejected responses."""
         return response_logprobs(reference, batch.packed).view(2, -1).T
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As that of the reference; then the state of the loss follows the policy, where it has one."""
-        super().optimizer_step(*args, **kwargs)
-        self.loss.after_step(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the loss."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["loss"] = self.loss.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take that of the run that goes on."""
-        super().on_load_checkpoint(checkpoint)
-        require_alike(checkpoint.get("loss"), {}, damaged(self.resumed_file, "loss"))
-        with named_by(damaged(self.resumed_file, "loss")):
-            self.loss.load_state_dict(checkpoint["loss"])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +11,15 @@ from lit_rlhf.algorithms.chosen import ChosenFunction, with_settings
 from lit_rlhf.algorithms.kl_control import FixedKL, KLPenalty
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.preference import pair_metrics
-from lit_rlhf.algorithms.preference_loss import LossTerm, PreferenceLoss
+from lit_rlhf.algorithms.preference_loss import KeepsPairLoss, LossTerm, PreferenceLoss
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.data.batches import NoBatch, PreferenceBatch, RolloutBatch
-from lit_rlhf.errors import damaged, named_by, require, require_alike, require_types
+from lit_rlhf.errors import require, require_types
 from lit_rlhf.losses import best_and_worst, dpo_loss
-from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.experience import PlannedRollout
 
 
-class OnlineDPO(OnPolicyModule):
+class OnlineDPO(KeepsPairLoss, OnPolicyModule):
     """Online DPO: any loss of pairs, on the best and the worst of `data.group_size` completions by the policy itself.
 
     Guo et al. 2024, https://arxiv.org/abs/2402.04792
@@ -75,11 +74,9 @@ class OnlineDPO(OnPolicyModule):
         )
         self.beta = beta
         self.reference_update = reference_update
-        if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint
+        if reference_update is not None:
             reference_update.require_whole(self.policy, self.frozen_dtype)
-            self.moving_reference = cast(Policy, self.frozen.pop("reference"))
-            self.moving_reference.stands_on = {}
-            self.moving_reference.train()  # Lightning warns of eval mode; dropout is 0 anyway
+            self.moving_reference = reference_update.moving(self.frozen)
 
     def chosen_loss(self, loss: Any) -> PreferenceLoss:
         """A loss of pairs, or terms of one."""
@@ -134,21 +131,8 @@ class OnlineDPO(OnPolicyModule):
         return rollout.step_sums(positive)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's step; then, where they are to, the state of the loss and the reference follow the policy."""
+        """As of the loss; then, where it is to, the reference follows the policy."""
         super().optimizer_step(*args, **kwargs)
-        self.loss.after_step(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        update = self.reference_update
-        if update is not None and (self.trainer.global_step + 1) % update.every == 0:  # this step counts afterwards
-            update.apply(self.moving_reference, self.policy)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the loss."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["loss"] = self.loss.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take that of the run that goes on."""
-        super().on_load_checkpoint(checkpoint)
-        require_alike(checkpoint.get("loss"), {}, damaged(self.resumed_file, "loss"))
-        with named_by(damaged(self.resumed_file, "loss")):
-            self.loss.load_state_dict(checkpoint["loss"])
+        if self.reference_update is not None:
+            step = self.trainer.global_step + 1  # this one counts afterwards
+            self.reference_update.follow(step, self.moving_reference, self.policy)

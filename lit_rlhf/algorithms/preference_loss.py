@@ -20,9 +20,10 @@ from torch import Tensor
 
 from lit_rlhf import losses
 from lit_rlhf.algorithms.chosen import arguments_of, check_options, name_of, tried, unbound
+from lit_rlhf.algorithms.resuming import ResumableModule
 from lit_rlhf.algorithms.reward_shift import RewardShift
 from lit_rlhf.data.batches import PreferenceBatch
-from lit_rlhf.errors import UserError, require, require_types
+from lit_rlhf.errors import UserError, damaged, named_by, require, require_alike, require_types
 
 PAIR = 5  # chosen, rejected and reference log-probs, and β: what every loss of the family takes
 FROM_BATCH = ("chosen_lengths", "rejected_lengths", "margin", "reward_shift")
@@ -153,6 +154,29 @@ class PreferenceLoss:
             wanted = {name: value for name, value in inputs.items() if name in arguments_of(term, PAIR)}
             total = total + term.weight * term.function(*pair, beta, **(wanted | (term.options or {})))
         return total
+
+
+class KeepsPairLoss(ResumableModule):
+    """A module whose loss of pairs may have a state: it follows the policy, and goes into every checkpoint."""
+
+    loss: PreferenceLoss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's step; then the state of the loss follows the policy, where it has one."""
+        super().optimizer_step(*args, **kwargs)
+        self.loss.after_step(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the loss."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["loss"] = self.loss.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take that of the run that goes on."""
+        super().on_load_checkpoint(checkpoint)
+        require_alike(checkpoint.get("loss"), {}, damaged(self.resumed_file, "loss"))
+        with named_by(damaged(self.resumed_file, "loss")):
+            self.loss.load_state_dict(checkpoint["loss"])
 
 
 def with_bound(term: LossTerm) -> LossTerm:

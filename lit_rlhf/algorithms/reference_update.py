@@ -1,6 +1,7 @@
 """TR-DPO: a reference that follows the policy."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -39,6 +40,18 @@ class ReferenceUpdate:
             raise UserError("reference_update moves whole weights, and here an adapter learns: drop one of them")
         if frozen_dtype is not None:
             raise UserError("reference_update moves the reference, and frozen_dtype is of weights that stay: drop one")
+
+    @staticmethod
+    def moving(frozen: dict[str, nn.Module]) -> Policy:
+        """The reference, taken out of the frozen networks: one that moves is state, and goes into every checkpoint."""
+        reference = cast(Policy, frozen.pop("reference"))
+        reference.stands_on = {}
+        return reference.train()  # Lightning warns of eval mode; dropout is 0 anyway
+
+    def follow(self, step: int, reference: nn.Module, policy: nn.Module) -> None:
+        """Move the reference where it is due after the optimiser step of this number, from 1."""
+        if step % self.every == 0:
+            self.apply(reference, policy)
 
     @torch.no_grad()
     def apply(self, reference: nn.Module, policy: nn.Module) -> None:

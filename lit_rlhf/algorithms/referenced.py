@@ -1,7 +1,7 @@
 """Algorithms that compare the policy with a reference: where it lives, and when it moves."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,6 +11,7 @@ from lit_rlhf.algorithms.preference import PreferenceModule, response_logprobs
 from lit_rlhf.algorithms.reference_cache import ReferenceCache
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.algorithms.settings import ReferenceSettings
+from lit_rlhf.algorithms.teacher import frozen_model
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import UserError, damaged, named_by, require_alike
 from lit_rlhf.models.adapter_folders import saved_adapter
@@ -18,7 +19,7 @@ from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.roles import HoldReference, Reference, SameBase, own_reference, reference_of, shares_base
+from lit_rlhf.models.roles import HoldReference, Reference, SameBase, reference_of, shares_base
 from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 from lit_rlhf.rollout.play import GenerationSettings
 
@@ -70,24 +71,17 @@ class ReferencedModule(PreferenceModule):
         with named_by("model.reference"):
             saved = None if reference is None else saved_adapter(reference)
         shared = hold_reference in (None, "base") and shares_base(self.policy, saved)
-        if reference is not None:
+        if reference is not None and shared:
             with named_by("model.reference"):
-                if shared:
-                    theirs = load_tokenizer(reference, self.policy.model.config, trust_remote_code)
-                else:
-                    loaded, theirs = load_policy_with_tokenizer(
-                        reference, False, trust_remote_code, frozen_dtype=self.frozen_dtype, learns=False
-                    )
-                    self.still_reference = own_reference(
-                        loaded, self.policy, self.frozen, hold_reference, self.frozen_dtype
-                    )
+                theirs = load_tokenizer(reference, self.policy.model.config, trust_remote_code)
             check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
+        elif reference is not None:
+            held = (hold_reference, self.frozen_dtype, trust_remote_code)
+            self.still_reference = frozen_model(reference, "reference", self.policy, self.tokenizer, self.frozen, *held)
         if shared or (reference is None and (self.policy.adapters or not (cache_reference or reference_free))):
             self.still_reference = reference_of(self.policy, self.frozen, hold_reference, saved, self.frozen_dtype)
-        if reference_update is not None:  # one that moves is state: in the module tree, so in every checkpoint
-            moving = cast(Policy, self.frozen.pop("reference"))
-            moving.stands_on = {}
-            self.reference = moving.train()  # Lightning warns of eval mode; dropout is 0 anyway
+        if reference_update is not None:
+            self.reference = reference_update.moving(self.frozen)
         self.reference_free = reference_free
         self.reference_update = reference_update
         self.cache_reference = cache_reference
@@ -95,11 +89,15 @@ class ReferencedModule(PreferenceModule):
         self.has_learnt = False  # whether the policy has moved away from the reference
         self.generation = generation
 
+    @property
+    def present_reference(self) -> Reference | Policy | None:
+        """The reference that moves or the one that stays; None where its log-probs are all that there is."""
+        return self.still_reference if self.reference_update is None else self.reference
+
     def views(self) -> dict[str, Any]:
         """Policy and reference."""
-        moving = None if self.reference_update is None else self.reference
         cached = "none" if self.reference_free else "log-probs, cached"
-        held = cached if self.cache_reference or self.reference_free else moving or self.still_reference
+        held = cached if self.cache_reference or self.reference_free else self.present_reference
         return {**super().views(), "reference": held}
 
     def read_along(self) -> list[Policy]:
@@ -130,7 +128,7 @@ class ReferencedModule(PreferenceModule):
             return torch.zeros(packed.num_sequences, device=self.device)
         if self.cache_reference:
             return self.reference_cache[split][row_ids][:, columns].T.flatten()
-        reference = self.reference if self.reference_update is not None else self.still_reference
+        reference = self.present_reference
         assert reference is not None
         return response_logprobs(reference, packed)
 
@@ -139,8 +137,7 @@ class ReferencedModule(PreferenceModule):
 
         Where π_ref is a cache of log-probs, no one knows those of other responses.
         """
-        logprobs = self.policy(packed)[0]
-        reference = self.reference if self.reference_update is not None else self.still_reference
+        logprobs, reference = self.policy(packed)[0], self.present_reference
         if self.reference_free or reference is None:
             return {"log-prob": logprobs}
         logratio = logprobs - reference(packed)[0]
@@ -153,9 +150,9 @@ class ReferencedModule(PreferenceModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's step; then, where it is to, the reference follows the policy."""
         super().optimizer_step(*args, **kwargs)
-        update = self.reference_update
-        if update is not None and (self.trainer.global_step + 1) % update.every == 0:  # this step counts afterwards
-            update.apply(self.reference, self.policy)
+        if self.reference_update is not None:
+            step = self.trainer.global_step + 1  # this one counts afterwards
+            self.reference_update.follow(step, self.reference, self.policy)
 
     def on_fit_start(self) -> None:
         """Fill the cache of reference log-probs, unless a checkpoint brought it along."""

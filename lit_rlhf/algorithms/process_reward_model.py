@@ -65,11 +65,7 @@ class ProcessRewardModel(AlignmentModule):
         self.step_separator = self.process_reward_model.step_separator
         if self.process_reward_model.fresh_head:
             self.step_separator = None
-            asked = "fresh_head is true" if fresh_head else "the model's folder holds no trained head of steps"
-            self.untrained = (
-                f"{asked}, so its scores would be random; name a trained process reward model as model.policy"
-                f"{', with model.fresh_head: null' if fresh_head else ''}, or a checkpoint as ckpt_path"
-            )
+            self.untrained = OF_STEPS.is_random(asked=bool(fresh_head))
         self.bins: Tensor | None = None  # of the evaluation under way, see `calibration`
         self.counts: Tensor | None = None  # likewise, see `StepCounts`
 

@@ -149,9 +149,8 @@ def reopen_cut_epoch(given: Mapping[str, Any]) -> None:
         ranks = loader["ranks"] if isinstance(loader.get("ranks"), list) else []
         under_way |= loader.get("taken") not in (None, 0, loader.get("length"))
         under_way |= any(isinstance(rank, Mapping) and bool(rank.get("done")) for rank in ranks)
-    if under_way and not given["epoch_loop.batch_progress"].get(
-        "is_last_batch", True
-    ):  # as limit_train_batches has it, too
+    # With limit_train_batches, too, a loader is not taken to its end, but then the last batch was.
+    if under_way and not given["epoch_loop.batch_progress"].get("is_last_batch", True):
         for counts in given["epoch_progress"].values():
             if counts["processed"] == counts["started"]:
                 counts["processed"] = counts["completed"] = counts["started"] - 1

@@ -21,6 +21,7 @@ from lit_rlhf.errors import UserError, damaged, require, require_alike
 from lit_rlhf.losses import bradley_terry_loss, centring_loss
 from lit_rlhf.losses.advantages import Moments
 from lit_rlhf.models.adapters import LoRA
+from lit_rlhf.models.heads import OF_RESPONSES
 from lit_rlhf.models.loading import load_scorer
 from lit_rlhf.models.saving import ScoreHead
 from lit_rlhf.models.tokens import load_tokenizer
@@ -75,11 +76,7 @@ class RewardModel(PreferenceModule):
         )
         self.tokenizer = load_tokenizer(policy, self.reward_model.model.config, trust_remote_code)
         if self.reward_model.fresh_head:
-            asked = "fresh_head is true" if fresh_head else "the model's folder holds no trained reward head"
-            self.untrained = (
-                f"{asked}, so its scores would be random; name a trained reward model as model.policy"
-                f"{', with model.fresh_head: null' if fresh_head else ''}, or a checkpoint as ckpt_path"
-            )
+            self.untrained = OF_RESPONSES.is_random(asked=bool(fresh_head))
         self.bins: Tensor | None = None  # of the evaluation under way, see `calibration`
         self.seen_scores: list[Tensor] = []  # in the evaluation under way
         self.score_moments: Moments | None = None  # of held-out scores; None once the weights have moved

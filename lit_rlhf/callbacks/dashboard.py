@@ -27,7 +27,7 @@ class Dashboard(Callback):
 
     def __init__(self) -> None:
         self.held_out: set[str] = set()  # metrics of a validation before training, which Lightning forgets
-        self.steps = 0  # since the start
+        self.first_step = 0  # since when this run has trained
         self.written = False
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -28,7 +28,7 @@ def doctor(run: str) -> None:
     if not any(curve.steps for curve in curves.values()):
         raise UserError(f"run: {file.absolute()} holds no curve: its run logged nothing, or the file is damaged")
     found = list(alarms(curves))
-    steps = max((curve.steps[-1] for curve in curves.values() if curve.steps), default=0)
+    steps = max(curve.steps[-1] for curve in curves.values() if curve.steps)
     print(f"{file.parent}: {len(curves)} curves up to step {steps}, {len(RULES)} rules, {len(found)} alarms")
     for alarm in found:
         print(f"\n{alarm.rule}\n  saw: {alarm.tag} {alarm.saw}\n  since: step {alarm.since}\n  try: {alarm.remedy}")

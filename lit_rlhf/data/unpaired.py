@@ -48,7 +48,8 @@ class UnpairedDataset(PackedDataset):
 
     def lengths(self) -> np.ndarray:
         """(n,) tokens of the prompt and its completions."""
-        return sum(self._list_lengths(column) for column in ("prompt_ids", "chosen_ids", "rejected_ids"))  # type: ignore[return-value]
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return np.sum([self._list_lengths(column) for column in columns], axis=0)
 
     def items(self) -> np.ndarray:
         """(n,) completions: a loss for each."""

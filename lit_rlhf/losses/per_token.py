@@ -10,6 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
+from lit_rlhf.errors import require
 from lit_rlhf.losses.preference import dpo_loss
 
 
@@ -99,8 +100,7 @@ def rpo_loss(
     Returns:
         (B,) losses.
     """
-    if not 0 <= nll_coef < math.inf:
-        raise ValueError(f"nll_coef ({nll_coef}) must be 0 or more, and finite")
+    require(0 <= nll_coef < math.inf, "nll_coef", nll_coef, "0 or more, and finite")
     pair = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return dpo_loss(*pair, beta) - nll_coef * chosen_logprobs / chosen_lengths
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
+from lit_rlhf.errors import require
 
 SUREST = -1e-6  # mean log-prob of a response above which its odds count as these: at 0 they are infinite
 
@@ -44,8 +45,9 @@ def simpo_loss(
     Returns:
         (B,) losses; log 2 where the rewards differ by exactly γ, and α is 0.
     """
+    require(0 <= nll_coef < math.inf, "nll_coef", nll_coef, "0 or more, and finite")
     means = chosen_logprobs / chosen_lengths, rejected_logprobs / rejected_lengths
-    return -F.logsigmoid(beta * (means[0] - means[1]) - target_margin) - _coefficient(nll_coef, "nll_coef") * means[0]
+    return -F.logsigmoid(beta * (means[0] - means[1]) - target_margin) - nll_coef * means[0]
 
 
 @check_shapes
@@ -73,8 +75,9 @@ def cpo_loss(
     Returns:
         (B,) losses.
     """
+    require(0 <= nll_coef < math.inf, "nll_coef", nll_coef, "0 or more, and finite")
     margin = chosen_logprobs - rejected_logprobs
-    return -F.logsigmoid(beta * margin) - _coefficient(nll_coef, "nll_coef") * chosen_logprobs / chosen_lengths
+    return -F.logsigmoid(beta * margin) - nll_coef * chosen_logprobs / chosen_lengths
 
 
 @check_shapes
@@ -99,9 +102,10 @@ def orpo_loss(
     Returns:
         (B,) losses in nats per token; -m_w + λ log 2 where both responses are as likely per token.
     """
+    require(0 <= odds_coef < math.inf, "odds_coef", odds_coef, "0 or more, and finite")
     means = chosen_logprobs / chosen_lengths, rejected_logprobs / rejected_lengths
     log_odds = log_odds_of(means[0]) - log_odds_of(means[1])
-    return -means[0] - _coefficient(odds_coef, "odds_coef") * F.logsigmoid(log_odds)
+    return -means[0] - odds_coef * F.logsigmoid(log_odds)
 
 
 @check_shapes
@@ -109,9 +113,3 @@ def log_odds_of(mean_logprobs: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """(B,) log(p / (1 - p)), p the geometric mean of a response's token probabilities."""
     bounded = mean_logprobs.clamp(max=SUREST)
     return bounded - torch.log(-torch.expm1(bounded))
-
-
-def _coefficient(value: float, name: str) -> float:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} ({value}) must be 0 or more, and finite")
-    return value

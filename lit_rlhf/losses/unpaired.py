@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lit_rlhf.engine.shapes import check_shapes
+from lit_rlhf.errors import require
 
 
 @check_shapes
@@ -41,8 +42,7 @@ def kto_loss(
         (B,) losses between 0 and the weight; half of it where h = z₀.
     """
     for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
-        if not 0 < weight < math.inf:
-            raise ValueError(f"{name} ({weight}) must be more than 0, and finite")
+        require(0 < weight < math.inf, name, weight, "more than 0, and finite")
     gain = beta * (logprobs - ref_logprobs - kl)
     return torch.where(desirable, desirable_weight * (-gain).sigmoid(), undesirable_weight * gain.sigmoid())
 

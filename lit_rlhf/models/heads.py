@@ -12,21 +12,36 @@ class ScalarHeadKind(NamedTuple):
     ending: str  # of the name of such a class
     task_type: str  # of an adapter in PEFT
     named: str  # to a person
+    head: str  # likewise
     trained_by: str
 
     def made(self, architectures: list[str]) -> bool:
         """Whether weights of these classes hold such a head."""
         return any(self.ending in architecture for architecture in architectures)
 
+    def is_random(self, asked: bool) -> str:
+        """What to say of scores by a head that was just drawn, because that was `asked`, or as none was stored."""
+        why = "fresh_head is true" if asked else f"the model's folder holds no trained {self.head}"
+        return (
+            f"{why}, so its scores would be random; name a trained {self.named} as model.policy"
+            f"{', with model.fresh_head: null' if asked else ''}, or a checkpoint as ckpt_path"
+        )
+
 
 OF_RESPONSES = ScalarHeadKind(
-    AutoModelForSequenceClassification, "ForSequenceClassification", "SEQ_CLS", "reward model", "lit_rlhf.RewardModel"
+    AutoModelForSequenceClassification,
+    "ForSequenceClassification",
+    "SEQ_CLS",
+    "reward model",
+    "reward head",
+    "lit_rlhf.RewardModel",
 )
 OF_STEPS = ScalarHeadKind(
     AutoModelForTokenClassification,
     "ForTokenClassification",
     "TOKEN_CLS",
     "process reward model",
+    "head of steps",
     "lit_rlhf.ProcessRewardModel",
 )
 KINDS = (OF_RESPONSES, OF_STEPS)

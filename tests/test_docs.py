@@ -1,5 +1,6 @@
 """What README and docs say is executed or checked."""
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -74,24 +75,28 @@ SMALL = {  # appended to the commands of the README, so that they take seconds
     "fit": [*QUICK, "--trainer.max_steps=2", "--trainer.limit_val_batches=1"],
     "predict": QUICK,
     "compare": ["--max_prompts=4", "--generation.max_new_tokens=4"],
+    "chat": ["--generation.max_new_tokens=4"],
 }
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["README.md", "docs/lora.md"])
-def test_the_command_lines_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pages", [("README.md", "docs/use.md"), ("docs/lora.md",)])
+def test_the_command_lines_of_pages_run_one_after_the_other(pages, tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     function = "def brief(prompts, responses):\n    return [-len(response.split()) for response in responses]\n"
     (tmp_path / "my_rewards.py").write_text(function)
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # that of another test
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)
-    commands = [line.split() for block in blocks for line in block.splitlines() if line.startswith("lit-rlhf")]
+    blocks = re.findall(r"```bash\n(.*?)```", "".join((ROOT / page).read_text() for page in pages), re.S)
+    commands = [
+        line.split(" < ")[0].split() for block in blocks for line in block.splitlines() if line.startswith("lit-rlhf")
+    ]
     assert commands
     for _, subcommand, *options in commands:
         on_policy = any(option.startswith("configs/ppo") for option in options)
         small = SMALL_PPO if on_policy and subcommand == "fit" else []
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))  # of `chat`
         main([subcommand, *options, *SMALL[subcommand], *small])
     assert (tmp_path / "runs" / "results.json").exists()
 

@@ -17,11 +17,13 @@ RUNS = {
 }
 # Any other: a function in the file of that name, under `lit_rlhf.cli`.
 PROGRAMS = {
+    "chat": "Talk to a model, or to two of them side by side.",
     "doctor": "Say what went wrong in a run, since when, and what helps.",
     "compare": "Play finished runs on the same held-out prompts.",
     "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
     "plan": "Say what a config would take, in memory and time, without a weight.",
 }
+FIRST = {"doctor": "run", "chat": "model"}  # the option of a program whose value may stand first without its name
 WORDS = ("last", "best", "hpc", "registry", "null")  # for a checkpoint that is to be found
 COMMANDS = (*RUNS, *PROGRAMS)
 USAGE = "lit-rlhf [-c CONFIG] COMMAND ..."
@@ -59,6 +61,14 @@ def require_command(argv: Sequence[str]) -> None:
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = did_you_mean(argv[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command {argv[0]!r}{near}")
+
+
+def options_of(argv: Sequence[str]) -> list[str]:
+    """What stands behind the command, all of it options."""
+    name, *rest = argv
+    if name in FIRST and rest and not rest[0].startswith("-"):
+        return [f"--{FIRST[name]}={rest[0]}", *rest[1:]]
+    return rest
 
 
 def require_checkpoint_there(argv: Sequence[str]) -> None:

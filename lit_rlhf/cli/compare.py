@@ -26,11 +26,11 @@ from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError, one_line, require
 from lit_rlhf.files import make_room, write_json
 from lit_rlhf.models.adapter_folders import saved_adapter
-from lit_rlhf.models.heads import head_kind
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy, freeze
 from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
-from lit_rlhf.models.weights import load_config, stored_architectures
+from lit_rlhf.models.weights import load_config
+from lit_rlhf.rollout.judges import stored_head_kind
 from lit_rlhf.rollout.play import GenerationSettings, complete
 from lit_rlhf.rollout.rewards import Reward, RewardModelReward, TextReward
 from lit_rlhf.rollout.scoring import scored
@@ -226,8 +226,7 @@ def is_export(folder: Path) -> bool:
 def is_reward_model(folder: Path) -> bool:
     """Whether a folder holds a model that scores, or its adapter; of one that is damaged nothing is known."""
     with suppress(UserError):
-        saved = saved_adapter(folder)
-        return (head_kind(stored_architectures(folder)) if saved is None else saved.head_kind) is not None
+        return stored_head_kind(folder) is not None
     return False
 
 

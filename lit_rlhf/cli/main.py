@@ -40,7 +40,7 @@ from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.callbacks.progress import draws_bars
 from lit_rlhf.cli.by_option import by_option
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
-from lit_rlhf.cli.commands import DESCRIPTION, PROGRAMS, RUNS, USAGE, require_command
+from lit_rlhf.cli.commands import DESCRIPTION, PROGRAMS, RUNS, USAGE, options_of, require_command
 from lit_rlhf.cli.imports import failed_constructor, left_while_imported, refused_value
 from lit_rlhf.cli.mistakes import (
     missing_package,
@@ -286,8 +286,9 @@ def command(argv: list[str], from_shell: bool) -> None:
     elif argv[0] in PROGRAMS:
         program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
         about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
-        given = [f"--run={argv[1]}", *argv[2:]] if argv[0] == "doctor" and argv[1:2] and argv[1][0] != "-" else argv[1:]
-        auto_cli(program, args=with_bare_flags(program, given), as_positional=False, parser_class=Program, **about)
+        auto_cli(
+            program, args=with_bare_flags(program, options_of(argv)), as_positional=False, parser_class=Program, **about
+        )
     else:
         run(None if from_shell else argv)  # LightningCLI warns when it is handed the process's own arguments
 

@@ -203,6 +203,12 @@ class Program(Parser):
         """Where all options are to be seen."""
         return f"For all options: {self.prog} --help"
 
+    def unknown_option(self, name: str) -> str:
+        """What to say of an option that is not there, where there is one of this name in a part."""
+        options = [option for action in self._actions for option in action.option_strings]
+        homes = [option for option in options if option.endswith(f".{name}")]
+        return f"there is no option --{name}; write {homes[0]}" if homes else super().unknown_option(name)
+
 
 def with_bare_flags(function: Callable[..., Any], argv: Sequence[str]) -> list[str]:
     """A command line on which `--merge` alone, where it is true or false, says true."""

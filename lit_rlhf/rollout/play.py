@@ -1,7 +1,7 @@
 """A policy acts in the token environment: episodes for learning, completions for reading."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -136,6 +136,7 @@ def play(
     env_seed: int | None = None,
     cuda_graphs: bool = True,
     numbers: np.ndarray | None = None,
+    heard: Callable[[int, int], None] | None = None,
 ) -> Play:
     """Play episodes to their ends, refilling slots at once: continuous batching, in Gymnasium's words.
 
@@ -148,6 +149,7 @@ def play(
         env_seed: starts the prompt queue anew; needed once, before the first stream.
         cuda_graphs: capture the decode step on CUDA.
         numbers: (num_episodes,) see `Dice`.
+        heard: called with the id of an episode and each token of its response, as it is written.
     """
     max_new_tokens = env.task.max_new_tokens
     decoder = make_decoder(policy, env.num_envs, env.task.prompts.max_length + max_new_tokens, cuda_graphs)
@@ -171,6 +173,9 @@ def play(
             )
             actions = np.zeros(env.num_envs, dtype=np.int64)
             actions[slots] = tokens.cpu().numpy()
+            if heard is not None:
+                for pair in zip(episode_ids[slots].tolist(), actions[slots].tolist(), strict=True):
+                    heard(*pair)
             logprobs[slots, steps[slots]] = token_logprobs.cpu().numpy()
             observation, _, terminated, truncated, info = env.step(actions)
             for slot in np.flatnonzero((terminated | truncated) & active):
@@ -185,6 +190,7 @@ def complete(
     prompts: PromptBatch,
     settings: GenerationSettings,
     rewards: Rewards | None = None,
+    heard: Callable[[int, int], None] | None = None,
 ) -> list[Episode]:
     """One episode per prompt, in the order of the prompts.
 
@@ -194,6 +200,7 @@ def complete(
         prompts: B prompts, with the columns that the reward wants; their numbers say what is drawn for them.
         settings: sampling, length limit and slots.
         rewards: bound to the tokenizer; None scores 0.
+        heard: called with the number among these of a prompt and each token of its response, as it is written.
 
     Raises:
         UserError: the prompts leave no room in the context, or a reward failed.
@@ -204,7 +211,8 @@ def complete(
     env = make_env(policy, tokenizer, prompts, num_slots, *limits, rewards, shuffle=False)
     num_episodes, numbers = len(prompts.prompt_ids), prompts.numbers
     with nullcontext() if rewards is None else rewards.naming(prompts):
-        episodes = play(policy, env, settings, num_episodes, env_seed=settings.seed, numbers=numbers).episodes
+        how: dict[str, Any] = {"env_seed": settings.seed, "numbers": numbers, "heard": heard}
+        episodes = play(policy, env, settings, num_episodes, **how).episodes
     return episodes if rewards is None else rewards.settled(episodes, prompts)
 
 

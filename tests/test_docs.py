@@ -75,6 +75,7 @@ SMALL = {  # appended to the commands of the README, so that they take seconds
     "fit": [*QUICK, "--trainer.max_steps=2", "--trainer.limit_val_batches=1"],
     "predict": QUICK,
     "compare": ["--max_prompts=4", "--generation.max_new_tokens=4"],
+    "score": [],
     "chat": ["--generation.max_new_tokens=4"],
 }
 
@@ -84,6 +85,7 @@ SMALL = {  # appended to the commands of the README, so that they take seconds
 def test_the_command_lines_of_pages_run_one_after_the_other(pages, tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Hello", "chosen": " you", "rejected": " to you"}\n')
     function = "def brief(prompts, responses):\n    return [-len(response.split()) for response in responses]\n"
     (tmp_path / "my_rewards.py").write_text(function)
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # that of another test

@@ -18,12 +18,17 @@ RUNS = {
 # Any other: a function in the file of that name, under `lit_rlhf.cli`.
 PROGRAMS = {
     "chat": "Talk to a model, or to two of them side by side.",
+    "score": "Score the responses in a file by a reward model or a function.",
     "doctor": "Say what went wrong in a run, since when, and what helps.",
     "compare": "Play finished runs on the same held-out prompts.",
     "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
     "plan": "Say what a config would take, in memory and time, without a weight.",
 }
-FIRST = {"doctor": "run", "chat": "model"}  # the option of a program whose value may stand first without its name
+FIRST = {
+    "doctor": "run",
+    "chat": "model",
+    "score": "reward",
+}  # the option of a program whose value may stand first without its name
 WORDS = ("last", "best", "hpc", "registry", "null")  # for a checkpoint that is to be found
 COMMANDS = (*RUNS, *PROGRAMS)
 USAGE = "lit-rlhf [-c CONFIG] COMMAND ..."

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,14 @@ FIRST = {
     "chat": "model",
     "score": "reward",
 }  # the option of a program whose value may stand first without its name
+# How those are written that cannot do without arguments.
+WRITTEN = {
+    "chat": "lit-rlhf chat runs/sft/model",
+    "score": "lit-rlhf score runs/reward_model/model --data=rows.jsonl --output=scored.jsonl",
+    "doctor": "lit-rlhf doctor runs/ppo",
+    "export": "lit-rlhf export --ckpt_path=X.ckpt --folder=model",
+}
+DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212"  # hyphens, and what word processors make of them
 WORDS = ("last", "best", "hpc", "registry", "null")  # for a checkpoint that is to be found
 COMMANDS = (*RUNS, *PROGRAMS)
 USAGE = "lit-rlhf [-c CONFIG] COMMAND ..."
@@ -66,6 +75,39 @@ def require_command(argv: Sequence[str]) -> None:
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = did_you_mean(argv[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command {argv[0]!r}{near}")
+    for word in stray_words(argv):
+        raise UserError(f"{word}: {_meant(word, argv)}")
+
+
+def stray_words(argv: Sequence[str]) -> list[str]:
+    """Words of a command line that belong to nothing: neither a command, nor an option, nor the value of one."""
+    command = next((number for number, word in enumerate(argv) if word in COMMANDS), len(argv))
+    free = command + (2 if argv[command : command + 1] and argv[command] in FIRST else 1)
+    before = ["", *argv]
+    return [
+        word
+        for number, (word, previous) in enumerate(zip(argv, before, strict=False))
+        if number >= free
+        and (not word.startswith("-") or re.match(r"-\w[\w.]+=", word))
+        and ("=" in previous or not previous.startswith("-"))
+    ]
+
+
+def _meant(word: str, argv: Sequence[str]) -> str:
+    """What is to be written in place of a word that belongs to nothing."""
+    command = next(given for given in argv if given in COMMANDS)
+    name = word.lstrip(DASHES)
+    if word in COMMANDS:
+        return f"one command at a time; write lit-rlhf {command} ..., and then lit-rlhf {word} ..."
+    if name != word or "=" in word:
+        return f"an option begins with two hyphens; write --{name}"
+    if command not in (*RUNS, "plan"):
+        return f"expected options behind {command}; lit-rlhf {command} --help shows them"
+    if word.endswith((".yaml", ".yml", ".json")):
+        return f"a config is named by --config; write lit-rlhf {command} --config={word}"
+    if word.endswith(".ckpt"):
+        return f"a checkpoint is named by --ckpt_path; write --ckpt_path={word}"
+    return f"expected options behind {command}, such as --config=configs/sft.yaml"
 
 
 def options_of(argv: Sequence[str]) -> list[str]:

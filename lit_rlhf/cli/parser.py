@@ -14,16 +14,18 @@ from typing import Any, ClassVar, NoReturn, get_args
 import yaml
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.enums import LightningEnum
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_rlhf.cli.commands import did_you_mean
 from lit_rlhf.cli.imports import names_in
+from lit_rlhf.cli.missing import missing
 from lit_rlhf.cli.mistakes import LONGEST
 from lit_rlhf.cli.ranks import tell
-from lit_rlhf.cli.unknown_options import class_of, option_paths, settings_in, whereabouts
-from lit_rlhf.cli.wording import OPTION, no_value, wrong_value
+from lit_rlhf.cli.unknown_options import class_of, hint, settings_in
+from lit_rlhf.cli.wording import OPTION, below_a_value, no_value, wrong_value
 from lit_rlhf.cli.yaml_files import place_of_option, places, typed_places
+from lit_rlhf.data.checks import DATA_MODULES
 from lit_rlhf.errors import UserError, hints_of, one_line
 
 # jsonargparse lists every type that a value failed to be, and repeats the whole value.
@@ -42,15 +44,11 @@ NOISE = (
 UNKNOWN = re.compile(
     r"Option '([^']+)' is not accepted|unrecognized arguments: --([^=\s]+)|does not accept option '([^']+)'"
 )
-REQUIRED = re.compile(r"arguments are required: ([\w.]+)")
 UNNAMED = 'in "<unicode string>", '  # of YAML that is written out on the command line
 NO_MAPPING = re.compile(r"Parser key \"([\w.]+)\":\s+Unable to load config '([^']*)'")
 NO_PATH = re.compile(r'Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]+)', re.S)
 NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 OURS = re.compile(r"lit_rlhf(?:\.\w+)*\.(\w+)")
-OF_LIGHTNING = ("lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")  # which names need not begin with
-CLASS_NAME = re.compile(r"(?<![\w.])(?:\w+\.)*[A-Z]\w*(?![\w.])")
-CLASS_GIVEN = ("--config", "-c", "--model=", "--data=")
 EXAMPLES = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}
 
 
@@ -108,16 +106,14 @@ class Parser(LightningArgumentParser):
             said = f"{option}: expected an import path, such as {Path(name).stem}.score, got the file {name}"
         elif UNNAMED in message:
             said = f"--config: {message.partition(': ')[2].replace(UNNAMED, 'in ')}; name a file, or write YAML"
+        elif below := below_a_value(message):
+            said = self.unknown_option(below)
         elif wrong := wrong_value(message, self.as_typed):
             said = wrong
         elif "No module named" in message:
             said += "\nmodules are found in the current folder and among what is installed"
-        elif "fit.model" in message and "required" in message:
-            said = "there is neither model nor data; name a config, such as --config configs/sft.yaml"
-        elif required := REQUIRED.search(message):
-            name = required[1].removeprefix("fit.")
-            owner = class_with(name, self.typed)
-            said = f"{owner}{name} is missing: give it by the option of that name, or in a config"
+        elif lacking := missing(message, self.typed, self.in_use):
+            said = lacking
         return said
 
     @property
@@ -128,12 +124,10 @@ class Parser(LightningArgumentParser):
 
     def in_use(self, part: str) -> str | None:
         """Class path of the model or the data that the command line, or a YAML which it names, is about, if any."""
-        typed = "\n".join(self.typed)
-        yamls = [Path(name) for name in re.findall(r"^(?:--config|-c)[=\n](.+)$", typed, re.M)]
-        texts = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in yamls if file.is_file())
-        named = re.search(rf"^--{part}[=\n]([\w.]+)$", typed, re.M)
-        named = named or re.search(rf"^{part}:\s+class_path: *([\w.]+)", texts, re.M)
-        module, _, name = named[1].rpartition(".") if named else ("", "", "")
+        given = [(place.option, place.value) for place in places(self.typed)]
+        given += [(option.lstrip("-"), value) for option, value in typed_places(self.typed)]
+        named = [value for option, value in given if option in (part, f"{part}.class_path") and value]
+        module, _, name = named[-1].rpartition(".") if named else ("", "", "")
         return f"{module}.{name}" if hasattr(sys.modules.get(module), name) else None
 
     def unknown_option(self, name: str) -> str:
@@ -143,21 +137,16 @@ class Parser(LightningArgumentParser):
         place = None if typed else place_of_option(self.typed, name)
         full = typed or (place.option if place else name)
         owner = full.lstrip("-").split(".")[0]
-        if owner in EXAMPLES and "." in full and not any(arg.startswith(CLASS_GIVEN) for arg in self.typed):
-            return f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={EXAMPLES[owner]}"
-        model = self.in_use("model")
+        model, data = self.in_use("model"), self.in_use("data")
+        given = {word.partition("=")[0] for word in self.typed}
+        if owner in EXAMPLES and "." in full and given.isdisjoint(("-c", "--config", f"--{owner}")):
+            suited = DATA_MODULES.get(getattr(class_of(model), "learns_from", "")) if owner == "data" else None
+            example = f"lit_rlhf.{suited}" if suited else EXAMPLES[owner]
+            return f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={example}"
         if owner == "model" and model and is_base(pkgutil.resolve_name(model)):
             return f"{full}: {model} is a base that others stand on, not a method; name one, such as lit_rlhf.DPO"
-        names = option_names(self, model)
-        kinds = {"trainer": Trainer, "model": class_of(model), "data": class_of(self.in_use("data"))}
-        last, first = name.split(".")[-1], full.lstrip("-").split(".")[0]
-        paths, near = option_paths(kinds), ""
-        if "." in full and first not in kinds:  # a part that there is not, or that is elsewhere
-            homes = [path for path in paths if path.endswith((f".{first}", f".{full.lstrip('-')}"))]
-            near = f"; there is {homes[-1]}" if homes else did_you_mean(first, {*kinds, *names}, cutoff=0.7)
-        elif last == full.lstrip("-") and last in names:  # it is elsewhere
-            near = f"; {last} is an option of a part: write it below model, data or trainer"
-        near = near or whereabouts(full, paths, names)
+        kinds = {"trainer": Trainer, "model": class_of(model), "data": class_of(data)}
+        near = hint(full, kinds, option_names(self, model, data))
         return f"{f'{place.file}, line {place.line}: ' if place else ''}there is no option {full}{near}"
 
     def python_file(self, message: str) -> tuple[str, str] | None:
@@ -248,18 +237,6 @@ def home_of(name: str) -> str | None:
     return None
 
 
-def class_with(argument: str, typed: Sequence[str]) -> str:
-    """The class that a command line names and that cannot do without an argument, as the start of a message."""
-    words = [*typed, *(str(place.value) for place in places(typed))]
-    named = [name for word in words for name in CLASS_NAME.findall(word)]
-    for path in [f"{package}{name}" for name in named for package in ("", *OF_LIGHTNING)]:
-        kind = pkgutil.resolve_name(path) if leads_somewhere(path) else None
-        given = inspect.signature(kind).parameters.get(argument) if inspect.isclass(kind) else None
-        if given is not None and given.default is inspect.Parameter.empty:
-            return f"{path}: "
-    return ""
-
-
 def is_base(kind: Any) -> bool:
     """Whether a class is a module that cannot train."""
     return getattr(kind, "training_step", None) is LightningModule.training_step
@@ -296,17 +273,19 @@ def nearest_path(option: str, given: str) -> str:
     return f"; lit_rlhf.losses has {', '.join(of_pairs)}" if option == "loss" else ""
 
 
-def option_names(parser: LightningArgumentParser, model: str | None) -> set[str]:
+def option_names(parser: LightningArgumentParser, model: str | None, data: str | None) -> set[str]:
     """Last parts of the options that this parser, the Trainer, and the classes a YAML may name have.
 
-    Where the model is one of ours, those of other models are none.
+    Where the model is one of ours, those of other models are none; likewise those of other data.
     """
     import lit_rlhf
 
     public = {f"lit_rlhf.{name}": getattr(lit_rlhf, name) for name in lit_rlhf.__all__}
-    others = [cls for cls in public.values() if inspect.isclass(cls) and issubclass(cls, LightningModule)]
-    if model in public:
-        public = {path: cls for path, cls in public.items() if path == model or cls not in others}
+    for named, base in ((model, LightningModule), (data, LightningDataModule)):
+        others = [path for path, cls in public.items() if inspect.isclass(cls) and issubclass(cls, base)]
+        for path in others if named in others else ():
+            if path != named:
+                del public[path]
     classes = {base for cls in [Trainer, *public.values()] if inspect.isclass(cls) for base in cls.__mro__}
     constructors = [vars(cls)["__init__"] for cls in classes if inspect.isfunction(vars(cls).get("__init__"))]
     names = {name for constructor in constructors for name in inspect.signature(constructor).parameters}

@@ -5,14 +5,18 @@ import difflib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
+from jsonargparse import ArgumentParser
+
 from lit_rlhf.cli.commands import did_you_mean
+from lit_rlhf.cli.other_names import name_here
 from lit_rlhf.errors import hints_of
 
 MOST = 3  # places that are named
-STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+TOP = ("seed_everything", "ckpt_path")  # options of the run itself
+MOST_OWN = 8  # options of a class that are listed
 
 
 def option_paths(kinds: Mapping[str, Any]) -> list[str]:
@@ -22,6 +26,31 @@ def option_paths(kinds: Mapping[str, Any]) -> list[str]:
         kinds: classes by the name of the option that they stand for, such as model.
     """
     return [path for name, kind in kinds.items() for path in _paths(kind, name)]
+
+
+def hint(option: str, kinds: Mapping[str, Any], others: Collection[str]) -> str:
+    """What to say beside that there is no such option; perhaps nothing.
+
+    Args:
+        option: with all that it stands below.
+        kinds: as of `option_paths`.
+        others: further names of options, whose place depends on what a config names.
+    """
+    name = option.lstrip("-")
+    (first, *below), last = name.split("."), name.rpartition(".")[2]
+    paths = [*option_paths(kinds), *TOP]
+    if near := name_here(option, paths):
+        return near
+    if below and first not in kinds:  # a part that there is not, or that is elsewhere
+        homes = [path for path in paths if path.endswith((f".{first}", f".{name}"))]
+        near = f"; there is {homes[-1]}" if homes else did_you_mean(first, {*kinds, *others}, cutoff=0.7)
+    elif not below and last in others:  # it is elsewhere
+        near = f"; {last} is an option of a part: write it below model, data or trainer"
+    kind = kinds.get(first) if len(below) == 1 else None
+    decided = set_by(kind, last) if first == "model" else ""
+    if near or (not decided and (near := whereabouts(option, paths, others))):
+        return near
+    return f"{decided}{of_its_own(kind)}"
 
 
 def whereabouts(option: str, paths: Iterable[str], others: Iterable[str]) -> str:
@@ -65,16 +94,45 @@ def settings_in(message: str) -> str | None:
     return None
 
 
+def options_of(kind: type) -> list[str]:
+    """Names of the arguments that a class takes from a config: what it hands to its bases by itself is not among them.
+
+    Args:
+        kind: of the signatures that jsonargparse reads.
+    """
+    added = ArgumentParser().add_class_arguments(kind, "of", fail_untyped=False)
+    return list(dict.fromkeys(name.split(".")[1] for name in added))
+
+
+def set_by(kind: Any, name: str) -> str:
+    """That a class decides by itself what its bases have an option for; nothing of any other name."""
+    if not inspect.isclass(kind) or name in options_of(kind):
+        return ""
+    constructors = [vars(base).get("__init__") for base in inspect.getmro(kind)]
+    handed = [inspect.signature(made).parameters for made in constructors if inspect.isfunction(made)]
+    if any(name in parameters for parameters in handed):
+        return f"; {kind.__name__} sets it by itself"
+    return f"; {kind.__name__} has one loss" if name == "loss" else ""
+
+
+def of_its_own(kind: Any) -> str:
+    """The options that a class has beside those of its bases; nothing where they are none, or many."""
+    constructor = vars(kind).get("__init__") if inspect.isclass(kind) else None
+    named = inspect.signature(constructor).parameters if inspect.isfunction(constructor) else {}
+    own = [name for name in named if name != "policy" and name in options_of(kind)]
+    return f"; its own options are {', '.join(own)}" if 0 < len(own) <= MOST_OWN else ""
+
+
 def _paths(kind: Any, above: str) -> Iterator[str]:
-    for base in inspect.getmro(kind) if inspect.isclass(kind) else ():
+    if not inspect.isclass(kind):
+        return
+    hints: dict[str, Any] = {}
+    for base in reversed(inspect.getmro(kind)):
         constructor = vars(base).get("__init__")
-        if not inspect.isfunction(constructor):
-            continue
-        hints = hints_of(constructor)
-        parameters = inspect.signature(constructor).parameters.values()
-        for name in [given.name for given in parameters if given.kind not in STARRED and given.name != "self"]:
-            yield f"{above}.{name}"
-            hint = hints.get(name)
-            for part in (hint, *get_args(hint)):
-                if inspect.isclass(part) and dataclasses.is_dataclass(part):
-                    yield from _paths(part, f"{above}.{name}")
+        hints |= hints_of(constructor) if inspect.isfunction(constructor) else {}
+    for name in options_of(kind):
+        yield f"{above}.{name}"
+        hint = hints.get(name)
+        for part in (hint, *get_args(hint)):
+            if inspect.isclass(part) and dataclasses.is_dataclass(part):
+                yield from _paths(part, f"{above}.{name}")

@@ -60,6 +60,17 @@ def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str
     return f"{option}: expected {wanted}, got {shown}{why}" if wanted else None
 
 
+def below_a_value(message: str) -> str | None:
+    """The option that a message is about where it was written below one that has no options; None of any other."""
+    options, given = OPTION.findall(message), GIVEN.findall(message) or GOT.findall(message)
+    nested = NESTED.fullmatch(given[-1]) if options and given else None
+    words = expectations(message)
+    causes = [line for line in message.splitlines() if line.lstrip().startswith("- ")]
+    plain = words and all("Expected a " in cause for cause in causes)
+    plain = plain and not any("import path" in word or "mapping" in word for word in words)
+    return f"{options[-1]}.{nested[1]}" if nested and plain else None
+
+
 def no_value(message: str, typed: Sequence[str]) -> str | None:
     """One line for an option that stands alone; None for any other message.
 

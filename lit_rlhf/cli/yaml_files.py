@@ -3,6 +3,7 @@
 import codecs
 import difflib
 import locale
+import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ MOST = 10_000  # values of a config, what is repeated by aliases counted as ofte
 DEEPEST = 50  # levels of a config
 TAGS = {"str", "int", "float", "bool", "null", "seq", "map", "merge", "timestamp", "value"}
 UTF = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 EXAMPLE = "expected a mapping of options, such as 'trainer: {max_epochs: 1}'"
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -32,6 +34,7 @@ class Place(NamedTuple):
     line: int
     option: str  # as on the command line, without `init_args`
     value: str | None  # None of a mapping or a list
+    item: bool = False  # of a list that the option is
 
     def __str__(self) -> str:
         return f"{self.file}, line {self.line}, {self.option}"
@@ -65,6 +68,10 @@ def check_configs(argv: Sequence[str], commands: Sequence[str], parts: Collectio
         UserError: with file and line.
     """
     for argument, following in pairwise([*argv, "-"]):
+        option, _, value = argument.partition("=")
+        name = value or following
+        if option in ("-c", "--config") and "\n" not in name and ADDRESS.match(name):
+            raise UserError(f"--config: {name} is an address, and a config is a local file; download it first")
         if argument in ("-c=", "--config=") or (argument in ("-c", "--config") and not following.strip()):
             raise UserError("--config: expected the name of a YAML file, got empty text")
     command = next((number for number, argument in enumerate(argv) if argument in commands), len(argv))
@@ -126,7 +133,8 @@ def place_of_option(argv: Sequence[str], name: str, value: str | None = None) ->
     name = name.replace(".init_args", "")
     found = [place for place in places(argv) if f".{place.option}".endswith(f".{name}")]
     alike = [place for place in found if value is not None and place.value == value]
-    return (alike or found)[-1] if found else None
+    whole = [place for place in found if not place.item]
+    return (alike or whole)[-1] if found else None
 
 
 def read_tree(file: Path) -> MappingNode:
@@ -298,3 +306,5 @@ def _places(node: MappingNode, file: Path, path: tuple[str, ...]) -> Iterator[Pl
         for part in parts:
             if isinstance(part, MappingNode):
                 yield from _places(part, file, here)
+            elif part is not value and isinstance(part, ScalarNode):
+                yield Place(file, part.start_mark.line + 1, ".".join(here), part.value, item=True)

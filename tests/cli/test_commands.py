@@ -35,3 +35,44 @@ def test_letters_that_the_locale_cannot_read_are_told_by_argument(monkeypatch):
     monkeypatch.setattr("os.getcwd", lambda: "/\udcc3\udcbc")
     with pytest.raises(UserError, match=r"^/\\udcc3\\udcbc has letters"):
         require_command(["fit"])
+
+
+STRAY = {  # command line -> what is said
+    "fit validate": "validate: one command at a time; write lit-rlhf fit ..., and then lit-rlhf validate ...",
+    "fit a/b.yaml": "a/b.yaml: a config is named by --config; write lit-rlhf fit --config=a/b.yaml",
+    "fit --config=a.yaml b.yaml": "b.yaml: a config is named by --config; write lit-rlhf fit --config=b.yaml",
+    "-c a.yaml fit b.json": "b.json: a config is named by --config; write lit-rlhf fit --config=b.json",
+    "test last.ckpt": "last.ckpt: a checkpoint is named by --ckpt_path; write --ckpt_path=last.ckpt",
+    "fit model.policy=x": "model.policy=x: an option begins with two hyphens; write --model.policy=x",
+    "fit \N{EN DASH}config=x": "\N{EN DASH}config=x: an option begins with two hyphens; write --config=x",
+    "fit \N{EM DASH}config x": "\N{EM DASH}config: an option begins with two hyphens; write --config",
+    "fit -model.policy=x": "-model.policy=x: an option begins with two hyphens; write --model.policy=x",
+    "fit trian": "trian: expected options behind fit, such as --config=configs/sft.yaml",
+    "doctor runs/a runs/b": "runs/b: expected options behind doctor; lit-rlhf doctor --help shows them",
+    "compare sft dpo": "sft: expected options behind compare; lit-rlhf compare --help shows them",
+}
+
+
+@pytest.mark.parametrize("typed", STRAY)
+def test_a_word_that_belongs_to_nothing_is_answered_with_what_to_write(typed):
+    with pytest.raises(UserError) as error:
+        require_command(typed.split())
+    assert str(error.value) == STRAY[typed]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "fit --config x.yaml --model.policy=y --data.train z --print_config",
+        "fit -c validate",
+        "-c=x.yaml fit",
+        "doctor runs/a",
+        "doctor --run runs/a",
+        "chat runs/sft/model --against runs/ppo/model",
+        "compare --policies [a,b] --merge",
+        "fit --model.help lit_rlhf.DPO",
+        "fit -h",
+    ],
+)
+def test_values_of_options_are_no_stray_words(typed):
+    require_command(typed.split())

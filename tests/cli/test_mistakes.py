@@ -27,7 +27,7 @@ OWN_REWARD = ["--data.monitors=null", "--data.reward=lit_rlhf.TextReward"]
 MISTAKES = {  # what users get wrong -> config, options, and words that must be in the answer
     "unknown option": ("dpo", ["--model.betta=3"], "there is no option --model.betta; did you mean beta?"),
     "unknown option of the Trainer": ("sft", ["--trainer.max_stps=3"], "did you mean max_steps?"),
-    "unknown option of an option": ("ppo", ["--model.kl.kl_coeff=3"], "did you mean kl_coef?"),
+    "unknown option of an option": ("ppo", ["--model.kl.kl_coeff=3"], "here it is model.kl.kl_coef, of"),
     "value of a class": ("ppo", ["--model.kl=lit_rlhf.FixedKL", "--model.kl.kl_coef=-1"], "--model.kl.kl_coef (-1"),
     "value of a class of Lightning's": (
         "sft",
@@ -84,7 +84,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "plugin without its argument": (
         "sft",
         ["--trainer.plugins=[{class_path: lightning.pytorch.plugins.MixedPrecision}]"],
-        "lightning.pytorch.plugins.MixedPrecision: precision is missing",
+        "lightning.pytorch.plugins.MixedPrecision: precision and device are missing",
     ),
     "masks beside weights": (
         "sft",
@@ -105,7 +105,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
         ["--model.dict_kwargs={x: 1}"],
         "lit_rlhf.SFT: AlignmentModule.__init__() got an unexpected keyword argument 'x'",
     ),
-    "option of another algorithm": ("dpo", ["--model.kl=3"], "no option --model.kl\nFor all options: lit-rlhf fit"),
+    "option of another algorithm": ("dpo", ["--model.kl=3"], "--model.kl; here it is model.beta\nFor all options: lit"),
     "mistake in an option of PPO": ("ppo", ["--model.gamma=x"], "--model.help lit_rlhf.PPO, "),
     "loss without its module": ("dpo", ["--model.loss=ipo_loss"], "did you mean lit_rlhf.losses.ipo_loss?"),
     "unknown loss": ("dpo", ["--model.loss=sigmoyd"], "got sigmoyd; lit_rlhf.losses has alpha_dpo_loss, "),
@@ -267,7 +267,7 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
         ([], "no command is given"),
         (["fti"], "there is no command 'fti'; did you mean fit?"),
         (["fit", "--model.policy=x"], "--model.policy: name a class first, by --config or --model="),
-        (["fit"], "there is neither model nor data; name a config"),
+        (["fit"], "there is neither model nor data; name a config, as in lit-rlhf fit --config=configs/sft.yaml"),
         (["compare", "--policies=a,b"], "--policies: expected a list, '[a,b]', got a,b"),
         (["compare", "--max_prompts=0"], "max_prompts (0) must be 1 or more"),
         (["x"], "there is no command 'x'; there are fit, validate, test, predict, doctor, compare, export, plan"),

@@ -4,8 +4,17 @@ import sys
 
 import pytest
 
-from lit_rlhf import PPO, RolloutDataModule
-from lit_rlhf.cli.unknown_options import class_of, option_paths, settings_in, whereabouts
+from lit_rlhf import DPO, KTO, PPO, RolloutDataModule, UnpairedDataModule
+from lit_rlhf.cli.unknown_options import (
+    class_of,
+    hint,
+    of_its_own,
+    option_paths,
+    options_of,
+    set_by,
+    settings_in,
+    whereabouts,
+)
 from tests.cli.command_line import run
 
 PPO_RUN = ["fit", "--model=lit_rlhf.PPO", "--data=lit_rlhf.RolloutDataModule"]
@@ -16,14 +25,14 @@ SAID = {  # what is typed -> all that is said
     "model.temperature or model.generation.temperature",
     '--model.generation={"max_tokens":5}': "there is no option --model.generation.max_tokens; did you mean "
     "max_new_tokens, or data.max_tokens?",
-    "--trainer.epochs=3": "there is no option --trainer.epochs; did you mean max_epochs or min_epochs?",
-    "--data.batch_size=3": "there is no option --data.batch_size",
+    "--trainer.epochs=3": "there is no option --trainer.epochs; here it is trainer.max_epochs",
+    "--data.batch_size=3": "there is no option --data.batch_size; here it is data.rollout_size",
     f"--data.reward={REWARD}": "there is no option --data.reward.weight",
-    "--model.lr=1e-5": "there is no option --model.lr; did you mean learning_rate?",
+    "--model.lr=1e-5": "there is no option --model.lr; here it is model.learning_rate",
     "--generation.temperature=1": "there is no option --generation.temperature; there is model.generation.temperature",
-    "--kl.kl_coef=1": "there is no option --kl.kl_coef; there is model.kl",
+    "--kl.coef=1": "there is no option --kl.coef; there is model.kl",
     "--rollout.size=1": "there is no option --rollout.size; did you mean rollout_size?",
-    '--model.lora={"r":4,"lora_alpha":8}': "there is no option --model.lora.lora_alpha; did you mean alpha?",
+    '--model.lora={"r":4,"lora_alpha":8}': "there is no option --model.lora.lora_alpha; here it is model.lora.alpha",
     '--model.lora={"init":"pissa"}': "--model.lora.init: expected 'default' or 'gaussian', got pissa",
     "--model.lora=true": "--model.lora: expected a mapping of options, such as '{r: 16}', or null, got true",
 }
@@ -66,3 +75,25 @@ def test_settings_are_told_from_other_classes():
     assert settings_in("Subtypes: [<class 'lit_rlhf.SFT'>]") is None
     assert class_of("lit_rlhf.PPO") is PPO and class_of("nowhere.X") is class_of(None) is None
     assert "nowhere" not in sys.modules
+
+
+OWN = "; its own options are beta, desirable_weight, undesirable_weight"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--model.loss", f"; KTO has one loss{OWN}"),
+        ("--model.reference_free", f"; KTO sets it by itself{OWN}"),
+        ("--model.nothing_like_it", OWN),
+        ("--data.nothing_like_it", ""),
+    ],
+)
+def test_what_a_class_has_not_is_answered_with_what_it_has(option, said):
+    assert hint(option, {"model": KTO, "data": UnpairedDataModule}, ()) == said
+
+
+def test_an_argument_that_a_class_gives_its_base_by_itself_is_no_option():
+    assert "reference_free" not in options_of(KTO) and {"reference_free", "beta"} <= set(options_of(DPO))
+    assert set_by(DPO, "loss") == set_by(None, "loss") == of_its_own(None) == ""
+    assert hint("--model.betta", {"model": KTO}, ()) == "; did you mean beta?"

@@ -22,6 +22,8 @@ SAID = {
         *PPO,
         "--model.kl_penalty.estimator=k9",
     ): "--model.kl_penalty.estimator: expected 'k1' or 'k2' or 'k3' or 'k2_sequence', got",
+    (*SFT, "--model.optimizer.kind=x"): "there is no option --model.optimizer.kind",
+    (*SFT, "--data.max_tokens.of=3"): "there is no option --data.max_tokens.of",
     (*PPO, "--model.kl=0.1"): "--model.kl: expected the import path of a subclass of KLController, or null, got 0.1",
     (*PPO, "--model.kl=lit_rlhf.AdaptiveKL", "--model.kl.target=x"): "--model.kl.target: expected a number, got x",
     (

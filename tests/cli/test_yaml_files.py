@@ -98,6 +98,8 @@ def test_what_is_no_file_is_told_at_once_with_the_nearest_that_is(tmp_path, monk
         ".": r"--config: \. is a folder, not a file",
         "pipe.yaml": "--config: pipe.yaml is a pipe or a device, not a file",
         "/dev/null": "/dev/null is a pipe or a device",
+        "https://x.org/sft.yaml": "^--config: https://x.org/sft.yaml is an address, and a config is a local file; down",
+        "hf://a/b/c.yaml": "^--config: hf://a/b/c.yaml is an address",
     }.items():
         with pytest.raises(UserError, match=words):
             check_configs(["fit", "-c", argument], ["fit"])
@@ -141,6 +143,9 @@ def test_an_option_is_found_by_the_end_of_its_name_and_by_its_value(tmp_path):
     assert str(place_of_option(argv, "monitor")) == f"{file}, line 11, trainer.callbacks.monitor"
     assert place_of_option(argv, "eed") is None
     assert read_tree(file).value[0][0].value == "model"
+    file.write_text("data:\n  init_args:\n    train:\n    - a.jsonl\n    - b.jsonl\n")
+    assert str(place_of_option(argv, "train", "b.jsonl")) == f"{file}, line 5, data.train"
+    assert str(place_of_option(argv, "train")) == f"{file}, line 3, data.train"
 
 
 @pytest.mark.filterwarnings("ignore")

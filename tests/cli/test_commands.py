@@ -47,7 +47,7 @@ STRAY = {  # command line -> what is said
     "fit \N{EN DASH}config=x": "\N{EN DASH}config=x: an option begins with two hyphens; write --config=x",
     "fit \N{EM DASH}config x": "\N{EM DASH}config: an option begins with two hyphens; write --config",
     "fit -model.policy=x": "-model.policy=x: an option begins with two hyphens; write --model.policy=x",
-    "fit trian": "trian: expected options behind fit, such as --config=configs/sft.yaml",
+    "fit learn": "learn: expected options behind fit, such as --config=configs/sft.yaml",
     "doctor runs/a runs/b": "runs/b: expected options behind doctor; lit-rlhf doctor --help shows them",
     "compare sft dpo": "sft: expected options behind compare; lit-rlhf compare --help shows them",
 }

@@ -19,7 +19,8 @@ NO_NUMBER = float("nan")  # in place of None
 def as_numbers(returned: Any, count: int, abstain: bool) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
     """One real number per response.
 
-    Taken are lists, arrays and tensors, on any device, of integers, floats, booleans, fractions and decimals.
+    Taken are lists, arrays and tensors, on any device, of integers, floats, booleans, fractions and decimals. What a
+    masked array hides is None.
 
     Args:
         returned: by the function.
@@ -39,9 +40,9 @@ def as_numbers(returned: Any, count: int, abstain: bool) -> tuple[FloatArray, np
     if isinstance(returned, Iterator):
         raise ValueError(f"a {type(returned).__name__}; return a list of what it yields")
     try:
-        given = without_torch(returned)
+        given = _plain(returned)
         if isinstance(given, list | tuple):
-            given = [without_torch(element) for element in given]
+            given = [_plain(element) for element in given]
         answers = np.asarray(given)
     except (
         Exception
@@ -70,6 +71,12 @@ def _number(answer: Any, abstain: bool, returned: Any) -> float:
         pass
     hint = "; None, for a response of which there is nothing to say, is taken with abstain=True"
     raise ValueError(f"{shown(returned)}{hint if answer is None else ''}")
+
+
+def _plain(returned: Any) -> Any:
+    """Without torch, and without numbers that a mask hides, which `np.asarray` would bring back."""
+    given = without_torch(returned)
+    return given.tolist() if isinstance(given, np.ma.MaskedArray) else given
 
 
 def without_torch(returned: Any) -> Any:

@@ -23,6 +23,7 @@ Kind = Literal["sft", "preference", "unpaired", "stepwise", "prompts", "scored",
 Sources = str | list[Any] | dict[str, Any]
 
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+OF_STEPS = ("completions", "labels")  # lists beside a prompt of either form
 LARGEST = 3.4e38  # of a margin: batches hold float32
 
 # What rows that are learnt from are read for; of prompts every column may be, by a reward.
@@ -59,7 +60,7 @@ def check_row(row: Any, kind: Kind, place: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected an object with {EXPECTED[kind]}, found {describe(row)}")
     columns = to_tokenize(row, kind, place)
-    has_messages = any(isinstance(value, list) for value in columns.values())
+    has_messages = any(isinstance(value, list) for name, value in columns.items() if name not in OF_STEPS)
     if kind in READ or has_messages:  # a picture beside a prompt of text may be for the reward
         require_no_media(row, place, "column")
     # Of prompts every column stays as it is: rewards read them, and `predict` writes them.

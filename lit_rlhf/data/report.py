@@ -119,7 +119,7 @@ class Report:
 
     def remedy(self, options: Options) -> str:
         """What to do about rows that are not used whole."""
-        too_long = {tokenize.STATUS[status] for status in (tokenize.TOO_LONG, tokenize.LONG_PROMPT)}
+        too_long = {tokenize.STATUS[status] for status in (tokenize.TOO_LONG, tokenize.LONG_PROMPT, tokenize.LONG_STEP)}
         if not (self.truncated or too_long & self.dropped.keys()):
             return "Are these the data that were meant?"
         if not self.learnt:

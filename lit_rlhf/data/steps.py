@@ -18,6 +18,7 @@ from lit_rlhf.data.reader import Options, Reader
 from lit_rlhf.data.tokenize import (
     KEPT,
     LONG_PROMPT,
+    LONG_STEP,
     NO_PROMPT,
     NO_RESPONSE,
     TOO_LONG,
@@ -107,6 +108,18 @@ def tokenize_solutions(reader: Reader, rows: Sequence[Row]) -> list[tuple[np.nda
     return solutions
 
 
+def _require_single(steps: Sequence[str], separator: str) -> None:
+    """Refuse steps that hold the separator: in a response, which is cut at each, they would be other steps."""
+    for number, step in enumerate(steps):
+        text = step.lstrip()  # a separator that nothing stands before ends no step
+        if separator and f"{text}{separator}".index(separator) < len(text):
+            raise UserError(
+                f"column 'completions', step {number}: it holds step_separator ({separator!r}), at which a response "
+                "is cut into steps, so that it would be scored as more than one; set data.step_separator to a text "
+                "that no step holds, or take it out of the step"
+            )
+
+
 def encode_steps(
     tokenizer: PreTrainedTokenizerBase, steps: Sequence[str], plain: Sequence[bool] | None = None
 ) -> list[np.ndarray]:
@@ -147,7 +160,12 @@ def tokenize_stepwise(
     """Rows with labels to `prompt_ids`, `response_ids`, `step_ends`, `labels` and what every row that is learnt has.
 
     Ends and labels are those of the steps that were judged. What is too long loses whole steps at its end.
+
+    Raises:
+        UserError: a step that would be more than one where a policy writes it; or of which there is no token.
     """
+    for row in rows:
+        _require_single(row["completions"], options.step_separator)
     reader = Reader(tokenizer, options)
     columns: dict[str, list[Any]] = {"prompt_ids": [], "response_ids": [], "step_ends": [], "labels": [], "status": []}
     for row, (prompt, steps) in zip(rows, tokenize_solutions(reader, rows), strict=True):
@@ -159,7 +177,7 @@ def tokenize_stepwise(
         if status == TRUNCATED and options.truncation == "drop":
             status = TOO_LONG
         elif not judged.any():
-            status = LONG_PROMPT if room is not None and not len(ends) else NO_RESPONSE
+            status = NO_RESPONSE if room is None or len(ends) else LONG_STEP if room else LONG_PROMPT
         if not len(prompt):
             status = NO_PROMPT
         kept = slice(None) if status <= TRUNCATED else slice(0)
@@ -186,7 +204,7 @@ def tokenize_scored_steps(
         if not len(prompt):
             status = NO_PROMPT
         elif not len(ends):
-            status = LONG_PROMPT
+            status = LONG_STEP if room else LONG_PROMPT
         for name, value in zip(columns, (prompt, response, ends, status), strict=True):
             columns[name].append(value)
     return {**columns, **of_each_row(reader, rows, columns["status"])}

@@ -3,14 +3,14 @@ import math
 
 import numpy as np
 import pytest
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers
 
 from lit_rlhf import StepwiseDataModule, UserError
 from lit_rlhf.data.formats import check_row
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.steps import encode_steps, fit_steps, tokenize_scored_steps, tokenize_stepwise
-from lit_rlhf.data.tokenize import KEPT, LONG_PROMPT, NO_PROMPT, NO_RESPONSE, TOO_LONG, TRUNCATED
+from lit_rlhf.data.tokenize import KEPT, LONG_PROMPT, LONG_STEP, NO_PROMPT, NO_RESPONSE, TOO_LONG, TRUNCATED
 from tests.data.small_rows import attach, write
 from tests.tiny_tokenizers import CHATML, byte_tokenizer, metaspace_tokenizer, word_tokenizer
 
@@ -79,7 +79,8 @@ def test_control_tokens_of_a_step_are_read_as_asked(control, count):
         (11, "truncate", [1, 0], 2, KEPT),  # 3 of the prompt, 4 of each step
         (10, "truncate", [1, 0], 1, TRUNCATED),
         (10, "drop", [1, 0], 0, TOO_LONG),
-        (6, "truncate", [1, 0], 0, LONG_PROMPT),
+        (6, "truncate", [1, 0], 0, LONG_STEP),
+        (3, "truncate", [1, 0], 0, LONG_PROMPT),
         (10, "truncate", [None, 0], 0, NO_RESPONSE),  # the one that was judged is cut
         (99, "truncate", [None, None], 0, NO_RESPONSE),
     ],
@@ -116,6 +117,10 @@ def test_fit_steps_keeps_those_that_end_within_the_room():
         ({"labels": None}, "expected the columns `prompt`, `completions` .* and null in \\['labels'\\]"),
         ({"completions": "one"}, "column 'completions': expected a list of steps, each a text, found text"),
         ({"completions": []}, "column 'completions': .* found an empty list"),
+        ({"completions": ["a", "b\nc", "d"]}, r"column 'completions', step 1: it holds step_separator \('\\n'\)"),
+        ({"completions": ["a", "b", "d\n"]}, r"column 'completions', step 2: .* or take it out of the step"),
+        ({"tools": [{"name": "f"}]}, "column 'tools': it goes to the chat template, which renders messages"),
+        ({"chat_template_kwargs": {"a": 1}}, "column 'chat_template_kwargs': it goes to the chat template"),
         ({"completions": ["a", " \n", "b"]}, "column 'completions', step 1: expected a text, found empty text; leave"),
         ({"completions": ["a", 3, "b"]}, r"column 'completions', step 1: expected a text, found int \(3\)"),
     ],
@@ -131,8 +136,8 @@ def test_rows_that_are_no_solutions_are_one_line_with_file_and_row(change, messa
 def test_a_step_without_a_token_is_refused_with_its_place(tmp_path):
     file = write(tmp_path / "steps.jsonl", [{"prompt": "a", "completions": ["a", "\u200b"], "labels": [1, 0]}])
     tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    module = StepwiseDataModule(file, None, step_separator="\u200b", tokenizer=tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[\u200b\u200c]"), "")
+    module = StepwiseDataModule(file, None, step_separator="\u200c", tokenizer=tokenizer)
     with pytest.raises(UserError, match="line 1: column 'completions', step 1: the tokenizer makes no token of it"):
         attach(module)
 
@@ -181,3 +186,10 @@ def test_solutions_to_be_scored_keep_the_columns_of_their_rows(tmp_path):
     cut = tokenize_scored_steps(rows, byte_tokenizer(), Options(max_length=6, max_prompt_length=2))
     assert [cut[name][0].tolist() for name in ("prompt_ids", "step_ends")] == [byte_tokenizer()("bc").input_ids, [3]]
     assert json.dumps(cut["status"]) == f"[{TRUNCATED}]"
+    for max_length, status in ((3, LONG_PROMPT), (6, LONG_STEP)):  # 3 of the prompt, 4 of a step
+        assert tokenize_scored_steps(rows, byte_tokenizer(), Options(max_length))["status"] == [status]
+
+
+def test_a_step_to_be_scored_may_hold_the_separator_since_its_end_is_given():
+    [row] = [{"prompt": "a", "completions": ["b\nc"]}]
+    assert tokenize_scored_steps([row], byte_tokenizer(), FREE)["step_ends"][0].tolist() == [3]

@@ -42,6 +42,7 @@ def test_an_action_mask_function_restricts_the_tokens():
         (np.array([1, 2, 2**64 - 1], dtype=np.uint64), r"tokens \[18446744073709551615\] in slots \[2\]"),
         ([1.0, 2.0, 3.0], "float64"),
         ([[1], [2], [3]], r"got shape \(3, 1\)"),
+        (np.ma.array([1, 2, 3], mask=[0, 1, 0]), r"got shape \(3,\) of object"),
         ([[1], [1, 2], [3]], r"got shape \(3,\) of object"),
     ],
 )

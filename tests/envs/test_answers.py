@@ -47,6 +47,7 @@ TAKEN = {
     "0-d bfloat16 tensors": list(torch.tensor(NUMBERS, dtype=torch.bfloat16)),
     "decimals": [Decimal("1"), Decimal("0"), Decimal("2.0")],
     "fractions": [Fraction(2, 2), Fraction(0), Fraction(4, 2)],
+    "a masked array that hides nothing": np.ma.array(NUMBERS),
     "pandas": pandas.Series(NUMBERS, index=[5, 6, 7]),
     "a range": [*range(1, 2), *range(1), *range(2, 3)],
 }
@@ -88,6 +89,9 @@ REFUSED = {
         [1.0, None, 2.0],
         "[1.0, None, 2.0]; None, for a response of which there is nothing to say",
     ),
+    "a number that a mask hides": (np.ma.array([1.0, 5.0, 2.0], mask=[0, 1, 0]), "masked_array(data=[1.0, --, 2.0]"),
+    "a masked number beside others": ([1.0, np.ma.masked, 2.0], "[1.0, masked, 2.0]; None, for a response"),
+    "complex under a mask": (np.ma.array([1j, 2j, 3j]), "complex numbers"),
     "an integer beyond all floats": ([10**400, 1, 2], f"[1{'0' * 75}..."),
     "an integer of thousands of digits": ([10**9999, 1, 2], "a list"),
     "a decimal that signals": ([Decimal("sNaN"), 1, 2], "[Decimal('sNaN'), 1, 2]"),
@@ -122,6 +126,9 @@ def test_none_abstains_where_that_is_allowed():
     values, answered = as_numbers([1.0, None, float("nan"), Decimal(2), np.array(3), True], 6, abstain=True)
     assert answered.tolist() == [True, False, True, True, True, True]
     np.testing.assert_array_equal(values, [1.0, np.nan, np.nan, 2.0, 3.0, 1.0])
+    for hidden in (np.ma.array([1.0, 5.0, 2.0], mask=[0, 1, 0]), [1.0, np.ma.masked, np.ma.array(2)]):
+        values, answered = as_numbers(hidden, 3, abstain=True)
+        assert answered.tolist() == [True, False, True] and values[answered].tolist() == [1.0, 2.0]
     values, answered = as_numbers([None] * 3, 3, abstain=True)
     assert np.isnan(values).all() and not answered.any()
     for returned in (None, ["x", None, 1.0], [None, [None], 1.0]):

@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from lit_rlhf.engine.blocked_attention import SHARED_COST, blocked_attention, suits_blocked_attention
 from lit_rlhf.engine.layout import EndToEnd, Layout, SharedPrompts
 from lit_rlhf.engine.memory import has_numbers, kind_of
+from lit_rlhf.engine.rounding import add_rows
 from lit_rlhf.engine.shared_attention import band, capped_attention, shared_attention
 
 IMPLEMENTATION = "lit_rlhf_packed"
@@ -75,7 +76,9 @@ def packed_attention(
     if softcap is None and takes_variable_lengths(q, v):
         return _end_to_end_attention(q, k, v, layout.end_to_end, scaling, groups, sliding_window).unsqueeze(0), None
     if shared_is_faster(layout.shared, q, v, sliding_window, softcap):
-        return shared_attention(q, k, v, layout.shared, scaling, sliding_window, softcap).unsqueeze(0), None
+        count = len(layout.shared.source)  # nodes behind these belong to no sequence
+        out = shared_attention(q[:count], k[:count], v[:count], layout.shared, scaling, sliding_window, softcap)
+        return add_rows(out, len(q) - count).unsqueeze(0), None
     settings = dropout, scaling, groups, softcap
     outputs = [_attend(q[c], k[c], v[c], band(c.shape[1], sliding_window, q.device), *settings) for c in layout.buckets]
     return torch.cat(outputs)[layout.source].unsqueeze(0), None

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lit_rlhf.engine.linear_head import chunks, mask_
+from lit_rlhf.engine.linear_head import chunks, compute_dtype, mask_
 from lit_rlhf.engine.logprobs import chunk_size, vocabulary_size
+from lit_rlhf.engine.rounding import add_rows, drop_rows, missing_rows
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,7 +30,9 @@ class Predictions(NamedTuple):
 
     def logprobs(self, hidden: Tensor, width: int, temperature: float) -> Float[Tensor, "C V"]:
         """Of a chunk of hidden states, over the first `width` ids; those beyond have no token with one of the two."""
-        logits = mask_(self.head(hidden).float(), self.unused_ids)[:, :width]
+        more = missing_rows(len(hidden), compute_dtype(hidden), hidden.device)
+        logits = drop_rows(self.head(add_rows(hidden, more)), more).float()
+        logits = mask_(logits, self.unused_ids)[:, :width]
         return torch.log_softmax(logits / temperature, dim=-1)
 
 

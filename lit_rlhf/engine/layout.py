@@ -54,6 +54,7 @@ class Answers(NamedTuple):
     keys: Tensor  # (n, L) int64: the nodes of the prompt
     lengths: Tensor  # (n,) int64: tokens of the prompt
     positions: Tensor  # (n, T) int64: of the queries, counted from the start of the prompt
+    filled: bool  # whether no cell of `keys` is past an end
 
 
 class SharedPrompts(NamedTuple):
@@ -148,7 +149,10 @@ def share_prompts(
     return SharedPrompts(
         cells,
         source,
-        tuple(Answers(*each, positions[each[0]]) for each in zip(queries, keys, lengths, strict=True)),
+        tuple(
+            Answers(*each, positions[each[0]], filled=len(each[0]) == 1)
+            for each in zip(queries, keys, lengths, strict=True)
+        ),
         responses=torch.from_numpy(responses.nodes),
         response_source=response_source[responses.nodes],
         prompts=torch.from_numpy(prompts.nodes),

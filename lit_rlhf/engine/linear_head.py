@@ -106,17 +106,19 @@ class LinearNLL(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target_ids: Tensor,
+        count: int,
         size: int,
         unused_ids: Tensor | None,
     ) -> Tensor:
-        """() the sum."""
+        """() the sum over the first `count`; what is behind them fills up."""
+        counted = (torch.arange(len(hidden), device=hidden.device) < count).float()
         sums = GradientSums(hidden, weight, bias, compute_dtype(hidden), ctx.needs_input_grad, unused_ids)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for rows in chunks(len(hidden), size):
             z = sums.logits(rows, 1.0)
             taken, normalisers, _ = statistics(z, target_ids[rows], with_entropy=False)
-            total -= taken.sum()
-            to_gradient_(z, target_ids[rows], normalisers, -torch.ones_like(taken), None)
+            total -= taken @ counted[rows]
+            to_gradient_(z, target_ids[rows], normalisers, -counted[rows], None)
             sums.add(rows, z)
             del z  # before the next are made
         ctx.save_for_backward(*sums.results())
@@ -125,7 +127,7 @@ class LinearNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients are there; they scale with that of the sum, in place."""
-        return *(None if x is None else scale_(x, gradients[0]) for x in ctx.saved_tensors), None, None, None
+        return *(None if x is None else scale_(x, gradients[0]) for x in ctx.saved_tensors), None, None, None, None
 
 
 class GradientSums:

@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_rlhf.engine.linear_head import LinearLogprobs, LinearNLL, is_plain_linear, mask_, parameters
+from lit_rlhf.engine.linear_head import LinearLogprobs, LinearNLL, compute_dtype, is_plain_linear, mask_, parameters
 from lit_rlhf.engine.memory import total_memory
+from lit_rlhf.engine.rounding import add_rows, drop_rows, missing_rows
 from lit_rlhf.engine.shapes import check_shapes
 
 # The float32 logits of one chunk may take this share of the device's memory, within these bounds.
@@ -52,24 +53,27 @@ def token_logprobs(
         empty = head(hidden).float().sum(-1)  # keeps the graph: a rank without response tokens joins the backward pass
         return empty, (empty if with_entropy else None)
     size = chunk_size(head, hidden.device, chunk_bytes)
-    if is_plain_linear(head):
-        settings = temperature, with_entropy, size, unused_ids
-        taken, entropy = LinearLogprobs.apply(hidden, *parameters(head), target_ids, *settings)
-        return taken, (entropy if with_entropy else None)
+    more = missing_rows(len(target_ids), compute_dtype(hidden), hidden.device)
+    hidden, target_ids = add_rows(hidden, more), add_rows(target_ids, more)
 
     def chunk_logprobs(hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         logprobs = torch.log_softmax(mask_(head(hidden).float() / temperature, unused_ids), dim=-1)
         taken = logprobs.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
         return taken, (-(logprobs.exp() * logprobs).sum(-1) if with_entropy else None)
 
-    if hidden.shape[0] <= size:
-        return chunk_logprobs(hidden, target_ids)
-    parts = [
-        checkpoint(chunk_logprobs, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(size), target_ids.split(size), strict=True)
-    ]
-    taken = torch.cat([part[0] for part in parts])
-    return taken, (torch.cat([part[1] for part in parts]) if with_entropy else None)
+    if is_plain_linear(head):
+        settings = temperature, with_entropy, size, unused_ids
+        taken, entropy = LinearLogprobs.apply(hidden, *parameters(head), target_ids, *settings)
+    elif hidden.shape[0] <= size:
+        taken, entropy = chunk_logprobs(hidden, target_ids)
+    else:
+        parts = [
+            checkpoint(chunk_logprobs, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(size), target_ids.split(size), strict=True)
+        ]
+        taken = torch.cat([part[0] for part in parts])
+        entropy = torch.cat([part[1] for part in parts]) if with_entropy else None
+    return drop_rows(taken, more), (drop_rows(entropy, more) if with_entropy else None)
 
 
 @check_shapes
@@ -87,7 +91,10 @@ def nll_sum(
     """
     size = chunk_size(head, hidden.device, chunk_bytes)
     if is_plain_linear(head) and hidden.shape[0] > size and torch.is_grad_enabled():
-        total: Tensor = LinearNLL.apply(hidden, *parameters(head), target_ids, size, unused_ids)
+        count = len(target_ids)
+        more = missing_rows(count, compute_dtype(hidden), hidden.device)
+        filled = add_rows(hidden, more), *parameters(head), add_rows(target_ids, more)
+        total: Tensor = LinearNLL.apply(*filled, count, size, unused_ids)
         return total
     return -token_logprobs(head, hidden, target_ids, chunk_bytes=chunk_bytes, unused_ids=unused_ids)[0].sum()
 

@@ -233,7 +233,7 @@ def seen(answers: Answers, sliding_window: int | None) -> Tensor | None:
     """(n, 1, 1 or T, L) bool mask of the prompts' keys, or None where every query sees every cell."""
     column = torch.arange(answers.keys.shape[1], device=answers.keys.device)
     if sliding_window is None:
-        return None if len(answers.keys) == 1 else (column < answers.lengths[:, None])[:, None, None]
+        return None if answers.filled else (column < answers.lengths[:, None])[:, None, None]
     near = answers.positions[..., None] - column < sliding_window
     return (near & (column < answers.lengths[:, None, None]))[:, None]
 

@@ -21,14 +21,14 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from lit_rlhf.engine.layout import Sequences, make_layout
-from lit_rlhf.engine.linear_head import autocast_dtype
 from lit_rlhf.engine.memory import kind_of
+from lit_rlhf.engine.rounding import add_rows, few_shapes
 from lit_rlhf.engine.shapes import check_shapes
 from lit_rlhf.models.decoder import NOBODY, Decoder
 from lit_rlhf.models.graphs import GraphedStep, can_capture
 from lit_rlhf.models.padded_decoding import OwnCacheDecoder, RecomputingDecoder
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.trunk import runs_packed
+from lit_rlhf.models.trunk import multiplied_in, runs_packed
 
 GROWTH = 64  # lengths that a cache has room for are multiples of it
 
@@ -74,8 +74,8 @@ class SlotLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         key_states = key_states.to(self.keys.dtype)
         if self.window is None:  # packed prompts attend among themselves, by their layout
-            self.keys[self.rows, :, self.positions] = key_states[0].transpose(0, 1)
-            self.values[self.rows, :, self.positions] = value_states[0].transpose(0, 1)
+            self.keys[self.rows, :, self.positions] = key_states[0].transpose(0, 1)[: len(self.rows)]
+            self.values[self.rows, :, self.positions] = value_states[0].transpose(0, 1)[: len(self.rows)]
             return key_states, value_states
         self.keys[self.rows, :, self.positions] = key_states[:, :, 0]
         self.values[self.rows, :, self.positions] = value_states[:, :, 0]
@@ -121,7 +121,7 @@ class SlotDecoder(Decoder):
         self.graphs = GraphedStep(policy, num_slots, max_length) if graphed else None
         device = policy.model.device
         self.grows = kind_of(device) == "cpu"  # graphs would need what stays in its place
-        self.whole = self.grows and (autocast_dtype(device.type) or policy.model.dtype) == torch.bfloat16
+        self.whole = self.grows and multiplied_in(policy.model) == torch.bfloat16
         count = policy.model.config.get_text_config().num_hidden_layers
         layers = [SlotLayer(num_slots, max_length, self.grows) for _ in range(count)]
         self.layers = layers
@@ -138,11 +138,13 @@ class SlotDecoder(Decoder):
         rows = torch.from_numpy(np.repeat(self.rows[slots], lengths)).to(device)
         self._reserve(int(lengths.max()))
         self._place(rows, positions, window=None)
+        layout = make_layout(sequences, num_nodes=len(ids))
+        layout, more = few_shapes(layout, multiplied_in(self.policy.model), device)
         return self.policy.decode(
-            torch.from_numpy(ids).to(device)[None],
-            positions[None],
+            add_rows(torch.from_numpy(ids), more).to(device)[None],
+            add_rows(positions, more)[None],
             self.cache,
-            layout=move_data_to_device(make_layout(sequences, num_nodes=int(ends[-1])), device),
+            layout=move_data_to_device(layout, device),
             nodes=torch.from_numpy(ends - 1).to(device),
         )
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_rlhf.engine.linear_head import compute_dtype
 from lit_rlhf.engine.packing import PackedBatch
+from lit_rlhf.engine.rounding import add_rows, drop_rows, missing_rows
 from lit_rlhf.models.adapter_folders import Origin
 from lit_rlhf.models.adapters import Adapters
 from lit_rlhf.models.checkpointing import Checkpointing
@@ -127,7 +129,9 @@ class AdaptedHead:
 
 def scalar(linear: nn.Linear, hidden: Tensor) -> Tensor:
     """(n, d) to (n,) float32, by a head that learns in float32 on whatever the trunk is held in."""
-    return cast(Tensor, linear(hidden.to(linear.weight.dtype)).squeeze(-1).float())
+    hidden = hidden.to(linear.weight.dtype)
+    more = missing_rows(len(hidden), compute_dtype(hidden), hidden.device)
+    return drop_rows(cast(Tensor, linear(add_rows(hidden, more))), more).squeeze(-1).float()
 
 
 class ScalarHead(nn.Module):

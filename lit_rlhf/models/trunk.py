@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.engine.attention import IMPLEMENTATION, as_mask
 from lit_rlhf.engine.layout import Layout
+from lit_rlhf.engine.linear_head import autocast_dtype
+from lit_rlhf.engine.rounding import add_rows, drop_rows, few_shapes
 
 # What models call their keys and values, or states, of the tokens read so far. Transformers renamed them to `cache` in
 # release 5.24, and warns of the old names; code that comes with weights may go on with them.
@@ -36,14 +38,21 @@ def packed_outputs(
     """
     if not runs_packed(model):
         return padded_outputs(model, input_ids, layout, **asked)
+    layout, more = few_shapes(layout, multiplied_in(model), input_ids.device)
     outputs = backbone(model)(
-        input_ids=input_ids.unsqueeze(0),
-        position_ids=position_ids.unsqueeze(0),
+        input_ids=add_rows(input_ids, more).unsqueeze(0),
+        position_ids=add_rows(position_ids, more).unsqueeze(0),
         attention_mask=as_mask(layout),
         use_cache=False,
         **asked,
     )
-    return outputs.last_hidden_state[0], _router_logits(outputs, asked)
+    routers = tuple(drop_rows(layer, more) for layer in _router_logits(outputs, asked))
+    return drop_rows(outputs.last_hidden_state[0], more), routers
+
+
+def multiplied_in(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of a model's products: that of autocast, or of its weights."""
+    return autocast_dtype(model.device.type) or model.dtype
 
 
 def padded_outputs(

@@ -19,6 +19,8 @@ from lit_rlhf.time_limit import time_limit
 LONGEST = 2**24  # characters that a template may make of one conversation, millions of tokens
 SLOWEST = 10.0  # seconds that a template may take for one conversation, a hundred thousand times what one takes
 LARGEST = 2**30  # bytes that it may take for one, several times what the longest conversation takes
+# What a template asks that tells a message without content by null.
+CONTENT_IS_NONE = re.compile(r"\bcontent\W{0,3}\s+is\s+(not\s+)?none\b", re.IGNORECASE)
 Span = tuple[int, int]  # first character, and one past the last
 
 
@@ -51,6 +53,8 @@ class Renderer:
         self.tools = row.get("tools")
         self.template = template_of(tokenizer, self.tools)
         self.is_marked = re.search(r"\{%-?\+?\s*generation\b", self.template) is not None
+        # Null is what transformers gives; templates that do not ask for it would fail to join it, or write "None".
+        self.no_content = None if CONTENT_IS_NONE.search(self.template) else ""
         own = row.get("chat_template_kwargs", {})
         self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, **template_kwargs, **own}
         if self.tools and not reads(self.template, "tools"):
@@ -83,9 +87,14 @@ class Renderer:
             return self(messages, continue_final_message=True)
         return self(messages, add_generation_prompt=True)
 
+    def _whole(self, message: Row) -> Row:
+        return message if "content" in message else {**message, "content": self.no_content}
+
     def with_marks(self, messages: list[Row], **options: Any) -> tuple[str, list[Span]]:
         """Messages as text, and with `return_assistant_tokens_mask` what the template's `{% generation %}` marks."""
-        shown = [{name: value for name, value in message.items() if name not in WEIGHTS} for message in messages]
+        shown = [
+            {name: value for name, value in self._whole(message).items() if name not in WEIGHTS} for message in messages
+        ]
         try:
             with memory_limit(LARGEST), time_limit(SLOWEST if current_thread() is main_thread() else None):
                 rendered: Any = render_jinja_template(

@@ -14,7 +14,16 @@ from collections.abc import Collection
 from decimal import Decimal
 from typing import Any, Literal
 
-from lit_rlhf.data.messages import Row, answer, checked_messages, describe, listed, require_no_media, template_columns
+from lit_rlhf.data.messages import (
+    Row,
+    answer,
+    checked_messages,
+    describe,
+    listed,
+    require_no_json,
+    require_no_media,
+    template_columns,
+)
 from lit_rlhf.data.steps import checked_labels, checked_steps
 from lit_rlhf.errors import UserError
 
@@ -83,6 +92,8 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
 
     def keep(*columns: str) -> Row:
         need(*columns)
+        if columns[0] != "text":
+            require_no_json(row[columns[0]], f"{place}, column '{columns[0]}'")
         return {name: _checked_content(row[name], f"{place}, column '{name}'") for name in columns}
 
     if kind == "prompts":
@@ -98,12 +109,13 @@ def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:
         pair = keep("prompt", "chosen", "rejected") if "prompt" in present else keep("chosen", "rejected")
         return {**_checked_pair(pair, row, place), "margin": _margin(row.get("margin"), f"{place}, column 'margin'")}
     if kind == "unpaired" and not present & {"completion", "label"}:
-        return _checked_pair(keep("chosen", "rejected", *present & {"prompt"}), row, place)
+        return _checked_pair(keep(*present & {"prompt"}, "chosen", "rejected"), row, place)
     if kind == "unpaired":
         need("prompt", "completion", "label")
         return _checked_unpaired(keep("prompt", "completion"), row, place)
     if kind == "sft" and "messages" in present:
         if isinstance(row["messages"], str):
+            require_no_json(row["messages"], f"{place}, column 'messages'")
             raise UserError(f"{place}, column 'messages': expected a message list, found {describe('')}")
         return keep("messages") | template_columns(row, place)
     if kind == "sft" and "text" in present and not present & {"prompt", "completion"}:

@@ -41,10 +41,39 @@ def checked_messages(value: Any, place: str, item: str = "message", content: str
         UserError: it is no message list, or holds what is not text.
     """
     if not isinstance(value, list):
-        raise UserError(f"{place}: expected text or a message list, found {describe(value)}")
+        raise UserError(f"{place}: expected text or a message list, found {describe(value)}{_how_to_list(value)}")
     if not value:
         raise UserError(f"{place}: the list of {item}s is empty")
     return [_checked_message(message, f"{place}, {item} {number}", content) for number, message in enumerate(value)]
+
+
+def _how_to_list(value: Any) -> str:
+    if not isinstance(value, dict):
+        return ""
+    if isinstance(value.get("role"), str):
+        return "; put the message into a list"
+    return "; make a list of objects of it, one of each message" if isinstance(value.get("role"), list) else ""
+
+
+def require_no_json(value: Any, place: str) -> None:
+    """Refuse messages that are written as JSON text, and would be learnt with brackets and quotes.
+
+    Args:
+        value: what a row begins with.
+        place: of it, for the message.
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{") or '"role"' not in value:
+        return
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return
+    messages = read if isinstance(read, list) else [read]
+    if messages and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages):
+        raise UserError(
+            f"{place}: found messages written as JSON text ({value[:40]!r}…), which would be read as text; write the "
+            "list itself (JSON Lines and Parquet hold lists), or where the text is meant give it as a message's content"
+        )
 
 
 def without_null_fields(value: Any) -> Any:

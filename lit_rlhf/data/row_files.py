@@ -78,6 +78,7 @@ def read_rows(file: Path, numbers: Collection[str] = ()) -> Iterator[tuple[str, 
             yield from _parquet(file)
             return
         with _opened(file) as content:
+            _refuse_other(file, content.peek(4096))
             if ending in TABLES:
                 yield from _table(file, content, TABLES[ending], numbers)
             elif content.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
@@ -223,7 +224,7 @@ def _decoded(file: Path, data: bytes, line: int) -> str:
         column = len(start.decode(errors="replace")) + 1
         raise UserError(
             f"{file}, line {line + len(before)}, column {column}: not UTF-8 (byte 0x{data[error.start]:02x})"
-            f"{_what_it_is(file) or '; save it as UTF-8 (such as iconv -f LATIN1 -t UTF-8)'}"
+            "; save it as UTF-8 (such as iconv -f LATIN1 -t UTF-8)"
         ) from error
 
 
@@ -233,14 +234,14 @@ def _parsed(file: Path, text: str, place: str, first_line: int = 1, at: int | No
         return DECODER.decode(text) if at is None else DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        hint = _what_it_is(file)
-        if not hint and "\0" in text:
+        hint = ""
+        if "\0" in text:
             hint = "; it holds zero bytes: if it is UTF-16, save it as UTF-8"
-        elif not hint and "\r" in text and at is None:
+        elif "\r" in text and at is None:
             hint = "; its lines end in carriage returns, where line feeds are expected"
-        elif not hint and at is None and text.lstrip()[:1] == "[":
+        elif at is None and text.lstrip()[:1] == "[":
             hint = "; one object per line is expected, not an array over many"
-        elif not hint and line == 1 and not error.msg.startswith("Invalid control"):
+        elif line == 1 and not error.msg.startswith("Invalid control"):
             hint = "; one object per line is expected, or all of them in an array"
         raise UserError(f"{file}, line {line}: not valid JSON ({error.msg} at column {error.colno}){hint}") from error
     except _NameTwice as error:
@@ -262,6 +263,17 @@ def _cannot_be_read(file: Path, error: Exception, after: str = "") -> NoReturn:
     raise UserError(f"{file}: cannot be read{after} ({reason}){_what_it_is(file) or '; copy it anew'}") from error
 
 
+def _refuse_other(file: Path, head: bytes) -> None:
+    """Refuse what is read from a file, unpacked if its name says that it is packed, if it is of no kind read so."""
+    if what := _known(head):
+        packed = _endings(file)[-1] in COMPRESSIONS
+        raise UserError(f"{file}: {'unpack it, within ' if packed else ''}it is {what}")
+
+
+def _known(head: bytes) -> str | None:
+    return next((what for magic, what in MAGIC.items() if head.startswith(magic)), None)
+
+
 def _what_it_is(file: Path) -> str:
     """What a file holds other than its name says, and what to do; nothing where they agree."""
     try:
@@ -269,9 +281,10 @@ def _what_it_is(file: Path) -> str:
             head = stream.read(max(map(len, MAGIC)))
     except OSError:
         return ""
-    found = next((what for magic, what in MAGIC.items() if head.startswith(magic)), None)
-    if found is not None:
+    if found := _known(head):
         return "" if found.endswith(f" {_endings(file)[-1]}") else f"; it is {found}"
     if _endings(file)[-1] in COMPRESSIONS and head:
         return f"; it is not compressed: leave {_endings(file)[-1]} out of its name"
+    if head and _endings(file)[-1] == ".parquet":
+        return "; it is not Parquet: let its name end as what it is"
     return ""

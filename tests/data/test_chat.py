@@ -166,3 +166,19 @@ def test_a_template_is_not_shown_whether_a_turn_is_learnt():
         [{"role": "assistant", "content": "a", "weight": 1, "train": 1, "loss": 1, "name": "b"}]
     )
     assert shown == "role content name "
+
+
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("{% for m in messages %}{{ m.role[0] + ':' + m['content'] + ';' }}{% endfor %}", "u:q;a:;"),
+        ("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}", "u:q;a:;"),
+        ("{% for m in messages %}{{ 'call' if m['content'] is none else m['content'] }};{% endfor %}", "q;call;"),
+        ("{% for m in messages %}{{ m.content if m.content is not none else 'call' }};{% endfor %}", "q;call;"),
+    ],
+)
+def test_a_turn_without_content_is_null_to_templates_that_ask_for_it_and_empty_to_others(template, written):
+    assert Renderer(byte_tokenizer(template))([USER, CALL]) == written

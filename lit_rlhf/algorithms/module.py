@@ -38,12 +38,11 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.roles import OwnModel
 from lit_rlhf.models.saving import Artefact, ScoreHead, artefact
 from lit_rlhf.models.tokens import keep_to_tokens
+from lit_rlhf.rollout.best_of import BestOf
 from lit_rlhf.rollout.play import (
     GenerationSettings,
     complete,
-    completion_rows,
     episode_rows,
-    predicted_rows,
     room_for_response,
 )
 
@@ -78,6 +77,7 @@ class AlignmentModule(ResumableModule):
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
     generation: GenerationSettings = GenerationSettings()  # how `predict` and the sample tables write completions
+    best_of: BestOf = BestOf()  # of how many completions `predict` writes which
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class AlignmentModule(ResumableModule):
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Complete each prompt; the columns of its row stand beside it."""
-        return predicted_rows(batch, completion_rows(self.policy, self.tokenizer, batch, self.generation))
+        return self.best_of.rows(self.policy, self.tokenizer, batch, self.generation)
 
     def exportable(self) -> PreTrainedModel:
         """The Hugging Face model that this stage is about: its weights become the artefact."""

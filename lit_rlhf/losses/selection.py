@@ -4,6 +4,8 @@ A return is the score, less the KL penalty where that is charged in the reward. 
 first is taken. Axes: B episodes, T response cells, as in `advantages.py`.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -68,3 +70,18 @@ def _best(values: Float[Tensor, " B"], group_index: Int[Tensor, " B"]) -> Bool[T
 def _greatest(values: Tensor, group_index: Int[Tensor, " B"]) -> Tensor:
     """(B,) for each response the greatest value of its group."""
     return torch.zeros_like(values).scatter_reduce(0, group_index, values, "amax", include_self=False)[group_index]
+
+
+def best_of_n_kl(count: int) -> float:
+    """KL(π_N‖π) = log N - (N - 1)/N nats, of the best of N samples of π to π itself.
+
+    Beirami et al. 2024, https://arxiv.org/abs/2401.01879: exact where no two responses score alike and none is likely,
+    else at most so much.
+
+    Args:
+        count: N, 1 or more.
+
+    Returns:
+        0 for N = 1, log 2 - ½ = 0.193 for N = 2, 1.204 for 8.
+    """
+    return math.log(count) - (count - 1) / count

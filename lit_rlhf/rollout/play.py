@@ -68,6 +68,9 @@ class GenerationSettings:
         return self.temperature > 0 and self.top_k is None and self.top_p == 1 and self.min_p == 0
 
 
+LEAST_APART = 2**40  # numbers by which responses to one prompt are drawn: no data have as many prompts
+
+
 class Play(NamedTuple):
     """Episodes as the policy played them, in order of their ids."""
 
@@ -191,8 +194,9 @@ def complete(
     settings: GenerationSettings,
     rewards: Rewards | None = None,
     heard: Callable[[int, int], None] | None = None,
+    group_size: int = 1,
 ) -> list[Episode]:
-    """One episode per prompt, in the order of the prompts.
+    """One episode per prompt, or a group of each, in the order of the prompts.
 
     Args:
         policy: acts.
@@ -200,16 +204,19 @@ def complete(
         prompts: B prompts, with the columns that the reward wants; their numbers say what is drawn for them.
         settings: sampling, length limit and slots.
         rewards: bound to the tokenizer; None scores 0.
-        heard: called with the number among these of a prompt and each token of its response, as it is written.
+        heard: called with the number of an episode among these and each token of its response, as it is written.
+        group_size: episodes of each prompt; the first of them are those of a smaller group.
 
     Raises:
         UserError: the prompts leave no room in the context, or a reward failed.
     """
     check_context(policy, prompts.prompt_ids, settings.max_new_tokens)
-    num_slots = min(settings.num_slots, len(prompts.prompt_ids))
+    num_episodes = group_size * len(prompts.prompt_ids)
+    num_slots = min(settings.num_slots, num_episodes)
     limits = (settings.max_new_tokens, settings.stop_strings)
-    env = make_env(policy, tokenizer, prompts, num_slots, *limits, rewards, shuffle=False)
-    num_episodes, numbers = len(prompts.prompt_ids), prompts.numbers
+    env = make_env(policy, tokenizer, prompts, num_slots, *limits, rewards, shuffle=False, group_size=group_size)
+    numbers = np.arange(len(prompts.prompt_ids)) if prompts.numbers is None else prompts.numbers
+    numbers = (numbers[:, None] + LEAST_APART * np.arange(group_size)).ravel()
     with nullcontext() if rewards is None else rewards.naming(prompts):
         how: dict[str, Any] = {"env_seed": settings.seed, "numbers": numbers, "heard": heard}
         episodes = play(policy, env, settings, num_episodes, **how).episodes
@@ -253,13 +260,6 @@ def make_env(
         )
     except ValueError as error:
         raise UserError(str(error).replace("num_envs", "num_slots")) from error
-
-
-def completion_rows(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: PromptBatch, settings: GenerationSettings
-) -> list[dict[str, Any]]:
-    """Complete each prompt, as rows for people and for JSON Lines."""
-    return episode_rows(tokenizer, complete(policy, tokenizer, prompts, settings))
 
 
 def predicted_rows(prompts: PromptBatch, made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from lit_rlhf import UserError
+from lit_rlhf import SFT, RewardModel, UserError
 from lit_rlhf.callbacks import CompletionWriter
 from lit_rlhf.data.naming import parse_sources
 
@@ -87,3 +87,15 @@ def test_where_rows_cannot_go_is_told_before_any_is_made(tmp_path):
     CompletionWriter("new/answers.jsonl").setup(trainer, None, "predict")
     assert (tmp_path / "new").is_dir()
     CompletionWriter(".").setup(trainer, None, "fit")
+
+
+def test_several_completions_are_of_a_policy_alone_and_the_best_needs_a_reward(tmp_path, folder):
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, datamodule=None)
+    for options in ({"group_size": 2}, {"reward": "builtins.len"}):
+        with pytest.raises(UserError, match="are of completions, and RewardModel writes none"):
+            CompletionWriter(**options).setup(trainer, RewardModel(str(folder)), "predict")
+    with pytest.raises(UserError, match="keep is best, and no reward"):
+        CompletionWriter(keep="best")
+    with pytest.raises(UserError, match=r"predictions\.reward: nothing\.there is neither a folder nor"):
+        CompletionWriter(reward="nothing.there").setup(trainer, SFT(str(folder)), "predict")
+    CompletionWriter(reward="nothing.there").setup(trainer, SFT(str(folder)), "fit")

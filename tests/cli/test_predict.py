@@ -153,3 +153,28 @@ def test_rows_of_the_demo_are_predicted_only_where_they_are_asked_for(name, work
     assert not Path(f"out/{name}_demo/predictions.jsonl").exists()
     assert run("predict", "--config", config, *options, tokens, "--data.predict=demo") == 0
     assert predictions(f"out/{name}_demo")
+
+
+def brief(prompts, responses, id):
+    assert id == sorted(id)
+    return [-float(len(response)) for response in responses]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_best_of_several_completions_is_written_by_a_function_or_a_reward_model(workdir, monkeypatch, caplog):
+    config = Path("configs/dpo.yaml").absolute()
+    monkeypatch.chdir(workdir)
+    Path("several.jsonl").write_text("".join(json.dumps({"id": i, "prompt": "Hello"}) + "\n" for i in range(3)))
+    options = ["--data.predict=several.jsonl", "--trainer.default_root_dir=out/several", "--predictions.group_size=4"]
+    options.append("--model.generation.max_new_tokens=4")
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        assert run("predict", "--config", config, *QUICK, *options, f"--predictions.reward={__name__}.brief") == 0
+    assert "wrote 3 rows" in caplog.text and "best of 4, of a mean score" in caplog.text
+    best = predictions("out/several")
+    assert [row["id"] for row in best] == [0, 1, 2]
+    assert all(row["score"] == max(row["scores"]) == -len(row["completion"]) for row in best)
+    model = ["--predictions.reward=runs/reward_model/model", "--predictions.keep=all"]
+    assert run("predict", "--config", config, *QUICK, *options, *model) == 0
+    every = predictions("out/several")
+    assert [row["id"] for row in every] == [0] * 4 + [1] * 4 + [2] * 4 and all("score" in row for row in every)
+    assert {row["completion"] for row in best} <= {row["completion"] for row in every}

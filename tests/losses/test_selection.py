@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lit_rlhf.losses import ScoredRollout, best_and_worst, best_of_group
+from lit_rlhf.losses.selection import best_of_n_kl
 
 T, F = True, False
 MASK = torch.tensor([[T, T, F], [T, F, F], [T, T, T], [T, T, F], [T, F, F]])
@@ -22,6 +23,21 @@ def test_the_best_alone_is_imitated_and_of_equals_the_first():
 
 def test_best_and_worst_are_as_far_apart_as_their_returns_and_equals_do_not_count():
     assert torch.equal(best_and_worst(ROLLOUT).advantages, on_tokens(-1.5, 0.0, 1.5, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 64])
+def test_the_kl_of_the_best_of_n_is_that_of_its_density_where_no_two_score_alike(count):
+    # The best of N of the rank u, uniform in [0, 1], has the density N u^(N - 1): midpoints of a fine grid.
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    density = count * u ** (count - 1)
+    assert best_of_n_kl(count) == pytest.approx(torch.xlogy(density, density).mean().item(), abs=1e-4)
+
+
+def test_the_kl_of_the_best_of_n_is_a_bound_where_responses_are_few():
+    probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)  # in order of their scores
+    for count in (2, 4, 16):
+        best = probs.cumsum(0) ** count - (probs.cumsum(0) - probs) ** count
+        assert (best * (best / probs).log()).sum() < best_of_n_kl(count)
 
 
 @pytest.mark.parametrize("estimator", [best_of_group, best_and_worst])

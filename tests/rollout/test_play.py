@@ -17,7 +17,7 @@ from lit_rlhf.models.decoding import SlotLayer
 from lit_rlhf.models.graphs import GraphedStep
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout import play as rollout
-from lit_rlhf.rollout.play import GenerationSettings, complete, completion_rows, play
+from lit_rlhf.rollout.play import GenerationSettings, complete, episode_rows, play
 from tests.tiny import EOS, VOCABULARY, random_examples, tiny_policy, tiny_tokenizer
 from token_mdp import FinishReason, TokenVectorEnv
 
@@ -230,7 +230,7 @@ def test_a_completion_ends_with_the_first_stop_string_of_the_settings_or_the_mod
         assert [e.response_ids.tolist() for e in episodes] == wanted
         ended = [e.finish_reason for e, before in zip(episodes, free, strict=True) if len(e.response_ids) < len(before)]
         assert ended and set(ended) == {FinishReason.STOP}
-    rows = completion_rows(policy, tokenizer, prompts, settings)
+    rows = episode_rows(tokenizer, complete(policy, tokenizer, prompts, settings))
     assert sum(text in row["completion"] for row in rows) >= len(ended), "the text stays in the completion"
 
 

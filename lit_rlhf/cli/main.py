@@ -55,7 +55,8 @@ from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.cli.run_folder import claim_versions
 from lit_rlhf.cli.terminal import leave_to_the_run, log_above_bars, quiet_libraries
 from lit_rlhf.cli.values import option_of, wrong_values
-from lit_rlhf.cli.yaml_files import PARTS, check_configs
+from lit_rlhf.cli.yaml_classes import PARTS
+from lit_rlhf.cli.yaml_files import check_configs
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import clear, make_folder, write_lines
 from lit_rlhf.models.holding import dtype_by, reading_in
@@ -188,7 +189,7 @@ class AlignmentCLI(LightningCLI):
             )
         for name, base in (("model", AlignmentModule), ("data", LightningDataModule)):
             if given[name].class_path.rpartition(".")[2] == base.__name__:
-                raise UserError(f"{name}: name a class by {name}.class_path, such as {PARTS[name]}")
+                raise UserError(f"{Parser.as_typed(name)}: name a class by {name}.class_path, such as {PARTS[name]}")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's would put the arguments in a checkpoint before those that the user gives."""

@@ -10,7 +10,13 @@ from lit_rlhf.cli.yaml_files import places, typed_places
 from lit_rlhf.data.checks import DATA_MODULES
 
 REQUIRED = re.compile(r"arguments are required: ([\w.]+(?:, [\w.]+)*)")
-OF_LIGHTNING = ("lightning.pytorch.callbacks.", "lightning.pytorch.loggers.", "lightning.pytorch.plugins.")
+OF_LIGHTNING = {  # options of the Trainer -> where its own classes for them are, which names need not begin with
+    "callbacks": "lightning.pytorch.callbacks",
+    "logger": "lightning.pytorch.loggers",
+    "plugins": "lightning.pytorch.plugins",
+    "profiler": "lightning.pytorch.profilers",
+    "strategy": "lightning.pytorch.strategies",
+}
 CLASS_NAME = re.compile(r"(?<![\w.])(?:\w+\.)*[A-Z]\w*(?![\w.])")
 CONFIG = "--config=configs/{}.yaml"
 
@@ -74,8 +80,9 @@ def models_of(kind: str | None) -> list[str]:
 
 def class_with(argument: str, typed: Sequence[str]) -> tuple[str, str] | None:
     """The option that names a class which cannot do without an argument, and this class; None if none is found."""
+    packages = ["", *(f"{package}." for package in OF_LIGHTNING.values())]
     for option, word in [*typed_places(typed), *((str(place), place.value) for place in places(typed))]:
-        for path in [f"{package}{name}" for name in CLASS_NAME.findall(word or "") for package in ("", *OF_LIGHTNING)]:
+        for path in [f"{package}{name}" for name in CLASS_NAME.findall(word or "") for package in packages]:
             kind = class_of(path)
             given = inspect.signature(kind).parameters.get(argument) if inspect.isclass(kind) else None
             if given is not None and given.default is inspect.Parameter.empty:

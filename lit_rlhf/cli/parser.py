@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import chdir
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, get_args
@@ -19,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_rlhf.cli.commands import did_you_mean
 from lit_rlhf.cli.imports import names_in
-from lit_rlhf.cli.missing import missing
+from lit_rlhf.cli.missing import OF_LIGHTNING, missing
 from lit_rlhf.cli.mistakes import LONGEST
 from lit_rlhf.cli.ranks import tell
 from lit_rlhf.cli.unknown_options import class_of, hint, settings_in
@@ -264,6 +265,9 @@ def nearest_path(option: str, given: str) -> str:
     """The import path of ours that a name may stand for; where none is near, the losses if it was to be one."""
     from lit_rlhf import losses
 
+    last = option.rpartition(".")[2]
+    if last in OF_LIGHTNING and (meant := nearest_of_lightning(OF_LIGHTNING[last], given)):
+        return f"; did you mean {meant}?"
     if (names := names_in(given)) is not None:
         return f", which is a module; name what is meant in it{f', such as {given}.{names[0]}' if names else ''}"
     paths = public_paths()
@@ -271,6 +275,15 @@ def nearest_path(option: str, given: str) -> str:
         return f"; did you mean {paths[near[0]]}?"
     of_pairs = [n for n in losses.__all__ if "chosen_logprobs" in inspect.signature(getattr(losses, n)).parameters]
     return f"; lit_rlhf.losses has {', '.join(of_pairs)}" if option == "loss" else ""
+
+
+def nearest_of_lightning(package: str, given: str) -> str | None:
+    """The class in a package of Lightning's that a name may stand for, such as CSVLogger for csv, if one is near."""
+    names = {name.lower(): name for name in import_module(package).__all__}
+    plain = given.replace("_", "").lower()
+    near = [name for name in names if plain and name.startswith(plain)]
+    near += difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
+    return names[near[0]] if near else None
 
 
 def option_names(parser: LightningArgumentParser, model: str | None, data: str | None) -> set[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from lit_rlhf.cli.imports import failed_import
+from lit_rlhf.cli.yaml_classes import IN_ITS_CLASS
 from lit_rlhf.errors import PLAIN, one_line
 
 TYPES = {kind.__name__: words for kind, (_, words) in PLAIN.items()} | {
@@ -25,7 +26,6 @@ EXPECTED = re.compile(
 SUBTYPES = re.compile(r"Subtypes: \[([^\n]*)\]")
 NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
-IN_ITS_CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
 def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str | None:

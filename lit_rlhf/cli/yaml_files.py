@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
+from lit_rlhf.cli.yaml_classes import PARTS, TRAINER, check_class, check_of_trainer, require_named, shown
 from lit_rlhf.demo import CONFIGS
 from lit_rlhf.errors import UNREADABLE, UserError
 
-IN_ITS_CLASS = {"class_path", "init_args", "dict_kwargs"}
-PARTS = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}  # what is a class, with an example
 LARGEST = 2**20  # bytes of a config
 MOST = 10_000  # values of a config, what is repeated by aliases counted as often
 DEEPEST = 50  # levels of a config
@@ -74,6 +73,10 @@ def check_configs(argv: Sequence[str], commands: Sequence[str], parts: Collectio
             raise UserError(f"--config: {name} is an address, and a config is a local file; download it first")
         if argument in ("-c=", "--config=") or (argument in ("-c", "--config") and not following.strip()):
             raise UserError("--config: expected the name of a YAML file, got empty text")
+    for option, tree in _written_out(argv):
+        owner, _, name = option.removeprefix("--").removesuffix("+").partition(".")
+        if owner == "trainer" and name in TRAINER:
+            check_of_trainer(name, tree)
     command = next((number for number, argument in enumerate(argv) if argument in commands), len(argv))
     ahead = config_files(argv[:command])
     for file in config_files(argv):
@@ -96,6 +99,8 @@ def check_configs(argv: Sequence[str], commands: Sequence[str], parts: Collectio
         for key, value in [pair for _, options in below for pair in options.value] if below else tree.value:
             if key.value in parts and not value.tag.endswith(":str"):  # text may name a class, or a file
                 _require_mapping(key, value, file)
+            for option, part in value.value if key.value == "trainer" and isinstance(value, MappingNode) else []:
+                check_of_trainer(option.value, part, str(file))
 
 
 def places(argv: Sequence[str]) -> Iterator[Place]:
@@ -110,19 +115,31 @@ def places(argv: Sequence[str]) -> Iterator[Place]:
 
 def typed_places(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """Each option of a command line, those of mappings that are written out there too, and its value as in `Place`."""
+    trees = dict(_written_out(argv))
+    for option, value in _typed(argv):
+        yield option, value
+        tree = trees.get(option) if value.startswith(("{", "[")) else None
+        for part in tree.value if isinstance(tree, SequenceNode) else [tree]:
+            if isinstance(part, MappingNode):
+                yield from ((place.option, place.value) for place in _places(part, Path(), (option,)))
+
+
+def _typed(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     for argument, following in pairwise([*argv, ""]):
         option, _, value = argument.partition("=")
-        if not option.startswith("--"):
-            continue
-        value = value if "=" in argument else following
-        yield option, value
+        if option.startswith("--"):
+            yield option, value if "=" in argument else following
+
+
+def _written_out(argv: Sequence[str]) -> Iterator[tuple[str, Node]]:
+    """Mappings and lists on a command line, as YAML."""
+    for option, value in _typed(argv):
         try:
             tree = yaml.compose(value, Loader=LOADER) if value.startswith(("{", "[")) else None
         except (yaml.YAMLError, RecursionError):
             continue  # is answered as what it is not
-        for part in tree.value if isinstance(tree, SequenceNode) else [tree]:
-            if isinstance(part, MappingNode):
-                yield from ((place.option, place.value) for place in _places(part, Path(), (option,)))
+        if tree is not None:
+            yield option, tree
 
 
 def place_of_option(argv: Sequence[str], name: str, value: str | None = None) -> Place | None:
@@ -234,66 +251,34 @@ def _check(node: Node, file: Path, path: tuple[str, ...]) -> None:
     if isinstance(node, SequenceNode):
         for part in node.value:
             _check(part, file, path)
-            _require_class(part, file, path)
+            require_named(part, file, path)
     if not isinstance(node, MappingNode):
         return
     lines: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, ScalarNode) or (not path and not key.tag.endswith((":str", ":merge"))):
-            raise UserError(f"{file}, line {line}: the name of an option is text, found {_shown(key)}")
+            raise UserError(f"{file}, line {line}: the name of an option is text, found {shown(key)}")
         if key.value in lines:
             raise UserError(f"{file}, line {line}: {key.value} stands in line {lines[key.value]} too; keep one of them")
         lines[key.value] = line
         _check(value, file, (*path, key.value))
         if not path and isinstance(value, SequenceNode):  # options on the command line would take its place unseen
-            raise UserError(f"{file}, line {line}, {key.value}: expected a mapping or a value, found a list")
+            expected = _a_class(key.value) or "a mapping or a value"
+            raise UserError(f"{file}, line {line}, {key.value}: expected {expected}, found a list")
     if "class_path" in lines or (len(path) == 1 and path[0] in PARTS):
-        _check_class({key.value: value for key, value in node.value}, lines, file, path)
-
-
-def _require_class(part: Node, file: Path, path: tuple[str, ...]) -> None:
-    """Refuse arguments of no class in a list, whose parts are whole."""
-    names = {key.value: key.start_mark.line + 1 for key, _ in part.value} if isinstance(part, MappingNode) else {}
-    if "init_args" in names and not names.keys() & {"class_path", "<<"}:
-        option = ".".join(step for step in path if step != "init_args")
-        raise UserError(
-            f"{file}, line {names['init_args']}, {option}: init_args stand without a class_path; name the class above "
-            "them"
-        )
+        check_class({key.value: value for key, value in node.value}, lines, file, path)
 
 
 def _require_mapping(key: Node, value: Node, file: Path) -> None:
     if not isinstance(value, MappingNode):
         line = key.start_mark.line + 1
-        raise UserError(f"{file}, line {line}, {key.value}: expected a mapping of options, found {_shown(value)}")
+        expected = _a_class(key.value) or "a mapping of options"
+        raise UserError(f"{file}, line {line}, {key.value}: expected {expected}, found {shown(value)}")
 
 
-def _check_class(given: dict[str, Node], lines: dict[str, int], file: Path, path: tuple[str, ...]) -> None:
-    """Of a class by its import path, with its arguments below `init_args`."""
-    option = ".".join(part for part in path if part != "init_args")
-    if beside := [name for name in given if name not in (*IN_ITS_CLASS, "<<")]:
-        example = "" if "class_path" in given else f", and class_path: {PARTS.get(option, 'its class')} above them"
-        raise UserError(
-            f"{file}, line {lines[beside[0]]}, {option}: {', '.join(beside)} must stand below init_args{example}"
-        )
-    named = given.get("class_path")
-    if named is not None and not (isinstance(named, ScalarNode) and named.tag.endswith(":str") and named.value):
-        raise UserError(
-            f"{file}, line {lines['class_path']}, {option}.class_path: expected the import path of a class, such as "
-            f"{PARTS.get(option, 'lit_rlhf.SFT')}, found {_shown(named)}"
-        )
-    for arguments in ("init_args", "dict_kwargs"):
-        if arguments in given and not isinstance(given[arguments], MappingNode):
-            raise UserError(
-                f"{file}, line {lines[arguments]}, {option}.{arguments}: expected a mapping of arguments, found "
-                f"{_shown(given[arguments])}"
-            )
-
-
-def _shown(node: Node) -> str:
-    kinds = {MappingNode: "a mapping", SequenceNode: "a list"}
-    return kinds.get(type(node)) or (str(node.value) or "empty text")[:80]  # type: ignore[arg-type]
+def _a_class(part: str) -> str:
+    return f"a class, such as {{class_path: {PARTS[part]}}}" if part in PARTS else ""
 
 
 def _places(node: MappingNode, file: Path, path: tuple[str, ...]) -> Iterator[Place]:

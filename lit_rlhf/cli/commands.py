@@ -99,6 +99,8 @@ def _meant(word: str, argv: Sequence[str]) -> str:
     name = word.lstrip(DASHES)
     if word in COMMANDS:
         return f"one command at a time; write lit-rlhf {command} ..., and then lit-rlhf {word} ..."
+    if word.endswith(("}", "]")):
+        return "the shell has cut a value at its spaces; put it in quotes, as in --model.lora='{r: 8}'"
     if name != word or "=" in word:
         return f"an option begins with two hyphens; write --{name}"
     if command not in (*RUNS, "plan"):

@@ -34,7 +34,8 @@ def missing(message: str, typed: Sequence[str], in_use: Callable[[str], str | No
         return None
     names = [re.sub(rf"^({'|'.join(RUNS)})\.", "", name) for name in found[1].split(", ")]
     command = next((word for word in typed if word in COMMANDS), "fit")
-    lacks = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+    several = ", ".join(names[:-1])
+    lacks = f"{several and f'{several} and '}{names[-1]} {'is' if len(names) == 1 else 'are'} missing"
     if command in WRITTEN:
         return f"{lacks}; write {WRITTEN[command]}"
     if not {"model", "data"}.isdisjoint(names):
@@ -62,7 +63,7 @@ def missing_part(command: str, model: str | None, data: str | None) -> str:
         kind = next((kind for kind, name in DATA_MODULES.items() if name == str(data).rpartition(".")[2]), None)
         suited = models_of(kind)
         which = f"; {str(data).rpartition('.')[2]} is for {', '.join(suited)}" if suited else ""
-        return f"model is missing{which}; add --model=lit_rlhf.{(suited or ['SFT'])[0]}, or name a config by --config"
+        return f"model is missing{which}; add one, as in --model=lit_rlhf.{(suited or ['SFT'])[0]}, or a config"
     name = model.rpartition(".")[2]
     suited_data = DATA_MODULES.get(getattr(class_of(model), "learns_from", ""))
     if suited_data is None:

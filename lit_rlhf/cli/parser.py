@@ -22,8 +22,9 @@ from lit_rlhf.cli.commands import did_you_mean
 from lit_rlhf.cli.imports import names_in
 from lit_rlhf.cli.missing import OF_LIGHTNING, missing
 from lit_rlhf.cli.mistakes import LONGEST
+from lit_rlhf.cli.other_names import name_here
 from lit_rlhf.cli.ranks import tell
-from lit_rlhf.cli.unknown_options import class_of, hint, settings_in
+from lit_rlhf.cli.unknown_options import class_of, hint, option_paths, settings_in
 from lit_rlhf.cli.wording import OPTION, below_a_value, no_value, wrong_value
 from lit_rlhf.cli.yaml_files import place_of_option, places, typed_places
 from lit_rlhf.data.checks import DATA_MODULES
@@ -101,7 +102,8 @@ class Parser(LightningArgumentParser):
         elif no_mapping := NO_MAPPING.search(message):
             option, given = no_mapping.groups()
             wanted = "expected a mapping, or a YAML file that holds one"
-            said = f"{self.as_typed(option)}: {wanted}, got {given or 'empty text'}"
+            near = name_here(option, option_paths({"model": class_of(self.in_use("model"))}))
+            said = f"{self.as_typed(option)}: {wanted}, got {given or 'empty text'}{near}"
         elif file := self.python_file(message):
             option, name = file
             said = f"{option}: expected an import path, such as {Path(name).stem}.score, got the file {name}"
@@ -109,6 +111,7 @@ class Parser(LightningArgumentParser):
             said = f"--config: {message.partition(': ')[2].replace(UNNAMED, 'in ')}; name a file, or write YAML"
         elif below := below_a_value(message):
             said = self.unknown_option(below)
+            said += "" if ";" in said else f"; {below.rpartition('.')[0]} has no options of its own"
         elif wrong := wrong_value(message, self.as_typed):
             said = wrong
         elif "No module named" in message:

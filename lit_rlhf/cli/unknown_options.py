@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from lit_rlhf.cli.commands import did_you_mean
 from lit_rlhf.cli.other_names import name_here
@@ -16,7 +17,7 @@ from lit_rlhf.errors import hints_of
 
 MOST = 3  # places that are named
 TOP = ("seed_everything", "ckpt_path")  # options of the run itself
-MOST_OWN = 8  # options of a class that are listed
+MOST_OWN = 10  # options of a class that are listed
 
 
 def option_paths(kinds: Mapping[str, Any]) -> list[str]:
@@ -50,7 +51,19 @@ def hint(option: str, kinds: Mapping[str, Any], others: Collection[str]) -> str:
     decided = set_by(kind, last) if first == "model" else ""
     if near or (not decided and (near := whereabouts(option, paths, others))):
         return near
-    return f"{decided}{of_its_own(kind)}"
+    having = [] if decided or kind is None else classes_with(last, kind)
+    return (
+        f"; {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it" if having else decided + of_its_own(kind)
+    )
+
+
+def classes_with(name: str, kind: type) -> list[str]:
+    """The first of our classes, of a class's sort, that have an option."""
+    import lit_rlhf
+
+    base = LightningDataModule if issubclass(kind, LightningDataModule) else LightningModule
+    public = [getattr(lit_rlhf, name) for name in lit_rlhf.__all__]
+    return [cls.__name__ for cls in public if issubclass(cls, base) and name in options_of(cls)][:MOST]
 
 
 def whereabouts(option: str, paths: Iterable[str], others: Iterable[str]) -> str:

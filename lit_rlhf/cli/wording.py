@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from lit_rlhf.cli.imports import failed_import
+from lit_rlhf.cli.unknown_options import settings_in
 from lit_rlhf.cli.yaml_classes import IN_ITS_CLASS
 from lit_rlhf.errors import PLAIN, one_line
 
@@ -49,6 +50,8 @@ def wrong_value(message: str, as_typed: Callable[[str, str | None], str]) -> str
     if fault := failed_import(value):
         return f"{option}: {fault}"
     words = list(dict.fromkeys(expectations(message)))
+    if settings := settings_in(message):
+        words = [f"a mapping of options, such as '{{{settings}}}'", "null"]
     words.sort(key=lambda word: word == "null")  # last, as an afterthought
     if option.endswith(("model", "data")) and words[0].startswith("the import path of a subclass"):
         words = words[:1]  # jsonargparse lets a class be null

@@ -264,6 +264,8 @@ def _check(node: Node, file: Path, path: tuple[str, ...]) -> None:
         lines[key.value] = line
         _check(value, file, (*path, key.value))
         if not path and isinstance(value, SequenceNode):  # options on the command line would take its place unseen
+            if key.value in TRAINER:
+                raise UserError(f"{file}, line {line}, {key.value}: write it below trainer")
             expected = _a_class(key.value) or "a mapping or a value"
             raise UserError(f"{file}, line {line}, {key.value}: expected {expected}, found a list")
     if "class_path" in lines or (len(path) == 1 and path[0] in PARTS):

@@ -47,6 +47,8 @@ STRAY = {  # command line -> what is said
     "fit \N{EN DASH}config=x": "\N{EN DASH}config=x: an option begins with two hyphens; write --config=x",
     "fit \N{EM DASH}config x": "\N{EM DASH}config: an option begins with two hyphens; write --config",
     "fit -model.policy=x": "-model.policy=x: an option begins with two hyphens; write --model.policy=x",
+    "fit --model.lora={r: 8}": "8}: the shell has cut a value at its spaces; put it in quotes, as in --model.lora="
+    "'{r: 8}'",
     "fit learn": "learn: expected options behind fit, such as --config=configs/sft.yaml",
     "doctor runs/a runs/b": "runs/b: expected options behind doctor; lit-rlhf doctor --help shows them",
     "compare sft dpo": "sft: expected options behind compare; lit-rlhf compare --help shows them",

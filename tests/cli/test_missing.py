@@ -13,14 +13,16 @@ LACKING = {  # command line -> all that is said
     "chat": "model is missing; write lit-rlhf chat runs/sft/model",
     "score f.g": "data and output are missing; write lit-rlhf score runs/reward_model/model --data=rows.jsonl --output="
     "scored.jsonl",
+    "score": "reward, data and output are missing; write lit-rlhf score runs/reward_model/model --data=rows.jsonl --out"
+    "put=scored.jsonl",
     "export": "ckpt_path and folder are missing; write lit-rlhf export --ckpt_path=X.ckpt --folder=model",
     "export --folder=x": "ckpt_path is missing; write lit-rlhf export --ckpt_path=X.ckpt --folder=model",
     "fit --model=lit_rlhf.DPO": "data is missing; DPO learns from a PreferenceDataModule: add --data=lit_rlhf.Preferenc"
     "eDataModule, or name a config",
     "predict --model lit_rlhf.GRPO": "data is missing; GRPO learns from a RolloutDataModule: add --data=lit_rlhf.Rollou"
     "tDataModule, or name a config",
-    "plan --data=lit_rlhf.UnpairedDataModule": "model is missing; UnpairedDataModule is for KTO; add --model=lit_rlhf.K"
-    "TO, or name a config by --config",
+    "plan --data=lit_rlhf.UnpairedDataModule": "model is missing; UnpairedDataModule is for KTO; add one, as in --model"
+    "=lit_rlhf.KTO, or a config",
 } | {
     command: f"there is neither model nor data; name a config, as in lit-rlhf {command} --config=configs/sft.yaml"
     for command in (*RUNS, "plan")
@@ -69,7 +71,7 @@ def test_a_part_of_ones_own_is_answered_without_a_guess():
         "data is missing; add --data=... with the data module of Model, or name a config by --config"
     )
     assert missing_part("fit", None, "mine.Data") == (
-        "model is missing; add --model=lit_rlhf.SFT, or name a config by --config"
+        "model is missing; add one, as in --model=lit_rlhf.SFT, or a config"
     )
     assert models_of("stepwise") == ["ProcessRewardModel"] and models_of(None) == []
     assert Path("configs/sft.yaml").exists()  # which the answer names

@@ -87,6 +87,8 @@ OWN = "; its own options are beta, desirable_weight, undesirable_weight"
         ("--model.reference_free", f"; KTO sets it by itself{OWN}"),
         ("--model.nothing_like_it", OWN),
         ("--data.nothing_like_it", ""),
+        ("--model.critic", "; PPO has it"),
+        ("--data.group_size", "; RolloutDataModule has it"),
     ],
 )
 def test_what_a_class_has_not_is_answered_with_what_it_has(option, said):

@@ -22,8 +22,11 @@ SAID = {
         *PPO,
         "--model.kl_penalty.estimator=k9",
     ): "--model.kl_penalty.estimator: expected 'k1' or 'k2' or 'k3' or 'k2_sequence', got",
-    (*SFT, "--model.optimizer.kind=x"): "there is no option --model.optimizer.kind",
-    (*SFT, "--data.max_tokens.of=3"): "there is no option --data.max_tokens.of",
+    (*SFT, "--model.optimizer.kind=x"): "there is no option --model.optimizer.kind; optimizer has no options",
+    (*SFT, "--data.max_tokens.of=3"): "there is no option --data.max_tokens.of; max_tokens has no options",
+    (*SFT, "--model.lora=[4]"): "--model.lora: expected a mapping of options, such as '{r: 16}', or null, got [4]",
+    (*PPO, "--model.kl_penalty=0.1"): "--model.kl_penalty: expected a mapping, or a YAML file that holds one, got 0.1; "
+    "here it is model.kl.kl_coef, of model.kl=lit_rlhf.FixedKL",
     (*PPO, "--model.kl=0.1"): "--model.kl: expected the import path of a subclass of KLController, or null, got 0.1",
     (*PPO, "--model.kl=lit_rlhf.AdaptiveKL", "--model.kl.target=x"): "--model.kl.target: expected a number, got x",
     (

@@ -78,7 +78,7 @@ def test_the_examples_are_right(capsys):
     [
         ("callbacks=[RichProgressBar,EarlyStoping]", "EarlyStopping"),
         ("callbacks=early_stopping", "EarlyStopping"),
-        ("callbacks=Dashbord", "lit_rlhf.callbacks.Dashboard"),
+        ("callbacks=SampleTabl", "lit_rlhf.callbacks.SampleTable"),
         ("logger=csv", "CSVLogger"),
     ],
 )

@@ -53,6 +53,7 @@ ACCIDENTS = {  # what a file holds -> what is said of it
     f"{SFT}seed_everything: [1]\n": r"c.yaml, line 5, seed_everything: expected a mapping or a value, found a list",
     "trainer: 3\n": r"c.yaml, line 1, trainer: expected a mapping of options, found 3",
     f"{SFT}data: null\n": r"c.yaml, line 5, data: expected a class, such as .*SFTDataModule}, found null",
+    "callbacks: [EarlyStopping]\n": r"c.yaml, line 1, callbacks: write it below trainer",
     "model:\n": r"c.yaml, line 1, model: expected a class, such as {class_path: lit_rlhf.SFT}, found nothing",
     "trainer:\nmodel:\n": r"c.yaml, line 1, trainer: expected a mapping of options, found nothing",
     "model: [a.B]\n": r"c.yaml, line 1, model: expected a class, such as {class_path: lit_rlhf.SFT}, found a list",

@@ -233,6 +233,7 @@ def saved_adapter(name: str | Path) -> SavedAdapter | None:
             f"{name} holds a whole model and an adapter of PEFT (adapter_config.json): move one of them into a folder "
             "of its own, and name the one that you mean"
         )
+    require_json(source, name, "adapter_config.json")
     try:
         settings = json.loads(Path(file).read_text())
         base = settings["base_model_name_or_path"]

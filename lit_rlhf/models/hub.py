@@ -1,12 +1,13 @@
 """The Hugging Face hub where it answers; where it does not, what it gave before, without a minute of retries."""
 
+import codecs
 import functools
 import json
 import re
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,9 @@ from lit_rlhf.files import heal
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 SECONDS = 5.0  # that the hub may take to answer
 LONGEST = 200  # characters of an error that are told
+POINTER = b"version https://git-lfs.github.com/spec/"
+READ = (".json", ".safetensors", ".jinja", ".model", ".txt")  # endings of a model's files
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what can be the name of something there
 
 
@@ -84,7 +88,47 @@ def resolve(name: str | Path) -> str:
         )
     if not is_there and (looks_like_a_path(str(name)) or not HUB_NAME.fullmatch(str(name))):
         raise UserError(f"{name}: no model could be loaded there: there is no folder {path.absolute()}")
+    if is_there:
+        with suppress(PermissionError):  # who reads the folder says so
+            require_fetched(path, name)
     return str(path) if is_there else str(name)
+
+
+def require_fetched(folder: Path, name: str | Path) -> None:
+    """Refuse a folder in which Git LFS has left its pointers in place of files that are to be read.
+
+    Args:
+        folder: of a model.
+        name: for messages.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    read = READ if any(path.suffix == ".safetensors" for path in files) else (*READ, ".bin")
+    for path in files:
+        if path.suffix in read and path.stat().st_size < 1024 and path.read_bytes().startswith(POINTER):
+            raise UserError(
+                f"{name}: {path.name} is a pointer of Git LFS, not the file itself: fetch it there (git lfs pull)"
+            )
+
+
+def require_no_mark(file: Path, name: str | Path) -> None:
+    """Refuse a text of a model's that begins with a byte order mark, which transformers takes for a part of it.
+
+    Args:
+        file: that is there.
+        name: of the model, for messages.
+
+    Raises:
+        UserError: it does.
+    """
+    with file.open("rb") as content:
+        if content.read(4).startswith(MARKS):
+            raise UserError(
+                f"{name}: {file.name} begins with a byte order mark: save it as UTF-8 without one, as transformers "
+                "reads it"
+            )
 
 
 def require_json(source: str, name: str | Path, *files: str) -> None:
@@ -102,6 +146,7 @@ def require_json(source: str, name: str | Path, *files: str) -> None:
         path = Path(source) / file
         if not path.is_file():
             continue
+        require_no_mark(path, name)
         try:
             held, why = json.loads(path.read_bytes()), "it is another value"
         except (ValueError, RecursionError) as error:

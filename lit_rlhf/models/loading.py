@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -127,7 +128,13 @@ def load_scorer(
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head; its architecture is not supported")
     architectures = stored_architectures(base, trust_remote_code)
-    trained = kind in (head_kind(architectures), None if start is None else start.head_kind)
+    stored = head_kind(architectures)
+    trained = kind in (stored, None if start is None else start.head_kind)
+    if fresh_head is None and not trained and (other := stored or (None if start is None else start.head_kind)):
+        rank_zero_warn(
+            f"{name} holds a {other.named}: its {other.head} is left out, and a {kind.head} is drawn anew; "
+            "model.fresh_head: true says that this is meant"
+        )
     fresh_head = not trained if fresh_head is None else fresh_head
     if not fresh_head and not trained:
         remedy = "Where one is to be trained, set model.fresh_head: null"

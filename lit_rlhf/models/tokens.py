@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.models.adapter_folders import saved_adapter
-from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, resolve
+from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, require_no_mark, resolve
 from lit_rlhf.models.policy import Policy, context_length
 
 
@@ -51,9 +51,10 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
 
 
 def require_utf8(file: Path, name: str | Path) -> None:
-    """Refuse a file of a model's that is there and no text in UTF-8."""
+    """Refuse a file of a model's that is there and no text in UTF-8 as transformers reads it, without a mark."""
     try:
         if file.is_file():
+            require_no_mark(file, name)
             file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: {file.name} is no text in UTF-8 ({error}); save it as UTF-8") from error

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 
 from lit_rlhf import ProcessRewardModel, RewardModel, RewardModelReward, UserError
@@ -38,9 +40,15 @@ def test_a_process_reward_model_is_neither_a_policy_nor_a_reward_model_of_respon
     ("make", "start"), [(ProcessRewardModel, "reward_model"), (RewardModel, "process_reward_model")]
 )
 def test_the_head_of_the_other_kind_is_drawn_anew(make, start, scorers):
-    made = make(str(scorers / start))
+    with pytest.warns(
+        UserWarning, match=r"holds a (process )?reward model: its .* is left out, and a .* is drawn anew"
+    ):
+        made = make(str(scorers / start))
     network = getattr(made, made.exported)
     assert network.fresh_head and network.model.score.bias is None
     assert kind_of(network.model) is (OF_STEPS if make is ProcessRewardModel else OF_RESPONSES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(str(scorers / start), fresh_head=True)
     with pytest.raises(UserError, match=r"set model\.fresh_head: null"):
         make(str(scorers / start), fresh_head=False)

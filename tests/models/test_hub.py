@@ -1,4 +1,5 @@
 import http.server
+import shutil
 import socket
 import threading
 
@@ -8,8 +9,10 @@ from huggingface_hub import close_session, constants, is_offline_mode
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import hub
-from lit_rlhf.models.loading import load_policy
+from lit_rlhf.models.loading import load_policy, load_policy_with_tokenizer
 from tests.tiny import save_tiny
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +110,31 @@ def test_what_can_be_no_model_is_not_looked_for_on_the_hub(tmp_path, monkeypatch
     (tmp_path / "file").write_text("{}")
     with pytest.raises(UserError, match=message):
         load_policy(str(tmp_path / "file") if name == "file" else name)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "adapter_model.safetensors"])
+def test_a_pointer_of_git_lfs_is_named_in_place_of_what_it_is_not(file, folder, tmp_path):
+    pointing = shutil.copytree(folder, tmp_path / "pointing")
+    (pointing / "pytorch_model.bin").write_bytes(POINTER)  # nothing reads it beside safetensors
+    load_policy(pointing)
+    (pointing / file).write_bytes(POINTER)
+    with pytest.raises(UserError, match=rf"pointing: {file} is a pointer of Git LFS, .* \(git lfs pull\)$"):
+        load_policy(pointing)
+
+
+def test_weights_of_another_kind_that_are_a_pointer_are_named_where_there_are_no_others(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(POINTER)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pointer of Git LFS"):
+        hub.resolve(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_byte_order_mark_is_named_with_its_file(file, encoding, folder, tmp_path):
+    marked = shutil.copytree(folder, tmp_path / "marked")
+    text = (folder / file).read_text() if (folder / file).exists() else "{}"
+    (marked / file).write_text(text, encoding=encoding)
+    with pytest.raises(UserError, match=rf"marked: {file} begins with a byte order mark: save it as UTF-8 without one"):
+        load_policy_with_tokenizer(marked)

@@ -87,7 +87,7 @@ def check_function(name: str, value: Any) -> None:
 def as_array(value: Any) -> npt.NDArray[Any]:
     """`np.asarray`; of sequences of unequal lengths, which it refuses, and of masked values objects: never numbers."""
     if np.ma.is_masked(value):
-        return np.asarray(value.astype(object).filled(None))
+        return np.array(value.tolist(), dtype=object)  # None where it is masked
     try:
         return np.asarray(value)
     except ValueError:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium.error import ResetNeeded
 
+from token_mdp.answers import shown
 from token_mdp.checks import as_array, check_count, check_flag
 from token_mdp.episodes import IntArray
 
@@ -125,7 +126,7 @@ def _token_ids(prompt: Any, index: int, vocab_size: int) -> IntArray:
         raise ValueError(f"prompts[{index}] has no tokens; start it with a BOS token if it has no text")
     if row.ndim != 1 or row.dtype.kind not in "iu":
         hint = "; tokenise text first" if isinstance(prompt, str) else ""
-        raise ValueError(f"prompts[{index}] must be a flat sequence of token ids, got {prompt!r:.80}{hint}")
+        raise ValueError(f"prompts[{index}] must be a flat sequence of token ids, got {shown(prompt)}{hint}")
     if row.min() < 0 or row.max() >= vocab_size:
         token = int(row[(row < 0) | (row >= vocab_size)][0])
         raise ValueError(f"prompts[{index}] contains token {token}, outside the vocabulary 0..{vocab_size - 1}")

@@ -22,7 +22,7 @@ from lit_rlhf.rollout.rewards import Reward, TextReward, path_of
 from lit_rlhf.signals import Stop
 from token_mdp import Episode, RewardError
 from token_mdp import rewards as calling
-from token_mdp.answers import told
+from token_mdp.answers import as_numbers, told
 from token_mdp.rewards import call_batched
 
 RewardLike = Reward | Callable[..., Any]
@@ -202,20 +202,26 @@ class Rewards:
             for term in self.terms:
                 require_computable(term, values[term.name], prompts, episode.prompt_index)
         if any(term.reward.pays_steps for term in self.terms):
-            episodes = self.with_steps(episodes)
+            episodes = self.with_steps(episodes, prompts)
         if not self.abstain:
             return episodes
         silent = [term.name for term in self.terms if term.reward.abstain]
         return [episode._replace(components=counted(episode.components, silent)) for episode in episodes]
 
-    def with_steps(self, episodes: list[Episode]) -> list[Episode]:
-        """Episodes that say which part of their rewards is paid with which of their tokens; the rest is of the last."""
-        prompts, responses = [e.prompt_ids for e in episodes], [e.response_ids for e in episodes]
+    def with_steps(self, episodes: list[Episode], prompts: PromptBatch) -> list[Episode]:
+        """Episodes that say which part of their rewards is paid with which of their tokens; the rest is of the last.
+
+        Raises:
+            UserError: a reward says something else than one finite number per token.
+        """
+        prompt_ids, responses = [e.prompt_ids for e in episodes], [e.response_ids for e in episodes]
         paid = [np.zeros(len(response)) for response in responses]
         for term in self.terms:
             if term.reward.pays_steps and term.weight:
-                for total, own in zip(paid, term.reward.step_rewards(prompts, responses), strict=True):
-                    total += term.weight * own
+                for episode, total, own in zip(
+                    episodes, paid, term.reward.step_rewards(prompt_ids, responses), strict=True
+                ):
+                    total += term.weight * numbers_of_tokens(term, own, prompts, episode)
         return [episode._replace(step_rewards=rewards) for episode, rewards in zip(episodes, paid, strict=True)]
 
 
@@ -227,6 +233,22 @@ def require_computable(term: Term, value: float, prompts: PromptBatch, index: in
             f"{term.option} ({term.reward}){weighs} gave {value:g} for {prompts.place(index)}: beyond ±{LARGEST:g}, "
             "rewards cannot be computed with in float32"
         )
+
+
+def numbers_of_tokens(term: Term, given: Any, prompts: PromptBatch, episode: Episode) -> np.ndarray:
+    """(T,) what a reward says that the tokens of a response are paid, refused where it is no finite number of each."""
+    count = len(episode.response_ids)
+    try:
+        values, _ = as_numbers(given, count, abstain=False)
+        wrong = "" if np.isfinite(values).all() else "values that are not finite"
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError(
+            f"{term.option} ({term.reward}): step_rewards must give one finite number per token, {count} of "
+            f"{prompts.place(episode.prompt_index)}, got {wrong}"
+        )
+    return values
 
 
 def counted(components: Mapping[str, float], silent: Sequence[str]) -> dict[str, float]:

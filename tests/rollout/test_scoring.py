@@ -179,6 +179,25 @@ def test_only_the_prompts_at_fault_are_named():
         played({"half": (half, 1e308), "tokens": (Tokens(), 1e308)})
 
 
+def paying(paid):
+    own = {"pays_steps": True, "step_rewards": lambda self, prompts, responses: [paid(len(ids)) for ids in responses]}
+    return type("Paying", (Tokens,), own)()
+
+
+@pytest.mark.parametrize(
+    ("paid", "got"),
+    [
+        (lambda count: np.ma.array(np.ones(count), mask=True), r"masked_array\(data=\[--"),
+        (lambda count: np.full(count, np.nan), "values that are not finite"),
+        (lambda count: 1.0, r"shape \(\)"),
+    ],
+)
+def test_what_tokens_are_paid_is_refused_where_it_is_no_number_of_each(paid, got):
+    assert played(paying(np.ones))[0].step_rewards.sum() > 0
+    with pytest.raises(UserError, match=rf"^data\.reward .*: step_rewards must give one .* of prompt 1\d, got {got}"):
+        played(paying(paid))
+
+
 @pytest.mark.parametrize(("size", "weight"), [(1e308, -1), (2e15, -1), (-1e300, 0)])
 def test_a_reward_too_large_to_average_is_refused_though_another_makes_up_for_it_or_it_weighs_nothing(size, weight):
     huge, plain = returning(size), {"half": half}

@@ -67,7 +67,7 @@ def test_types_that_hold_null_and_types_in_words():
         (["--export=null"], "--export: expected a mapping, or a YAML file that holds one, got null"),
         (
             ["--model=lit_rlhf.algorithms.module.AlignmentModule"],
-            "model: name a class by model.class_path, such as lit_r",
+            "--model: name a class by model.class_path, such as lit_r",
         ),
     ],
 )

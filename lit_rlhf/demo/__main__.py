@@ -17,6 +17,7 @@ ACHIEVED = {  # stage -> metrics of its summary that say what it achieved
     "dpo": ("val/reward_accuracy", "val/reward_margin"),
 }
 # At the rate of the others DPO leaves what the pairs can judge (KL 8.5 nats, half of them lost).
+BAR = 0.75  # of held-out prompts, the share on which an aligned policy is to win over the SFT model
 OVERLAYS = {"reward_model": "lora.yaml", "ppo": "lora.yaml", "dpo": "lora_dpo.yaml"}
 
 
@@ -45,6 +46,17 @@ def demo(root: str = "runs/demo", seed: int = 0, lora: bool = False) -> None:
         adapter = [] if overlay is None else [f"--config={CONFIGS / 'overlays' / overlay}"]
         run_stage(stage, root, seed, [*adapter, *extra, f"--data.seed={seed}"])
     subprocess.run([sys.executable, "-m", "lit_rlhf", "compare", f"--root={root}"], check=True)
+    judge(Path(root))
+
+
+def judge(root: Path) -> None:
+    """Say whether the policies won as they should; status 1 where one did not."""
+    results = json.loads((root / "results.json").read_text())
+    rates = {stage: results[stage]["win_rate"] for stage in ("ppo", "dpo")}
+    told = ", ".join(f"{stage} {rate:.2f}" for stage, rate in rates.items())
+    print(f"win rate over sft: {told}; at least {BAR} was to be reached", flush=True)
+    if min(rates.values()) < BAR:
+        raise SystemExit(1)
 
 
 def run_stage(stage: str, root: str, seed: int, extra: list[str]) -> None:

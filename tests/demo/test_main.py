@@ -28,6 +28,8 @@ def test_the_demo_starts_each_stage_from_the_one_before_and_says_what_it_achieve
             Path(folder).mkdir(parents=True)
             metrics = {name: 0.25 for name in demo.ACHIEVED[stage]}
             (Path(folder) / "summary.json").write_text(json.dumps({"metrics": metrics}))
+        else:
+            write_results(Path("runs/demo"), ppo=0.78, dpo=0.75)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(demo.subprocess, "run", accept)
@@ -48,6 +50,19 @@ def test_the_demo_starts_each_stage_from_the_one_before_and_says_what_it_achieve
     for stage, names in demo.ACHIEVED.items():
         (line,) = [line for line in lines if line.startswith(f"{stage}: ") and " in " in line]
         assert all(f"{name} 0.250" in line for name in names)
+    assert lines[-1] == "win rate over sft: ppo 0.78, dpo 0.75; at least 0.75 was to be reached"
+
+
+@pytest.mark.parametrize("rates", [{"ppo": 0.74, "dpo": 0.9}, {"ppo": 0.9, "dpo": 0.74}], ids=str)
+def test_a_demo_whose_policies_do_not_win_as_they_should_ends_with_status_1(tmp_path, rates, capsys):
+    write_results(tmp_path, **rates)
+    with pytest.raises(SystemExit, match="1"):
+        demo.judge(tmp_path)
+    assert "0.74" in capsys.readouterr().out
+
+
+def write_results(root, **rates):
+    (root / "results.json").write_text(json.dumps({stage: {"win_rate": rate} for stage, rate in rates.items()}))
 
 
 def test_the_demo_ends_with_a_stage_that_fails(monkeypatch):

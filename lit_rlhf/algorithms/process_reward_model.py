@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_rlhf.algorithms.calibration import Calibration, calibration
 from lit_rlhf.algorithms.module import AlignmentModule
-from lit_rlhf.algorithms.samples import Sample, known_examples, read_samples
+from lit_rlhf.algorithms.samples import Sample, known_examples, known_texts, read_samples
 from lit_rlhf.algorithms.step_metrics import StepCounts, step_counts
 from lit_rlhf.data.batches import PromptBatch, StepwiseBatch
 from lit_rlhf.data.modules import StepwiseDataModule
@@ -151,8 +151,8 @@ class ProcessRewardModel(AlignmentModule):
     def samples(self, prompts: PromptBatch) -> list[Sample]:
         """Held-out solutions, with the scores of their steps."""
         rows = [
-            {"prompt": row["prompt"], "completion": "\n".join(row["completions"]), "step_scores": rounded(row)}
-            for row in self.predict_step(prompts, 0)
+            text | {"step_scores": rounded(row)}
+            for text, row in zip(known_texts(self.tokenizer, prompts), self.predict_step(prompts, 0), strict=True)
         ]
         return read_samples(rows, known_examples(prompts), self.tokenizer, self.token_readings, self.device)
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.calibration import Calibration, calibration
 from lit_rlhf.algorithms.preference import PreferenceModule, agreement
-from lit_rlhf.algorithms.samples import Sample, known_examples, read_samples
+from lit_rlhf.algorithms.samples import Sample, known_examples, known_texts, read_samples
 from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.data.batching import ResumableLoader
 from lit_rlhf.engine.packing import PackedBatch
@@ -187,8 +187,8 @@ class RewardModel(PreferenceModule):
         """Held-out completions with their scores, where the data has them, and the score after each of their tokens."""
         if prompts.response_ids is None:
             return []
-        names = ("prompt", "completion", "score")
-        rows = [{name: row[name] for name in names} for row in self.predict_step(prompts, 0)]
+        texts = known_texts(self.tokenizer, prompts)
+        rows = [text | {"score": row["score"]} for text, row in zip(texts, self.predict_step(prompts, 0), strict=True)]
         return read_samples(rows, known_examples(prompts), self.tokenizer, self.token_readings, self.device)
 
     def token_readings(self, packed: PackedBatch) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from lit_rlhf.data.batches import PromptBatch
+from lit_rlhf.data.texts import as_texts
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
 from token_mdp import Episode
 
@@ -69,11 +70,23 @@ def known_examples(prompts: PromptBatch) -> list[Example]:
     return [Example(prompt, (ids,)) for prompt, ids in zip(prompts.prompt_ids, prompts.response_ids, strict=True)]
 
 
+def known_texts(tokenizer: Any, prompts: PromptBatch) -> list[dict[str, Any]]:
+    """Rows of prompts and the completions that the data have, as text, message lists too."""
+    pairs = ((example.prompt_ids, example.responses[0]) for example in known_examples(prompts))
+    return [dict(zip(("prompt", "completion"), as_texts(tokenizer, *pair), strict=True)) for pair in pairs]
+
+
 def with_known_completions(rows: Sequence[dict[str, Any]], prompts: PromptBatch) -> list[dict[str, Any]]:
     """Rows with the completion that the data have beside each prompt, by the name that `predict` gives it."""
     known = prompts.columns.get("completion") or [None] * len(rows)
-    texts = [{"reference_completion": text} if isinstance(text, str) else {} for text in known]
-    return [{**row, **text} for row, text in zip(rows, texts, strict=True)]
+    return [row | reference(completion) for row, completion in zip(rows, known, strict=True)]
+
+
+def reference(completion: Any) -> dict[str, str]:
+    """A completion that the data have, of messages their contents."""
+    if isinstance(completion, list):
+        completion = "\n".join(str(message["content"]) for message in completion if message.get("content"))
+    return {"reference_completion": completion} if isinstance(completion, str) else {}
 
 
 def pieces(tokenizer: Any, ids: np.ndarray, before: np.ndarray | tuple[int, ...] = ()) -> list[str]:

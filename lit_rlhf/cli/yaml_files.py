@@ -285,6 +285,8 @@ def _a_class(part: str) -> str:
 
 def _places(node: MappingNode, file: Path, path: tuple[str, ...]) -> Iterator[Place]:
     for key, value in node.value:
+        if not isinstance(key, ScalarNode):  # a template in braces reads as a mapping whose keys are mappings
+            continue
         here = path if key.value == "init_args" else (*path, key.value)
         scalar = value.value if isinstance(value, ScalarNode) else None
         if here != path:

@@ -1,12 +1,19 @@
 """Samples: text by tokens that make up the whole, and what each stage knows of a token."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lit_rlhf.algorithms.samples import MOST_TOKENS, Sample, pieces, read_samples
+from lit_rlhf.callbacks import SampleTable
 from lit_rlhf.engine.packing import Example
 from tests.stages import make_stage, make_trainer
+
+ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 
 
 class Bytes:
@@ -74,3 +81,33 @@ def test_each_stage_reads_tokens_by_what_it_knows(stage, known, inputs, tmp_path
         assert samples[0].readings["score so far"][-1] == pytest.approx(samples[0].row["score"], abs=1e-4)
     elif stage in ("dpo", "ppo"):  # before training, the policy is the reference
         assert samples[0].row["kl"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "process_reward_model", "dpo", "ppo"])
+def test_samples_of_conversations_are_text_to_every_way_of_showing_them(stage, inputs, tmp_path):
+    folder = tmp_path / "conversations"
+    shutil.copytree(inputs, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder / "model")
+    for file in folder.glob("*.jsonl"):
+        rows = [
+            {
+                name: [{"role": ROLES[name], "content": value.strip()}] if name in ROLES else value
+                for name, value in row.items()
+            }
+            for row in map(json.loads, file.read_text().splitlines())
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module, data = make_stage(stage, folder)
+    module.untrained = None
+    table = SampleTable(2)
+    trainer = make_trainer(tmp_path, limit_val_batches=1, callbacks=[table])
+    trainer.validate(module, data, verbose=False)
+    (now,) = table.seen
+    assert len(now["samples"]) == 2
+    for sample in now["samples"]:
+        assert all(isinstance(sample["row"][name], str) for name in ("prompt", "completion"))
+        assert sample["row"]["prompt"].startswith("w")
+        known = sample["row"].get("reference_completion")
+        assert known is None if stage in ("reward_model", "process_reward_model", "ppo") else known.startswith("w")

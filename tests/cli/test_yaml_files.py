@@ -197,6 +197,11 @@ def test_options_that_are_written_out_in_a_mapping_are_found_with_their_values()
     ]
 
 
+def test_a_template_that_is_typed_names_no_options_though_yaml_reads_its_braces_as_mappings():
+    argv = ["fit", "--data.chat_template={{ messages + 1 }}", "--a={? [b] : 1}"]
+    assert list(typed_places(argv)) == [("--data.chat_template", "{{ messages + 1 }}"), ("--a", "{? [b] : 1}")]
+
+
 @pytest.mark.parametrize(("encoding", "right"), [("utf-8", True), ("ascii", False), ("latin-1", False)])
 def test_a_config_with_letters_that_the_locale_would_misread_is_told_by_line(encoding, right, tmp_path, monkeypatch):
     monkeypatch.setattr("locale.getpreferredencoding", lambda setlocale: encoding)

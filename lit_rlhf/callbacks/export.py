@@ -1,10 +1,12 @@
 """The artefact of a run: a Hugging Face folder, whole or not there."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub import ModelCard
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -13,10 +15,11 @@ from safetensors import SafetensorError
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
 from lit_rlhf.algorithms.lightning_tools import require_steps
 from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.callbacks.model_card import CARD, card_facts, model_card, stored_facts
 from lit_rlhf.data.checks import written_folders
 from lit_rlhf.data.locating import input_files
 from lit_rlhf.data.naming import Role, Source
-from lit_rlhf.errors import UserError, one_line, require, require_types
+from lit_rlhf.errors import UserError, damaged, one_line, require, require_types
 from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, said_of, writing_into
 from lit_rlhf.models.adapter_folders import Origin
 from lit_rlhf.models.fingerprints import Fingerprints
@@ -25,7 +28,8 @@ from lit_rlhf.rollout.scoring import Rewards
 
 # Names, and ends of names, of what an export writes; by tokenizers of every kind.
 WRITTEN = {".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".codes", ".py"}
-WRITTEN |= {"additional_chat_templates"}
+WRITTEN |= {"additional_chat_templates", CARD}
+SHARD_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -39,6 +43,7 @@ class HuggingFaceExport(Callback):
         dtype: of the weights on disk; null = that of the folder which the model came from.
         merge: where an adapter has learnt (`lora`), write whole weights with the adapter folded in; false = the adapter
             alone, for PEFT; null = the adapter, unless its base is on no disk.
+        max_shard_size: of a file of weights, such as 5GB: larger ones are several files; null = transformers' default.
     """
 
     def __init__(
@@ -47,12 +52,14 @@ class HuggingFaceExport(Callback):
         which: Literal["best", "last"] | None = None,
         dtype: Dtype | None = None,
         merge: bool | None = None,
+        max_shard_size: str | None = None,
     ) -> None:
         require_types(HuggingFaceExport.__init__, locals())
         self.folder = folder
         self.which = which
         self.dtype = as_dtype(dtype, "export.dtype")
         self.merge = merge
+        self.max_shard_size = as_shard_size(max_shard_size, "export.max_shard_size")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the folder, and try all but the weights, before an hour of training."""
@@ -78,6 +85,11 @@ class HuggingFaceExport(Callback):
         if trainer.ckpt_path is None and target.exists() and any(target.iterdir()):
             rank_zero_info(f"export.folder: {target} holds an export, which this run's will replace")
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what the card of an export of these weights says."""
+        assert isinstance(pl_module, AlignmentModule)
+        checkpoint["card"] = card_facts(pl_module, trainer)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at where everything else goes that the run writes; all of that is known by now."""
         if self.folder is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -100,12 +112,15 @@ class HuggingFaceExport(Callback):
             return
         target, which = Path(trainer.default_root_dir) / self.folder, ""
         if best is None:
-            made = pl_module.artefact(self.dtype, merge=self.merge)
+            made, facts = pl_module.artefact(self.dtype, merge=self.merge), card_facts(pl_module, trainer)
         else:
-            made = pl_module.artefact(self.dtype, read_facts(best), self.merge)
+            stored = read_facts(best)
+            made = pl_module.artefact(self.dtype, stored, self.merge)
+            facts = stored_facts(stored, damaged(best, "card"))
             weights = read_weights(best, pl_module.exported)
             which = f" as it was best: {best}"
-        replace_export(made, weights, target)
+        card = model_card(made, facts)
+        replace_export(made._replace(max_shard_size=self.max_shard_size), weights, target, card)
         rank_zero_info(f"exported {type(pl_module).__name__} to {target}{which}")
 
 
@@ -113,6 +128,14 @@ def as_dtype(name: str | None, option: str) -> torch.dtype | None:
     """A dtype by its name."""
     require(name in (None, *get_args(Dtype)), option, name, f"one of {', '.join(get_args(Dtype))}, or null")
     return None if name is None else getattr(torch, name)
+
+
+def as_shard_size(size: str | None, option: str) -> str | None:
+    """A size of files as transformers takes it."""
+    require(
+        size is None or SHARD_SIZE.fullmatch(size) is not None, option, size, "a size such as 5GB or 500MB, or null"
+    )
+    return size
 
 
 def monitors(trainer: Trainer) -> list[Any]:
@@ -232,16 +255,18 @@ def rehearse(made: Artefact, target: Path) -> None:
 
 def export(module: AlignmentModule, weights: dict[str, torch.Tensor], target: Path) -> None:
     """Write a module's artefact with these weights of `module.exportable()`; see `replace_export`."""
-    replace_export(module.artefact(), weights, target)
+    made = module.artefact()
+    replace_export(made, weights, target, model_card(made, card_facts(module)))
 
 
-def replace_export(made: Artefact, weights: dict[str, torch.Tensor], target: Path) -> None:
+def replace_export(made: Artefact, weights: dict[str, torch.Tensor], target: Path, card: ModelCard) -> None:
     """Write a Hugging Face folder aside and rename it into place: a reader never meets half of one.
 
     Args:
         made: what stands beside the weights.
         weights: the whole state dict of its model.
         target: the folder; one that is there is replaced.
+        card: of the model, see `model_card`.
 
     Raises:
         UserError: the weights are ruined, the disk is full or may not be written to, or something else than an export
@@ -252,5 +277,6 @@ def replace_export(made: Artefact, weights: dict[str, torch.Tensor], target: Pat
         with replacing(target) as aside:
             aside.mkdir()
             write(made, weights, aside)
+            (aside / CARD).write_text(str(card), encoding="utf-8")
     except (OSError, SafetensorError) as error:  # as a full disk is reported
         raise UserError(f"the export to {target} failed and left nothing new there: {error}") from error

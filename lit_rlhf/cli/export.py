@@ -1,55 +1,135 @@
-"""Export a checkpoint by itself: no run goes on, no data are read."""
+"""Export a checkpoint by itself, or an export anew: no run goes on, no data are read."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.algorithms.checkpoint import read_facts, read_weights
 from lit_rlhf.algorithms.process_reward_model import ProcessRewardModel
 from lit_rlhf.algorithms.resumed_state import require_same_shapes
 from lit_rlhf.algorithms.reward_model import RewardModel, stored_score_head
-from lit_rlhf.callbacks.export import Dtype, as_dtype, replace_export, require_apart, require_replaceable, starts_of
+from lit_rlhf.algorithms.sft import SFT
+from lit_rlhf.callbacks.export import (
+    Dtype,
+    as_dtype,
+    as_shard_size,
+    replace_export,
+    require_apart,
+    require_replaceable,
+    starts_of,
+)
+from lit_rlhf.callbacks.model_card import NO_FACTS, base_model_of, carried_card, model_card, stored_facts
 from lit_rlhf.cli.checkpoints import require_checkpoint
+from lit_rlhf.cli.commands import WRITTEN
 from lit_rlhf.data.chat import stop_token_ids
-from lit_rlhf.errors import UserError, damaged, require_alike
+from lit_rlhf.errors import UserError, damaged, named_by, require, require_alike
+from lit_rlhf.models import hub
 from lit_rlhf.models.adapter_folders import Origin, named_base, saved_adapter
-from lit_rlhf.models.heads import OF_RESPONSES, OF_STEPS
+from lit_rlhf.models.heads import OF_RESPONSES, OF_STEPS, ScalarHeadKind
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.loading import load_shape
-from lit_rlhf.models.saving import artefact
+from lit_rlhf.models.saving import Artefact, artefact
 from lit_rlhf.models.tokens import load_tokenizer
+from lit_rlhf.rollout.judges import stored_head_kind
 
 HEADS = {RewardModel.exported: OF_RESPONSES, ProcessRewardModel.exported: OF_STEPS}  # by the network that is exported
+OF_KIND: dict[ScalarHeadKind | None, Any] = {None: SFT, OF_RESPONSES: RewardModel, OF_STEPS: ProcessRewardModel}
+
+EXAMPLE = WRITTEN["export"]
 
 
 def export(
-    ckpt_path: str,
-    folder: str,
+    ckpt_path: str | None = None,
+    folder: str | None = None,
+    model: str | None = None,
     policy: str | None = None,
     dtype: Dtype | None = None,
     merge: bool | None = None,
+    max_shard_size: str | None = None,
+    push: str | None = None,
+    private: bool | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Write the model that a checkpoint holds as a Hugging Face folder, as its run would have done at its end.
 
+    Or write one that is exported already anew: an adapter merged, in another dtype, in smaller files.
+
     Args:
         ckpt_path: a checkpoint that `fit` has kept: a file, or a folder of sharded weights.
         folder: where to; an older export there is replaced.
-        policy: folder or hub name of the model that the run started from, which gives config and tokenizer; null = as
-            the run named it.
-        dtype: of the weights on disk; null = that of the model that the run started from.
-        merge: where an adapter has learnt, write whole weights with the adapter folded in; false = the adapter alone;
-            null = the adapter, unless its base is on no disk.
+        model: in its place, the folder or hub name of a model, a reward model, or an adapter.
+        policy: folder or hub name of the model that the checkpoint's run started from, which gives config and
+            tokenizer; null = as the run named it.
+        dtype: of the weights on disk; null = that of the model that the run started from, or that is exported anew.
+        merge: of an adapter, write whole weights with the adapter folded in; false = the adapter alone; null = the
+            adapter, unless its base is on no disk.
+        max_shard_size: of a file of weights, such as 5GB: larger ones are several files; null = transformers' default.
+        push: repository on the hub (owner/name) that the folder is uploaded to, too; it is made where there is none.
+        private: whether only its owner sees a repository that is made; null = as the owner's account has it.
         trust_remote_code: run code that comes with that model.
 
     Raises:
-        UserError: no checkpoint, or not of this model; the model is not there; ruined weights; a full disk.
+        UserError: no checkpoint, or not of this model; the model is not there; ruined weights; a full disk; a hub that
+            is not reached or refuses.
     """
+    if ckpt_path is not None and model is not None:
+        raise UserError(
+            f"ckpt_path ({ckpt_path}) and model ({model}) are both given: name what to export by one of them"
+        )
+    if folder is None or (ckpt_path is None and model is None):
+        lacking = [name for name, given in (("ckpt_path", ckpt_path or model), ("folder", folder)) if given is None]
+        raise UserError(f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing; write {EXAMPLE}")
+    require(policy is None or model is None, "policy", policy, "null with model: it is of checkpoints")
+    require(private is None or push is not None, "private", private, "null without push: it is of repositories")
+    require_repository(push)
+    target, shard_size = Path(folder), as_shard_size(max_shard_size, "max_shard_size")
+    require_replaceable(target, "folder")
+    if ckpt_path is not None:
+        what, made, weights, card = of_checkpoint(ckpt_path, target, policy, dtype, merge, trust_remote_code)
+    else:
+        assert model is not None
+        what, made, weights, card = of_model(model, target, dtype, merge, trust_remote_code)
+    replace_export(made._replace(max_shard_size=shard_size), weights, target, card)
+    rank_zero_info(f"exported {what} to {folder}")
+    if push is not None:
+        rank_zero_info(f"uploaded {folder} to {hub.push(target, push, private)}")
+
+
+def require_repository(name: str | None) -> None:
+    """Refuse what cannot be the name of a repository, before an hour of work."""
+    try:
+        validate_repo_id(name or "owner/name")
+    except ValueError as error:
+        raise UserError(f"push: {error}") from error
+    require(name is None or "/" in name, "push", name, "owner/name")
+
+
+def of_model(
+    name: str, target: Path, dtype: Dtype | None, merge: bool | None, trust_remote_code: bool
+) -> tuple[str, Artefact, dict[str, Any], ModelCard]:
+    """A model that is exported already: what it is, what stands beside its weights, these, and its card."""
+    if merge and saved_adapter(name) is None:
+        raise UserError(f"merge is true, and {name} holds no adapter: drop it")
+    with named_by("model"):
+        kind = stored_head_kind(name)
+        options: dict[str, Any] = {"normalize": None} if kind is OF_RESPONSES else {}
+        module = OF_KIND[kind](name, trust_remote_code=trust_remote_code, **options)
+    made = module.artefact(as_dtype(dtype, "dtype"), merge=merge)
+    require_apart(target, starts_of({"policy": name}, made.adapter, []), "folder")
+    facts = NO_FACTS | {"start": name, "base_model": base_model_of(name)}
+    return name, made, module.exported_weights(), carried_card(made, Path(name).expanduser(), facts)
+
+
+def of_checkpoint(
+    ckpt_path: str, target: Path, policy: str | None, dtype: Dtype | None, merge: bool | None, trust_remote_code: bool
+) -> tuple[str, Artefact, dict[str, Any], ModelCard]:
+    """Likewise of the model in a checkpoint; no weights of another are read."""
     require_checkpoint(Path(ckpt_path))
-    require_replaceable(Path(folder), "folder")
     facts = read_facts(ckpt_path)
     parameters = facts.get("hyper_parameters")
     source = policy or (parameters.get("policy") if isinstance(parameters, Mapping) else None)
@@ -89,9 +169,9 @@ def export(
     named = parameters if isinstance(parameters, Mapping) else {}
     parts = (facts, *facts.values())  # the module, and among others the data
     held = [part["stands_on"] for part in parts if isinstance(part, Mapping) and "stands_on" in part]
-    require_apart(Path(folder), starts_of({**named, "policy": source}, adapter, held), "folder")
-    replace_export(made, weights, Path(folder))
-    rank_zero_info(f"exported {facts['algorithm']} of step {facts['global_step']} to {folder}")
+    require_apart(target, starts_of({**named, "policy": source}, adapter, held), "folder")
+    card = model_card(made, stored_facts(facts, damaged(ckpt_path, "card")))
+    return f"{facts['algorithm']} of step {facts['global_step']}", made, weights, card
 
 
 def stored_origin(facts: Mapping[str, Any], policy: str | None) -> Origin | None:

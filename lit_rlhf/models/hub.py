@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import datasets
-from huggingface_hub import constants, get_session
+from huggingface_hub import HfApi, constants, get_session
 
 from lit_rlhf.errors import UserError, looks_like_a_path
 from lit_rlhf.files import heal
@@ -181,3 +181,28 @@ def in_transformers(error: Exception) -> bool:
         frame.f_globals.get("__name__", "").startswith("transformers.")
         for frame, _ in traceback.walk_tb(error.__traceback__)
     )
+
+
+def push(folder: Path, repo: str, private: bool | None = None) -> str:
+    """Upload a folder to a repository of models on the hub, which is made where there is none.
+
+    Args:
+        folder: of an export.
+        repo: owner/name.
+        private: whether only its owner sees a repository that is made; None = as the owner's account has it.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        UserError: the hub's client refuses, or does not reach it; the folder stays.
+    """
+    try:
+        hub = HfApi()
+        hub.create_repo(repo, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repo, folder_path=folder))
+    except Exception as error:  # of the client's HTTP library it may be any, see `_answers`
+        raise UserError(
+            f"push: {repo} was not uploaded ({first_line(error)}); {folder} is there: log in by `hf auth login`, and "
+            f"then `hf upload {repo} {folder}`"
+        ) from error

@@ -45,6 +45,7 @@ class Artefact(NamedTuple):
     gain: float
     adapter: Origin | None = None  # of the weights that learnt, where the rest is a frozen base
     merge: bool = False  # write them folded into the base, not as an adapter
+    max_shard_size: str | None = None  # of a file of weights; None = transformers' default
 
 
 def artefact(
@@ -132,7 +133,8 @@ def write(made: Artefact, weights: Mapping[str, Tensor], folder: Path) -> None:
     held = model.config, getattr(model, "generation_config", None)
     model.config, model.generation_config = made.config, GenerationConfig()
     try:
-        model.save_pretrained(folder, state_dict=cast)
+        shards: dict[str, Any] = {} if made.max_shard_size is None else {"max_shard_size": made.max_shard_size}
+        model.save_pretrained(folder, state_dict=cast, **shards)
     finally:
         model.config, model.generation_config = held  # type: ignore[assignment]
     made.config.dtype = dtype  # transformers wrote that of the weights in memory

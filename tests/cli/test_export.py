@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, constants
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lit_rlhf import SFT, LoRA
 from lit_rlhf.callbacks import HuggingFaceExport
+from lit_rlhf.callbacks.export import export
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO
 from tests.cli.command_line import run
+from tests.models.adapted import move
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
 from tests.tiny import tiny_tokenizer
 
@@ -138,3 +143,86 @@ def test_a_resumed_run_takes_its_arguments_from_the_user_and_not_from_the_checkp
     assert run("fit", *model, *data, *trainer, f"--ckpt_path={finished['sft'] / 'end.ckpt'}") == 0
     (file,) = tmp_path.rglob("hparams.yaml")
     assert "learning_rate: 0.125" in file.read_text()
+
+
+@pytest.fixture(scope="module")
+def adapter(inputs, tmp_path_factory):
+    """The folder of an adapter that has moved, on the tiny model."""
+    target = tmp_path_factory.mktemp("adapter") / "model"
+    module = SFT(str(inputs / "model"), lora=LoRA(r=2))
+    move(module.policy, "policy")
+    export(module, module.exported_weights(), target)
+    return target
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
+def test_an_exported_adapter_is_merged_as_peft_does_it(adapter, tmp_path):
+    target = tmp_path / "model"
+    assert run("export", f"--model={adapter}", f"--folder={target}", "--merge", "--dtype=float32") == 0
+    merged = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).merge_and_unload().state_dict()
+    weights = load_file(target / "model.safetensors")
+    assert weights.keys() <= merged.keys()
+    for name, tensor in weights.items():
+        assert torch.allclose(tensor, merged[name], atol=1e-6), name
+    assert (adapter / "README.md").read_text() != (target / "README.md").read_text()
+    assert ModelCard.load(target / "README.md").data["library_name"] == "transformers"
+    assert ModelCard.load(target / "README.md").text == ModelCard.load(adapter / "README.md").text
+
+
+def test_an_adapter_that_is_exported_anew_stays_one(adapter, tmp_path):
+    assert run("export", f"--model={adapter}", f"--folder={tmp_path / 'model'}") == 0
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "model")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_an_export_is_written_anew_with_the_same_weights_in_another_dtype_and_smaller_files(finished, tmp_path, stage):
+    source, target = finished[stage] / "model", tmp_path / "model"
+    options = ["--dtype=float16", "--max_shard_size=10KB"]
+    assert run("export", f"--model={source}", f"--folder={target}", *options) == 0
+    files = sorted(target.glob("model-*.safetensors"))
+    assert len(files) > 1 and (target / "model.safetensors.index.json").exists()
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    before = load_file(source / "model.safetensors")
+    assert weights.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name].half()) for name, tensor in weights.items())
+    mine, theirs = (json.loads((folder / "config.json").read_text()) for folder in (source, target))
+    assert mine | {"dtype": "float16"} == theirs
+    assert (source / "README.md").read_text() == (target / "README.md").read_text()
+
+
+def test_an_export_is_pushed_where_it_is_asked_for_and_stays_where_that_fails(finished, tmp_path, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr("lit_rlhf.models.hub.push", lambda *given: pushed.append(given) or "https://hub/me/it")
+    given = [f"--model={finished['sft'] / 'model'}", f"--folder={tmp_path / 'model'}", "--push=me/it"]
+    assert run("export", *given, "--private") == 0
+    assert pushed == [(tmp_path / "model", "me/it", True)]
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert run("export", *given) == 2
+    assert "error: push: me/it was not uploaded" in capsys.readouterr().err
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "ckpt_path is missing; write lit-rlhf export"),
+        (["--model=start", "--ckpt_path=end.ckpt"], "ckpt_path (end.ckpt) and model (start) are both given"),
+        (["--model=start", "--policy=start"], "policy (start) must be null with model"),
+        (["--model=start", "--merge"], "merge is true, and start holds no adapter"),
+        (["--model=start", "--folder=start"], "folder: start holds what the run starts from"),
+        (["--model=start", "--max_shard_size=5"], "max_shard_size (5) must be a size such as 5GB"),
+        (["--model=start", "--push=it"], "push (it) must be owner/name"),
+        (["--model=start", "--push=me/it/there"], "push: "),
+        (["--model=start", "--private"], "private (True) must be null without push"),
+        (["--model=nowhere/there"], "model: nowhere/there"),
+    ],
+)
+def test_what_cannot_be_exported_anew_is_told_in_a_line(inputs, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    Path("start").symlink_to(inputs / "model")
+    assert run("export", "--folder=model", *options) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert said in line and not Path("model").exists()

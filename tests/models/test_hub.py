@@ -138,3 +138,31 @@ def test_a_byte_order_mark_is_named_with_its_file(file, encoding, folder, tmp_pa
     (marked / file).write_text(text, encoding=encoding)
     with pytest.raises(UserError, match=rf"marked: {file} begins with a byte order mark: save it as UTF-8 without one"):
         load_policy_with_tokenizer(marked)
+
+
+class Hub:
+    """In the place of the hub's client; notes what is asked of it."""
+
+    def __init__(self):
+        self.asked = []
+
+    def create_repo(self, repo, private, exist_ok):
+        self.asked.append(("create", repo, private, exist_ok))
+
+    def upload_folder(self, repo_id, folder_path):
+        self.asked.append(("upload", repo_id, folder_path))
+        return f"https://hub/{repo_id}"
+
+
+def test_a_folder_is_uploaded_to_a_repository_that_is_made_if_need_be(monkeypatch, tmp_path):
+    client = Hub()
+    monkeypatch.setattr(hub, "HfApi", lambda: client)
+    assert hub.push(tmp_path, "me/it", private=True) == "https://hub/me/it"
+    assert client.asked == [("create", "me/it", True, True), ("upload", "me/it", tmp_path)]
+
+
+def test_an_upload_without_a_hub_is_told_in_a_line_with_the_command_that_does_it_later(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=rf"push: me/it was not uploaded \(.*hf upload me/it {tmp_path}") as refused:
+        hub.push(tmp_path, "me/it")
+    assert "\n" not in str(refused.value)

@@ -1,5 +1,6 @@
 """`lit-rlhf chat`: talk to a model, or to two of them side by side, and see what a reward gives for the answers."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,7 @@ def chat(
     beside = len(talks) > 1 and console.is_terminal
     screen = Columns(names, console) if beside else Lines(names, console)
     if typed:
-        console.print(Text(f"{', '.join(names)}: /help for commands, /exit to end", style="dim"))
+        tell(console, f"{', '.join(names)}: /help for commands, /exit to end", "dim")
     try:
         for line in typed_lines() if typed else piped_lines():
             with ctrl_c_ends_the_answer() if typed else nullcontext():
@@ -88,9 +89,11 @@ def chat(
                 except UserError as error:
                     if not typed:
                         raise
-                    console.print(Text(f"error: {error}", style="red"))
+                    tell(console, f"error: {error}", "red")
     except EOFError:  # of /exit
         return
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor what is flushed at the end
     except Stop as stop:
         stop.told = "\nthe chat has ended"
         raise
@@ -138,6 +141,11 @@ def obey(line: str, talks: Sequence[Conversation]) -> str | None:
     return None
 
 
+def tell(console: Console, text: str, style: str) -> None:
+    """Print a line, which only a terminal wraps."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
 def typed_lines() -> Iterator[str]:
     """What a person types, line by line, until Ctrl-D."""
     with suppress(ImportError):  # which Python has on every system but Windows: line editing, and what was typed before
@@ -159,9 +167,12 @@ def piped_lines() -> Iterator[str]:
         UserError: one is not UTF-8.
     """
     try:
-        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
-    except UnicodeDecodeError as error:
-        raise UserError(f"the questions on standard input are no text in UTF-8 ({error})") from error
+        for line in sys.stdin:
+            line.encode()  # in some locales what could not be read is half a character
+            if line.strip():
+                yield line.rstrip("\r\n")
+    except UnicodeError as error:
+        raise UserError(f"standard input is not UTF-8 ({error})") from error
 
 
 @contextmanager
@@ -193,7 +204,7 @@ class Lines:
         """From here on this model answers."""
         self.number = number
         if len(self.names) > 1:
-            self.console.print(Text(f"{self.names[number]}:", style="bold"))
+            tell(self.console, f"{self.names[number]}:", "bold")
 
     def write(self, text: str) -> None:
         """Show a piece of its answer."""
@@ -204,7 +215,7 @@ class Lines:
         """It has answered, and this is what the reward gives for it, if there is one."""
         self.write("\n")
         if score is not None:
-            self.console.print(Text(f"reward: {score:.4f}", style="dim"))
+            tell(self.console, f"reward: {score:.4f}", "dim")
 
 
 class Columns(Lines):

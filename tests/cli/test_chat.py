@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import shutil
 import signal
 import sys
 import threading
@@ -118,6 +119,27 @@ def test_mistakes_are_told_in_a_line(args, lines, said, chatty, say):
     assert status == 2
     (line,) = [line for line in told.splitlines() if line.startswith("error:")]
     assert said in line
+
+
+def test_a_name_longer_than_a_terminal_stays_one_line_in_a_pipe(folder, say, tmp_path):
+    long = shutil.copytree(folder, tmp_path / ("m" * 100))
+    assert say(["w10"], long, f"--against={folder}")[1].splitlines()[0] == f"{long}:"
+
+
+def test_questions_that_are_no_text_are_told_in_a_line(chatty, monkeypatch, capsys):
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8", errors=errors))
+        assert run("chat", chatty, SHORT) == 2
+        assert "error: standard input is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_pipe_that_nobody_reads_on_ends_the_chat(chatty, monkeypatch):
+    reads, writes = os.pipe()
+    with os.fdopen(writes, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("w10\nw11\n"))
+        os.close(reads)
+        assert run("chat", chatty, SHORT) == 0
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def export(
     Args:
         ckpt_path: a checkpoint that `fit` has kept: a file, or a folder of sharded weights.
         folder: where to; an older export there is replaced.
-        model: in its place, the folder or hub name of a model, a reward model, or an adapter.
+        model: in place of a checkpoint, the folder or hub name of a model, a reward model, or an adapter.
         policy: folder or hub name of the model that the checkpoint's run started from, which gives config and
             tokenizer; null = as the run named it.
         dtype: of the weights on disk; null = that of the model that the run started from, or that is exported anew.

@@ -13,10 +13,11 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lit_rlhf import SFT, LoRA
+from lit_rlhf import SFT, LoRA, ProcessRewardModel, RewardModel
 from lit_rlhf.callbacks import HuggingFaceExport
 from lit_rlhf.callbacks.export import export
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO
+from lit_rlhf.models.adapter_folders import BIAS_FILE
 from tests.cli.command_line import run
 from tests.models.adapted import move
 from tests.stages import STAGES, make_stage, make_trainer, write_inputs
@@ -190,6 +191,26 @@ def test_an_export_is_written_anew_with_the_same_weights_in_another_dtype_and_sm
     mine, theirs = (json.loads((folder / "config.json").read_text()) for folder in (source, target))
     assert mine | {"dtype": "float16"} == theirs
     assert (source / "README.md").read_text() == (target / "README.md").read_text()
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)])
+@pytest.mark.parametrize("kind", [RewardModel, ProcessRewardModel])
+def test_a_model_that_scores_is_written_anew_with_all_that_its_scores_need(inputs, tmp_path, kind, lora):
+    module = kind(str(inputs / "model"), lora=lora)
+    getattr(module, kind.exported).model.config.score_bias = 0.25
+    if kind is ProcessRewardModel:
+        module.step_separator = " w3"
+    export(module, module.exported_weights(), tmp_path / "before")
+    assert run("export", f"--model={tmp_path / 'before'}", f"--folder={tmp_path / 'after'}") == 0
+    before, after = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("before", "after")
+    )
+    settings = json.loads(before["config.json" if lora is None else BIAS_FILE])
+    assert settings["step_separator"] == " w3" if kind is ProcessRewardModel else settings["score_bias"] == 0.25
+    weights = "model.safetensors" if lora is None else "adapter_model.safetensors"
+    assert before.keys() == after.keys() and before[weights] == after[weights]
+    for name in before.keys() - {weights}:
+        assert before[name] == after[name], name
 
 
 def test_an_export_is_pushed_where_it_is_asked_for_and_stays_where_that_fails(finished, tmp_path, monkeypatch, capsys):

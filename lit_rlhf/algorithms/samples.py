@@ -1,23 +1,19 @@
 """Responses to held-out prompts for a person: their text, and a number for each token by what the stage knows."""
 
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from lit_rlhf.data.batches import PromptBatch
-from lit_rlhf.data.texts import as_texts
+from lit_rlhf.data.texts import as_texts, pieces
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
 from token_mdp import Episode
 
 ADDED_UP = ("KL", "implicit reward")  # readings whose sum over a response means something
 MOST_TOKENS = 512  # of a response, that are shown one by one
-WINDOW = 16  # tokens that are decoded together
-HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for a character whose tokens are not all there
 
 
 class Sample(NamedTuple):
@@ -87,30 +83,3 @@ def reference(completion: Any) -> dict[str, str]:
     if isinstance(completion, list):
         completion = "\n".join(str(message["content"]) for message in completion if message.get("content"))
     return {"reference_completion": completion} if isinstance(completion, str) else {}
-
-
-def pieces(tokenizer: Any, ids: np.ndarray, before: np.ndarray | tuple[int, ...] = ()) -> list[str]:
-    """Tokens as texts that make up the text of all, special tokens included.
-
-    Args:
-        tokenizer: decodes.
-        ids: (T,) tokens.
-        before: tokens that they follow, which say whether a space is due before the first.
-    """
-    ids = np.concatenate([np.array(before, dtype=np.int64), ids])
-
-    def text_from(start: int, end: int) -> str:
-        return str(tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False))
-
-    parts, start, done = [], 0, ""
-    for end in range(1, len(ids) + 1):
-        text = text_from(start, end)
-        if text.endswith(HALF) and end < len(ids):  # the rest of the character is to come
-            parts.append("")
-            continue
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(done, text, strict=False))
-        parts.append(text[len(list(alike)) :])
-        done = text
-        if end - start > WINDOW:  # go on from this token, which says whether a space is due before the next
-            start, done = end - 1, text_from(end - 1, end)
-    return parts[len(before) :]

@@ -89,7 +89,12 @@ draw();
 
 def token_page(validations: Sequence[dict[str, Any]]) -> str:
     """The page of validations, each {"step", "samples": [{"row", "pieces", "readings"}]}; it needs nothing else."""
-    data = strict_json(list(validations), ensure_ascii=False).replace("<", "\\u003c")
+    return with_data(PAGE, list(validations))
+
+
+def with_data(page: str, value: Any) -> str:
+    """A page with a plain value in the place of its %s, where its script reads it."""
+    data = strict_json(value, ensure_ascii=False).replace("<", "\\u003c")
     # Separators that end a line in JavaScript of before 2019, and halves of characters, which UTF-8 has no bytes for.
     data = data.encode("utf-8", "replace").decode().replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return PAGE.replace("%s", data, 1)
+    return page.replace("%s", data, 1)

@@ -20,6 +20,7 @@ RUNS = {
 PROGRAMS = {
     "chat": "Talk to a model, or to two of them side by side.",
     "score": "Score the responses in a file by a reward model or a function.",
+    "data": "Show the rows of a config as the model will see them, and what became of all.",
     "doctor": "Say what went wrong in a run, since when, and what helps.",
     "compare": "Play finished runs on the same held-out prompts.",
     "export": "Write the model that a checkpoint holds as a Hugging Face folder.",
@@ -38,6 +39,7 @@ WRITTEN = {
     "export": "lit-rlhf export --ckpt_path=X.ckpt --folder=model",
 }
 DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212"  # hyphens, and what word processors make of them
+OF_CONFIGS = ("data", "plan")  # of these, the ones that take a config as runs do
 WORDS = ("last", "best", "hpc", "registry", "null")  # for a checkpoint that is to be found
 COMMANDS = (*RUNS, *PROGRAMS)
 USAGE = "lit-rlhf [-c CONFIG] COMMAND ..."

@@ -40,7 +40,7 @@ from lit_rlhf.callbacks.performance import Performance, default_precision
 from lit_rlhf.callbacks.progress import draws_bars
 from lit_rlhf.cli.by_option import by_option
 from lit_rlhf.cli.checkpoints import WholeCheckpointIO, choose_checkpoint
-from lit_rlhf.cli.commands import DESCRIPTION, PROGRAMS, RUNS, USAGE, options_of, require_command
+from lit_rlhf.cli.commands import DESCRIPTION, OF_CONFIGS, PROGRAMS, RUNS, USAGE, options_of, require_command
 from lit_rlhf.cli.imports import failed_constructor, left_while_imported, refused_value
 from lit_rlhf.cli.mistakes import (
     missing_package,
@@ -281,11 +281,11 @@ def main(args: Sequence[str] | None = None) -> None:
 def command(argv: list[str], from_shell: bool) -> None:
     """Do what the command line says."""
     require_command(argv)
-    check_configs(argv, (*RUNS, "plan"), ("trainer", *PARTS, *OF_EVERY_RUN))
-    if argv[0] == "plan":
-        import_module("lit_rlhf.cli.plan").plan(argv[1:])
-    elif argv[0] in PROGRAMS:
-        program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0])
+    check_configs(argv, (*RUNS, *OF_CONFIGS), ("trainer", *PARTS, *OF_EVERY_RUN))
+    program = getattr(import_module(f"lit_rlhf.cli.{argv[0]}"), argv[0]) if argv[0] in PROGRAMS else None
+    if program is not None and argv[0] in OF_CONFIGS:
+        program(argv[1:])
+    elif program is not None:
         about: Any = {"prog": f"lit-rlhf {argv[0]}", "description": PROGRAMS[argv[0]]}
         auto_cli(
             program, args=with_bare_flags(program, options_of(argv)), as_positional=False, parser_class=Program, **about

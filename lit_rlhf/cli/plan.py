@@ -2,18 +2,16 @@
 
 import copy
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_rlhf.callbacks.memory import size_of, table
 from lit_rlhf.callbacks.performance import default_precision, dtype_of_precision, measured_flops
 from lit_rlhf.callbacks.rehearsal import Rehearsal, rehearse
-from lit_rlhf.cli.main import AlignmentCLI, make_cli
+from lit_rlhf.cli.without_trainer import WithoutTrainer
 from lit_rlhf.engine.memory import LiveMemory, planned_for, shapes, total_memory
 from lit_rlhf.errors import UserError, require
 
@@ -36,15 +34,12 @@ class Device(NamedTuple):
     stated: bool  # by option, not found here
 
 
-class PlanCLI(AlignmentCLI):
-    """Makes module and data of a config on shapes, and no Trainer."""
+class PlanCLI(WithoutTrainer):
+    """Makes module and data of a config on shapes."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options of the plan, beside those of a run."""
         super().add_arguments_to_parser(parser)
-        # A run's config.yaml has the arguments of `Trainer.fit` too, which change nothing of what a run takes.
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="as of fit; plans are of any step")
-        parser.add_argument("--weights_only", type=bool | None, default=None, help="as of fit; no file is read here")
         parser.add_argument("--gpus", type=int | None, default=None, help="plan for so many GPUs")
         parser.add_argument("--memory", type=float | None, default=None, help="GB (10^9 bytes) of each; null = of this")
         parser.add_argument("--tflops", type=float | None, default=None, help="10^12 operations a second of each")
@@ -61,10 +56,6 @@ class PlanCLI(AlignmentCLI):
         self.options = options
         with planned_for(self.device.kind, self.device.memory), shapes(), self.memory:
             super().instantiate_classes()
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """There is none: the rehearsal has one of its own."""
-        return None  # type: ignore[return-value]
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -90,8 +81,7 @@ def plan(argv: Sequence[str]) -> None:
 
 def rehearsed(argv: Sequence[str]) -> tuple[PlanCLI, Rehearsal]:
     """The rehearsal of a command line, and what was made of it."""
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-    cli = make_cli(PlanCLI, "lit-rlhf plan", {}, save_config_callback=None, args=list(argv), run=False)
+    cli = PlanCLI.of(argv, "lit-rlhf plan")
     with planned_for(cli.device.kind, cli.device.memory):
         return cli, rehearse(cli.model, cli.datamodule, cli.options, cli.memory, cli.device.gpus or 1)
 

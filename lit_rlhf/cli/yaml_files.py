@@ -82,7 +82,7 @@ def check_configs(argv: Sequence[str], commands: Sequence[str], parts: Collectio
     for file in config_files(argv):
         tree = read_tree(file)
         names = {key.value: key.start_mark.line + 1 for key, _ in tree.value}
-        misplaced = sorted(set(names) & set(commands))
+        misplaced = sorted((set(names) & set(commands)) - set(parts))  # `data` is a command, and a part
         if file not in ahead and misplaced:
             name = misplaced[0]
             raise UserError(

@@ -79,11 +79,15 @@ DATA_MODULES = {
 
 def require_kind(trainer: Any, kind: Kind) -> None:
     """Refuse data of another kind than the module learns from: rows of pairs would pass as demonstrations."""
-    module = getattr(trainer, "lightning_module", None)
+    require_learns_from(type(getattr(trainer, "lightning_module", None)), kind)
+
+
+def require_learns_from(module: type, kind: Kind) -> None:
+    """Likewise, by the class of the module."""
     wanted = getattr(module, "learns_from", kind)  # a user's own module knows what it does
     if wanted != kind:
         raise UserError(
-            f"{type(module).__name__} learns from a {DATA_MODULES[wanted]}, not from a {DATA_MODULES[kind]}; "
+            f"{module.__name__} learns from a {DATA_MODULES[wanted]}, not from a {DATA_MODULES[kind]}; "
             f"set data.class_path: lit_rlhf.{DATA_MODULES[wanted]}"
         )
 

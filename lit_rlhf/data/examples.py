@@ -2,8 +2,7 @@
 
 import functools
 import hashlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -17,16 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data import tokenize
 from lit_rlhf.data.batches import Origins, PreferenceBatch, SFTBatch, StepwiseBatch
 from lit_rlhf.data.batching import MicroBatch
+from lit_rlhf.data.duplicates import digest, digests
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.naming import Role, Source, parse_sources
+from lit_rlhf.data.ragged import parts, ragged
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.sources import place_of, weighted
 from lit_rlhf.data.token_cache import tokenized
 from lit_rlhf.engine.packing import Example, PackedBatch, pack
 from lit_rlhf.errors import UserError
-
-ROWS = 128  # of a table that are looked at together
 
 
 class PackedDataset(Dataset):
@@ -70,6 +69,27 @@ class PackedDataset(Dataset):
         """(n,) what the loss of each example is a mean over."""
         raise NotImplementedError  # pragma: no cover
 
+    def learnt(self) -> np.ndarray:
+        """(n,) tokens of each example that the loss counts."""
+        raise NotImplementedError  # pragma: no cover
+
+    def part_lengths(self) -> dict[str, np.ndarray]:
+        """Tokens of the examples by part: its name -> (n,), or fewer where not each has it."""
+        return {"prompt": self._list_lengths("prompt_ids")}
+
+    def contents(self) -> list[bytes]:
+        """A digest of each example: of its tokens, and of what is known of them."""
+        names = [name for name in self.table.column_names if name.endswith("_ids") or name == "labels"]
+        return self._digests(names)
+
+    def prompts(self) -> list[bytes | None]:
+        """A digest of each example's prompt; None where it has none."""
+        return list(self._digests(["prompt_ids"]))
+
+    def _digests(self, columns: list[str]) -> list[bytes]:
+        found = digests(self.table.data, columns)
+        return [found[row] for row in self.rows]
+
     def __getitem__(self, batch: MicroBatch) -> Any:
         raise NotImplementedError  # pragma: no cover
 
@@ -96,8 +116,21 @@ class PackedDataset(Dataset):
     def _take(self, batch: MicroBatch) -> pa.Table:
         return self.table[self.rows[batch.indices]]
 
+    def _column(self, name: str) -> pa.ChunkedArray:
+        """A column of the examples, in their order."""
+        return self.table.data.column(name).take(pa.array(self.rows))
+
     def _list_lengths(self, column: str) -> np.ndarray:
         return pc.list_value_length(self.table.data.column(column)).to_numpy()[self.rows]
+
+    def _count(self, mask: str) -> np.ndarray:
+        """(n,) how many of each example's tokens a mask has."""
+        counts = []
+        for masks in parts(self.table.data.column(mask)):
+            sums = np.concatenate([[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False))])
+            ends = np.cumsum(pc.list_value_length(masks).to_numpy())
+            counts.append(np.diff(sums[np.concatenate([[0], ends])]))
+        return np.concatenate(counts)[self.rows]
 
 
 class SFTDataset(PackedDataset):
@@ -109,12 +142,29 @@ class SFTDataset(PackedDataset):
 
     def items(self) -> np.ndarray:
         """(n,) response tokens."""
-        counts = []
-        for masks in parts(self.table.data.column("loss_mask")):
-            sums = np.concatenate([[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False))])
-            ends = np.cumsum(pc.list_value_length(masks).to_numpy())
-            counts.append(np.diff(sums[np.concatenate([[0], ends])]))
-        return np.concatenate(counts)[self.rows]
+        return self._count("loss_mask")
+
+    def learnt(self) -> np.ndarray:
+        """(n,) those that the loss is a mean over."""
+        return self.items()
+
+    def part_lengths(self) -> dict[str, np.ndarray]:
+        """What stands before the first token that is learnt, and what follows."""
+        prompts = np.concatenate(
+            [
+                [int(mask.argmax()) for mask in ragged(pa.chunked_array([masks]))]
+                for masks in parts(self._column("loss_mask"))
+            ]
+        )
+        return {"prompt": prompts, "completion": self.lengths() - prompts}
+
+    def prompts(self) -> list[bytes | None]:
+        """What stands before the first token that is learnt, which is more than a beginning token."""
+        rows = (ids for part in parts(self._column("input_ids")) for ids in ragged(pa.chunked_array([part])))
+        return [
+            digest([ids[:length]]) if length > 1 else None
+            for ids, length in zip(rows, self.part_lengths()["prompt"].tolist(), strict=True)
+        ]
 
     def __getitem__(self, batch: MicroBatch) -> SFTBatch:
         table = self._take(batch)
@@ -141,6 +191,14 @@ class PreferenceDataset(PackedDataset):
     def items(self) -> np.ndarray:
         """(n,) ones: a loss for each pair."""
         return np.ones(len(self), dtype=np.int64)
+
+    def learnt(self) -> np.ndarray:
+        """(n,) tokens of the policy's own in both responses."""
+        return self._count("chosen_mask") + self._count("rejected_mask")
+
+    def part_lengths(self) -> dict[str, np.ndarray]:
+        """Prompt and both responses."""
+        return super().part_lengths() | {side: self._list_lengths(f"{side}_ids") for side in ("chosen", "rejected")}
 
     def __getitem__(self, batch: MicroBatch) -> PreferenceBatch:
         table = self._take(batch)
@@ -170,6 +228,14 @@ class StepwiseDataset(PackedDataset):
         """(n,) steps that were judged."""
         return self._list_lengths("labels")
 
+    def learnt(self) -> np.ndarray:
+        """(n,) the last tokens of these."""
+        return self.items()
+
+    def part_lengths(self) -> dict[str, np.ndarray]:
+        """Prompt and solution."""
+        return super().part_lengths() | {"solution": self._list_lengths("response_ids")}
+
     def __getitem__(self, batch: MicroBatch) -> StepwiseBatch:
         table = self._take(batch)
         prompts, responses, ends = (ragged(table[name]) for name in ("prompt_ids", "response_ids", "step_ends"))
@@ -194,23 +260,6 @@ def response_nodes(packed: PackedBatch, responses: list[np.ndarray], places: lis
     """
     first_nodes = packed.last_nodes.numpy() + 1 - np.array([len(response) for response in responses])
     return torch.from_numpy(np.concatenate([first + own for first, own in zip(first_nodes, places, strict=True)]))
-
-
-def parts(column: pa.ChunkedArray) -> Iterator[pa.Array]:
-    """A column in runs of rows, so that what is computed of them is never there for all tokens at once."""
-    for chunk in column.chunks:
-        for start in range(0, len(chunk), ROWS):
-            yield chunk.slice(start, ROWS)
-
-
-def ragged(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """A column of lists as arrays, views of one buffer where the type allows; token ids as int64."""
-    lists = column.combine_chunks()
-    values = lists.flatten().to_numpy(zero_copy_only=False)
-    if values.dtype != bool:
-        values = values.astype(np.int64)
-    ends = np.cumsum(pc.list_value_length(lists).to_numpy()).tolist()
-    return [values[start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
 def load_examples(

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import Origins, PromptBatch
 from lit_rlhf.data.batching import MicroBatch
-from lit_rlhf.data.examples import ragged
 from lit_rlhf.data.formats import EXPECTED, Kind, Row, Sources, as_prompt, to_tokenize
 from lit_rlhf.data.naming import Role, Source, parse_sources
 from lit_rlhf.data.plain import as_json, require_text
+from lit_rlhf.data.ragged import ragged
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
 from lit_rlhf.data.sources import place_of, placed_rows, weighted
@@ -33,6 +33,7 @@ class PromptDataset(Dataset):
         response_ids: n arrays (T,) int64 where the completions of the rows are to be scored.
         origins: of the rows, where they were read from sources.
         step_ends: n arrays (K,) int64 where each of their steps is to be.
+        reports: what became of the rows of each source.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class PromptDataset(Dataset):
         response_ids: list[np.ndarray] | None = None,
         origins: Origins | None = None,
         step_ends: list[np.ndarray] | None = None,
+        reports: Sequence[Report] = (),
     ) -> None:
         self.prompt_ids = prompt_ids
         self.columns = columns
         self.response_ids = response_ids
         self.origins = origins
         self.step_ends = step_ends
+        self.reports = list(reports)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -97,6 +100,7 @@ def load_prompts(
     rows: list[Row] = []
     places: list[Callable[[int], str]] = []
     origins: list[tuple[int, int]] = []
+    reports: list[Report] = []
     for source in parse_sources(sources):
         read, numbers, texts = [], [], []
         for number, (at, row) in enumerate(placed_rows(source, of or kind, role)):
@@ -118,6 +122,7 @@ def load_prompts(
         repeats = table.column("repeats_prompt").to_numpy() if "repeats_prompt" in FEATURES[kind] else ()
         report = Report.of(f"{role} prompts {source.name}", statuses, found, tokenizer, learnt=False, repeats=repeats)
         kept = weighted(usable(report, statuses, options), source, seed)
+        reports.append(report)
         for name, values in ids.items():
             column = ragged(table.column(name))
             values += [column[row] for row in kept]
@@ -125,7 +130,7 @@ def load_prompts(
         origins += [(len(places), row) for row in kept.tolist()]
         places.append(place)
     of_responses = ids.get("response_ids"), Origins(places, origins), ids.get("step_ends")
-    return PromptDataset(ids["prompt_ids"], to_columns(rows), *of_responses)
+    return PromptDataset(ids["prompt_ids"], to_columns(rows), *of_responses, reports)
 
 
 def _place_of_kept(source: Source, kind: Kind, role: Role, numbers: Sequence[int], kept: int) -> str:

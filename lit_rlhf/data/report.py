@@ -30,6 +30,8 @@ class Report:
     control_rows: int = 0  # whose texts spell out control tokens
     control_tokens: dict[str, int] = field(default_factory=dict)  # control token -> rows
     repeating: int = 0  # whose response begins with the whole prompt
+    # What became of each row, see `tokenize.STATUS`.
+    statuses: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8), repr=False, compare=False)
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class Report:
                 for token, count in found.most_common()
             },
             repeating=int(np.count_nonzero(repeats)),
+            statuses=np.asarray(statuses, dtype=np.uint8),
         )
 
     def say(self, options: Options, note: str = "") -> None:

@@ -6,16 +6,18 @@ Axes: n rows of one prompt and one or two completions, C completions of all rows
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from lit_rlhf.data.batches import Mismatched, UnpairedBatch
 from lit_rlhf.data.batching import MicroBatch
-from lit_rlhf.data.examples import PackedDataset, parts, ragged
+from lit_rlhf.data.duplicates import numbered
+from lit_rlhf.data.examples import PackedDataset
+from lit_rlhf.data.ragged import ragged
 from lit_rlhf.engine.packing import Example, pack, sequence_order
 from lit_rlhf.errors import UserError
 
 SIDES = ("chosen", "rejected")  # desirable, undesirable
+NAMES = ("desirable", "undesirable")
 
 
 class UnpairedDataset(PackedDataset):
@@ -55,6 +57,15 @@ class UnpairedDataset(PackedDataset):
         """(n,) completions: a loss for each."""
         return self.counts
 
+    def learnt(self) -> np.ndarray:
+        """(n,) tokens of the policy's own in the completions."""
+        return self._count("chosen_mask") + self._count("rejected_mask")
+
+    def part_lengths(self) -> dict[str, np.ndarray]:
+        """By part, those of the rows that have it."""
+        both = {name: self._list_lengths(f"{side}_ids") for name, side in zip(NAMES, SIDES, strict=True)}
+        return super().part_lengths() | {name: lengths[lengths > 0] for name, lengths in both.items()}
+
     def __getitem__(self, batch: MicroBatch) -> UnpairedBatch:
         completions = self._completions(batch.indices)
         step = (batch.indices,) if batch.step is None else batch.step
@@ -90,13 +101,7 @@ class UnpairedDataset(PackedDataset):
 
     def _prompt_numbers(self) -> np.ndarray:
         """(n,) the same for rows of the same prompt."""
-        numbers: dict[bytes, int] = {}
-        found = [
-            numbers.setdefault(ids.tobytes(), len(numbers))
-            for part in parts(self.table.data.column("prompt_ids"))
-            for ids in ragged(pa.chunked_array([part]))
-        ]
-        return np.array(found)[self.rows]
+        return numbered(self._digests(["prompt_ids"]))
 
 
 def partners(prompts: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.hub import first_line, hint, hub_or_cache, in_transformers, require_json, require_no_mark, resolve
 from lit_rlhf.models.policy import Policy, context_length
+from lit_rlhf.models.weights import load_config
 
 
 def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
@@ -48,6 +49,14 @@ def load_tokenizer(name: str | Path, model_config: PretrainedConfig, trust_remot
     if context is not None:
         tokenizer.model_max_length = min(longest, context)
     return tokenizer
+
+
+def tokenizer_beside(name: str | Path, trust_remote_code: bool = False) -> Any:
+    """As of `load_tokenizer`, with the config that is there, or with that of an adapter's base; no weight is read."""
+    saved = saved_adapter(name)
+    return load_tokenizer(
+        name, load_config(name if saved is None else saved.base, trust_remote_code), trust_remote_code
+    )
 
 
 def require_utf8(file: Path, name: str | Path) -> None:

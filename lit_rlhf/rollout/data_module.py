@@ -28,6 +28,7 @@ from lit_rlhf.data.mapping import Format
 from lit_rlhf.data.naming import STAGES, Role
 from lit_rlhf.data.prompts import load_prompts
 from lit_rlhf.data.reader import Options
+from lit_rlhf.data.report import Report
 from lit_rlhf.data.settings import TokenizationSettings
 from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.models.fingerprints import require_same
@@ -129,6 +130,7 @@ class RolloutDataModule(LightningDataModule):
         self.backend = RolloutBackend() if backend is None else backend
         self.tokenizer = tokenizer
         self.prompts: dict[str, PromptBatch] = {}
+        self.reports: dict[str, list[Report]] = {}  # what became of the rows that they come from, by source
         self.read_by: Options | None = None  # what prompts follow from beside the rows
         self.accumulate_grad_batches: int | None = None  # as the Trainer had it before `max_tokens` asked for more
 
@@ -156,6 +158,7 @@ class RolloutDataModule(LightningDataModule):
             if source is not None and split not in self.prompts:
                 loaded = load_prompts(source, split, self.tokenizer, options, num_proc=self.tokenization.num_proc)
                 self.prompts[split] = loaded.take(np.arange(len(loaded)))
+                self.reports[split] = loaded.reports
         if trainer is None:
             return
         agent: Any = trainer.lightning_module

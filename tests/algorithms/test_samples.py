@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lit_rlhf.algorithms.samples import MOST_TOKENS, Sample, pieces, read_samples
+from lit_rlhf.algorithms.samples import MOST_TOKENS, Sample, read_samples
 from lit_rlhf.callbacks import SampleTable
 from lit_rlhf.engine.packing import Example
 from tests.stages import make_stage, make_trainer
@@ -16,34 +16,11 @@ from tests.stages import make_stage, make_trainer
 ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 
 
-class Bytes:
-    """A tokenizer of bytes, as of byte-level models: characters beyond ASCII are several tokens."""
-
-    def decode(self, ids, skip_special_tokens):
-        return bytes(ids).decode("utf-8", errors="replace")
-
-
 class Words:
     """A tokenizer that writes a space before each word but the first, as SentencePiece decodes."""
 
     def decode(self, ids, skip_special_tokens):
         return " ".join(f"w{i}" for i in ids)
-
-
-def test_pieces_make_up_the_text_and_a_character_stands_at_its_last_token():
-    text = "Grüße, 你好 🙂! " * 9
-    parts = pieces(Bytes(), np.frombuffer(text.encode(), dtype=np.uint8))
-    assert "".join(parts) == text and len(parts) == len(text.encode())
-    assert parts[:5] == ["G", "r", "", "ü", ""]
-
-
-def test_pieces_keep_the_spaces_that_a_decoder_writes_between_tokens_however_long_the_text():
-    parts = pieces(Words(), np.arange(60))
-    assert parts[:3] == ["w0", " w1", " w2"] and "".join(parts) == Words().decode(range(60), False)
-
-
-def test_half_a_character_at_the_end_is_shown_as_such():
-    assert pieces(Bytes(), np.frombuffer("aü".encode()[:2], dtype=np.uint8)) == ["a", "\ufffd"]
 
 
 def test_readings_are_dealt_to_their_responses_and_what_adds_up_is_in_the_row():

@@ -1,5 +1,6 @@
 """`lit-rlhf data`: every row that is read is accounted for, and no weight is."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from lit_rlhf.algorithms.reward_model import RewardModel
 from lit_rlhf.demo import CONFIGS
 from tests.cli.command_line import run
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HELLO = [{"role": "user", "content": "Hello."}]
@@ -103,6 +106,17 @@ def test_a_row_that_cannot_be_read_is_named_by_file_and_line(look):
     assert status == 2 and "rows.jsonl, line 3" in said.err
 
 
+def test_the_commands_of_the_page_on_data_run(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("lit-rlhf data ")]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    assert len(commands) == 2
+    for command in commands:
+        assert run(*command) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs" / "rows.html").exists() and (tmp_path / "runs" / "rows.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_rows_of_each_config_are_shown(config, tmp_path, monkeypatch, capsys):
@@ -110,3 +124,41 @@ def test_the_rows_of_each_config_are_shown(config, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert run("data", "--config", config, "--model.policy=demo") == 0, capsys.readouterr().err
     assert "validation" in capsys.readouterr().out
+
+
+FILES = sorted(DATA.rglob("*.jsonl.gz"))
+CONFIG_OF = {  # by the columns of a file, the first that fit
+    "process_reward_model": {"completions", "labels"},
+    "kto": {"completion", "label"},
+    "dpo": {"chosen", "rejected"},
+    "sft": {"completion"},
+    "ppo": {"prompt"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FILES, reason=f"the real rows are not in {DATA}")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name.partition(".")[0])
+def test_of_real_rows_none_goes_unreported(file, tmp_path, monkeypatch, capsys):
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        columns, count = set(json.loads(next(lines))), 1 + sum(1 for _ in lines)
+    config = next((name for name, needed in CONFIG_OF.items() if needed <= columns), "sft")  # sft: messages
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+    path, found = CONFIGS / f"{config}.yaml", tmp_path / "found.json"
+    monkeypatch.chdir(tmp_path)
+    limit = "max_prompt_length" if config == "ppo" else "max_length"
+    given = [f"--model.policy={DATA / 'models' / 'stories260K'}", f"--data.train={file}", "--data.validation=null"]
+    shown = 10**6 if count < 500 else 2
+    options = [f"--data.{limit}=400", "--data.chat_template=chat.jinja", f"--show={shown}", f"--json={found}"]
+    assert run("data", "--config", path, *given, *options) == 0, capsys.readouterr().err
+    of = json.loads(found.read_text())["roles"]["train"]
+    (source,) = of["sources"]
+    assert source["read"] == count == source["whole"] + source["cut"] + sum(source["dropped"].values())
+    assert of["examples"] == source["whole"] + source["cut"]
+    if shown > count:
+        assert len(of["rows"]) == count
+        assert sum(len(part["tokens"]) for row in of["rows"] for part in row["parts"]) == of["tokens"]
+        assert sum(t["learnt"] for row in of["rows"] for part in row["parts"] for t in part["tokens"]) == of["learnt"]
+    reasons = {row["status"] for row in of["rows"]}
+    assert set(source["dropped"]) <= reasons and ("truncated" in reasons) == (source["cut"] > 0)

@@ -10,6 +10,11 @@ import xxhash
 from lit_rlhf.data.ragged import ROWS
 
 
+def contents(table: Any) -> list[bytes]:
+    """A digest of each tokenised row: of its tokens, which of them are learnt, and what its steps are known to be."""
+    return digests(table, [name for name in table.column_names if name.endswith(("_ids", "_mask")) or name == "labels"])
+
+
 def digests(table: Any, columns: Sequence[str]) -> list[bytes]:
     """A digest of each row: two rows have the same one if these columns hold the same lists, and else by no chance.
 

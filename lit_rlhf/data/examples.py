@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data import tokenize
 from lit_rlhf.data.batches import Origins, PreferenceBatch, SFTBatch, StepwiseBatch
 from lit_rlhf.data.batching import MicroBatch
-from lit_rlhf.data.duplicates import digest, digests
+from lit_rlhf.data.duplicates import contents, digest, digests
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.naming import Role, Source, parse_sources
 from lit_rlhf.data.ragged import parts, ragged
@@ -79,8 +79,8 @@ class PackedDataset(Dataset):
 
     def contents(self) -> list[bytes]:
         """A digest of each example: of its tokens, and of what is known of them."""
-        names = [name for name in self.table.column_names if name.endswith("_ids") or name == "labels"]
-        return self._digests(names)
+        found = contents(self.table.data)
+        return [found[row] for row in self.rows]
 
     def prompts(self) -> list[bytes | None]:
         """A digest of each example's prompt; None where it has none."""
@@ -271,6 +271,7 @@ def load_examples(
     num_proc: int | None = None,
     seed: int = 0,
     dataset: type[PackedDataset] = SFTDataset,
+    deduplicate: bool = False,
 ) -> PackedDataset:
     """Read, check, tokenise and count; from the cache on disk where nothing has changed.
 
@@ -283,14 +284,21 @@ def load_examples(
         num_proc: processes that tokenise; None = this one.
         seed: of the share that a weight below 1 takes.
         dataset: what packs rows of this kind.
+        deduplicate: drop rows of the same tokens as an earlier one that is used, whichever source has that.
 
     Raises:
         UserError: bad rows or sources, or no row left.
     """
+    known: set[bytes] = set()
     tables, rows, reports, places, offset = [], [], [], [], 0
     for source in parse_sources(sources):
         table = tokenized(source, kind, role, tokenizer, options, num_proc)
-        statuses = table.data.column("status").to_numpy()
+        statuses = table.data.column("status").to_numpy().copy()
+        for row, content in enumerate(contents(table.data)) if deduplicate else ():
+            if content in known and statuses[row] <= tokenize.EMPTY:
+                statuses[row] = tokenize.REPEATED
+            elif statuses[row] <= tokenize.EMPTY:
+                known.add(content)
         control_tokens = table.data.column("control_tokens")
         repeats = table.data.column("repeats_prompt").to_numpy()
         report = Report.of(f"{role} data {source.name}", statuses, control_tokens, tokenizer, repeats=repeats)

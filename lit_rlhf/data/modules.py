@@ -66,6 +66,7 @@ class ExamplesDataModule(LightningDataModule):
             that name comes before them.
         control_tokens: what special tokens that a row spells out in its own texts are read as: keep = these tokens,
             escape = plain text, refuse = an error that names the row. They are counted in any case.
+        deduplicate: leave out training rows of the same tokens as an earlier one.
         tokenizer: the model's; linked by the CLI.
     """
 
@@ -92,6 +93,7 @@ class ExamplesDataModule(LightningDataModule):
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         control_tokens: ControlTokens = "keep",
+        deduplicate: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
@@ -107,6 +109,7 @@ class ExamplesDataModule(LightningDataModule):
             chat_template,
             {} if chat_template_kwargs is None else chat_template_kwargs,
             control_tokens,
+            deduplicate=deduplicate,
         )
         self.batches = BatchSettings(max_tokens, batch_size, shuffle, num_workers, seed)
         self.tokenizer = tokenizer
@@ -140,8 +143,9 @@ class ExamplesDataModule(LightningDataModule):
             if name == "predict":
                 self.prompts = self.prompts or self._load_prompts()
             elif (sources := self.sources[name]) is not None and name not in self.datasets:
-                how = (self.tokenizer, options, self.tokenization.num_proc, self.batches.seed)
-                self.datasets[name] = load_examples(sources, self.kind, ROLES[name], *how, self.dataset)
+                how = (self.tokenizer, options, self.tokenization.num_proc, self.batches.seed, self.dataset)
+                once = self.tokenization.deduplicate and name == "train"
+                self.datasets[name] = load_examples(sources, self.kind, ROLES[name], *how, once)
 
     def train_dataloader(self) -> ResumableLoader:
         """This rank's micro-batches; goes on in mid-epoch after a resume.

@@ -85,7 +85,8 @@ class Report:
             options: by which the rows were read.
             note: what to log besides.
         """
-        told, lost = f"{self}{self._read_as(options)}{note}", self.rows - self.kept + self.truncated
+        asked = self.dropped.get(tokenize.STATUS[tokenize.REPEATED], 0)  # by `deduplicate`
+        told, lost = f"{self}{self._read_as(options)}{note}", self.rows - self.kept + self.truncated - asked
         if self.kept and lost > MUCH * self.rows:
             rank_zero_warn(f"{told}: {lost} of {self.rows} rows are not used whole. {self.remedy(options)}")
         elif self.kept:

@@ -28,6 +28,7 @@ class TokenizationSettings:
     control_tokens: ControlTokens = "keep"
     loss_on: LossOn = "response"
     step_separator: str = "\n"
+    deduplicate: bool = False
 
     def __post_init__(self) -> None:
         """Refuse lengths that leave no token, and variables of the template that it has for itself."""

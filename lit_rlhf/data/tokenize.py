@@ -27,8 +27,9 @@ STATUS = (
     "no whole token as prompt",
     "whose prompt alone reaches max_length: shorten prompts or raise max_length",
     "whose first step does not fit behind the prompt within max_length: shorten steps or raise max_length",
+    "the same as an earlier row",  # where `deduplicate` asks for that
 )
-KEPT, TRUNCATED, EMPTY, TOO_LONG, NO_RESPONSE, TIE, NO_PROMPT, LONG_PROMPT, LONG_STEP = range(len(STATUS))
+KEPT, TRUNCATED, EMPTY, TOO_LONG, NO_RESPONSE, TIE, NO_PROMPT, LONG_PROMPT, LONG_STEP, REPEATED = range(len(STATUS))
 
 
 def tokenize_sft(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, options: Options) -> dict[str, list[Any]]:

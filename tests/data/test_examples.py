@@ -160,3 +160,19 @@ def test_what_is_counted_of_rows_takes_less_memory_than_a_byte_for_each_of_their
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert taken < 20_000 * 200
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_rows_that_repeat_an_earlier_one_of_any_source_are_left_out_if_asked_for(weight, tmp_path):
+    row, other = {"prompt": "how", "completion": " yes"}, {"prompt": "how", "completion": " no"}
+    first = write(tmp_path / "a.jsonl", [row, other, row])
+    second = write(tmp_path / "b.jsonl", [other, {"prompt": "so", "completion": " yes"}, {"text": "how yes"}])
+    train = [{"source": first, "weight": weight}, second]
+    how = {"validation": first, "tokenizer": word_tokenizer(WORDS)}
+    module = attach(SFTDataModule(train, deduplicate=True, **how))  # no warning: that rows are left out was asked for
+    dataset = module.datasets["train"]
+    # The text is learnt as the first row is: nothing predicts its first token.
+    assert [report.dropped for report in dataset.reports] == [{"the same as an earlier row": n} for n in (1, 2)]
+    assert dataset.rows.tolist() == [0, 1] * int(weight) + [4]
+    assert len(module.datasets["validation"]) == 3
+    assert len(attach(SFTDataModule(train, **how)).datasets["train"]) == 3 * weight + 3

@@ -6,28 +6,20 @@ each rank make one optimiser step.
 
 import bisect
 import heapq
-import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lit_rlhf.data.microbatches import MicroBatch, Plan, flat
 from lit_rlhf.errors import UserError, require_alike
 
-EACH = 2**32  # above any number of micro-batches: a number below it and another one make one that sorts by the other
+PLANS = 2  # another number where other plans are made of the same data: what stopped in mid-epoch goes on with its own
+SPARE = 1000  # micro-batches to one more: other epochs' orders need a few more or less
 ATTEMPTS = 4  # at an epoch's plan in random order before the examples are placed longest first
-
-
-class MicroBatch(NamedTuple):
-    """Which examples a micro-batch holds; `dataset[micro_batch]` packs them."""
-
-    indices: np.ndarray  # (B,) int64
-    denominator: float  # divides the sum of its losses
-    # Of the first of an optimiser step: the indices of all of this rank's; of the others none; None = it stands alone.
-    step: tuple[np.ndarray, ...] | None = None
 
 
 class TokenBudgetSampler(DistributedSampler):
@@ -94,7 +86,7 @@ class TokenBudgetSampler(DistributedSampler):
         self.start = 0  # micro-batches to skip when next iterated
         self.longest_first = self._fill(self._by_length(np.random.default_rng(seed)))
         first = 0 if accumulate_grad_batches is None else len(self._fill(self._order(0)))
-        count = max(first, len(self.longest_first))
+        count = max(first + first // SPARE, len(self.longest_first))
         self.num_batches = min(-(-count // num_replicas), n // num_replicas)  # on each rank
 
     def __len__(self) -> int:
@@ -106,7 +98,7 @@ class TokenBudgetSampler(DistributedSampler):
         mine = self.plan(self.epoch)[self.rank :: self.num_replicas]
         yield from (self._with_step(mine, number) for number in range(start, len(mine)))
 
-    def plan(self, epoch: int) -> list[MicroBatch]:
+    def plan(self, epoch: int) -> Plan:
         """The micro-batches of all ranks in an epoch."""
         total = self.num_batches * self.num_replicas
         batches = self.longest_first
@@ -126,7 +118,7 @@ class TokenBudgetSampler(DistributedSampler):
             batches = [batches[j] for j in rng.permutation(total)] if self.shuffle else sorted(batches, key=min)
         return self._with_denominators(batches)
 
-    def _with_step(self, mine: list[MicroBatch], number: int) -> MicroBatch:
+    def _with_step(self, mine: Sequence[MicroBatch], number: int) -> MicroBatch:
         """A micro-batch of this rank; of an optimiser step the first knows which belong to it."""
         steps = self.accumulate_grad_batches
         if steps is None:
@@ -138,7 +130,7 @@ class TokenBudgetSampler(DistributedSampler):
 
     def fingerprint(self) -> int:
         """Changes with anything that changes the plan."""
-        settings = (self.max_tokens, self.batch_size, self.shuffle, self.seed, self.num_replicas)
+        settings = (PLANS, self.max_tokens, self.batch_size, self.shuffle, self.seed, self.num_replicas)
         return zlib.crc32(repr(settings).encode(), zlib.crc32(self.lengths.tobytes()))
 
     def _order(self, epoch: int, attempt: int = 0) -> np.ndarray:
@@ -155,21 +147,32 @@ class TokenBudgetSampler(DistributedSampler):
         size = len(order) if self.batch_size is None else self.batch_size
         shortest = int(self.lengths.min())
         batches: list[list[int]] = []
-        rooms: list[int] = []  # tokens left x EACH + micro-batch, ascending; only those that can take more
+        rooms: list[int] = []  # numbers of tokens for which micro-batches have room, ascending
+        having: dict[int, list[int]] = {}  # a room -> heap of the micro-batches that have it
         for example, length in zip(order.tolist(), self.lengths[order].tolist(), strict=True):
-            at = bisect.bisect_left(rooms, length * EACH)
+            at = bisect.bisect_left(rooms, length)
             if at < len(rooms):
-                room, batch = divmod(rooms.pop(at), EACH)
+                room = rooms[at]
+                batch = heapq.heappop(having[room])
+                if not having[room]:
+                    del rooms[at], having[room]
             else:
                 room, batch = budget, len(batches)
                 batches.append([])
             batches[batch].append(example)
-            if room - length >= shortest and len(batches[batch]) < size:
-                bisect.insort(rooms, (room - length) * EACH + batch)
+            left = room - length
+            if left >= shortest and len(batches[batch]) < size:
+                if left in having:
+                    heapq.heappush(having[left], batch)
+                else:
+                    having[left] = [batch]
+                    bisect.insort(rooms, left)
         return batches
 
     def _adjust(self, batches: list[list[int]], total: int) -> list[list[int]]:
         """Split the largest micro-batches, or join the smallest, until there are `total`."""
+        if len(batches) == total:
+            return batches
 
         def tokens(batch: list[int]) -> int:
             return int(self.lengths[batch].sum())
@@ -188,8 +191,11 @@ class TokenBudgetSampler(DistributedSampler):
                         f"into max_tokens ({self.max_tokens}); raise it to {tokens(one + other)}"
                     )
             return [batch for _, batch in queue]
-        done = [batch for batch in batches if len(batch) == 1]
-        queue = [(-length, batch) for length, batch in zip(lengths, batches, strict=True) if len(batch) > 1]
+        missing = total - len(batches)
+        divisible = [number for number, batch in enumerate(batches) if len(batch) > 1]
+        candidates = set(heapq.nlargest(missing, divisible, key=lambda number: lengths[number]))  # none beyond is split
+        done = [batch for number, batch in enumerate(batches) if number not in candidates]
+        queue = [(-lengths[number], batches[number]) for number in sorted(candidates)]
         heapq.heapify(queue)
         while len(done) + len(queue) < total:
             largest = sorted(heapq.heappop(queue)[1], key=lambda example: -self.lengths[example])
@@ -200,7 +206,7 @@ class TokenBudgetSampler(DistributedSampler):
                     done.append(half)
         return done + [batch for _, batch in queue]
 
-    def _with_denominators(self, batches: list[list[int]]) -> list[MicroBatch]:
+    def _with_denominators(self, batches: list[list[int]]) -> Plan:
         taken = min(self.num_batches, self.limit_batches or self.num_batches)
         steps = taken if self.accumulate_grad_batches is None else self.accumulate_grad_batches
         local = np.arange(len(batches)) // self.num_replicas
@@ -212,16 +218,7 @@ class TokenBudgetSampler(DistributedSampler):
             step, weights=np.where((local < taken) | (local // steps > (taken - 1) // steps), items, 0)
         )
         denominators = totals[step] / (steps * self.num_replicas)
-        return [
-            MicroBatch(rows[start:end], denominator)
-            for (start, end), denominator in zip(itertools.pairwise(ends.tolist()), denominators.tolist(), strict=True)
-        ]
-
-
-def flat(batches: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) examples of all micro-batches in a row, and (batches + 1,) where each begins and the last ends."""
-    ends = np.cumsum([0, *map(len, batches)])
-    return np.fromiter(itertools.chain.from_iterable(batches), np.int64, ends[-1]), ends
+        return Plan(rows, ends, denominators)
 
 
 class ResumableLoader(DataLoader):

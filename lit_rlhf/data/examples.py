@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data import tokenize
 from lit_rlhf.data.batches import Origins, PreferenceBatch, SFTBatch, StepwiseBatch
-from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.duplicates import contents, digest, digests
 from lit_rlhf.data.formats import Kind, Sources
+from lit_rlhf.data.microbatches import MicroBatch
 from lit_rlhf.data.naming import Role, Source, parse_sources
 from lit_rlhf.data.ragged import parts, ragged
 from lit_rlhf.data.reader import Options

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_rlhf.data.batching import MicroBatch, ResumableLoader, TokenBudgetSampler
+from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler
+from lit_rlhf.data.microbatches import MicroBatch
 
 EPOCHS = 3  # whose plans are looked at
 

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import Origins, PromptBatch
-from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.formats import EXPECTED, Kind, Row, Sources, as_prompt, to_tokenize
+from lit_rlhf.data.microbatches import MicroBatch
 from lit_rlhf.data.naming import Role, Source, parse_sources
 from lit_rlhf.data.plain import as_json, require_text
 from lit_rlhf.data.ragged import ragged

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from lit_rlhf.data.batches import Mismatched, UnpairedBatch
-from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.duplicates import numbered
 from lit_rlhf.data.examples import PackedDataset
+from lit_rlhf.data.microbatches import MicroBatch
 from lit_rlhf.data.ragged import ragged
 from lit_rlhf.engine.packing import Example, pack, sequence_order
 from lit_rlhf.errors import UserError

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.data.batching import MicroBatch
 from lit_rlhf.data.control_tokens import ControlTokenFinder
 from lit_rlhf.data.examples import PackedDataset
 from lit_rlhf.data.formats import Kind, to_tokenize
 from lit_rlhf.data.messages import Row
+from lit_rlhf.data.microbatches import MicroBatch
 from lit_rlhf.data.naming import Role, Source
 from lit_rlhf.data.plain import as_json
 from lit_rlhf.data.reader import Options, Reader

@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import Dataset
 
-from lit_rlhf.data.batching import MicroBatch, ResumableLoader, TokenBudgetSampler
+from lit_rlhf.data.batching import ResumableLoader, TokenBudgetSampler
+from lit_rlhf.data.microbatches import MicroBatch
 from lit_rlhf.errors import UserError
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, size=101)
@@ -280,3 +281,18 @@ def test_other_accumulation_in_mid_epoch_is_refused_and_at_an_epochs_end_is_take
     other.load_state_dict({**state, "taken": state["length"]})
     other.load_state_dict({name: value for name, value in state.items() if name != "accumulate"})  # does not say
     assert other.state_dict()["taken"] == 2 and other.state_dict()["accumulate"] == 4
+
+
+def test_other_orders_of_many_examples_seldom_need_more_micro_batches_than_an_epoch_has(monkeypatch):
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(1200), 0.7, 20_000).astype(int), 20, 4096)
+    sampler, filled = TokenBudgetSampler(lengths, max_tokens=4096), []
+    real = sampler._fill
+    monkeypatch.setattr(sampler, "_fill", lambda order: filled.append(1) or real(order))
+    plans = [sampler.plan(epoch) for epoch in range(6)]
+    assert len(filled) == 6
+    for plan in plans:
+        assert len(plan) == len(sampler) and sorted(np.concatenate([one.indices for one in plan])) == list(
+            range(20_000)
+        )
+        assert max(int(lengths[batch.indices].sum()) for batch in plan) <= 4096
+    assert lengths.sum() / 4096 / len(sampler) > 0.97

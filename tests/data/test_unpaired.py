@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_rlhf import UnpairedDataModule, UserError
-from lit_rlhf.data.batching import MicroBatch
+from lit_rlhf.data.microbatches import MicroBatch
 from lit_rlhf.data.unpaired import partners
 from tests.data.small_rows import WORDS, attach, write
 from tests.tiny_tokenizers import word_tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_rlhf.data.batches import PromptBatch
-from lit_rlhf.data.batching import MicroBatch
+from lit_rlhf.data.microbatches import MicroBatch
 from lit_rlhf.data.prompts import PromptDataset
 from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.errors import UserError

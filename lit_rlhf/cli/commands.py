@@ -20,7 +20,7 @@ RUNS = {
 PROGRAMS = {
     "chat": "Talk to a model, or to two of them side by side.",
     "score": "Score the responses in a file by a reward model or a function.",
-    "data": "Show the rows of a config as the model will see them, and what became of all.",
+    "data": "Show rows as the model will see them, and what became of all.",
     "doctor": "Say what went wrong in a run, since when, and what helps.",
     "compare": "Play finished runs on the same held-out prompts.",
     "export": "Write the model that a checkpoint holds as a Hugging Face folder.",

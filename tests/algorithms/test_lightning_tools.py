@@ -164,7 +164,7 @@ def test_pure_bfloat16_at_a_rate_that_it_rounds_away_is_told_with_what_to_use(st
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_share_that_is_told_is_what_moves_in_twenty_steps(inputs, tmp_path):
+def test_the_share_that_is_told_is_within_half_of_what_moves_in_twenty_steps(inputs, tmp_path):
     module, data = make_stage("sft", inputs, learning_rate=1e-5, lr_scheduler="constant")
     module.bfloat16()
     before = [weight.detach().clone() for weight in module.parameters()]
@@ -172,7 +172,9 @@ def test_the_share_that_is_told_is_what_moves_in_twenty_steps(inputs, tmp_path):
     make_trainer(tmp_path, max_epochs=-1, max_steps=20, precision="bf16-true").fit(module, data)
     after = list(module.parameters())
     moved = sum(int((now != then).sum()) for now, then in zip(after, before, strict=True))
-    assert moved / sum(weight.numel() for weight in after) == pytest.approx(told, rel=0.3)
+    share = moved / sum(weight.numel() for weight in after)
+    # AdamW's steps are those of the rate only where gradients agree: here they are about half of it on average.
+    assert told / 1.5 < share < told * 1.5
     assert 0 < told < 0.2
 
 

@@ -270,7 +270,7 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
         (["fit"], "there is neither model nor data; name a config, as in lit-rlhf fit --config=configs/sft.yaml"),
         (["compare", "--policies=a,b"], "--policies: expected a list, '[a,b]', got a,b"),
         (["compare", "--max_prompts=0"], "max_prompts (0) must be 1 or more"),
-        (["x"], "there is no command 'x'; there are fit, validate, test, predict, chat, score, doctor, "),
+        (["x"], "there is no command 'x'; there are fit, validate, test, predict, chat, score, data, doctor, "),
         (["fit", "--config="], "--config: expected the name of a YAML file, got empty text"),
         (["fit", "--config={model: x"], "--config: while parsing a flow mapping in line 1"),
         (["comprae"], "there is no command 'comprae'; did you mean compare?"),

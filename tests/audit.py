@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 # to the package's own files stay open.
 PERMISSIVE = re.compile(
     r"\b(MIT|MIT-CMU|BSD|0BSD|[23]-Clause|Apache|Apache-2\.0|ISC|Zlib|PSF-2\.0|CNRI-Python|BSL-1\.0|CC0-1\.0|"
-    r"MPL[- ]2\.0|Unlicense|LLVM-exception|OFL-1\.1)\b",
+    r"MPL[- ]2\.0|Unlicense|LLVM-exception|OFL-1\.1|HPND)\b",
     re.IGNORECASE,
 )
 OF_NVIDIA = re.compile(r"(nvidia|cuda)-")  # under its own terms; they come with a build of torch for CUDA

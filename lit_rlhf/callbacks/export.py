@@ -60,6 +60,7 @@ class HuggingFaceExport(Callback):
         self.dtype = as_dtype(dtype, "export.dtype")
         self.merge = merge
         self.max_shard_size = as_shard_size(max_shard_size, "export.max_shard_size")
+        self.metrics: dict[str, float] = {}  # as a run stood that this one goes on from
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the folder, and try all but the weights, before an hour of training."""
@@ -88,7 +89,11 @@ class HuggingFaceExport(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what the card of an export of these weights says."""
         assert isinstance(pl_module, AlignmentModule)
-        checkpoint["card"] = card_facts(pl_module, trainer)
+        checkpoint["card"] = card_facts(pl_module, trainer, self.metrics)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Know what the run had measured, where there is nothing left to do that would measure it again."""
+        self.metrics = stored_facts(checkpoint, damaged(str(trainer.ckpt_path), "card"))["metrics"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at where everything else goes that the run writes; all of that is known by now."""
@@ -112,7 +117,8 @@ class HuggingFaceExport(Callback):
             return
         target, which = Path(trainer.default_root_dir) / self.folder, ""
         if best is None:
-            made, facts = pl_module.artefact(self.dtype, merge=self.merge), card_facts(pl_module, trainer)
+            made = pl_module.artefact(self.dtype, merge=self.merge)
+            facts = card_facts(pl_module, trainer, self.metrics)
         else:
             stored = read_facts(best)
             made = pl_module.artefact(self.dtype, stored, self.merge)

@@ -35,8 +35,16 @@ NO_FACTS: dict[str, Any] = {
 }
 
 
-def card_facts(module: AlignmentModule, trainer: Trainer | None = None) -> dict[str, Any]:
-    """What is to be told of a run, as it stands; without a trainer, of the module alone."""
+def card_facts(
+    module: AlignmentModule, trainer: Trainer | None = None, metrics: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """What is to be told of a run, as it stands.
+
+    Args:
+        module: what is trained.
+        trainer: by which; None tells of the module alone.
+        metrics: as the run had them at the checkpoint that it goes on from.
+    """
     start = str(module.hparams.get("policy") or "")
     facts: dict[str, Any] = {
         "method": type(module).__name__,
@@ -47,9 +55,10 @@ def card_facts(module: AlignmentModule, trainer: Trainer | None = None) -> dict[
         "versions": {name: version(name) for name in LIBRARIES},
     }
     if trainer is not None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        held_out = {name: value for name, value in metrics.items() if name.startswith("val/")}
-        facts |= {"steps": trainer.global_step, "metrics": held_out or metrics}
+        now = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        known = {**(metrics or {}), **now}
+        held_out = {name: value for name, value in known.items() if name.startswith("val/")}
+        facts |= {"steps": trainer.global_step, "metrics": held_out or known}
         own = {"precision": str(trainer.precision), "ranks": trainer.world_size}
         facts["settings"] |= {"data": settings_of(getattr(trainer, "datamodule", None)), "trainer": own}
     return NO_FACTS | facts

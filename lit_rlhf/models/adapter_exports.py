@@ -11,7 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.adapter_folders import BASE_FILE, BIAS_FILE, PREFIX, SCORE, Origin, plain_config, saved_adapter
+from lit_rlhf.models.adapter_folders import (
+    BASE_FILE,
+    BIAS_FILE,
+    PREFIX,
+    SCORE,
+    SHIFT,
+    Origin,
+    plain_config,
+    pop_head,
+    saved_adapter,
+)
 
 
 def own_weights(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -20,7 +30,7 @@ def own_weights(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     own = {key: w for key, w in weights.items() if ".lora_" in key and ends.search(key.rpartition(".lora_")[2])}
     # DoRA's magnitudes by PEFT's older name, with `.weight`, which transformers finds as well.
     named = {ends.sub("", key): tensor for key, tensor in own.items()}
-    return named | {SCORE: weights[SCORE]} if SCORE in weights else named
+    return named | {key: weights[key] for key in (SCORE, SHIFT) if key in weights}
 
 
 def whole_adapter(origin: Origin, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -36,7 +46,8 @@ def whole_adapter(origin: Origin, weights: Mapping[str, Tensor]) -> tuple[dict[s
     below = saved_adapter(origin.start)
     if below is None:
         raise UserError(f"{origin.start}, the adapter that the run started from, is no longer there")
-    held = {key: tensor for key, tensor in below.weights().items() if key != SCORE}
+    held = below.weights()
+    pop_head(held)
     return stacked((plain_config(below.config()), held), own)
 
 

@@ -29,7 +29,7 @@ from lit_rlhf.models.weight_checks import check_score_bias
 
 PREFIX = "base_model.model."  # of each weight in PEFT's files
 HEADS = ("score", "classifier")  # what PEFT saves as a whole for a classifier, if it is there
-SCORE = "score.weight"
+SCORE, SHIFT = "score.weight", "score.bias"  # of a scalar head; classifiers of tokens have the second
 BIAS_FILE = "score_bias.json"  # what is added to scores, and such: of a whole reward model, it stands in config.json
 BASE_FILE = "base_fingerprint.json"  # of the weights that the adapter has learnt on
 # Settings of an adapter that change nothing but its own layers.
@@ -98,7 +98,7 @@ class SavedAdapter:
         return without_dropout(LoraConfig(**{**known, "base_model_name_or_path": self.base}))
 
     def weights(self) -> dict[str, Tensor]:
-        """Its weights by the names of its base's layers, the scalar head as `score.weight`.
+        """Its weights by the names of its base's layers, the scalar head as `SCORE` and `SHIFT`.
 
         Raises:
             UserError: there is no whole file of them, or they have learnt on another base than is there now.
@@ -121,8 +121,9 @@ class SavedAdapter:
                 f"{ruined[0]}; take an earlier checkpoint of it, or copy it anew"
             )
         weights = {key.removeprefix(PREFIX): tensor for key, tensor in held.items()}
-        heads = [key for key in weights if re.fullmatch(rf"({'|'.join(HEADS)})\.(.*\.)?weight", key)]
-        return {SCORE if key in heads else key: tensor for key, tensor in weights.items()}
+        of_head = re.compile(rf"({'|'.join(HEADS)})\.(.*\.)?(weight|bias)")
+        heads = {key: f"score.{found[3]}" for key in weights if (found := of_head.fullmatch(key))}
+        return {heads.get(key, key): tensor for key, tensor in weights.items()}
 
     @property
     def bias(self) -> float | None:
@@ -206,6 +207,11 @@ class Origin:
                     f"nothing is exported, since {folder} holds other weights than the adapter has learnt on: {SINCE}. "
                     "Put the old weights back, or name a folder that holds them by lit-rlhf export --policy"
                 )
+
+
+def pop_head(weights: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Take a scalar head's weight (1, d) and bias (1,), None for what is not there, out of an adapter's weights."""
+    return weights.pop(SCORE, None), weights.pop(SHIFT, None)
 
 
 def shapes_in(file: str) -> dict[str, Tensor]:

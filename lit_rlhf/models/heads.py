@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 
@@ -62,3 +64,21 @@ def kind_of(model: Any) -> ScalarHeadKind:
     kind = head_kind([type(model).__name__])
     assert kind is not None, f"{type(model).__name__} has no scalar head"
     return kind
+
+
+@torch.no_grad()
+def set_head(model: Any, weight: Tensor | None, shift: Tensor | None) -> None:
+    """Give a classifier a trained scalar head.
+
+    Args:
+        model: of one label.
+        weight: (1, d).
+        shift: (1,) its bias, which stands in the config where the model's own head has none; None = as it is.
+    """
+    model.score.weight.copy_(weight)
+    if shift is None:
+        return
+    if model.score.bias is not None:
+        model.score.bias.copy_(shift)
+    else:
+        model.config.score_bias = float(getattr(model.config, "score_bias", 0.0)) + float(shift)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import UserError, named_by, require
-from lit_rlhf.models.adapter_folders import SCORE, SavedAdapter, named_base
+from lit_rlhf.models.adapter_folders import SavedAdapter, named_base, pop_head
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.fingerprints import Fingerprints, fingerprints
 from lit_rlhf.models.heads import OF_RESPONSES
@@ -190,7 +190,7 @@ def reference_of(
         return OwnModel(copied, policy, hold == "parked", frozen_dtype)
     if saved is not None:
         weights = saved.weights()
-        weights.pop(SCORE, None)
+        pop_head(weights)
         adapters.load(REFERENCE, saved.config(), weights, trained=False)
         return SameBase(policy, (REFERENCE,), (named_base(resolve(saved.name)),))
     fresh = policy.origin is not None and policy.origin.fresh
@@ -299,7 +299,7 @@ def load_head(policy: Policy, saved: SavedAdapter, role: str, trained: bool) -> 
     """The head of a reward model's adapter, which is put on the policy's base."""
     assert policy.adapters is not None
     weights, linear = saved.weights(), scalar_layer(policy)
-    head = weights.pop(SCORE, None)
+    head, shift = pop_head(weights)
     if head is None or head.shape != linear.weight.shape:
         found = "none" if head is None else f"one of {tuple(head.shape)}"
         raise UserError(f"{saved.name} holds no trained scalar head for {policy.adapters.base}: there is {found}")
@@ -309,7 +309,7 @@ def load_head(policy: Policy, saved: SavedAdapter, role: str, trained: bool) -> 
         linear.weight.copy_(head)
     bias = saved.bias
     own = float(getattr(policy.model.config, "score_bias", 0.0))
-    return ScalarHead(linear, (role,), own if bias is None else bias)
+    return ScalarHead(linear, (role,), (own if bias is None else bias) + (0.0 if shift is None else float(shift)))
 
 
 def scalar_layer(policy: Policy) -> nn.Linear:

@@ -13,10 +13,10 @@ from transformers.utils import cached_file
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapter_exports import whole_adapter, write_adapter
-from lit_rlhf.models.adapter_folders import SCORE, Origin, without_dropout
+from lit_rlhf.models.adapter_folders import SCORE, SHIFT, Origin, pop_head, without_dropout
 from lit_rlhf.models.adapters import Adapters
 from lit_rlhf.models.causes import silent_transformers
-from lit_rlhf.models.heads import kind_of
+from lit_rlhf.models.heads import kind_of, set_head
 from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.loading import load_policy, load_scorer
 from lit_rlhf.models.weights import stored_dtype
@@ -153,8 +153,7 @@ def open_files(folder: Path) -> None:
 def write_own(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write an adapter's folder."""
     settings, own = whole_adapter(adapter, weights)
-    if SCORE in own:
-        own[SCORE] = own[SCORE] * made.gain
+    own |= {key: own[key] * made.gain for key in (SCORE, SHIFT) if key in own}
     cast = {name: tensor if made.dtype is None else _cast(tensor, made.dtype) for name, tensor in own.items()}
     scores = {"score_bias": float(getattr(made.config, "score_bias", 0.0))}
     if (separator := getattr(made.config, "step_separator", None)) is not None:
@@ -177,8 +176,7 @@ def merged(made: Artefact, adapter: Origin, weights: Mapping[str, Tensor]) -> tu
     if made.generation is None:
         model: Any = load_scorer(source, None, trusted, kind=kind_of(made.model), **held).model
         widen(model, adapter.held)
-        with torch.no_grad():
-            model.score.weight.copy_(own.pop(SCORE))
+        set_head(model, *pop_head(own))
     else:
         model = load_policy(source, False, trusted, **held).model
         widen(model, adapter.held)

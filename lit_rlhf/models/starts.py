@@ -4,15 +4,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from lit_rlhf.errors import UserError, named_by
-from lit_rlhf.models.adapter_folders import SCORE, Origin, SavedAdapter, named_base, plain_config
+from lit_rlhf.models.adapter_folders import Origin, SavedAdapter, named_base, plain_config, pop_head
 from lit_rlhf.models.adapters import Adapters, LoRA
 from lit_rlhf.models.fingerprints import fingerprint
-from lit_rlhf.models.heads import kind_of
+from lit_rlhf.models.heads import kind_of, set_head
 from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.policy import Policy, Scorer
@@ -70,7 +69,7 @@ def adapt(
         return
     model: Any = network.model
     if isinstance(network, Scorer):
-        model.score.float().weight.requires_grad_(True)  # it learns, and so is held as adapters are
+        model.score.float().requires_grad_(True)  # it learns, and so is held as adapters are
     network.adapters, network.active = adapters, (*below, role)
     settings = plain_config(model.peft_config[role])
     under = None
@@ -92,12 +91,15 @@ def adapt(
 def load_start(network: Policy | Scorer, adapters: Adapters, start: SavedAdapter, place: str, trained: bool) -> None:
     """Put an adapter from a folder on its base, with its scalar head and its generation config."""
     weights, config = start.weights(), start.config()
-    head = weights.pop(SCORE, None)
+    head, shift = pop_head(weights)
     if isinstance(network, Scorer):
         kind = kind_of(network.model)
         config.task_type = kind.task_type
         if head is not None and not network.fresh_head:
-            set_head(network, head, start.bias)
+            require_fits(network, head)
+            if start.bias is not None:
+                network.model.config.score_bias = start.bias
+            set_head(network.model, head, shift)
             network.model.config.step_separator = start.step_separator
         elif not network.fresh_head and not kind.made(list(network.model.config.architectures or [])):
             raise UserError(f"{start.name}: its adapter_model.safetensors holds no scalar head; copy it anew")
@@ -109,18 +111,15 @@ def load_start(network: Policy | Scorer, adapters: Adapters, start: SavedAdapter
         network.model.generation_config = generation
 
 
-def set_head(scorer: Scorer, weight: Tensor, bias: float | None) -> None:
-    """Give a scorer a trained scalar head."""
+def require_fits(scorer: Scorer, head: Tensor) -> None:
+    """Refuse the scalar head of another base."""
     model: Any = scorer.model
-    if model.score.weight.shape != weight.shape:
+    there = model.score.weight
+    if there.shape != head.shape:
         raise UserError(
-            f"the adapter's scalar head is {tuple(weight.shape)}, that of its base {tuple(model.score.weight.shape)}: "
-            "it is of another base"
+            f"the adapter's scalar head is {tuple(head.shape)}, that of its base {tuple(there.shape)}: it is of "
+            "another base"
         )
-    with torch.no_grad():
-        model.score.weight.copy_(weight)
-    if bias is not None:
-        model.config.score_bias = bias
 
 
 def refuse_sum_of_dora(start: SavedAdapter, lora: LoRA) -> None:

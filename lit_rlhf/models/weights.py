@@ -64,8 +64,6 @@ def load_model(
             if not fresh_head:
                 check_labels(config, num_labels, name)
             config.num_labels = num_labels
-        if auto_class is OF_STEPS.auto_class and head_kind(architectures_of(config, name)) is not OF_STEPS:
-            config.token_classification_bias = False  # of a head that is drawn: adapters hold its weight alone
         dtype = _dtype_of(config, source)
         generation: GenerationConfig | None = None
         with suppress(OSError):  # there need not be one

@@ -5,6 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torchmetrics.functional.classification import binary_calibration_error
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
@@ -66,10 +70,23 @@ def test_it_learns_which_steps_are_wrong_and_says_how_well(inputs, tmp_path):
     assert metrics["val/calibration_error"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(r=4)])
-def test_transformers_gives_the_scores_of_the_export_at_the_ends_of_steps(lora, inputs, tmp_path):
+DRAWS_HEADS = Version(transformers.__version__) < Version("5.18")  # of adapters for tokens, anew
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # which PEFT reads
+@pytest.mark.parametrize(
+    ("lora", "by"),
+    [
+        (None, "transformers"),
+        (LoRA(r=4), "peft"),
+        pytest.param(LoRA(r=4), "transformers", marks=pytest.mark.skipif(DRAWS_HEADS, reason="transformers 5.17")),
+    ],
+)
+def test_transformers_and_peft_give_the_scores_of_the_export_at_the_ends_of_steps(lora, by, inputs, tmp_path):
     module, data, _ = fit(inputs, tmp_path, lora=lora)
-    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "model", num_labels=1).eval()
+    start = tmp_path if by == "transformers" else inputs
+    model = AutoModelForTokenClassification.from_pretrained(start / "model", num_labels=1).eval()
+    model = PeftModel.from_pretrained(model, tmp_path / "model").eval() if by == "peft" else model
     again = ProcessRewardModel(str(tmp_path / "model"), fresh_head=False)
     assert again.step_separator == module.step_separator == "\n"
     held = "config.json" if lora is None else "score_bias.json"
@@ -82,6 +99,19 @@ def test_transformers_gives_the_scores_of_the_export_at_the_ends_of_steps(lora, 
             rows = [model(batch.packed.input_ids[None, a:b]).logits[0, :, 0] for a, b in itertools.pairwise(starts)]
         torch.testing.assert_close(torch.cat(rows)[batch.step_nodes], own, atol=1e-5, rtol=0)
         torch.testing.assert_close(loaded, own, atol=1e-5, rtol=0)
+
+
+def test_the_bias_of_a_head_that_an_adapter_brings_is_added(inputs, tmp_path):
+    module, _, _ = fit(inputs, tmp_path, lora=LoRA(r=4))
+    file = tmp_path / "model" / "adapter_model.safetensors"
+    weights = load_file(file)
+    learnt = weights["base_model.model.score.bias"]
+    assert torch.equal(learnt, module.process_reward_model.model.score.bias) and learnt.any()
+    save_file(weights | {"base_model.model.score.bias": learnt + 1.5}, file)
+    rows = [np.array([5, 6])], [np.array([7, 8])], [np.array([1])]
+    before = step_scores(module.process_reward_model.eval(), *rows)
+    after = step_scores(ProcessRewardModel(str(tmp_path / "model")).process_reward_model.eval(), *rows)
+    assert after[0] == pytest.approx(before[0] + 1.5, abs=1e-5)
 
 
 def test_a_step_is_scored_by_what_stands_before_it_alone(inputs):

@@ -45,7 +45,7 @@ def test_the_head_of_the_other_kind_is_drawn_anew(make, start, scorers):
     ):
         made = make(str(scorers / start))
     network = getattr(made, made.exported)
-    assert network.fresh_head and network.model.score.bias is None
+    assert network.fresh_head and (network.model.score.bias is None) is (make is RewardModel)
     assert kind_of(network.model) is (OF_STEPS if make is ProcessRewardModel else OF_RESPONSES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

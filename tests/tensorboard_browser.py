@@ -12,13 +12,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# Text of a page with that of its shadow roots, which are TensorBoard's panels.
-TEXT = """(function text(node) {
+# Of a page and its shadow roots, which are TensorBoard's panels: its text, and its elements by a CSS selector.
+SEEN = """function text(node) {
+  if (!node) return "";
   if (node.nodeType === 3) return node.data + " ";
   if (["STYLE", "SCRIPT"].includes(node.nodeName)) return "";
   const within = node.shadowRoot ? text(node.shadowRoot) : "";
   return within + [...node.childNodes].map(text).join("");
-})(document.documentElement)"""
+}
+function elements(selector, root = document) {
+  const within = [...root.querySelectorAll("*")].filter(node => node.shadowRoot);
+  return [...root.querySelectorAll(selector), ...within.flatMap(node => elements(selector, node.shadowRoot))];
+}
+"""
 
 
 def chromium():
@@ -94,16 +100,23 @@ class Browser:
                 return answer["result"]
 
     def value(self, script):
-        """Of an expression in the page."""
-        return self.ask("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+        """Of an expression in the page, which may ask for `text(node)` and `elements(selector)`."""
+        answer = self.ask("Runtime.evaluate", expression=f"{{{SEEN}{script}}}", returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def resize(self, width, height):
+        """The window's inside, in pixels."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.ask("Emulation.setDeviceMetricsOverride", **size)
 
     def open(self, address, *expected, seconds=60):
-        """Go there and wait until the page shows these texts; gives all its text."""
+        """Go there and wait until the page shows these texts, whatever space is in them; gives all its text."""
         self.ask("Page.navigate", url="about:blank")
         self.ask("Page.navigate", url=address)
         deadline, text = time.monotonic() + seconds, ""
         while time.monotonic() < deadline:
-            text = self.value(TEXT) or ""
+            text = " ".join(self.value("text(document.documentElement)").split())
             if all(words in text for words in expected):
                 return text
             time.sleep(0.3)

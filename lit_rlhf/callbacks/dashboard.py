@@ -1,11 +1,13 @@
 """What the loggers are told of a run as a whole: its settings beside its results, and the pages of its curves."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.plugins.hparams.api_pb2 import DATA_TYPE_FLOAT64
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from lit_rlhf.algorithms.hyperparameters import plain, settings_of
@@ -14,6 +16,9 @@ from lit_rlhf.data.batches import NoBatch, RolloutBatch
 
 OF_THE_TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "world_size")
 RESULTS = ("train/loss", "rollout/score", "rollout/kl")  # shown beside the settings, with all of val/
+# Of settings and results TensorBoard shows five each unasked: these, where the stage has them.
+FIRST_SETTINGS = ("beta", "clip_range", "kl/init_args/kl_coef", "learning_rate", "trainer/max_epochs")
+FIRST_RESULTS = tuple(f"val/{name}" for name in ("score", "kl", "reward_accuracy", "accuracy", "reward_margin", "loss"))
 LONGEST = 200  # characters of a setting that are shown, as of a chat template
 
 
@@ -74,14 +79,34 @@ class Dashboard(Callback):
             return
         self.written = True
         tags = self.held_out | {name for name in trainer.callback_metrics if "/" in name}
-        shown = sorted(tag for tag in tags if tag.startswith("val/") or tag in RESULTS)
+        shown = [tag for tag in tags if tag.startswith("val/") or tag in RESULTS]
         flat = dict(flattened({**pl_module.hparams, **settings_around(trainer)}))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(layout(tags))
                 writer = logger.experiment._get_file_writer()
-                for summary in hparams(flat, dict.fromkeys(shown, 0.0)):
+                for summary in summaries(flat, shown):
                     writer.add_summary(summary)
+
+
+def summaries(settings: Mapping[str, bool | int | float | str], results: Collection[str]) -> tuple[Any, Any, Any]:
+    """What the HParams tab reads: the columns, the settings of this run, and that it has ended well.
+
+    The tab takes the columns of all its runs from one of them, whichever it finds first. So those of each run also name
+    what comes first in runs of other stages.
+    """
+    first = [tag for tag in FIRST_RESULTS if tag in results]
+    others = sorted(set(results) - set(first), key=lambda tag: (not tag.startswith("val/"), tag))
+    of_other_stages = set(FIRST_RESULTS) - set(first)
+    columns, start, end = hparams(dict(settings), dict.fromkeys([*first, *others, *sorted(of_other_stages)], 0.0))
+    content = columns.value[0].metadata.plugin_data
+    told = HParamsPluginData.FromString(content.content)
+    for name in sorted(set(FIRST_SETTINGS) - settings.keys()):
+        told.experiment.hparam_infos.add(name=name, type=DATA_TYPE_FLOAT64)
+    for info in told.experiment.hparam_infos:
+        info.differs = info.name in FIRST_SETTINGS  # between runs: such columns come first
+    content.content = told.SerializeToString()
+    return columns, start, end
 
 
 def settings_around(trainer: Trainer) -> dict[str, dict[str, Any]]:

@@ -81,35 +81,34 @@ def earlier(file: Path, step: int) -> list[Validation]:
 
 
 def markdown(validations: Sequence[Validation]) -> str:
-    """A section for each prompt with a table: what was answered before training, last time and now, and by the data.
+    """A section for each prompt: what was answered before training, last time and now, and by the data, in rows.
 
-    What is narrow comes first and does not break; TensorBoard breaks a narrow column within its words and numbers.
+    The table has one column: of several, TensorBoard makes narrow ones and breaks them within their words.
     """
     chosen = list({one["step"]: one for one in (validations[0], *validations[-2:])}.values())
     sections = []
     for number, sample in enumerate(validations[-1]["samples"]):
         rows = [(when(one["step"]), one["samples"][number]["row"]) for one in chosen if number < len(one["samples"])]
-        lines = [f"| {said} | {numbers(row)} | {cell(row['completion'])} |" for said, row in rows]
+        lines = [f"| **{said}**{numbers(row)}<br>{cell(row['completion'])} |" for said, row in rows]
         if known := sample["row"].get("reference_completion"):
-            lines.append(f"| data | | {cell(known)} |")
-        head = ["| when | numbers | completion |", "| --- | --- | --- |"]
-        sections.append("\n".join([f"**{number + 1}.** {cell(sample['row']['prompt'])}", "", *head, *lines]))
+            lines.append(f"| **data**<br>{cell(known)} |")
+        head = f"**{number + 1}.** {cell(sample['row']['prompt'])}"
+        sections.append("\n".join([head, "", "| |", "| --- |", *lines]))
     return "\n\n".join(sections)
 
 
 def when(step: int) -> str:
-    """A step in words that stay in one line."""
-    return f"step&nbsp;{step:,}" if step else "before"
+    """A step in words."""
+    return f"step {step:,}" if step else "before"
 
 
 def numbers(row: dict[str, Any]) -> str:
-    """All of a row that is no text, a line each."""
+    """All of a row that is no text; a line may end between two of them."""
     values = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in row.items()}
-    return "<br>".join(f"{cell(f'{name} {value}')}" for name, value in values.items() if name not in TEXTS).replace(
-        " ", "&nbsp;"
-    )
+    told = (cell(f"{name} {value}").replace(" ", "&nbsp;") for name, value in values.items() if name not in TEXTS)
+    return "".join(f" · {one}" for one in told)
 
 
 def cell(text: Any) -> str:
     """Text as it is, in one line: neither HTML nor Markdown."""
-    return html.escape(str(text), quote=False).translate(MARKS).replace("\n", "<br>")
+    return "<br>".join(html.escape(str(text), quote=False).translate(MARKS).splitlines())

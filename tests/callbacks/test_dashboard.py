@@ -8,7 +8,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from lit_rlhf import RolloutDataModule, TextReward
 from lit_rlhf.callbacks import Baseline, Dashboard
-from lit_rlhf.callbacks.dashboard import flattened, settings_around
+from lit_rlhf.callbacks.dashboard import FIRST_SETTINGS, flattened, settings_around
 from tests.callbacks.other_logger import Other
 from tests.ppo_runs import count_w9
 from tests.stages import make_stage, make_trainer
@@ -24,26 +24,30 @@ def run(stage, inputs, folder, *loggers, **trainer):
 
 
 def hparams_of(events):
-    """Settings of the session and the tags of the experiment, as the plugin reads them."""
+    """Settings of the session, and the columns of the experiment in their order, as the plugin reads them."""
     found = {}
     for tag, content in events.summary_metadata.items():
         if content.plugin_data.plugin_name == "hparams":
             found[tag] = plugin_data_pb2.HParamsPluginData.FromString(content.plugin_data.content)
     session = found["_hparams_/session_start_info"].session_start_info.hparams
-    metrics = found["_hparams_/experiment"].experiment.metric_infos
-    return {name: value for name, value in session.items()}, {metric.name.tag for metric in metrics}
+    columns = found["_hparams_/experiment"].experiment
+    first = [info.name for info in columns.hparam_infos if info.differs]
+    return dict(session), first, [metric.name.tag for metric in columns.metric_infos]
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
 def test_every_stage_has_its_settings_beside_metrics_that_it_logs_and_its_pages(stage, inputs, tmp_path):
     _, events = run(stage, inputs, tmp_path)
-    settings, metrics = hparams_of(events)
+    settings, first, results = hparams_of(events)
     assert settings["learning_rate"].number_value == 1e-2
     assert settings["data/max_tokens"].number_value == (80 if stage == "ppo" else 100)
     assert settings["trainer/max_epochs"].number_value == 1
+    assert "learning_rate" in first and set(first) == set(FIRST_SETTINGS)  # also those of the other stage
     scalars = set(events.Tags()["scalars"])
-    assert {"train/loss"} < metrics <= scalars
-    assert {tag for tag in scalars if tag.startswith("val/")} < metrics
+    logged = [tag for tag in results if tag in scalars]
+    assert results[: len(logged)] == logged  # of other stages behind them
+    assert logged[:2] == {"dpo": ["val/reward_accuracy", "val/reward_margin"], "ppo": ["val/score", "val/kl"]}[stage]
+    assert {"train/loss"} | {tag for tag in scalars if tag.startswith("val/")} <= set(logged)
     content = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert {"Losses", "Stability"} < {page.title for page in content.category}
 

@@ -37,7 +37,7 @@ def test_samples_are_logged_before_training_and_at_each_validation(folder, tmp_p
     trainer.fit(module, data)
     assert [(tag, step) for tag, _, step in tables] == [("samples", 0), ("samples", 1), ("samples", 2)]
     assert pictures == [("samples/tokens", 0), ("samples/tokens", 1), ("samples/tokens", 2)]
-    assert tables[2][1].count("| before |") == tables[2][1].count("| step&nbsp;2 |") == 3
+    assert tables[2][1].count("| **before** ·") == tables[2][1].count("| **step 2** ·") == 3
     kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [one["step"] for one in kept] == [0, 1, 2] and all(len(one["samples"]) == 3 for one in kept)
     assert "<html" in (tmp_path / "samples.html").read_text()
@@ -76,16 +76,16 @@ def test_a_table_has_a_row_for_each_time_and_one_for_what_the_data_have():
         return {"step": step, "samples": [{"row": row | {"reference_completion": "c\nd"}}]}
 
     text = markdown([at(0, "one", 0.5), at(9, "two", 1.0), at(1000, "three", -1.0), at(2000, "four", 2.0)])
-    number = "finish&#95;reason&nbsp;stop<br>score&nbsp;"
+    number = "· finish&#95;reason&nbsp;stop · score&nbsp;"
     assert text.splitlines() == [
         "**1.** a&#124;b",
         "",
-        "| when | numbers | completion |",
-        "| --- | --- | --- |",
-        f"| before | {number}0&#46;50 | one |",
-        f"| step&nbsp;1,000 | {number}&#45;1&#46;00 | three |",
-        f"| step&nbsp;2,000 | {number}2&#46;00 | four |",
-        "| data | | c<br>d |",
+        "| |",
+        "| --- |",
+        f"| **before** {number}0&#46;50<br>one |",
+        f"| **step 1,000** {number}&#45;1&#46;00<br>three |",
+        f"| **step 2,000** {number}2&#46;00<br>four |",
+        "| **data**<br>c<br>d |",
     ]
 
 
@@ -93,3 +93,7 @@ def test_text_in_a_table_is_neither_html_nor_markdown():
     assert cell("<script>&amp; **b** [x](y) `c`\nd") == (
         "&lt;script&gt;&amp;amp; &#42;&#42;b&#42;&#42; &#91;x&#93;&#40;y&#41; &#96;c&#96;<br>d"
     )
+
+
+def test_a_row_stays_one_whatever_ends_a_line_in_the_text_of_an_untrained_model():
+    assert cell("a\rb\r\nc\x85d\u2028e\x0bf") == "a<br>b<br>c<br>d<br>e<br>f"

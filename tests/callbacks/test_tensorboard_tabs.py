@@ -7,13 +7,22 @@ from lit_rlhf.callbacks import Baseline, Dashboard, Histograms, SampleTable
 from tests.stages import make_stage, make_trainer, write_inputs
 from tests.tensorboard_browser import Browser, asked, chromium, serving, until
 
-TABS = {  # and words that are there if the tab has something to show
-    "custom_scalars": ("Reward and KL", "Stability", "KL to the reference"),
-    "text": ("samples/text_summary", "before", "step 4"),
-    "images": ("samples/tokens",),
-    "histograms": ("rollout/advantages",),
-    "hparams": ("learning_rate", "data/max_tokens", "val/score"),
+TABS = {  # what stands there if the tab has something to show, and the elements that are then drawn
+    "timeseries": (("rollout", "val"), ".series-view canvas"),
+    "custom_scalars": (("Reward and KL", "Stability", "KL to the reference"), ".render-area path.line"),
+    "images": (("samples/tokens", "step 4"), "img[src*=individualImage]"),
+    "histograms": (("rollout/advantages_spread",), "path.outline"),
+    "text": (("samples/text_summary", "before", "step 4", "score"), "td"),
+    "hparams": (("learning_rate", "trainer/max_epochs", "val/score"), "vaadin-grid"),
 }
+# Words of a table that do not stand in one line.
+BROKEN = """elements("td").flatMap(cell => [...cell.childNodes]).filter(node => node.nodeType === 3).flatMap(node =>
+  [...node.data.matchAll(/\\S+/g)].filter(word => {
+    const range = document.createRange();
+    range.setStart(node, word.index);
+    range.setEnd(node, word.index + word[0].length);
+    return new Set([...range.getClientRects()].map(box => box.top)).size > 1;
+  }).map(word => word[0]))"""
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +61,42 @@ def test_its_plugins_answer_with_what_the_run_has_written(address):
     assert "rollout/advantages_spread" in asked(address, "plugin/histograms/tags")["ppo"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(chromium() is None, reason="no Chromium is at hand")
-def test_every_tab_shows_its_part_in_a_browser(address, tmp_path):
-    browser = Browser(tmp_path)
-    try:
-        for tab, words in TABS.items():
-            browser.open(f"{address}/#{tab}", *words)
-    finally:
-        browser.close()
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """One for all tests."""
+    if chromium() is None:
+        pytest.skip("no Chromium is at hand")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(chromium() is None, reason="no Chromium is at hand")
-def test_the_page_of_tokens_draws_them_and_goes_back_in_time(logs, tmp_path):
-    browser = Browser(tmp_path)
-    try:
-        browser.open((logs / "run" / "samples.html").as_uri(), "step 4", "advantage")
-        assert browser.value("document.querySelectorAll('.token').length") > 4
-        browser.value("document.getElementById('when').value = 0; document.getElementById('when').oninput()")
-        assert browser.value("document.getElementById('step').textContent") == "before training"
-    finally:
-        browser.close()
+@pytest.mark.parametrize("tab", TABS)
+def test_a_tab_shows_its_part_in_a_browser(tab, address, browser):
+    words, drawn = TABS[tab]
+    browser.open(f"{address}/#{tab}", *words)
+    until(lambda: browser.value(f"elements('{drawn}').length"))
+
+
+@pytest.mark.slow
+def test_the_table_of_settings_has_the_last_results_of_the_run(address, browser):
+    last = asked(address, "plugin/scalars/scalars", run="ppo", tag="val/score")[-1][2]
+    shown = browser.value(f"({last}).toPrecision(5)")
+    browser.open(f"{address}/#hparams", "Trial ID", "ppo", "0.010000", shown)
+
+
+@pytest.mark.slow
+def test_samples_are_readable_in_a_narrow_window(address, browser):
+    browser.resize(700, 900)
+    browser.open(f"{address}/#text", "before", "step 4")
+    assert browser.value("elements('td').length") >= 6
+    assert browser.value(BROKEN) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_tokens_draws_them_and_goes_back_in_time(logs, browser):
+    browser.open((logs / "run" / "samples.html").as_uri(), "step 4", "advantage")
+    assert browser.value("document.querySelectorAll('.token').length") > 4
+    browser.value("document.getElementById('when').value = 0; document.getElementById('when').oninput()")
+    assert browser.value("document.getElementById('step').textContent") == "before training"

@@ -116,7 +116,6 @@ class OnPolicyDistillation(OnPolicyModule):
     """
 
     prefix = "distillation"
-    reference_role = "teacher"
 
     def __init__(
         self,
@@ -145,6 +144,10 @@ class OnPolicyDistillation(OnPolicyModule):
             reference=teacher,
             **kwargs,
         )
+
+    def other_reference(self, name: str, *given: Any) -> OwnModel:
+        """The teacher, a model of its own: all of its logits are read."""
+        return frozen_model(name, "teacher", *given)
 
     def chosen_loss(self, loss: ChosenFunction) -> Any:
         """A divergence."""

@@ -1,7 +1,7 @@
 """The on-policy road: play, score, charge the KL, estimate advantages, learn. A method is an estimator and a loss."""
 
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -14,7 +14,7 @@ from lit_rlhf.algorithms.kl_control import FixedKL, KLController, KLPenalty
 from lit_rlhf.algorithms.lightning_tools import takes_gradients_early
 from lit_rlhf.algorithms.samples import Sample, examples_of, read_samples, with_known_completions
 from lit_rlhf.algorithms.settings import CriticSettings, LossAverage, SamplingSettings, UpdateSettings
-from lit_rlhf.algorithms.teacher import frozen_model
+from lit_rlhf.algorithms.teacher import named_reference
 from lit_rlhf.data.batches import NoBatch, PromptBatch, RolloutBatch
 from lit_rlhf.engine.early_backward import backward_early
 from lit_rlhf.engine.packing import Example, pack
@@ -23,7 +23,7 @@ from lit_rlhf.losses import PolicyTokens, value_loss
 from lit_rlhf.losses.kl import k1, k3
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.loading import load_policy_with_tokenizer
-from lit_rlhf.models.roles import HoldReference, OnTrunk, policy_parameters, reference_of
+from lit_rlhf.models.roles import HoldReference, OnTrunk, Reference, policy_parameters, reference_of
 from lit_rlhf.rollout.experience import episode_means
 from lit_rlhf.rollout.play import GenerationSettings, complete, episode_rows
 from lit_rlhf.rollout.shaping import RewardShaping, nothing_seen
@@ -76,7 +76,6 @@ class OnPolicyModule(CreditingModule):
     """
 
     learns_from = "prompts"
-    reference_role: ClassVar[str] = "reference"  # the argument that names it, in messages
 
     def __init__(
         self,
@@ -122,17 +121,20 @@ class OnPolicyModule(CreditingModule):
         self.policy, self.tokenizer = load_policy_with_tokenizer(
             policy, False, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
+        held = (hold_reference, self.frozen_dtype)
         if reference is None:
-            self.reference = reference_of(self.policy, self.frozen, hold_reference, frozen_dtype=self.frozen_dtype)
+            self.reference = reference_of(self.policy, self.frozen, *held)
         else:
-            held = (hold_reference, self.frozen_dtype, trust_remote_code)
-            self.reference = frozen_model(
-                reference, self.reference_role, self.policy, self.tokenizer, self.frozen, *held
-            )
+            given = (self.policy, self.tokenizer, self.frozen, *held, trust_remote_code)
+            self.reference = self.other_reference(reference, *given)
         self.critic = None
         self.critic_settings = CriticSettings(0.0, None, 0, None)
         self.rollout_metrics, self.step_kl, self.stopped = {}, [], False
         self.returns_seen = nothing_seen()
+
+    def other_reference(self, name: str, *given: Any) -> Reference:
+        """Another model than the policy was, see `named_reference`."""
+        return named_reference(name, *given)
 
     def chosen_loss(self, loss: ChosenFunction) -> Any:
         """The policy loss, tried."""

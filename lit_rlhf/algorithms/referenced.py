@@ -11,16 +11,14 @@ from lit_rlhf.algorithms.preference import PreferenceModule, response_logprobs
 from lit_rlhf.algorithms.reference_cache import ReferenceCache
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.algorithms.settings import ReferenceSettings
-from lit_rlhf.algorithms.teacher import frozen_model
+from lit_rlhf.algorithms.teacher import named_reference
 from lit_rlhf.engine.packing import PackedBatch
-from lit_rlhf.errors import UserError, damaged, named_by, require_alike
-from lit_rlhf.models.adapter_folders import saved_adapter
+from lit_rlhf.errors import UserError, damaged, require_alike
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
 from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.roles import HoldReference, Reference, SameBase, reference_of, shares_base
-from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
+from lit_rlhf.models.roles import HoldReference, Reference, SameBase, reference_of
 from lit_rlhf.rollout.play import GenerationSettings
 
 
@@ -68,18 +66,12 @@ class ReferencedModule(PreferenceModule):
         if reference_update is not None:
             reference_update.require_whole(self.policy, self.frozen_dtype)
         self.still_reference: Reference | None = None  # a reference that stays, unless its log-probs are cached
-        with named_by("model.reference"):
-            saved = None if reference is None else saved_adapter(reference)
-        shared = hold_reference in (None, "base") and shares_base(self.policy, saved)
-        if reference is not None and shared:
-            with named_by("model.reference"):
-                theirs = load_tokenizer(reference, self.policy.model.config, trust_remote_code)
-            check_same_tokens(self.tokenizer, theirs, f"reference {reference}")
-        elif reference is not None:
-            held = (hold_reference, self.frozen_dtype, trust_remote_code)
-            self.still_reference = frozen_model(reference, "reference", self.policy, self.tokenizer, self.frozen, *held)
-        if shared or (reference is None and (self.policy.adapters or not (cache_reference or reference_free))):
-            self.still_reference = reference_of(self.policy, self.frozen, hold_reference, saved, self.frozen_dtype)
+        held = (hold_reference, self.frozen_dtype)
+        if reference is not None:
+            given = (self.policy, self.tokenizer, self.frozen, *held, trust_remote_code)
+            self.still_reference = named_reference(reference, *given)
+        elif self.policy.adapters or not (cache_reference or reference_free):
+            self.still_reference = reference_of(self.policy, self.frozen, *held)
         if reference_update is not None:
             self.reference = reference_update.moving(self.frozen)
         self.reference_free = reference_free

@@ -9,11 +9,21 @@ from lit_rlhf.algorithms.chosen import ChosenFunction, check_options, name_of, t
 from lit_rlhf.engine.divergence import Divergence
 from lit_rlhf.engine.memory import numbers
 from lit_rlhf.errors import UserError, named_by
+from lit_rlhf.models.adapter_folders import saved_adapter
 from lit_rlhf.models.holding import FrozenDtype
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.roles import HoldReference, OwnModel, own_reference
-from lit_rlhf.models.tokens import check_same_tokens
+from lit_rlhf.models.roles import (
+    HoldReference,
+    OwnModel,
+    Reference,
+    SameBase,
+    is_base,
+    own_reference,
+    reference_of,
+    shares_base,
+)
+from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 
 
 def frozen_model(
@@ -49,6 +59,31 @@ def frozen_model(
     check_same_tokens(tokenizer, theirs, f"{role} {name}")
     assert isinstance(view, OwnModel)
     return view
+
+
+def named_reference(
+    name: str,
+    policy: Policy,
+    tokenizer: Any,
+    frozen: dict[str, nn.Module],
+    hold: HoldReference | None = None,
+    frozen_dtype: FrozenDtype | None = None,
+    trust_remote_code: bool = False,
+) -> Reference:
+    """Another model than the policy was as π_ref: on the policy's base where it can be, else a model of its own.
+
+    It can where it is that base, or an adapter on it, unless `hold` says otherwise. Arguments and errors are those of
+    `frozen_model`.
+    """
+    with named_by("model.reference"):
+        saved = saved_adapter(name)
+        shared = is_base(policy, name) if saved is None else shares_base(policy, saved)
+    if not shared or hold in ("copy", "parked"):
+        return frozen_model(name, "reference", policy, tokenizer, frozen, hold, frozen_dtype, trust_remote_code)
+    with named_by("model.reference"):
+        theirs = load_tokenizer(name, policy.model.config, trust_remote_code)
+        check_same_tokens(tokenizer, theirs, f"reference {name}")
+        return SameBase(policy, ()) if saved is None else reference_of(policy, frozen, hold, saved=saved)
 
 
 @numbers()

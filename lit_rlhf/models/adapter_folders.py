@@ -121,7 +121,7 @@ class SavedAdapter:
                 f"{ruined[0]}; take an earlier checkpoint of it, or copy it anew"
             )
         weights = {key.removeprefix(PREFIX): tensor for key, tensor in held.items()}
-        of_head = re.compile(rf"({'|'.join(HEADS)})\.(.*\.)?(weight|bias)")
+        of_head = re.compile(rf"({'|'.join(HEADS)})\.((?!lora_).*\.)?(weight|bias)")
         heads = {key: f"score.{found[3]}" for key in weights if (found := of_head.fullmatch(key))}
         return {heads.get(key, key): tensor for key, tensor in weights.items()}
 
@@ -252,6 +252,11 @@ def base_of(name: str, base: Any) -> str:
     """Where the base of an adapter is: a folder, seen from the adapter's or from here; else a name on the hub."""
     for folder in (Path(name).expanduser() / str(base), Path(str(base)).expanduser()):
         if base and folder.is_dir():
+            if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+                raise UserError(
+                    f"{name}: its base, {base!r} in adapter_config.json (base_model_name_or_path), is an adapter "
+                    "itself: export that one merged (lit-rlhf export --merge), and write its folder there"
+                )
             return str(folder.resolve())
     if not base or not HUB_NAME.fullmatch(str(base)) or str(base).startswith("."):
         raise UserError(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.errors import UserError, named_by, require, require_types
-from lit_rlhf.models.adapter_layers import ALL_LINEAR, candidates, regex_fault, require_layers
+from lit_rlhf.models.adapter_layers import ALL_LINEAR, candidates, leave_out, regex_fault, require_layers, scalar_head
 from lit_rlhf.models.heads import OF_RESPONSES, OF_STEPS
 
 PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
@@ -135,6 +135,7 @@ class Adapters:
             UserError: it names some that are not there.
         """
         require_layers(self.model, config)
+        leave_out(config, scalar_head(self.model))
         self._inject(name, config, trained=True)
 
     def _inject(self, name: str, config: Any, trained: bool) -> None:

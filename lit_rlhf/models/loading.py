@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, named_by
 from lit_rlhf.models.adapter_folders import SavedAdapter, named_base, saved_adapter
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.fingerprints import fingerprints
@@ -59,13 +59,14 @@ def load_policy(
     start = None if from_scratch else saved_adapter(name)
     base = name if start is None else start.base
     held = frozen_base(start, lora, merge_start, frozen_dtype, learns)
-    with reading_for(lora, merge_start):
+    with reading_for(lora, merge_start), named_base_of(start):
         read_as = None if merge_start else held
         model = load_model(AutoModelForCausalLM, base, from_scratch, trust_remote_code, held=read_as)
     stored = stored_architectures(base, trust_remote_code)
     scores = head_kind(stored) or (None if start is None else start.head_kind)
     if not from_scratch and scores is not None:
-        raise UserError(f"{name} holds a {scores.named} ({stored}), not a policy; name the folder of a causal LM")
+        by = stored if start is None else f"an adapter for {start.settings.get('task_type')}"
+        raise UserError(f"{name} holds a {scores.named} ({by}), not a policy; name the folder of a causal LM")
     policy = Policy(model)
     policy.uncut = model.__dict__.get("uncut")
     choose_attention(policy, str(name))
@@ -122,7 +123,7 @@ def load_scorer(
     start = saved_adapter(name)
     base = name if start is None else start.base
     held = frozen_base(start, lora, merge_start, frozen_dtype, learns)
-    with reading_for(lora, merge_start):
+    with reading_for(lora, merge_start), named_base_of(start):
         read_as = None if merge_start else held
         model = load_model(kind.auto_class, base, False, trust_remote_code, 1, bool(fresh_head), read_as)
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -160,6 +161,11 @@ def reading_for(lora: LoRA | None, merge_start: bool) -> AbstractContextManager[
     if merge_start:
         return reading_in(torch.float32)
     return reading_in(torch.get_default_dtype()) if lora is not None and lora.use_dora else nullcontext()
+
+
+def named_base_of(start: SavedAdapter | None) -> AbstractContextManager[None]:
+    """Say of which adapter the base is that cannot be loaded; None = of none."""
+    return nullcontext() if start is None else named_by(f"{start.name}: its base")
 
 
 def note_sources(network: Policy | Scorer, names: tuple[str | Path, ...], learns: bool) -> None:

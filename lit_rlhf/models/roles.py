@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.models.adapter_folders import SavedAdapter, named_base, pop_head
+from lit_rlhf.models.adapter_layers import candidates, leave_out, named
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.fingerprints import Fingerprints, fingerprints
 from lit_rlhf.models.heads import OF_RESPONSES
@@ -156,8 +157,8 @@ def reference_of(
     policy: Policy,
     frozen: dict[str, nn.Module],
     hold: HoldReference | None,
-    saved: SavedAdapter | None = None,
     frozen_dtype: FrozenDtype | None = None,
+    saved: SavedAdapter | None = None,
 ) -> Reference:
     """The policy as it is now, for good.
 
@@ -166,8 +167,8 @@ def reference_of(
         frozen: networks outside of the module tree, to which a copy is added.
         hold: "base": on the policy's frozen base, with the adapters on that the run started from; "copy": a network of
             its own; "parked": likewise, on the CPU between uses; None = base where there is one.
-        saved: another adapter on the policy's base that is the reference instead.
         frozen_dtype: of a copy of weights that learn; one of a frozen base is as that.
+        saved: another adapter on the policy's base that is the reference instead.
 
     Raises:
         UserError: there is no frozen base, or no such copy.
@@ -215,7 +216,9 @@ def own_reference(
         UserError: it was to live on the policy's base, which is not its own.
     """
     if hold == "base":
-        raise UserError("hold_reference: base is for an adapter on the very base of the policy, and reference is none")
+        raise UserError(
+            "hold_reference: base is for the very base of the policy, or an adapter on it, and this is neither"
+        )
     frozen["reference"] = freeze(network)
     return OwnModel(network, policy, hold == "parked", frozen_dtype)
 
@@ -226,6 +229,12 @@ def shares_base(policy: Policy, saved: SavedAdapter | None) -> bool:
     if saved is None or origin is None or origin.merged:
         return False
     return origin.base == saved.base
+
+
+def is_base(policy: Policy, name: str) -> bool:
+    """Whether a folder or hub name is that of the very base that the policy holds frozen."""
+    origin = policy.origin
+    return origin is not None and not origin.merged and origin.base == named_base(resolve(name))
 
 
 def critic_place(policy: Policy, hold: HoldCritic | None, critic: str | None, saved: SavedAdapter | None) -> HoldCritic:
@@ -276,10 +285,8 @@ def add_critic(policy: Policy, hold: HoldCritic, lora: LoRA | None, saved: Saved
     elif saved is None:
         fitting = without_head(policy, lora)
         assert fitting is not None
-        config, head = fitting.config(adapters.base, OF_RESPONSES.task_type), head_name(policy)
-        if isinstance(config.target_modules, str):  # which may be a pattern of the head's name, too
-            given = config.exclude_modules
-            config.exclude_modules = f"(?:{given})|{head}" if isinstance(given, str) else [*(given or ()), head]
+        config = fitting.config(adapters.base, OF_RESPONSES.task_type)
+        leave_out(config, head_name(policy))  # of which its pattern may be, too
         below = tuple(name for name in policy.active if name not in adapters.trained)
         adapters.add("critic", config)
         policy.heads["critic"] = ScalarHead(linear, (*below, "critic"))
@@ -323,12 +330,15 @@ def scalar_layer(policy: Policy) -> nn.Linear:
 
 def without_head(policy: Policy, lora: LoRA | None) -> LoRA | None:
     """The same for a network without the language model's head, where it names that among others."""
-    if lora is None or isinstance(lora.target_modules, str):
+    if lora is None:
         return lora
-    name = head_name(policy)
-    left = [end for end in lora.target_modules if name != end and not name.endswith(f".{end}")]
-    require(bool(left), "lora.target_modules", lora.target_modules, "more than the head alone, which critics lack")
-    return replace(lora, target_modules=left)
+    given, name = lora.target_modules, head_name(policy)
+    if isinstance(given, str):
+        left = [layer for layer in named(candidates(policy.model), given) if layer != name]
+    else:
+        left = [end for end in given if name != end and not name.endswith(f".{end}")]
+    require(bool(left), "lora.target_modules", given, "more than the head alone, which critics lack")
+    return lora if isinstance(given, str) else replace(lora, target_modules=left)
 
 
 def head_name(policy: Policy) -> str:

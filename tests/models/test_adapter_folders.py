@@ -63,6 +63,10 @@ def test_a_base_is_found_from_the_adapters_folder_and_from_here(tmp_path, monkey
     assert base_of("runs/adapter", "runs/base") == whole
     assert base_of("elsewhere", whole) == whole
     assert base_of("runs/adapter", "owner/name") == "owner/name"
+    (tmp_path / "runs" / "adapter" / "adapter_config.json").write_text("{}")
+    for adapter in ("runs/adapter", "."):
+        with pytest.raises(UserError, match=r"^runs/adapter: its base, '.*' in .*, is an adapter itself: export"):
+            base_of("runs/adapter", adapter)
     for missing in ("../gone", "/no/such/folder", "", None):
         with pytest.raises(UserError, match=r"runs/adapter: its base, .* is not there; write where it is now"):
             base_of("runs/adapter", missing)

@@ -71,7 +71,7 @@ def test_the_reference_is_what_the_policy_was_wherever_it_lives(start, lora, hol
 
 def test_another_adapter_on_the_same_base_is_a_reference_there(runs):
     policy = load_policy(runs / "base", lora=LoRA())
-    reference = reference_of(policy, {}, None, saved_adapter(runs / "adapter"))
+    reference = reference_of(policy, {}, None, saved=saved_adapter(runs / "adapter"))
     assert isinstance(reference, SameBase)
     assert torch.equal(reference(BATCH)[0], load_policy(runs / "adapter")(BATCH)[0])
 
@@ -95,7 +95,7 @@ def test_a_parked_network_is_moved_there_and_back_once_for_all_that_stands_betwe
     assert next(reference.network.parameters()).dtype == torch.float64
     kept = own_reference(load_policy(runs / "base"), policy, frozen := {}, "parked")
     assert kept.parked and frozen["reference"] is kept.network
-    with pytest.raises(UserError, match="hold_reference: base is for an adapter on the very base"):
+    with pytest.raises(UserError, match="hold_reference: base is for the very base of the policy"):
         own_reference(load_policy(runs / "base"), policy, {}, "base")
 
 
@@ -164,8 +164,9 @@ def test_policy_and_critic_learn_their_own_weights_alone(lora, runs):
     assert all(p.grad is not None for p in trained)  # as DDP asks for
 
 
-def test_a_critic_has_no_adapter_of_the_language_models_head(runs):
-    policy = load_policy(runs / "base", lora=(lora := LoRA(target_modules=["lm_head"])))
+@pytest.mark.parametrize("head", [["lm_head"], ".*lm_head"])
+def test_a_critic_has_no_adapter_of_the_language_models_head(head, runs):
+    policy = load_policy(runs / "base", lora=(lora := LoRA(target_modules=head)))
     with pytest.raises(UserError, match=r"lora.target_modules .* more than the head"):
         add_critic(policy, "adapter", lora, None)
 

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from lit_rlhf import LoRA, UserError
 from lit_rlhf.engine.packing import pack
+from lit_rlhf.models.adapter_exports import whole_adapter
 from lit_rlhf.models.adapter_folders import BIAS_FILE
 from lit_rlhf.models.adapters import lora_layers
 from lit_rlhf.models.loading import load_policy, load_policy_with_tokenizer, load_scorer
@@ -136,3 +137,23 @@ def test_tokenizer_and_stop_tokens_are_those_beside_the_adapter_or_of_its_base(r
     GenerationConfig(eos_token_id=[2, 7]).save_pretrained(folder)
     policy, tokenizer = load_policy_with_tokenizer(folder)
     assert tokenizer.chat_template == "{{ messages }}" and policy.model.generation_config.eos_token_id == [2, 7]
+
+
+def test_a_pattern_of_layers_leaves_the_scalar_head_to_learn_as_a_whole(runs):
+    lora = LoRA(r=2, target_modules=r".*(q_proj|score)")
+    scorer = load_scorer(runs / "base", fresh_head=True, lora=lora)
+    assert {name.rpartition(".")[2] for name in scorer.adapters.layers} == {"q_proj"}
+    assert scorer.model.score.weight.requires_grad
+    assert "score.weight" in whole_adapter(scorer.origin, scorer.model.state_dict())[1]
+
+
+def test_a_base_that_is_not_there_is_told_with_the_adapter_that_names_it(runs, tmp_path):
+    folder = shutil.copytree(runs / "scorer", tmp_path / "scorer")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "empty"}))
+    (folder / "empty").mkdir()
+    for load in (load_policy, load_scorer):
+        with pytest.raises(UserError, match=rf"^{folder}: its base: {folder}/empty: no model could be loaded there"):
+            load(folder)
+    with pytest.raises(UserError, match=r"scorer holds a reward model \(an adapter for SEQ_CLS\), not a policy"):
+        load_policy(runs / "scorer")

@@ -111,9 +111,15 @@ def require_same(
     for role in sorted(given.keys() & mine.keys()):
         require_alike(given[role], dict.fromkeys(given[role], ""), f"{name}[{role!r}]")
         lost = [folder for folder, mark in given[role].items() if mark not in mine[role].values()]
+        known = given[role] or given.get(adapter, {})  # one on the adapter's base names none
+        new = [folder for folder, mark in mine[role].items() if mark not in known.values()]
+        if not lost and known and new:
+            raise UserError(
+                f"ckpt_path: the {role} of its run did not stand on {new[0]}, and this run's does: give the model "
+                "settings of its run, or start a new run from what lit-rlhf export makes of the checkpoint"
+            )
         if not lost:
             continue
-        new = [folder for folder, mark in mine[role].items() if mark not in given[role].values()]
         if lost[0] in new or not new:
             what = f"{lost[0]}, which the {role} of its run stood on, holds other weights now: {SINCE}"
         else:

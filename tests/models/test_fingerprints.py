@@ -103,3 +103,23 @@ def test_other_weights_are_refused_by_their_folder(given, mine, words):
     assert "or start a new run from what lit-rlhf export makes" in str(caught.value)
     with pytest.raises(UserError, match="of no use without them"):
         require_same({"critic": given}, {"critic": mine}, adapter="critic")
+
+
+@pytest.mark.parametrize(
+    ("given", "mine"),
+    [
+        ({"policy": {"a": "1"}}, {"policy": {"a": "1", "b": "2"}}),  # an adapter under the one that learns
+        ({"policy": {"a": "1"}, "reference": {}}, {"policy": {"a": "1"}, "reference": {"b": "2"}}),
+        ({"policy": {"a": "1"}, "reference": {"a": "1"}}, {"policy": {"a": "1"}, "reference": {"a": "1", "b": "2"}}),
+    ],
+)
+def test_weights_that_its_run_did_not_stand_on_are_refused_by_their_folder(given, mine):
+    with pytest.raises(
+        UserError, match=r"^ckpt_path: the \w+ of its run did not stand on b, and this run's does: give"
+    ):
+        require_same(given, mine, adapter="policy")
+
+
+def test_a_reference_may_move_off_the_base_and_one_of_a_whole_policy_be_held_again():
+    require_same({"policy": {"a": "1"}, "reference": {}}, {"policy": {"a": "1"}, "reference": {"c": "1"}}, "policy")
+    require_same({"policy": {}, "reference": {}}, {"policy": {}, "reference": {"a": "1"}}, "policy")

@@ -68,7 +68,7 @@ def settings_of(data: Any) -> dict[str, Any]:
     """
     held = vars(data) if data is not None else {}
     together = {name: value for part in held.values() if is_dataclass(part) for name, value in vars(part).items()}
-    sources = {role: [source.name for source in named or ()] for role, named in held.get("sources", {}).items()}
+    sources = {role: [str(source) for source in named or ()] for role, named in held.get("sources", {}).items()}
     terms = held["rewards"].terms if "rewards" in held else ()
     rewards = {term.name: {**reward_settings(term.reward), "weight": term.weight} for term in terms}
     return {**{name: plain(value) for name, value in {**sources, **together}.items()}, "rewards": rewards}

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lit_rlhf.data.checks import named_sources
 from lit_rlhf.data.formats import Kind
-from lit_rlhf.data.naming import Source, parse_sources
-from lit_rlhf.errors import UserError
+from lit_rlhf.data.naming import Source
+from lit_rlhf.errors import UserError, named_by
 
 # By name alone: nothing that a folder's config names is imported.
 KINDS: dict[str, Kind] = {
@@ -62,7 +63,10 @@ def _held_out_of_run(name: str, folder: Path) -> HeldOut | None:
             continue
         if sources is None:  # of a run without held-out rows
             return None
-        named = parse_sources(sources, given.get("format"), given.get("columns"), f"data.validation of {file}")
+        held_out = {"train": given.get("train"), "validation": sources}
+        with named_by(str(file)):
+            named = named_sources(held_out, given.get("format"), given.get("columns"), kind)["validation"]
+        assert named is not None
         how = given.get("chat_template_kwargs") or {}, given.get("control_tokens") or "keep"
         return HeldOut(name, kind, named, *how)
     return None

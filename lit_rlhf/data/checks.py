@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.data.formats import Kind, Sources
+from lit_rlhf.data.held_out import share_of
 from lit_rlhf.data.mapping import Format, require_read
 from lit_rlhf.data.naming import DEMO, Source, parse_sources
 from lit_rlhf.errors import UserError, named_by, one_line, require
@@ -25,7 +26,7 @@ from lit_rlhf.files import make_folder
 
 
 def named_sources(
-    given: Mapping[str, Sources | None], format: Format | None, columns: Mapping[str, str] | None, kind: Kind
+    given: Mapping[str, Sources | float | None], format: Format | None, columns: Mapping[str, str] | None, kind: Kind
 ) -> dict[str, list[Source] | None]:
     """The sources of each role as they are used, None where none are given; `format` and `columns` are the default.
 
@@ -33,8 +34,17 @@ def named_sources(
         UserError: a form that is none of `parse_sources`, or a column that nothing reads, by the option that names it.
     """
     named: dict[str, list[Source] | None] = {}
-    for role, sources in given.items():
-        named[role] = None if sources is None else parse_sources(sources, format, columns, f"data.{role}")
+    share = share_of(given["validation"], "data.validation")
+    if share is not None and given["train"] is None:
+        raise UserError(f"data.validation ({share:g}) is a share of data.train, which is null: name both, or files")
+    for role in given:
+        held_out = isinstance(given[role], int | float)
+        origin = "train" if held_out else role
+        rows: Any = given[origin]
+        found = None if rows is None else parse_sources(rows, format, columns, f"data.{origin}")
+        if found is not None and share is not None and origin == "train":
+            found = [source.cut(share, held_out) for source in found]
+        named[role] = found
         for source in named[role] or []:
             with named_by(f"data.{role}"):
                 require_read(source.columns, "prompts" if role == "predict" else kind, source.format)
@@ -53,7 +63,7 @@ def require_rows(stage: str, sources: Mapping[str, Any]) -> None:
         )
 
 
-def require_held_out_rows(train: Sources | None, validation: Sources | None) -> None:
+def require_held_out_rows(train: Sources | None, validation: float | Sources | None) -> None:
     """Refuse to judge what was learnt from the user's rows by the demo's, which nobody asked for."""
     if train is None:
         return

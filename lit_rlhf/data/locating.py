@@ -41,7 +41,7 @@ def fingerprint(source: Source, role: Role) -> str:
         return str(load_named(source, role)._fingerprint)
     digest = xxhash.xxh3_128()
     if source.name == DEMO or path.is_dir():
-        digest.update(f"{role} {source.split} ".encode())  # of one content, other rows
+        digest.update(f"{source.read_for(role)} {source.split} ".encode())  # of one content, other rows
     for file in files:
         digest.update(f"{file.suffixes} {file.stat().st_size} ".encode())
         try:
@@ -90,7 +90,7 @@ def find_files(source: Source, role: Role) -> list[Path] | None:
             raise UserError(f"{path}: no such file or folder; expected {EXPECTED_FILES}, or a folder of them")
         return None
     if stat.S_ISDIR(mode):
-        return None if _is_saved_dataset(path) else _files_of_folder(path, role)
+        return None if _is_saved_dataset(path) else _files_of_folder(path, source.read_for(role))
     if not stat.S_ISREG(mode):
         raise UserError(
             f"{path}: a pipe or a device, where a file is expected: rows are read more than once; save them"
@@ -156,14 +156,14 @@ def load_named(source: Source, role: Role) -> datasets.Dataset:
     path = Path(source.name).expanduser().absolute()
     try:
         if not path.is_dir():
-            return _load_from_hub(source.name, source.config, source.split, role)
+            return _load_from_hub(source.name, source.config, source.split, source.read_for(role))
         loaded = datasets.load_from_disk(str(path))
         if isinstance(loaded, datasets.Dataset):
             require_no_split(source)
             return loaded
         if source.split is not None and source.split not in loaded:
             raise UserError(f"{source.name}: there is no split {source.split!r}; it has {sorted(loaded)}")
-        return loaded[source.split or _choose_split(source.name, list(loaded), role)]
+        return loaded[source.split or _choose_split(source.name, list(loaded), source.read_for(role))]
     except UserError:
         raise
     except Exception as error:  # of a damaged folder, or of whatever the hub answers: each has errors of its own

@@ -44,7 +44,7 @@ class ExamplesDataModule(LightningDataModule):
     Args:
         train: rows to learn from: a file (JSON Lines, JSON, CSV, Parquet), a folder of them, the name of a dataset,
             "demo" for the embedded text, or a list of {source, weight, split, config, format, columns}.
-        validation: held-out rows; null = no validation.
+        validation: held-out rows, or the share of the training rows that is held out (0.05); null = no validation.
         test: rows of `test`; null = the validation rows.
         predict: prompts of `predict` and of the sample tables; null = the prompts of the validation rows, which for
             `predict` may not be the demo's.
@@ -76,7 +76,7 @@ class ExamplesDataModule(LightningDataModule):
     def __init__(
         self,
         train: Sources | None = DEMO,
-        validation: Sources | None = DEMO,
+        validation: float | Sources | None = DEMO,
         test: Sources | None = None,
         predict: Sources | None = None,
         format: Format | None = None,
@@ -250,7 +250,7 @@ class SFTDataModule(ExamplesDataModule):
 
     Args:
         train: rows to learn from, as in `ExamplesDataModule`.
-        validation: held-out rows; null = no validation.
+        validation: held-out rows, or the share of the training rows that is held out; null = no validation.
         loss_on: learn the assistant's turns or the completion only ("response"), or every token ("all").
         kwargs: as in `ExamplesDataModule`.
     """
@@ -260,7 +260,7 @@ class SFTDataModule(ExamplesDataModule):
     def __init__(
         self,
         train: Sources | None = DEMO,
-        validation: Sources | None = DEMO,
+        validation: float | Sources | None = DEMO,
         loss_on: LossOn = "response",
         **kwargs: Any,
     ) -> None:
@@ -306,7 +306,7 @@ class StepwiseDataModule(ExamplesDataModule):
 
     Args:
         train: rows to learn from, as in `ExamplesDataModule`.
-        validation: held-out rows; null = no validation.
+        validation: held-out rows, or the share of the training rows that is held out; null = no validation.
         step_separator: text behind each step, by which a policy's steps are told apart; it belongs to the step.
         kwargs: as in `ExamplesDataModule`; what is too long loses whole steps.
     """
@@ -316,7 +316,7 @@ class StepwiseDataModule(ExamplesDataModule):
     def __init__(
         self,
         train: Sources | None = DEMO,
-        validation: Sources | None = DEMO,
+        validation: float | Sources | None = DEMO,
         step_separator: str = "\n",
         **kwargs: Any,
     ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from lit_rlhf.data.formats import Sources
+from lit_rlhf.data.held_out import Side
 from lit_rlhf.data.mapping import Format
 from lit_rlhf.errors import UserError, one_line
 
@@ -30,6 +31,18 @@ class Source(NamedTuple):
     config: str | None = None  # of a `datasets` name
     format: Format | None = None  # see `mapping.reshaped`
     columns: Mapping[str, str] = {}  # our name -> the rows'
+    side: Side | None = None  # of a split into rows to learn from and held-out ones; None = all rows
+
+    def read_for(self, role: Role) -> Role:
+        """What its rows were made for, when they are read for a role: held-out ones are among those of training."""
+        return role if self.side is None else "train"
+
+    def cut(self, share: float, held_out: bool) -> "Source":
+        """One side of its rows; of those that are held out each once, however often it would be learnt."""
+        return self._replace(side=Side(share, held_out), weight=1.0 if held_out else self.weight)
+
+    def __str__(self) -> str:
+        return f"{self.side.share:g} of {self.name}" if self.side is not None and self.side.held_out else self.name
 
 
 def parse_sources(

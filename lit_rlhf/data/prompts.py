@@ -9,14 +9,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.batches import Origins, PromptBatch
-from lit_rlhf.data.formats import EXPECTED, Kind, Row, Sources, as_prompt, to_tokenize
+from lit_rlhf.data.formats import Kind, Row, Sources, as_prompt, to_tokenize
 from lit_rlhf.data.microbatches import MicroBatch
 from lit_rlhf.data.naming import Role, Source, parse_sources
 from lit_rlhf.data.plain import as_json, require_text
 from lit_rlhf.data.ragged import ragged
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
-from lit_rlhf.data.sources import place_of, placed_rows, weighted
+from lit_rlhf.data.sources import place_of, placed_rows, require_some, weighted
 from lit_rlhf.data.token_cache import FEATURES, cached_rows, hash_of, tokenized_rows
 from lit_rlhf.data.tokenize import EMPTY
 from lit_rlhf.errors import UserError
@@ -111,9 +111,9 @@ def load_prompts(
                 numbers.append(number)
                 texts.append(as_json(to_tokenize(prompt, kind), at))
         if not read:
-            if of is not None:
-                continue
-            raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
+            if of is None:
+                require_some(source, kind, None)
+            continue
         # By what was read, not by its file: ids of other prompts are never paired with these columns.
         cached = cached_rows(functools.partial(iter, texts), hash_of(texts))
         place = functools.partial(_place_of_kept, source, of or kind, role, numbers)

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from lit_rlhf.data.formats import Kind, Row, check_row
+from lit_rlhf.data.formats import EXPECTED, Kind, Row, check_row
 from lit_rlhf.data.locating import find_files, load_named, require_no_split
 from lit_rlhf.data.mapping import renamed, reshaped
 from lit_rlhf.data.messages import without_null_fields
@@ -45,7 +45,21 @@ def placed_rows(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, R
             raise UserError(f"{place}: nested too deep to be read; leave out the column that is") from error
         if kind == "prompts" and role != "predict":
             _require_free_names(checked, place)
-        yield place, checked
+        if source.side is None or source.side.has(checked, place):
+            yield place, checked
+
+
+def require_some(source: Source, kind: Kind, first: object) -> None:
+    """Refuse a source without a first row."""
+    if first is not None:
+        return
+    if source.side is not None:
+        which, remedy = ("none", "raise") if source.side.held_out else ("all", "lower")
+        raise UserError(
+            f"{source.name}: data.validation ({source.side.share:g}) holds out {which} of its rows; {remedy} it, or "
+            "name held-out rows"
+        )
+    raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
 
 
 @contextmanager
@@ -64,7 +78,8 @@ def _naming_theirs(source: Source) -> Iterator[None]:
 
 def place_of(source: Source, kind: Kind, role: Role, number: int) -> str:
     """Where row `number` of a source stands; reads it again up to there."""
-    return next(itertools.islice(_iterate(source, kind, role), number, None))[0]
+    rows = _iterate if source.side is None else placed_rows
+    return next(itertools.islice(rows(source, kind, role), number, None))[0]
 
 
 def weighted(rows: np.ndarray, source: Source, seed: int) -> np.ndarray:
@@ -98,7 +113,7 @@ def _iterate(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, Any]
 
         require_no_split(source)
         written: Any = {"scored": "sft", "scored_steps": "stepwise", "unpaired": "preference"}.get(kind, kind)
-        rows = demo.rows(written, "train" if role == "train" else "validation")
+        rows = demo.rows(written, "train" if source.read_for(role) == "train" else "validation")
         yield from ((f"demo, row {number}", row) for number, row in enumerate(rows, 1))
         return
     files = find_files(source, role)

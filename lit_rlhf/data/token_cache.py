@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.data import steps, tokenize
 from lit_rlhf.data.chat import stop_token_ids
 from lit_rlhf.data.encoding import require_offsets
-from lit_rlhf.data.formats import EXPECTED, Kind
+from lit_rlhf.data.formats import Kind
 from lit_rlhf.data.locating import fingerprint
 from lit_rlhf.data.naming import Role, Source
 from lit_rlhf.data.plain import as_json
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.row_map import RowMap
-from lit_rlhf.data.sources import place_of, placed_rows
+from lit_rlhf.data.sources import place_of, placed_rows, require_some
 from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.files import clear, writing_into
 
@@ -75,10 +75,9 @@ def tokenized(
     num_proc: int | None,
 ) -> datasets.Dataset:
     """All rows of a source as token ids and status, whether they can be used or not; args as of `load_examples`."""
-    if next(placed_rows(source, kind, role), None) is None:
-        raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
+    require_some(source, kind, next(placed_rows(source, kind, role), None))
     held = fingerprint(source, role)
-    key = hash_of([held, kind, str(source.format), *map(str, sorted(source.columns.items()))])
+    key = hash_of([held, kind, str(source.format), str(source.side), *map(str, sorted(source.columns.items()))])
     rows = cached_rows(lambda: _json_rows(source, kind, role, held), key)
     return tokenized_rows(rows, functools.partial(place_of, source, kind, role), kind, tokenizer, options, num_proc)
 

@@ -48,7 +48,8 @@ class RolloutDataModule(LightningDataModule):
     Args:
         reward: scores a whole response, paid on its last token: a reward, or a function of text by its import path.
         train: prompts to learn from: a file, a folder, the name of a dataset, or "demo".
-        validation: held-out prompts, played at each validation; null = none.
+        validation: held-out prompts, or the share of the training prompts that is held out (0.05), played at each
+            validation; null = none.
         test: prompts for `test`; null = the validation prompts.
         predict: prompts for `predict`; null = the validation prompts, unless the demo's.
         format: as in `SFTDataModule`.
@@ -79,7 +80,7 @@ class RolloutDataModule(LightningDataModule):
         self,
         reward: Reward | Callable[..., Any] | None = None,
         train: Sources | None = "demo",
-        validation: Sources | None = "demo",
+        validation: float | Sources | None = "demo",
         test: Sources | None = None,
         predict: Sources | None = None,
         format: Format | None = None,

@@ -20,10 +20,17 @@ DEEPSPEED = Path("checkpoint", "mp_rank_00_model_states.pt")  # where it keeps w
 META = "meta.pt"  # where Lightning keeps all but tensors beside sharded ones
 SHARDED = (".metadata", META)  # what a folder of sharded weights gets last, from torch and from Lightning
 VERSION = "pytorch-lightning_version"
-OTHERWISE = (
-    "is no checkpoint of the Trainer's, such as a run keeps under its default_root_dir; an exported model is named by "
-    "model.policy. Or it was cut short: then take an older one"
-)
+
+
+def otherwise(path: Path) -> str:
+    """What to say of a file or a folder that is no checkpoint, and what to name in its place."""
+    said = "is no checkpoint of the Trainer's, such as a run keeps under its default_root_dir"
+    if (path / "config.json").is_file():
+        return f"{said}; an exported model is named by model.policy, and of lit-rlhf export by --model"
+    kept = [file for file in path.rglob("*.ckpt") if file.exists()] if path.is_dir() else []
+    if newest := max(kept, key=lambda file: file.stat().st_mtime, default=None):
+        return f"{said}; the newest of those in this folder is {newest}"
+    return said if path.is_dir() and path.suffix != ".ckpt" else f"{said}. Or it was cut short: then take an older one"
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
@@ -64,7 +71,7 @@ def checked_facts(path: Path, option: str) -> dict[str, Any]:
     if not os.access(path, os.R_OK):
         raise UserError(f"{option}: {file} may not be read")
     if not path.is_file() or not zipfile.is_zipfile(path):
-        raise UserError(f"{option}: {file} {OTHERWISE}")
+        raise UserError(f"{option}: {file} {otherwise(path)}")
     broken = f"{option}: {file} is damaged, or holds more than tensors and plain values; take an older one"
     checks = getattr(rank_zero_only, "rank", 0) == 0  # the sums take reading all of it; one rank is enough
     try:
@@ -74,7 +81,7 @@ def checked_facts(path: Path, option: str) -> dict[str, Any]:
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:  # as torch and Python report
         raise UserError(broken) from error
     if not isinstance(facts, dict) or VERSION not in facts:
-        raise UserError(f"{option}: {file} {OTHERWISE}")
+        raise UserError(f"{option}: {file} {otherwise(path)}")
     return facts
 
 

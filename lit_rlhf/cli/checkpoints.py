@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_rlhf.algorithms.checkpoint import OTHERWISE, VERSION, checked_facts, is_sharded
+from lit_rlhf.algorithms.checkpoint import VERSION, checked_facts, is_sharded, otherwise
 from lit_rlhf.data.messages import describe
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import clear, replacing
@@ -102,7 +102,7 @@ def require_checkpoint(path: Path, training: bool = False) -> None:
     """
     if path.is_dir() and os.access(path, os.R_OK):
         if not is_sharded(path):
-            raise UserError(f"ckpt_path: {path.absolute()} {OTHERWISE}")
+            raise UserError(f"ckpt_path: {path.absolute()} {otherwise(path)}")
         return
     checkpoint = checked_facts(path, "ckpt_path")
     _require_keys(checkpoint, KEYS, path)

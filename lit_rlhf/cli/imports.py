@@ -31,11 +31,33 @@ def failed_import(value: str) -> str | None:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # not itself, but what it needs
                 return f"{module} needs the module {error.name}, which is not installed{place(error)}"
         except SyntaxError as error:
-            return f"{module} cannot be imported: {error.msg}, in {error.filename}:{error.lineno}"
+            where = f", in {error.filename}:{error.lineno}" if error.filename else place_of_module(module)
+            return f"{module} cannot be imported: {error.msg}{where}"
         except Exception as error:  # whatever code of a user's raises
             said = " ".join(str(error).split())
             return f"{module} cannot be imported: {type(error).__name__}: {said:.200}{place(error)}"
     return None
+
+
+def place_of_module(module: str) -> str:
+    """The file of a module that does not parse, where its error names none."""
+    spec = find_spec(module)
+    return f", in {spec.origin}" if spec is not None and spec.origin else ""
+
+
+def path_of_file(value: str) -> str | None:
+    """The import path that was written as a file is, my_rewards.py:brief or ./my_rewards.brief; None of any other.
+
+    Args:
+        value: as given; where it names a file alone, the first function or class in it is taken.
+    """
+    file, _, name = value.strip().removeprefix("./").partition(":")
+    module = file.removesuffix(".py").replace("/", ".")
+    if module == value or not all(part.isidentifier() for part in (*module.split("."), *name.split(".")[: bool(name)])):
+        return None
+    if name or not file.endswith(".py"):
+        return f"{module}.{name}" if name else module
+    return f"{module}.{(names_in(module) or ['score'])[0]}"
 
 
 def names_in(module: str) -> list[str] | None:

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_rlhf.cli.commands import did_you_mean
-from lit_rlhf.cli.imports import names_in
+from lit_rlhf.cli.imports import names_in, path_of_file
 from lit_rlhf.cli.missing import OF_LIGHTNING, missing
 from lit_rlhf.cli.mistakes import LONGEST
 from lit_rlhf.cli.other_names import name_here
@@ -49,6 +49,7 @@ UNKNOWN = re.compile(
 UNNAMED = 'in "<unicode string>", '  # of YAML that is written out on the command line
 NO_MAPPING = re.compile(r"Parser key \"([\w.]+)\":\s+Unable to load config '([^']*)'")
 NO_PATH = re.compile(r'Parser key "([^"]+)":.*Expected a dot import path string: ([^\n]+)', re.S)
+ODD_PATH = re.compile(r'Parser key "([^"]+)":.*Unexpected import path format: ([^\n]+)', re.S)
 NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 OURS = re.compile(r"lit_rlhf(?:\.\w+)*\.(\w+)")
 EXAMPLES = {"model": "lit_rlhf.SFT", "data": "lit_rlhf.SFTDataModule"}
@@ -88,6 +89,8 @@ class Parser(LightningArgumentParser):
             said = self.unknown_option(next(filter(None, unknown.groups())))
         elif told := no_value(message, self.typed) or moved_path(message, self.typed):
             said = told
+        elif file := self.path_as_file(message):
+            said = file
         elif absent := NOT_IN_MODULE.search(message):
             option = "".join(f"{self.as_typed(key, absent[0])}: " for key in OPTION.findall(message)[-1:])
             said = f"{option}{absent[0]}{did_you_mean(absent[2], dir(sys.modules.get(absent[1])))}"
@@ -104,9 +107,6 @@ class Parser(LightningArgumentParser):
             wanted = "expected a mapping, or a YAML file that holds one"
             near = name_here(option, option_paths({"model": class_of(self.in_use("model"))}))
             said = f"{self.as_typed(option)}: {wanted}, got {given or 'empty text'}{near}"
-        elif file := self.python_file(message):
-            option, name = file
-            said = f"{option}: expected an import path, such as {Path(name).stem}.score, got the file {name}"
         elif UNNAMED in message:
             said = f"--config: {message.partition(': ')[2].replace(UNNAMED, 'in ')}; name a file, or write YAML"
         elif below := below_a_value(message):
@@ -114,6 +114,8 @@ class Parser(LightningArgumentParser):
             said += "" if ";" in said else f"; {below.rpartition('.')[0]} has no options of its own"
         elif wrong := wrong_value(message, self.as_typed):
             said = wrong
+        elif odd := ODD_PATH.search(message):
+            said = f"{self.as_typed(*odd.groups())}: expected an import path, module.name, got {odd[2]}"
         elif "No module named" in message:
             said += "\nmodules are found in the current folder and among what is installed"
         elif lacking := missing(message, self.typed, self.in_use):
@@ -153,14 +155,18 @@ class Parser(LightningArgumentParser):
         near = hint(full, kinds, option_names(self, model, data))
         return f"{f'{place.file}, line {place.line}: ' if place else ''}there is no option {full}{near}"
 
-    def python_file(self, message: str) -> tuple[str, str] | None:
-        """The option that was given a file of Python, which jsonargparse reads as a config, and the file; else None."""
+    def path_as_file(self, message: str) -> str | None:
+        """What to say of an import path that was given as a file, which may have been read as a config; else None."""
         for key in OPTION.findall(message):
             typed, place = self.typed_option(key), place_of_option(self.typed, key)
             given = [arg.partition("=")[2] for arg in self.typed if typed and arg.startswith(f"{typed}=")]
             value = given[-1] if given else place.value if place else None
-            if value is not None and value.endswith(".py"):
-                return self.as_typed(key), value
+            odd = any(f"import path {word}: {value}\n" in f"{message}\n" for word in ("format", "string"))
+            path = path_of_file(value) if value else None
+            if value is not None and (value.endswith(".py") or (odd and path)):
+                what = "the file " if value.endswith(".py") else ""
+                near = f"such as {path}" if path else "module.name"
+                return f"{self.as_typed(key)}: expected an import path, {near}, got {what}{value}"
         return None
 
     @classmethod

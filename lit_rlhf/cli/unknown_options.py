@@ -44,9 +44,12 @@ def hint(option: str, kinds: Mapping[str, Any], others: Collection[str]) -> str:
         return near
     if below and first not in kinds:  # a part that there is not, or that is elsewhere
         homes = [path for path in paths if path.endswith((f".{first}", f".{name}"))]
-        near = f"; there is {homes[-1]}" if homes else did_you_mean(first, {*kinds, *others}, cutoff=0.7)
+        near = f"; there is {homes[-1]}" if homes else ""
+        near = near or ("" if first in others else did_you_mean(first, {*kinds, *others}, cutoff=0.7))
     elif not below and last in others:  # it is elsewhere
-        near = f"; {last} is an option of a part: write it below model, data or trainer"
+        there = [path for path in paths if path.endswith(f".{last}")]
+        where = " or ".join(there[:MOST]) or "it below model, data or trainer"
+        near = f"; {last} is an option of a part: write {where}"
     kind = kinds.get(first) if len(below) == 1 else None
     decided = set_by(kind, last) if first == "model" else ""
     if near or (not decided and (near := whereabouts(option, paths, others))):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
-from lit_rlhf.cli.yaml_classes import PARTS, TRAINER, check_class, check_of_trainer, require_named, shown
+from lit_rlhf.cli.yaml_classes import IN_ITS_CLASS, PARTS, TRAINER, check_class, check_of_trainer, require_named, shown
 from lit_rlhf.demo import CONFIGS
 from lit_rlhf.errors import UNREADABLE, UserError
 
@@ -87,6 +87,11 @@ def check_configs(argv: Sequence[str], commands: Sequence[str], parts: Collectio
             name = misplaced[0]
             raise UserError(
                 f"{file}, line {names[name]}: options stand at the top of the file, without '{name}:' above them"
+            )
+        if stray := sorted(IN_ITS_CLASS & set(names)):
+            raise UserError(
+                f"{file}, line {names[stray[0]]}: {stray[0]} stands at the top of the file; indent it, so that it is "
+                "below the model, the data or the part that it is of"
             )
         if file in ahead and not misplaced:
             raise UserError(

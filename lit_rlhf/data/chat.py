@@ -236,7 +236,11 @@ def _read_template(template: str | PathLike[str]) -> str:
         return template
     path = Path(template).expanduser().absolute()
     if not path.is_file():
-        raise UserError(f"chat_template: neither a Jinja template nor a file ({path} is none)")
+        inside = path / "chat_template.jinja"
+        where = str(inside) if inside.is_file() else "such as the chat_template.jinja of a model's folder"
+        raise UserError(
+            f"chat_template: neither a Jinja template nor a file ({path} is none); name the file that holds it, {where}"
+        )
     try:
         content = path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin a file with
     except (OSError, UnicodeDecodeError) as error:

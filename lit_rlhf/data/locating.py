@@ -25,6 +25,9 @@ SPLIT_WORDS: dict[Role, tuple[str, ...]] = {
     "predict": ("predict", "test", "validation", "valid", "val", "dev", "eval"),
 }
 
+SLICE = re.compile(r"\[-?\d*%?:-?\d*%?\]$")  # of rows, as the `datasets` library has it for splits
+NUMBER = re.compile(r"\d*\.?\d+%?")
+
 
 def fingerprint(source: Source, role: Role) -> str:
     """Hash of what a source holds, whatever its files are called and whenever they were written.
@@ -87,7 +90,10 @@ def find_files(source: Source, role: Role) -> list[Path] | None:
         _require_target(path)
         of_a_hub = HUB_NAME.fullmatch(source.name) and source.name not in _PACKAGED_DATASETS_MODULES
         if source.name.lower().endswith(ENDINGS) or looks_like_a_path(source.name) or not of_a_hub:
-            raise UserError(f"{path}: no such file or folder; expected {EXPECTED_FILES}, or a folder of them")
+            meant = _meant(source.name) or f"expected {EXPECTED_FILES}, or a folder of them"
+            raise UserError(f"{path}: no such file or folder; {meant}")
+        if NUMBER.fullmatch(source.name):
+            raise UserError(f"{source.name}: a number, where a file is expected: no share of other rows is held out")
         return None
     if stat.S_ISDIR(mode):
         return None if _is_saved_dataset(path) else _files_of_folder(path, source.read_for(role))
@@ -98,6 +104,19 @@ def find_files(source: Source, role: Role) -> list[Path] | None:
     if not path.name.lower().endswith(ENDINGS):
         raise UserError(f"{path}: unknown ending; a data file is {EXPECTED_FILES}")
     return [path]
+
+
+def _meant(name: str) -> str | None:
+    """What is to be written in place of a name that other tools would read as more than one."""
+    parts = [part.strip() for part in name.split(",")]
+    if len(parts) > 1 and all(part.lower().endswith(ENDINGS) for part in parts):
+        return f"several files are a list: [{', '.join(parts)}]"
+    if SLICE.search(name):
+        whole = SLICE.sub("", name)
+        return f"a file is read whole; a part of its rows is taken by a weight below 1, as in {{{whole}: 0.5}}"
+    if set(name) & set("*?"):
+        return "a pattern is not read: name the folder, whose files are read, or list them: [a.jsonl, b.jsonl]"
+    return None
 
 
 def _files_of_folder(folder: Path, role: Role) -> list[Path]:

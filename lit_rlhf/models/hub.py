@@ -84,7 +84,7 @@ def resolve(name: str | Path) -> str:
     if not str(name) or (is_there and not is_folder):
         raise UserError(
             f"{str(name)!r}: no model could be loaded there: expected a folder with config.json and model.safetensors, "
-            f"or a name on the Hugging Face hub; this is {'a file' if str(name) else 'no name'}"
+            f"or a name on the Hugging Face hub; {of_file(path) if str(name) else 'this is no name'}"
         )
     if not is_there and (looks_like_a_path(str(name)) or not HUB_NAME.fullmatch(str(name))):
         raise UserError(f"{name}: no model could be loaded there: there is no folder {path.absolute()}")
@@ -92,6 +92,14 @@ def resolve(name: str | Path) -> str:
         with suppress(PermissionError):  # who reads the folder says so
             require_fetched(path, name)
     return str(path) if is_there else str(name)
+
+
+def of_file(path: Path) -> str:
+    """What to name in place of a file."""
+    if path.suffix == ".ckpt":
+        return f"this is a checkpoint: lit-rlhf export --ckpt_path={path} --folder=model writes a folder of it"
+    is_model = (path.parent / "config.json").is_file()
+    return f"this is a file in the folder {path.parent}: name that" if is_model else "this is a file"
 
 
 def require_fetched(folder: Path, name: str | Path) -> None:
@@ -162,6 +170,10 @@ def hint(source: str, error: Exception) -> str:
     if source == str(DEMO_MODEL):
         return "; the embedded demo model has no weights: SFT trains it with from_scratch: true, and exports a policy"
     if Path(source).is_dir():
+        below = sorted(Path(source).glob("*/config.json"))
+        if below and not (Path(source) / "config.json").exists():  # a run's folder, or one of several models
+            models = [path.parent for path in below]
+            return f"; is it {' or '.join(map(str, models[:3]))}?"
         return f"; the folder holds {sorted(p.name for p in Path(source).iterdir())[:8]}"
     return f"; there is no folder {Path(source).absolute()}"
 

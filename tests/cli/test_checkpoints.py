@@ -142,8 +142,19 @@ def test_an_exported_model_and_an_empty_folder_are_no_checkpoint(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     for name in ("model", "empty"):
-        with pytest.raises(UserError, match=f"{name} is no checkpoint of the Trainer's"):
+        with pytest.raises(UserError, match=f"{name} is no checkpoint of the Trainer's") as said:
             require_checkpoint(tmp_path / name)
+        assert ("named by model.policy, and of lit-rlhf export by --model" in str(said.value)) is (name == "model")
+
+
+def test_a_runs_folder_is_answered_with_the_newest_of_its_checkpoints(tmp_path):
+    kept = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
+    kept.mkdir(parents=True)
+    for time, name in enumerate(("b", "c", "a")):
+        (kept / f"{name}.ckpt").touch()
+        os.utime(kept / f"{name}.ckpt", (time, time))
+    with pytest.raises(UserError, match=rf"; the newest of those in this folder is {kept}/a\.ckpt$"):
+        require_checkpoint(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from lit_rlhf.cli.imports import failed_import, names_in
+from lit_rlhf.cli.imports import failed_import, names_in, path_of_file
 from tests.cli.command_line import run
 from tests.tiny import save_tiny
 
 MODULES = {  # what a module holds -> what is said of it
     "def f(prompts, responses)\n    return 1\n": "cannot be imported: expected ':', in ",
     "\nraise RuntimeError('set MY_KEY\\nfirst')\n": "cannot be imported: RuntimeError: set MY_KEY first, in ",
+    "x = 1\0": "cannot be imported: source code string cannot contain null bytes, in ",
     "import no_such_package\ndef f(p, r): return r\n": "needs the module no_such_package, which is not installed, in ",
 }
 
@@ -86,11 +87,29 @@ def test_a_file_in_place_of_an_import_path_is_told_as_such(tmp_path, monkeypatch
     Path("score.py").write_text("def f(prompts, responses): return [0.0] * len(responses)\n")
     Path("typed.py").write_text("def f(prompts: list) -> list: return {'a': 1}\n")
     assert run("fit", "--config", config, "--data.reward=typed.py") == 2  # which YAML makes something else of
-    told = "error: --data.reward: expected an import path, such as typed.score, got the file typed.py"
+    told = "error: --data.reward: expected an import path, such as typed.f, got the file typed.py"
     assert capsys.readouterr().err.splitlines()[0] == told
     assert run("fit", "--config", config, "--data.reward=./score.py") == 2
-    told = "error: --data.reward: expected an import path, such as score.score, got the file ./score.py"
+    told = "error: --data.reward: expected an import path, such as score.f, got the file ./score.py"
     assert capsys.readouterr().err.splitlines()[0] == told
+    function = ["--data.reward=lit_rlhf.TextReward", "--data.reward.function=score.py"]  # whose module is there
+    assert run("fit", "--config", config, *function) == 2
+    told = "error: --data.reward.function: expected an import path, such as score.f, got the file score.py"
+    assert capsys.readouterr().err.splitlines()[0] == told
+    for given in ("score.py:f", "score:f", "./score.f"):
+        assert run("fit", "--config", config, function[0], f"--data.reward.function={given}") == 2
+        told = f"error: --data.reward.function: expected an import path, such as score.f, got {given}"
+        assert capsys.readouterr().err.splitlines()[0] == told
+    assert run("fit", "--config", config, function[0], "--data.reward.function=my-score.f") == 2
+    told = "error: --data.reward.function: expected an import path, module.name, got my-score.f"
+    assert capsys.readouterr().err.splitlines()[0] == told
+
+
+@pytest.mark.parametrize("given", ["my_rewards.brief", "0.1", "my-rewards.py:brief", "C:\\x", "", "brief"])
+def test_what_is_no_import_path_written_as_a_file_is_left_alone(given):
+    assert path_of_file(given) is None
+    assert path_of_file("rewards/my.py:brief") == "rewards.my.brief"
+    assert path_of_file("rewards/no_such.py") == "rewards.no_such.score"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -42,7 +42,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
     "option at the top": (
         "sft",
         ["--lr_scheduler=constant"],
-        "lr_scheduler is an option of a part: write it below model",
+        "lr_scheduler is an option of a part: write model.lr_scheduler\n",
     ),
     "devices that are no number": ("sft", ["--trainer.devices=two"], "trainer.devices ('two'): `devices` selected"),
     "devices without an end": ("sft", ["--trainer.devices=[0,1,2"], "trainer.devices ('[0,1,2'): `devices` selected"),

@@ -30,6 +30,8 @@ SAID = {  # what is typed -> all that is said
     f"--data.reward={REWARD}": "there is no option --data.reward.weight",
     "--model.lr=1e-5": "there is no option --model.lr; here it is model.learning_rate",
     "--generation.temperature=1": "there is no option --generation.temperature; there is model.generation.temperature",
+    "--predictions.generation.top_k=3": "there is no option --predictions.generation.top_k; there is "
+    "model.generation.top_k",
     "--kl.coef=1": "there is no option --kl.coef; there is model.kl",
     "--rollout.size=1": "there is no option --rollout.size; did you mean rollout_size?",
     '--model.lora={"r":4,"lora_alpha":8}': "there is no option --model.lora.lora_alpha; here it is model.lora.alpha",

@@ -31,6 +31,7 @@ ACCIDENTS = {  # what a file holds -> what is said of it
     b"a: 1\nb: \xff\n": r"c.yaml, line 2: byte 0xff is not UTF-8",
     "a: 1".encode("utf-16"): r"c.yaml is not text in UTF-8 \(it may be UTF-16",
     "a: 1".encode("utf-16-le"): r"c.yaml is not text in UTF-8 \(it may be UTF-16",
+    "model:\n  class_path: lit_rlhf.SFT\ninit_args: {policy: model}\n": r"c.yaml, line 3: init_args stands at the top",
     b"\x00\x01": r"c.yaml is not text in UTF-8",
     f"{SFT}model: 3\n": r"c.yaml, line 5: model stands in line 1 too; keep one of them",
     f"{SFT}    policy: other\n": r"c.yaml, line 5: policy stands in line 4 too",

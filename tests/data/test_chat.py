@@ -59,8 +59,11 @@ def test_a_template_is_read_from_a_file_without_the_mark_that_editors_begin_it_w
         set_template(tokenizer, str(tmp_path / "empty.jinja"), {})
     with pytest.raises(UserError, match=r"^chat_template: the chat template is not valid Jinja"):
         set_template(tokenizer, "{% for", {})
-    with pytest.raises(UserError, match="neither a Jinja template nor a file"):
+    with pytest.raises(UserError, match=r"gone\.jinja is none\); name the file that holds it, such as the chat_"):
         set_template(tokenizer, str(tmp_path / "gone.jinja"), {})
+    (tmp_path / "chat.jinja").rename(tmp_path / "chat_template.jinja")
+    with pytest.raises(UserError, match=rf"name the file that holds it, {tmp_path}/chat_template\.jinja$"):
+        set_template(tokenizer, str(tmp_path), {})
 
 
 def test_a_template_that_is_no_jinja_is_refused_by_its_line():

@@ -78,12 +78,10 @@ def test_a_misspelt_folder_is_answered_without_retries(monkeypatch, name):
         read(name)
 
 
-@pytest.mark.parametrize("name", ["my data", '{"prompt": "a"}', "json", "gone.csv", "data/*.jsonl", "~/gone"])
+@pytest.mark.parametrize("name", ["my data", '{"prompt": "a"}', "json", "gone.csv", "./gone", "~/gone"])
 def test_what_can_be_no_dataset_is_not_looked_for_on_the_hub(monkeypatch, name):
     monkeypatch.setattr(locating, "hub_or_cache", lambda name: pytest.fail("asks the hub"))
-    with pytest.raises(
-        UserError, match=f"{re.escape(name.removeprefix('~'))}: no such file or folder; expected JSON Lines"
-    ):
+    with pytest.raises(UserError, match=f"{re.escape(name.lstrip('.~'))}: no such file or folder; expected JSON Lines"):
         read(name)
 
 
@@ -209,3 +207,20 @@ def test_a_folder_that_may_not_be_read_is_named_and_not_passed_over(tmp_path, mo
     monkeypatch.setattr(Path, "iterdir", iterdir)
     with pytest.raises(UserError, match=r"/b: a folder that cannot be read \(Permission denied\)"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("data/*.jsonl", r"a pattern is not read: name the folder, .*, or list them: \[a\.jsonl, b\.jsonl\]"),
+        ("a.jsonl, b.csv.gz", r"several files are a list: \[a\.jsonl, b\.csv\.gz\]"),
+        ("rows.jsonl[:100]", r"a part of its rows is taken by a weight below 1, as in \{rows\.jsonl: 0\.5\}"),
+        ("rows.jsonl[50%:]", r"as in \{rows\.jsonl: 0\.5\}"),
+        ("0.1", "a number, where a file is expected: no share of other rows is held out"),
+    ],
+)
+def test_a_name_that_other_tools_read_as_more_than_one_file_is_told_with_what_to_write(monkeypatch, name, meant):
+    [source] = parse_sources(name)
+    monkeypatch.setattr(locating, "hub_or_cache", lambda name: pytest.fail("asks the hub"))
+    with pytest.raises(UserError, match=f"{re.escape(name)}: .*{meant}"):
+        locating.find_files(source, "train")

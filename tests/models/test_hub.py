@@ -112,6 +112,19 @@ def test_what_can_be_no_model_is_not_looked_for_on_the_hub(tmp_path, monkeypatch
         load_policy(str(tmp_path / "file") if name == "file" else name)
 
 
+def test_what_stands_near_a_model_is_answered_with_what_to_name(tmp_path):
+    model = save_tiny(tmp_path / "run" / "model")
+    with pytest.raises(UserError, match=rf"; this is a file in the folder {model}: name that$"):
+        load_policy(f"{model}/model.safetensors")
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(
+        UserError, match=r"a checkpoint: lit-rlhf export --ckpt_path=/.*/last\.ckpt --folder=model writes"
+    ):
+        load_policy(tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=rf"no model could be loaded there .*; is it {model}\?$"):
+        load_policy(tmp_path / "run")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "adapter_model.safetensors"])
 def test_a_pointer_of_git_lfs_is_named_in_place_of_what_it_is_not(file, folder, tmp_path):
     pointing = shutil.copytree(folder, tmp_path / "pointing")

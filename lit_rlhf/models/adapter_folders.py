@@ -24,7 +24,7 @@ from lit_rlhf.models.adapters import MOST_RANK, without_dropout
 from lit_rlhf.models.fingerprints import SINCE, Fingerprints, fingerprint, fingerprints
 from lit_rlhf.models.heads import ScalarHeadKind, adapter_head_kind
 from lit_rlhf.models.holding import FrozenDtype
-from lit_rlhf.models.hub import HUB_NAME, hub_or_cache, require_json, resolve
+from lit_rlhf.models.hub import HUB_NAME, hint, hub_or_cache, require_json, resolve
 from lit_rlhf.models.weight_checks import check_score_bias
 
 PREFIX = "base_model.model."  # of each weight in PEFT's files
@@ -36,7 +36,7 @@ BASE_FILE = "base_fingerprint.json"  # of the weights that the adapter has learn
 TAKEN = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "use_rslora"),
     *("use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
-    *("lora_bias", "modules_to_save", "task_type", "peft_type", "inference_mode", "base_model_name_or_path"),
+    *("modules_to_save", "task_type", "peft_type", "inference_mode", "base_model_name_or_path"),
     *("revision", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
 }
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start that subtract from it
@@ -111,9 +111,10 @@ class SavedAdapter:
             assert file is not None
             held = shapes_in(file) if only_shapes() else load_file(file)
         except (OSError, SafetensorError) as error:
+            said = str(error).splitlines()[0].partition(" Checkout 'http")[0]  # of transformers, of folders here, too
             raise UserError(
-                f"{self.name}: no adapter could be loaded there ({str(error).splitlines()[0]}); expected "
-                "adapter_model.safetensors beside adapter_config.json"
+                f"{self.name}: no adapter could be loaded there ({said}); expected adapter_model.safetensors beside "
+                f"adapter_config.json{hint(source, error)}"
             ) from error
         if ruined := [key for key, tensor in held.items() if not torch.isfinite(tensor).all()]:
             raise UserError(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from lit_rlhf.errors import UserError
+
 
 class ScalarHeadKind(NamedTuple):
     """What a scalar head was trained to score."""
@@ -64,6 +66,18 @@ def kind_of(model: Any) -> ScalarHeadKind:
     kind = head_kind([type(model).__name__])
     assert kind is not None, f"{type(model).__name__} has no scalar head"
     return kind
+
+
+def require_policy(name: Any, kind: ScalarHeadKind | None, known_by: Any) -> None:
+    """Refuse what was trained to score where a language model is expected.
+
+    Args:
+        name: of a folder, for messages.
+        kind: what its scalar head scores; None = it has none.
+        known_by: classes of its weights, or the task of its adapter.
+    """
+    if kind is not None:
+        raise UserError(f"{name} holds a {kind.named} ({known_by}), not a policy; name the folder of a causal LM")
 
 
 @torch.no_grad()

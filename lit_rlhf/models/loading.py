@@ -19,7 +19,7 @@ from lit_rlhf.errors import UserError, named_by
 from lit_rlhf.models.adapter_folders import SavedAdapter, named_base, saved_adapter
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.fingerprints import fingerprints
-from lit_rlhf.models.heads import OF_RESPONSES, ScalarHeadKind, head_kind
+from lit_rlhf.models.heads import OF_RESPONSES, ScalarHeadKind, head_kind, require_policy
 from lit_rlhf.models.holding import FrozenDtype, reading_in, require_frozen_dtype
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.policy import Policy, Scorer
@@ -64,9 +64,8 @@ def load_policy(
         model = load_model(AutoModelForCausalLM, base, from_scratch, trust_remote_code, held=read_as)
     stored = stored_architectures(base, trust_remote_code)
     scores = head_kind(stored) or (None if start is None else start.head_kind)
-    if not from_scratch and scores is not None:
-        by = stored if start is None else f"an adapter for {start.settings.get('task_type')}"
-        raise UserError(f"{name} holds a {scores.named} ({by}), not a policy; name the folder of a causal LM")
+    if not from_scratch:
+        require_policy(name, scores, stored if start is None else f"an adapter for {start.settings.get('task_type')}")
     policy = Policy(model)
     policy.uncut = model.__dict__.get("uncut")
     choose_attention(policy, str(name))

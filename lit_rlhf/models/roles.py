@@ -19,7 +19,7 @@ from lit_rlhf.models.adapter_folders import SavedAdapter, named_base, pop_head
 from lit_rlhf.models.adapter_layers import candidates, leave_out, named
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.fingerprints import Fingerprints, fingerprints
-from lit_rlhf.models.heads import OF_RESPONSES
+from lit_rlhf.models.heads import OF_RESPONSES, require_policy
 from lit_rlhf.models.holding import FrozenDtype, dtype_of
 from lit_rlhf.models.hub import resolve
 from lit_rlhf.models.network import ScalarHead
@@ -190,8 +190,8 @@ def reference_of(
         copied.stands_on = fingerprints(policy.read_from)
         return OwnModel(copied, policy, hold == "parked", frozen_dtype)
     if saved is not None:
+        require_policy(saved.name, saved.head_kind, f"an adapter for {saved.settings.get('task_type')}")
         weights = saved.weights()
-        pop_head(weights)
         adapters.load(REFERENCE, saved.config(), weights, trained=False)
         return SameBase(policy, (REFERENCE,), (named_base(resolve(saved.name)),))
     fresh = policy.origin is not None and policy.origin.fresh

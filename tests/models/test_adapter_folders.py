@@ -78,6 +78,7 @@ def test_a_base_is_found_from_the_adapters_folder_and_from_here(tmp_path, monkey
         ({"peft_type": "IA3"}, r"another kind \(IA3\)"),
         ({"modules_to_save": ["embed_tokens"]}, r"LoRA with embed_tokens"),
         ({"bias": "all"}, r"LoRA with bias"),
+        ({"lora_bias": True}, r"LoRA with lora_bias"),  # it would be lost in the sum with another on top
         ({"trainable_token_indices": [1]}, r"LoRA with trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_4"}, r"pissa_niter_4, which changes the base"),
         ({"r": "eight"}, r"adapter: r \('eight'\) in adapter_config.json must be a number above 0"),
@@ -107,8 +108,9 @@ def test_an_adapter_without_a_base_or_without_weights_says_so(tmp_path):
     (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(weights[:1000])
     (folder / "adapter_model.safetensors").unlink()
     for broken in (folder, tmp_path / "cut"):
-        with pytest.raises(UserError, match=r"no adapter could be loaded there .* expected adapter_model.safetensors"):
+        with pytest.raises(UserError, match=r"no adapter could be loaded there .* expected adapter_model") as caught:
             load_policy(broken)
+        assert "https://" not in str(caught.value) and "the folder holds ['README.md'" in str(caught.value)
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no base_model_name_or_path"):
         load_policy(folder)

@@ -85,6 +85,11 @@ class Far(OwnModel):
         return self
 
 
+def test_a_reward_models_adapter_is_no_reference(runs):
+    with pytest.raises(UserError, match=r"scorer holds a reward model \(an adapter for SEQ_CLS\), not a policy"):
+        reference_of(load_policy(runs / "adapter"), {}, None, saved=saved_adapter(runs / "scorer"))
+
+
 def test_a_parked_network_is_moved_there_and_back_once_for_all_that_stands_between(runs, monkeypatch):
     policy = load_policy(runs / "base")
     reference = Far(copy.deepcopy(policy), policy, parked=True).watch()

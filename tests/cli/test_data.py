@@ -85,15 +85,14 @@ def test_held_out_rows_are_looked_at_too_and_what_leaks_is_counted(look):
 
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
 def test_a_share_of_the_training_rows_is_held_out_and_leaks_nothing(name, look):
-    kinds = {"dpo": {"chosen": " b", "rejected": " c"}, "ppo": {}}
-    status, said, found = look(
-        name, "--data.validation=0.3", "--show=0", rows=[{"prompt": f"a{n}", **kinds[name]} for n in range(40)]
-    )
+    sides = {"dpo": {"chosen": " b", "rejected": " c"}, "ppo": {}}[name]
+    rows = [{"prompt": f"a{number}", **sides} for number in range(40)]
+    status, said, found = look(name, "--data.validation=0.3", "--show=0", rows=rows)
     assert status == 0, said.err
     train, held_out = (found["roles"][role]["sources"][0]["read"] for role in ("train", "validation"))
     assert train + held_out == 40 and 4 <= held_out <= 20
     assert found["roles"]["validation"]["prompts_in_train"] == 0
-    assert look(name, "--data.validation=3")[0] == 2
+    assert look(name, "--data.validation=3", rows=rows)[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from lit_rlhf.engine.memory import numbers
 from lit_rlhf.errors import UserError, place_of
@@ -108,6 +109,12 @@ def tried(chosen: Choice, *args: Any, **inputs: Any) -> Any:
         raise UserError(f"{name_of(chosen)} raised {type(error).__name__}: {error}{place_of(error)}") from error
 
 
+def with_bound(given: ChosenFunction | Callable[..., Any]) -> ChosenFunction:
+    """The chosen function, with what `functools.partial` has bound of it among its options."""
+    chosen = given if isinstance(given, ChosenFunction) else ChosenFunction(given)
+    return ChosenFunction(*unbound(chosen.function, chosen.options))
+
+
 def with_settings(
     given: ChosenFunction | Callable[..., Any], settings: Mapping[str, Any], defaults: Mapping[str, inspect.Parameter]
 ) -> ChosenFunction:
@@ -121,8 +128,7 @@ def with_settings(
     Raises:
         UserError: a setting was asked for, and the function does not name it.
     """
-    chosen = given if isinstance(given, ChosenFunction) else ChosenFunction(given)
-    chosen = ChosenFunction(*unbound(chosen.function, chosen.options))
+    chosen = with_bound(given)
     settings = {name: value for name, value in settings.items() if value is not None}
     named = {name: value for name, value in settings.items() if name in arguments_of(chosen, 1)}
     asked = {name: value for name, value in settings.items() if name in named or value != defaults[name].default}
@@ -172,8 +178,28 @@ def chosen_loss(chosen: ChosenFunction) -> Callable[[PolicyTokens], PolicyLoss]:
     given = tried(chosen, PolicyTokens(logprobs, old_logprobs, advantages, torch.tensor([0, 0, 1])))
     if not isinstance(given, PolicyLoss) or given.losses.shape != (3,):
         raise UserError(f"{name_of(chosen)} must give a PolicyLoss, a loss per token, (M,); for 3 it gave {given}")
-    if not given.losses.requires_grad:
+    return with_gradient(chosen, given.losses)
+
+
+@numbers()
+def chosen_comparison(chosen: ChosenFunction) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The loss of a reward model, tried on the scores of three pairs, of which one has no margin.
+
+    Raises:
+        UserError: it cannot be computed, or gives something else than a finite loss per pair with a gradient.
+    """
+    check_options(chosen, given=3)
+    scores = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+    losses = tried(chosen, scores, torch.tensor([0.0, 0.5, 1.0]), torch.tensor([1.0, 0.0, 2.0]))
+    if not isinstance(losses, Tensor) or losses.shape != (3,):
+        raise UserError(f"{name_of(chosen)} must give a loss per pair, (B,); for 3 it gave {losses}")
+    return with_gradient(chosen, losses)
+
+
+def with_gradient(chosen: ChosenFunction, losses: Tensor) -> Callable[..., Any]:
+    """The function with its options, unless from the losses that it gave nothing could be learnt."""
+    if not losses.requires_grad:
         raise UserError(f"{name_of(chosen)} gives losses without a gradient: nothing would be learnt")
-    if not given.losses.isfinite().all():
-        raise UserError(f"{name_of(chosen)} gives losses that are not finite: {given.losses.tolist()}")
+    if not losses.isfinite().all():
+        raise UserError(f"{name_of(chosen)} gives losses that are not finite: {losses.tolist()}")
     return partial(chosen.function, **(chosen.options or {}))

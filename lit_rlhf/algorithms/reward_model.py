@@ -1,7 +1,7 @@
 """Reward model: learn a scalar score from pairwise preferences."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,14 +11,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.algorithms.calibration import Calibration, calibration
+from lit_rlhf.algorithms.chosen import ChosenFunction, chosen_comparison, with_bound
 from lit_rlhf.algorithms.preference import PreferenceModule, agreement
 from lit_rlhf.algorithms.samples import Sample, known_examples, known_texts, read_samples
 from lit_rlhf.data.batches import PreferenceBatch, PromptBatch
 from lit_rlhf.data.batching import ResumableLoader
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.engine.sharding import gathered
-from lit_rlhf.errors import UserError, damaged, require, require_alike
-from lit_rlhf.losses import bradley_terry_loss, centring_loss
+from lit_rlhf.errors import UserError, damaged, named_by, require, require_alike
+from lit_rlhf.losses import (
+    bradley_terry_loss,
+    centring_loss,
+    rao_kupper_loss,
+    scaled_bradley_terry_loss,
+    score_difference_loss,
+)
 from lit_rlhf.losses.advantages import Moments
 from lit_rlhf.models.adapters import LoRA
 from lit_rlhf.models.heads import OF_RESPONSES
@@ -27,6 +34,8 @@ from lit_rlhf.models.saving import ScoreHead
 from lit_rlhf.models.tokens import load_tokenizer
 from lit_rlhf.rollout.play import predicted_rows
 from lit_rlhf.rollout.rewards import scores
+
+READ_MARGINS = (scaled_bradley_terry_loss, score_difference_loss)  # which are nothing without them
 
 
 class RewardModel(PreferenceModule):
@@ -43,6 +52,8 @@ class RewardModel(PreferenceModule):
         policy: folder or hub name of the causal LM to start from, normally the SFT model; or of a reward model.
         normalize: what the export is shifted and scaled to over the responses that validation reads (training, where
             there is no validation): "mean" 0, "mean_and_std" 0 and 1, or null = scores as learnt.
+        loss: what scores have to do with how a pair was judged: a function of (chosen_scores, rejected_scores, margin),
+            (B,) each, that gives (B,) losses: one of `lit_rlhf.losses.comparisons`, or one of yours.
         center_coef: weight of `centring_loss`, which holds the scores of each pair around 0, where the export's shift
             is one number for all prompts; 0 = none, 0.01 is common.
         fresh_head: draw the scalar head anew from N(0, 1/√(d+1)), or keep a reward model's; null = keep it where there
@@ -60,6 +71,7 @@ class RewardModel(PreferenceModule):
         self,
         policy: str = "demo",
         normalize: Literal["mean", "mean_and_std"] | None = "mean",
+        loss: ChosenFunction | Callable[..., Any] = bradley_terry_loss,
         center_coef: float = 0.0,
         fresh_head: bool | None = None,
         lora: LoRA | None = None,
@@ -70,6 +82,11 @@ class RewardModel(PreferenceModule):
         super().__init__(**kwargs)
         require(0 <= center_coef < math.inf, "center_coef", center_coef, "0 or more and finite")
         self.normalize = normalize
+        chosen = with_bound(loss)
+        with named_by("model.loss"):
+            self.compare = chosen_comparison(chosen)
+        self.reads_margins = True if chosen.function in READ_MARGINS else None
+        self.reads_ties = chosen.function is rao_kupper_loss
         self.center_coef = center_coef
         self.reward_model = load_scorer(
             policy, fresh_head, trust_remote_code, lora, merge_start, frozen_dtype=self.frozen_dtype
@@ -114,7 +131,7 @@ class RewardModel(PreferenceModule):
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch) -> Tensor:
         """(B,) losses of pairs by the scores of their responses."""
-        losses = bradley_terry_loss(chosen, rejected, batch.margin)
+        losses = self.compare(chosen, rejected, batch.margin)
         return losses + self.center_coef * centring_loss(chosen, rejected) if self.center_coef else losses
 
     def report(self, stage: str) -> None:

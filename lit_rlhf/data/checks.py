@@ -117,6 +117,13 @@ def warn_of_margins(trainer: Any, dataset: Any) -> None:
     module = getattr(trainer, "lightning_module", None)
     reads: bool | None = getattr(module, "reads_margins", None)  # None: margins are taken where there are some
     pairs, lacking = dataset.count_margins()
+    if getattr(module, "reads_ties", False):
+        if lacking == pairs:
+            raise UserError(
+                f"model.loss, rao_kupper_loss, takes a pair of margin 0 for a tie, and so all {pairs}: give those that "
+                "were won a `margin`, such as 1, or leave the option out"
+            )
+        return
     if reads is False and lacking < pairs:
         rank_zero_warn(
             f"the margins of the pairs are not used by the loss of {type(module).__name__}; "

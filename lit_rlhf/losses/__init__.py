@@ -12,6 +12,13 @@ Axes: B pairs, M response tokens of all sequences of a packed batch. Log-probabi
 
 from lit_rlhf.losses.advantages import Advantages, ScoredRollout, gae
 from lit_rlhf.losses.baselines import dr_grpo, grpo, reinforce, reinforce_plus_plus, remax, rloo
+from lit_rlhf.losses.comparisons import (
+    bradley_terry_loss,
+    centring_loss,
+    rao_kupper_loss,
+    scaled_bradley_terry_loss,
+    score_difference_loss,
+)
 from lit_rlhf.losses.distillation import forward_kl, generalized_jensen_shannon, reverse_kl
 from lit_rlhf.losses.divergences import (
     alpha_dpo_loss,
@@ -54,7 +61,7 @@ from lit_rlhf.losses.preference import (
 from lit_rlhf.losses.rating import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
 from lit_rlhf.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from lit_rlhf.losses.selection import best_and_worst, best_of_group
-from lit_rlhf.losses.supervised import bradley_terry_loss, centring_loss, nll, process_reward_loss
+from lit_rlhf.losses.supervised import nll, process_reward_loss
 from lit_rlhf.losses.transport import aot_loss, aot_unpaired_loss
 from lit_rlhf.losses.unpaired import kto_loss, mismatched_kl
 
@@ -106,6 +113,7 @@ __all__ = [
     "policy_gradient_loss",
     "ppo_policy_loss",
     "process_reward_loss",
+    "rao_kupper_loss",
     "reinforce",
     "reinforce_plus_plus",
     "remax",
@@ -114,6 +122,8 @@ __all__ = [
     "rloo",
     "robust_dpo_loss",
     "rpo_loss",
+    "scaled_bradley_terry_loss",
+    "score_difference_loss",
     "simpo_loss",
     "soft_label_dpo_loss",
     "sppo_hard_loss",

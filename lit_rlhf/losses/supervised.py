@@ -1,4 +1,4 @@
-"""Losses with a target in the data: demonstrations, pairs, steps. Axes: B pairs; K steps; any shape for tokens."""
+"""Losses with a target in the data: demonstrations and steps. Axes: K steps; any shape for tokens."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -17,42 +17,6 @@ def nll(logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         Losses of the same shape; log V for each token when π is uniform over V tokens.
     """
     return -logprobs
-
-
-@check_shapes
-def bradley_terry_loss(
-    chosen_scores: Float[Tensor, " B"], rejected_scores: Float[Tensor, " B"], margin: Float[Tensor, " B"] | float = 0.0
-) -> Float[Tensor, " B"]:
-    """Loss of each pair: -log σ(r(x, y_w) - r(x, y_l) - margin).
-
-    Bradley & Terry 1952; Ouyang et al. 2022, Eq. 1, https://arxiv.org/abs/2203.02155. The margin is that of
-    Touvron et al. 2023, Eq. 2, https://arxiv.org/abs/2307.09288.
-
-    Args:
-        chosen_scores: (B,) scalar reward r of the preferred response.
-        rejected_scores: (B,) r of the other.
-        margin: (B,) or a number: by how much chosen should beat rejected; 0 is the plain model.
-
-    Returns:
-        (B,) losses; log 2 where the scores differ by exactly the margin.
-    """
-    return -F.logsigmoid(chosen_scores - rejected_scores - margin)
-
-
-@check_shapes
-def centring_loss(chosen_scores: Float[Tensor, " B"], rejected_scores: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Loss of each pair that holds its scores around 0, which preferences leave open: (r(x, y_w) + r(x, y_l))².
-
-    Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244
-
-    Args:
-        chosen_scores: (B,) as in `bradley_terry_loss`.
-        rejected_scores: (B,) likewise.
-
-    Returns:
-        (B,) losses; 0 where the two scores are opposite.
-    """
-    return (chosen_scores + rejected_scores).square()
 
 
 @check_shapes

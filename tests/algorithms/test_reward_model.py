@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf import RewardModel, RewardModelReward, UserError
 from lit_rlhf.callbacks import HuggingFaceExport
+from lit_rlhf.losses import bradley_terry_loss, dpo_loss, rao_kupper_loss, score_difference_loss
 from lit_rlhf.models.policy import Scorer
+from tests.cli.command_line import QUICK, run
 from tests.stages import make_stage, make_trainer
 from tests.tiny import tiny_tokenizer
 
@@ -191,3 +194,66 @@ def test_the_loss_that_is_logged_is_that_of_pairs_plus_the_centring(inputs, tmp_
 def test_a_centring_that_pushes_or_is_no_number_is_refused_by_name(inputs, coef):
     with pytest.raises(UserError, match=rf"center_coef \({coef}\) must be 0 or more and finite"):
         RewardModel(str(inputs / "model"), center_coef=coef)
+
+
+def write_margins(folder, margins):
+    rows = [
+        {"prompt": f"w{3 + row % 20} w39", "chosen": f" w{4 + row % 20} w5", "rejected": " w6", "margin": margin}
+        for row, margin in enumerate(margins)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "pairs.jsonl")
+
+
+def test_regression_brings_the_difference_of_scores_to_that_of_the_ratings(inputs, tmp_path):
+    pairs = write_margins(tmp_path, [1.0, 2.0, 3.0, 0.5] * 4)
+    torch.manual_seed(0)
+    module, data = make_stage("reward_model", inputs, loss=score_difference_loss, learning_rate=1e-2)
+    data = type(data)(pairs, pairs, tokenizer=module.tokenizer)
+    make_trainer(tmp_path, max_epochs=60).fit(module, data)
+    batch = next(iter(data.rows_dataloader("train")))
+    chosen, rejected = module.reward_model.eval()(batch.packed, batch.packed.last_nodes).chunk(2)
+    assert (chosen - rejected - batch.margin).abs().max() < 0.3
+
+
+@pytest.mark.filterwarnings("ignore")  # of LightningCLI run from within Python
+def test_a_loss_and_its_options_are_chosen_in_a_yaml(inputs, tmp_path):
+    config = {
+        "model": {
+            "class_path": "lit_rlhf.RewardModel",
+            "init_args": {
+                "policy": str(inputs / "model"),
+                "loss": {"function": "lit_rlhf.losses.rao_kupper_loss", "options": {"threshold": 0.5}},
+            },
+        },
+        "data": {
+            "class_path": "lit_rlhf.PreferenceDataModule",
+            "init_args": {"train": write_margins(tmp_path, [1.0, 0.0] * 8), "validation": None},
+        },
+        "trainer": {"default_root_dir": str(tmp_path), "max_epochs": 1, "logger": False},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert run("fit", "--config", tmp_path / "config.yaml", *QUICK) == 0
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+def test_margins_that_are_all_0_are_no_ties(inputs, tmp_path):
+    module, data = make_stage("reward_model", inputs, loss=rao_kupper_loss)
+    data = type(data)(write_margins(tmp_path, [0.0] * 4), None, tokenizer=module.tokenizer)
+    with pytest.raises(UserError, match="takes a pair of margin 0 for a tie, and so all 4: give those that were won"):
+        make_trainer(tmp_path, max_epochs=1).fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (dpo_loss, r"model\.loss: dpo_loss needs ref_rejected_logprobs, beta"),
+        (lambda chosen, rejected, margin: (chosen - rejected).sum(), "must give a loss per pair"),
+        (lambda chosen, rejected, margin: margin, "gives losses without a gradient"),
+        (partial(rao_kupper_loss, threshold=0.0), r"model\.loss: .*threshold \(0\.0\) must be a number above 0"),
+        (partial(bradley_terry_loss, slope=2.0), "bradley_terry_loss would ignore slope"),
+    ],
+)
+def test_what_is_no_loss_of_pairs_is_refused_by_name(loss, said, inputs):
+    with pytest.raises(UserError, match=said):
+        RewardModel(str(inputs / "model"), loss=loss)

@@ -7,7 +7,7 @@ NEW_ENOUGH := $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: setup demo test test-slow test-newest test-oldest check compatibility rllib format format-check lint types api
-.PHONY: docs course figures build clean torture audit
+.PHONY: docs course figures screenshots build clean torture audit
 .PHONY: optimality bench bench-scaling bench-gpu
 
 setup: $(VENV)/.done
@@ -97,6 +97,10 @@ course: setup
 
 figures: setup
 	$(BIN)/python -m benchmarks.figures
+
+# The pictures of docs/images, by Chromium, of the runs that `make demo` leaves.
+screenshots: setup
+	$(BIN)/python -m website.screenshots
 
 build: setup
 	rm -rf dist

@@ -5,7 +5,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_rlhf.callbacks import Baseline, Dashboard, Histograms, SampleTable
 from tests.stages import make_stage, make_trainer, write_inputs
-from tests.tensorboard_browser import Browser, asked, chromium, serving, until
+from website.browser import Browser, asked, chromium, serving, until
 
 TABS = {  # what stands there if the tab has something to show, and the elements that are then drawn
     "timeseries": (("rollout", "val"), ".series-view canvas"),

@@ -8,7 +8,7 @@ import pytest
 from lit_rlhf.cli.data_page import page
 from lit_rlhf.demo import CONFIGS
 from tests.cli.command_line import run
-from tests.tensorboard_browser import Browser, chromium
+from website.browser import Browser, chromium
 
 EVIL = "</script><script>alert(1)</script>"
 

@@ -123,8 +123,10 @@ class Browser:
         raise AssertionError(f"{[words for words in expected if words not in text]} not in {text[-1500:]}")
 
     def picture(self, file):
-        """The page as a PNG."""
-        Path(file).write_bytes(base64.b64decode(self.ask("Page.captureScreenshot")["data"]))
+        """Write the page as a PNG; gives its bytes."""
+        content = base64.b64decode(self.ask("Page.captureScreenshot")["data"])
+        Path(file).write_bytes(content)
+        return content
 
     def close(self):
         """End the browser."""

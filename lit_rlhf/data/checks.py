@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_rlhf.data.formats import Kind, Sources
 from lit_rlhf.data.held_out import share_of
 from lit_rlhf.data.mapping import Format, require_read
-from lit_rlhf.data.naming import DEMO, Source, parse_sources
+from lit_rlhf.data.naming import DEMO, Role, Source, parse_sources
 from lit_rlhf.errors import UserError, named_by, one_line, require
 from lit_rlhf.files import make_folder
 
@@ -85,6 +85,26 @@ DATA_MODULES = {
     "stepwise": "StepwiseDataModule",
     "prompts": "RolloutDataModule",
 }
+
+
+def require_rows_for_ranks(trainer: Any, counts: Mapping[Role, int], ranks: int) -> None:
+    """Refuse rows of which some ranks would have none, before the first step rather than when they are asked for.
+
+    Args:
+        trainer: whose `limit_..._batches` of 0 says that a split is not run.
+        counts: by split, rows or prompts that are used.
+        ranks: among which they are dealt.
+
+    Raises:
+        UserError: names the split.
+    """
+    for split, count in counts.items():
+        limit = f"limit_{'val' if split == 'validation' else split}_batches"
+        if count < ranks and getattr(trainer, limit) != 0:
+            raise UserError(
+                f"data.{split}: {count} of its rows can be used, too few for {ranks} ranks, each of which needs one: "
+                "use fewer devices, or give more rows"
+            )
 
 
 def require_kind(trainer: Any, kind: Kind) -> None:

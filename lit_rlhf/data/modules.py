@@ -18,6 +18,7 @@ from lit_rlhf.data.checks import (
     require_held_out_rows,
     require_kind,
     require_rows,
+    require_rows_for_ranks,
     warn_of_margins,
 )
 from lit_rlhf.data.control_tokens import ControlTokens
@@ -146,6 +147,10 @@ class ExamplesDataModule(LightningDataModule):
                 how = (self.tokenizer, options, self.tokenization.num_proc, self.batches.seed, self.dataset)
                 once = self.tokenization.deduplicate and name == "train"
                 self.datasets[name] = load_examples(sources, self.kind, ROLES[name], *how, once)
+        if self.trainer is not None:
+            held: dict[str, Any] = {**self.datasets, "predict": self.prompts}
+            counts = {name: len(held[name]) for name in STAGES[stage] if held.get(name) is not None}
+            require_rows_for_ranks(self.trainer, counts, self._ranks()["num_replicas"])
 
     def train_dataloader(self) -> ResumableLoader:
         """This rank's micro-batches; goes on in mid-epoch after a resume.

@@ -20,6 +20,7 @@ from lit_rlhf.data.checks import (
     require_held_out_rows,
     require_kind,
     require_rows,
+    require_rows_for_ranks,
     require_whole_epochs,
 )
 from lit_rlhf.data.control_tokens import ControlTokens
@@ -164,6 +165,9 @@ class RolloutDataModule(LightningDataModule):
             return
         agent: Any = trainer.lightning_module
         needed = [split for split in splits if split in self.prompts]
+        limits = {"validation": self.settings.max_validation_prompts}
+        counts = {split: len(self.prompts[split].prompt_ids[: limits.get(split)]) for split in needed}
+        require_rows_for_ranks(trainer, counts, trainer.world_size)
         for split in needed:
             check_context(agent.policy, self.prompts[split].prompt_ids, self.settings.max_new_tokens)
         scored = [split for split in needed if split != "predict"]  # whose completions are not
@@ -262,8 +266,6 @@ class RolloutDataModule(LightningDataModule):
         count = len(prompts.prompt_ids)
         # Four times the slots, so that the longest episode of a batch does not idle the other slots for long.
         rounds = -(-count // (4 * self.settings.num_slots * ranks))
-        if count < rounds * ranks:
-            raise UserError(f"{count} {split} prompts are too few for {ranks} ranks")
         bounds = np.linspace(0, count, rounds * ranks + 1).astype(int).tolist()
         batches = [prompts.take(slice(start, end)) for start, end in itertools.pairwise(bounds)]
         mine: Any = batches[rank::ranks]
@@ -278,7 +280,4 @@ class RolloutDataModule(LightningDataModule):
         """This rank's training prompts."""
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        mine = self.prompts["train"].take(slice(rank, None, ranks))
-        if not mine.prompt_ids:
-            raise UserError(f"{len(self.prompts['train'].prompt_ids)} training prompts are too few for {ranks} ranks")
-        return mine
+        return self.prompts["train"].take(slice(rank, None, ranks))

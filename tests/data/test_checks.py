@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -27,10 +28,12 @@ from lit_rlhf.data.checks import (
     require_held_out_rows,
     require_kind,
     require_rows,
+    require_rows_for_ranks,
     require_whole_epochs,
 )
 from lit_rlhf.data.naming import parse_sources
 from lit_rlhf.errors import UserError
+from tests.stages import make_stage, make_trainer
 
 
 def trainer(**options):
@@ -248,3 +251,29 @@ def test_classes_of_unequal_weight_are_warned_of_with_the_weights_that_would_bal
             check_labels(weighted(weight), labels(10, 30))
         check_labels(weighted(undesirable_weight=0.3), labels(10, 30))
         check_labels(trainer(), labels(10, 30))  # a module of a user's own, without weights
+
+
+def test_splits_that_run_have_a_row_for_each_rank():
+    trainer = SimpleNamespace(limit_train_batches=1.0, limit_val_batches=1.0, limit_predict_batches=None)
+    require_rows_for_ranks(trainer, {"train": 2, "validation": 3, "predict": 2}, ranks=2)
+    for split in ("train", "validation", "predict"):
+        with pytest.raises(
+            UserError, match=rf"^data\.{split}: 1 of its rows can be used, too few for 2 ranks, .* fewer d"
+        ):
+            require_rows_for_ranks(trainer, {"train": 2, split: 1}, ranks=2)
+    trainer.limit_val_batches = 0
+    require_rows_for_ranks(trainer, {"train": 2, "validation": 1}, ranks=2)
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("sft", "sft"), ("ppo", "prompts")])
+def test_held_out_rows_that_are_too_few_for_the_ranks_end_a_run_before_its_first_step(
+    stage, rows, inputs, tmp_path, monkeypatch
+):
+    module, data = make_stage(stage, inputs)
+    one = tmp_path / "one.jsonl"
+    one.write_text((inputs / f"{rows}.jsonl").read_text().splitlines()[0])
+    data.sources["validation"] = parse_sources(str(one))
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 0})
+    with pytest.raises(UserError, match=r"^data\.validation: 1 of its rows can be used, too few for 2 ranks"):
+        make_trainer(tmp_path, max_epochs=8, check_val_every_n_epoch=8, limit_val_batches=1.0).fit(module, data)

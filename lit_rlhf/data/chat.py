@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lit_rlhf.data.messages import WEIGHTS, Row
+from lit_rlhf.data.messages import REASONING, WEIGHTS, Row
 from lit_rlhf.data.template_sandbox import render_jinja_template
 from lit_rlhf.errors import UserError, named_by, require
 from lit_rlhf.memory_limit import memory_limit
@@ -21,6 +21,7 @@ SLOWEST = 10.0  # seconds that a template may take for one conversation, a hundr
 LARGEST = 2**30  # bytes that it may take for one, several times what the longest conversation takes
 # What a template asks that tells a message without content by null.
 CONTENT_IS_NONE = re.compile(r"\bcontent\W{0,3}\s+is\s+(not\s+)?none\b", re.IGNORECASE)
+SAID_BESIDE_CONTENT = (("tool_calls",), REASONING)  # fields of a message; of several names one is read
 Span = tuple[int, int]  # first character, and one past the last
 
 
@@ -95,6 +96,24 @@ class Renderer:
         shown = [
             {name: value for name, value in self._whole(message).items() if name not in WEIGHTS} for message in messages
         ]
+        text, spans = self._render(shown, options)
+        for names in SAID_BESIDE_CONTENT:
+            self._require_read(names, shown, text, options)
+        return text, spans
+
+    def _require_read(self, names: Sequence[str], shown: list[Row], text: str, options: Mapping[str, Any]) -> None:
+        """Refuse fields of which the template writes nothing: a turn would be learnt without what it says."""
+        given = next((name for message in shown for name in names if message.get(name)), None)
+        if given is None or any(reads(self.template, name) for name in names):
+            return
+        bare = [{name: value for name, value in message.items() if name not in names} for message in shown]
+        if self._render(bare, options)[0] == text:  # one may write whole messages, naming none of their fields
+            raise UserError(
+                f"the chat template does not read `{given}` of a message, so the model would not see it; set "
+                "chat_template to one that does, or leave it out"
+            )
+
+    def _render(self, shown: list[Row], options: Mapping[str, Any]) -> tuple[str, list[Span]]:
         try:
             with memory_limit(LARGEST), time_limit(SLOWEST if current_thread() is main_thread() else None):
                 rendered: Any = render_jinja_template(
@@ -105,16 +124,16 @@ class Renderer:
                 f"the chat template is not valid Jinja: {error.message} (its line {error.lineno})"
             ) from error
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            roles = [message["role"] for message in messages]
+            roles = [message["role"] for message in shown]
             raise UserError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
         except TimeoutError as error:
             raise UserError(
-                f"the chat template had not written one conversation of {len(messages)} messages after {SLOWEST:g} "
+                f"the chat template had not written one conversation of {len(shown)} messages after {SLOWEST:g} "
                 "seconds: look for a loop in it that takes too many turns"
             ) from error
         except MemoryError as error:
             raise UserError(
-                f"the chat template asked for more than {LARGEST >> 20} MB for one conversation of {len(messages)} "
+                f"the chat template asked for more than {LARGEST >> 20} MB for one conversation of {len(shown)} "
                 "messages: look for what it repeats"
             ) from error
         except RecursionError as error:

@@ -184,4 +184,18 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "argument
     ],
 )
 def test_a_turn_without_content_is_null_to_templates_that_ask_for_it_and_empty_to_others(template, written):
-    assert Renderer(byte_tokenizer(template))([USER, CALL]) == written
+    assert Renderer(byte_tokenizer("{# tool_calls #}" + template))([USER, CALL]) == written
+
+
+PLAIN = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+
+
+@pytest.mark.parametrize("said", [{"tool_calls": CALL["tool_calls"]}, {"reasoning_content": "hm"}, {"thinking": "hm"}])
+def test_what_a_message_says_beside_its_content_is_read_by_the_template_or_refused(said):
+    (name,) = said
+    turn = {**ASSISTANT, **said}
+    with pytest.raises(UserError, match=f"does not read `{name}` of a message"):
+        Renderer(byte_tokenizer(PLAIN))([USER, turn])
+    assert Renderer(byte_tokenizer(PLAIN))([USER, {**ASSISTANT, name: said[name][:0]}]), "nothing is said there"
+    for reads in (PLAIN.replace("m.content", f"m.{name}"), "{% for m in messages %}{{ m | tojson }}{% endfor %}"):
+        assert Renderer(byte_tokenizer(reads))([USER, turn])

@@ -25,7 +25,7 @@ VERSION = "pytorch-lightning_version"
 def otherwise(path: Path) -> str:
     """What to say of a file or a folder that is no checkpoint, and what to name in its place."""
     said = "is no checkpoint of the Trainer's, such as a run keeps under its default_root_dir"
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or path.suffix in (".safetensors", ".bin"):
         return f"{said}; an exported model is named by model.policy, and of lit-rlhf export by --model"
     kept = [file for file in path.rglob("*.ckpt") if file.exists()] if path.is_dir() else []
     if newest := max(kept, key=lambda file: file.stat().st_mtime, default=None):

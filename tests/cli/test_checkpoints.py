@@ -140,11 +140,12 @@ def test_a_checkpoint_with_an_odd_value_is_refused_by_file_and_key(tmp_path, key
 def test_an_exported_model_and_an_empty_folder_are_no_checkpoint(tmp_path):
     for name in ("model", "empty"):
         (tmp_path / name).mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    for name in ("model", "empty"):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    for name in ("model", "empty", "model/model.safetensors"):
         with pytest.raises(UserError, match=f"{name} is no checkpoint of the Trainer's") as said:
             require_checkpoint(tmp_path / name)
-        assert ("named by model.policy, and of lit-rlhf export by --model" in str(said.value)) is (name == "model")
+        assert ("named by model.policy, and of lit-rlhf export by --model" in str(said.value)) is (name != "empty")
 
 
 def test_a_runs_folder_is_answered_with_the_newest_of_its_checkpoints(tmp_path):

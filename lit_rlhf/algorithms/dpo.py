@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlhf.algorithms.preference import response_logprobs, sequence_logprobs
+from lit_rlhf.algorithms.preference import desensitized
 from lit_rlhf.algorithms.preference_loss import KeepsPairLoss, LossTerm, PreferenceLoss
 from lit_rlhf.algorithms.referenced import ReferencedModule
 from lit_rlhf.data.batches import PreferenceBatch
+from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import named_by, require
 from lit_rlhf.losses import dpo_loss
+from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.roles import Reference
 
 
@@ -26,6 +28,8 @@ class DPO(KeepsPairLoss, ReferencedModule):
         loss: any of the preference losses in `lit_rlhf.losses`, by its import path; or a list of terms, each with a
             function, a weight and options.
         reference_free: no reference, as if it were uniform: the implicit reward is β log π.
+        ld_alpha: LD-DPO: how much of the tokens of a response beyond the length of the other one counts; 1 = all of it,
+            0 = nothing (`desensitized`).
         kwargs: where the reference lives, see `ReferencedModule`; the optimiser's settings, see `AlignmentModule`.
     """
 
@@ -37,10 +41,14 @@ class DPO(KeepsPairLoss, ReferencedModule):
         beta: float = 0.1,
         loss: list[LossTerm] | Callable[..., Any] = dpo_loss,
         reference_free: bool = False,
+        ld_alpha: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, reference_free=reference_free, **kwargs)
         require(0 < beta < math.inf, "beta", beta, "more than 0 (at 0 every policy has the same loss) and finite")
+        require(0 <= ld_alpha <= 1, "ld_alpha", ld_alpha, "between 0 and 1 (1 = plain sums)")
+        self.ld_alpha = ld_alpha
+        self.read_as = "" if ld_alpha == 1 else f" ld_alpha={ld_alpha}"
         with named_by("model.loss"):
             self.loss = PreferenceLoss(loss, reference_free)
         self.beta = beta
@@ -55,7 +63,7 @@ class DPO(KeepsPairLoss, ReferencedModule):
 
     def pair_losses(self, batch: PreferenceBatch, stage: str) -> Tensor:
         """(B,) losses of the pairs, logged."""
-        chosen, rejected = sequence_logprobs(self.policy, batch.packed)
+        chosen, rejected = self.logprobs_of(self.policy, batch.packed).chunk(2)
         balance = self.balance_term("policy", len(chosen))
         ref_chosen, ref_rejected = self.reference_logprobs(batch.packed, batch.row_ids, stage).chunk(2)
         inputs = self.loss.inputs_from(batch)
@@ -74,4 +82,11 @@ class DPO(KeepsPairLoss, ReferencedModule):
 
     def row_logprobs(self, reference: Reference, batch: PreferenceBatch) -> Tensor:
         """(B, 2) log π_ref of chosen and rejected responses."""
-        return response_logprobs(reference, batch.packed).view(2, -1).T
+        return self.logprobs_of(reference, batch.packed).view(2, -1).T
+
+    def logprobs_of(self, network: Policy | Reference, packed: PackedBatch) -> Tensor:
+        """(2B,) log-probs of chosen and rejected responses; what is longer than the other one counts `ld_alpha`."""
+        if self.ld_alpha == 1:
+            return super().logprobs_of(network, packed)
+        token_logprobs, _ = network(packed)
+        return packed.sum_by_sequence(desensitized(token_logprobs, packed, self.ld_alpha))

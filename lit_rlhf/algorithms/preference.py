@@ -73,6 +73,27 @@ def sequence_logprobs(policy: Policy | Reference | nn.Module, packed: PackedBatc
     return chosen, rejected
 
 
+def desensitized(token_logprobs: Tensor, packed: PackedBatch, alpha: float) -> Tensor:
+    """Log-probs of response tokens, of which those beyond the length of the pair's other response count `alpha`.
+
+    Liu et al. 2024 (LD-DPO), Eq. 8, https://arxiv.org/abs/2409.06411: log π(y|x) = Σ_{t ≤ l} log π(y_t) + α Σ_{t > l}
+    log π(y_t) with l the shorter length of the two, so that a response says less by being long alone.
+
+    Args:
+        token_logprobs: (M,) of the response tokens of `packed`.
+        packed: pairs, all chosen responses before all rejected ones.
+        alpha: 1 = plain log-probs, 0 = nothing beyond the shorter length.
+
+    Returns:
+        (M,).
+    """
+    lengths = packed.response_lengths
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    firsts = lengths.cumsum(0) - lengths
+    places = torch.arange(len(token_logprobs), device=token_logprobs.device) - firsts[packed.sequence_ids]
+    return torch.where(places < shorter[packed.sequence_ids], token_logprobs, alpha * token_logprobs)
+
+
 @check_shapes
 def pair_metrics(
     chosen: Float[Tensor, " B"],

@@ -65,6 +65,7 @@ class ReferenceCache:
         splits: Sequence[str],
         row_logprobs: RowLogprobs,
         is_reference: bool = True,
+        read_as: str = "",
     ) -> None:
         """Take the log-probs of splits from memory or disk, or compute what is missing, each rank doing its share.
 
@@ -74,6 +75,7 @@ class ReferenceCache:
             splits: train, val or test; for one without rows nothing happens.
             row_logprobs: (B, 2) log-probs of the rows of a batch.
             is_reference: whether it still is the reference; without adapters it is not once the policy has learnt.
+            read_as: how the log-probs of a row are not the sums over its responses.
 
         Raises:
             UserError: it is not, and rows are new.
@@ -84,7 +86,7 @@ class ReferenceCache:
             loader = data.rows_dataloader(split)
             if loader is None:
                 continue
-            rows = data.rows_fingerprint(split)
+            rows = data.rows_fingerprint(split) + read_as
             if rows not in self.by_rows:
                 if not is_reference:
                     raise UserError(

@@ -42,6 +42,7 @@ class ReferencedModule(PreferenceModule):
     """
 
     beta: float  # of the implicit reward, β log π/π_ref
+    read_as = ""  # how `logprobs_of` is not the plain sum, for caches of what it gives
 
     def __init__(
         self,
@@ -122,7 +123,11 @@ class ReferencedModule(PreferenceModule):
             return self.reference_cache[split][row_ids][:, columns].T.flatten()
         reference = self.present_reference
         assert reference is not None
-        return response_logprobs(reference, packed)
+        return self.logprobs_of(reference, packed)
+
+    def logprobs_of(self, network: Policy | Reference, packed: PackedBatch) -> Tensor:
+        """(B,) log-probs of responses as the loss reads them: those of their tokens, summed."""
+        return response_logprobs(network, packed)
 
     def token_readings(self, packed: PackedBatch) -> dict[str, Tensor]:
         """Also log π/π_ref of each response token, whose mean over samples of π is the KL, and the implicit reward.
@@ -178,6 +183,7 @@ class ReferencedModule(PreferenceModule):
                 splits,
                 lambda batch: self.row_logprobs(here, batch),
                 is_reference=self.still_reference is not None or not self.has_learnt,
+                read_as=self.read_as,
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

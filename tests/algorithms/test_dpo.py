@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from lit_rlhf import DPO, PreferenceDataModule, UserError, losses
-from lit_rlhf.algorithms.preference import sequence_logprobs
+from lit_rlhf.algorithms.preference import desensitized, sequence_logprobs
 from lit_rlhf.algorithms.preference_loss import LossTerm
 from lit_rlhf.cli.main import main
 from lit_rlhf.losses import bco_pair_loss, dpo_loss, length_normalized_dpo_loss
@@ -202,3 +202,32 @@ def test_a_beta_that_weighs_nothing_or_all_is_refused_by_name(beta, inputs):
 def test_dpo_starts_at_log_2(inputs, tmp_path, cache_reference):
     watcher = watch("dpo", inputs, tmp_path, cache_reference=cache_reference)
     assert watcher.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("cache_reference", [False, True])
+def test_desensitized_log_probs_are_those_of_policy_and_reference(cache_reference, inputs, tmp_path):
+    losses = {}
+    for alpha in (1.0, 0.3):
+        options = {"ld_alpha": alpha, "cache_reference": cache_reference, "learning_rate": 1e-2}
+        module, data = make_stage("dpo", inputs, **options)
+        trainer = make_trainer(tmp_path, max_epochs=2, limit_val_batches=None)
+        trainer.fit(module, data)
+        (metrics,) = trainer.validate(module, data, verbose=False)
+        reference, total = DPO(str(inputs / "model")).policy, []
+        with torch.no_grad():
+            for batch in data.rows_dataloader("val"):
+                logratios = [
+                    batch.packed.sum_by_sequence(desensitized(network(batch.packed)[0], batch.packed, alpha))
+                    for network in (module.policy.eval(), reference.eval())
+                ]
+                chosen, rejected = (logratios[0] - logratios[1]).chunk(2)
+                total += (-torch.nn.functional.logsigmoid(module.beta * (chosen - rejected))).tolist()
+        losses[alpha] = sum(total) / len(total)
+        assert metrics["val/loss"] == pytest.approx(losses[alpha], rel=1e-5)
+    assert losses[0.3] != pytest.approx(losses[1.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
+def test_a_share_of_further_tokens_outside_0_to_1_is_refused(alpha, inputs):
+    with pytest.raises(UserError, match=r"ld_alpha \(.*\) must be between 0 and 1"):
+        DPO(str(inputs / "model"), ld_alpha=alpha)

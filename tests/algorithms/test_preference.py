@@ -1,12 +1,13 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from lit_rlhf import UserError
-from lit_rlhf.algorithms.preference import PreferenceModule, agreement, sequence_logprobs
+from lit_rlhf.algorithms.preference import PreferenceModule, agreement, desensitized, sequence_logprobs
 from lit_rlhf.callbacks import SampleTable
-from lit_rlhf.engine.packing import pack
+from lit_rlhf.engine.packing import Example, pack
 from lit_rlhf.models.loading import load_policy_with_tokenizer
 from tests.stages import make_stage, make_trainer
 from tests.tiny import plain_response_logprobs, random_examples, tiny_policy
@@ -30,6 +31,18 @@ def test_a_sequences_logprob_is_the_sum_over_its_response_of_the_plain_forward()
         for response, logprob in zip(example.responses, ours, strict=True):
             expected = plain_response_logprobs(policy.model, example.prompt_ids, response).sum()
             torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+def test_what_a_response_is_longer_than_the_other_counts_alpha(alpha):
+    # Pairs of 2 against 4 tokens and 3 against 1; of the second chosen response the first token is a tool's.
+    longer = Example(np.array([3]), (np.array([4, 5]), np.array([6, 7, 8, 2])))
+    tools = np.array([False, True, True, True])
+    shorter = Example(np.array([3]), (np.array([9, 4, 5, 2]), np.array([2])), (tools, np.array([True])))
+    logprobs = -torch.arange(1.0, 11.0)  # of the tokens, 2 and 3 chosen, then 4 and 1 rejected
+    packed = pack([longer, shorter])
+    weighted = packed.sum_by_sequence(desensitized(logprobs, packed, alpha))
+    assert weighted.tolist() == [-3.0, -3.0 - alpha * 9, -13.0 - alpha * 17, -10.0]
 
 
 def test_a_tie_agrees_half_with_the_label():

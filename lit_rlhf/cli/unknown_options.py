@@ -40,6 +40,8 @@ def hint(option: str, kinds: Mapping[str, Any], others: Collection[str]) -> str:
     name = option.lstrip("-")
     (first, *below), last = name.split("."), name.rpartition(".")[2]
     paths = [*option_paths(kinds), *TOP]
+    if below and name in paths:  # options are read in their order
+        return f" yet: write it after --{first}, which names the class that has it"
     if near := name_here(option, paths):
         return near
     if below and first not in kinds:  # a part that there is not, or that is elsewhere

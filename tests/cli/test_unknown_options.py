@@ -91,6 +91,8 @@ OWN = "; its own options are beta, desirable_weight, undesirable_weight"
         ("--data.nothing_like_it", ""),
         ("--model.critic", "; PPO has it"),
         ("--data.group_size", "; RolloutDataModule has it"),
+        ("--model.beta", " yet: write it after --model, which names the class that has it"),
+        ("--model.lora.r", " yet: write it after --model, which names the class that has it"),
     ],
 )
 def test_what_a_class_has_not_is_answered_with_what_it_has(option, said):

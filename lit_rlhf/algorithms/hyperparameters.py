@@ -61,6 +61,31 @@ def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in arguments.items() if name not in NEVER_STORED}
 
 
+def flat(value: Any, name: str) -> dict[str, Any]:
+    """A plain value by the names that a command line has for its parts: kl.init_args.kl_coef -> kl.kl_coef."""
+    if not isinstance(value, Mapping) or not value:
+        return {name: value}
+    parts = (flat(part, name if key == "init_args" else f"{name}.{key}") for key, part in value.items())
+    return {key: part for held in parts for key, part in held.items()}
+
+
+def differing(given: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By name, what two sets of plain arguments have otherwise: first there, then here.
+
+    Args:
+        given: those of a checkpoint; what it does not name is as it was.
+        mine: likewise.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in mine.keys() & given.keys() - {*NEVER_STORED}:
+        before, now = flat(given[name], name), flat(mine[name], name)
+        if before.keys() != now.keys():
+            found[name] = (given[name], mine[name])
+            continue
+        found |= {part: (before[part], now[part]) for part in now if before[part] != now[part]}
+    return dict(sorted(found.items()))
+
+
 def settings_of(data: Any) -> dict[str, Any]:
     """What a data module holds of its arguments, as a logger shows it: sources by role, settings, rewards by name.
 

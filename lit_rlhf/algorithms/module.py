@@ -16,6 +16,7 @@ from lit_rlhf.algorithms.hyperparameters import plain_arguments
 from lit_rlhf.algorithms.lightning_tools import require_monitors, require_validation, warn_of_rounding
 from lit_rlhf.algorithms.resuming import ResumableModule
 from lit_rlhf.algorithms.samples import Sample, examples_of, read_samples, with_known_completions
+from lit_rlhf.algorithms.self_comparison import warn_of_itself
 from lit_rlhf.algorithms.settings import OptimizerSettings
 from lit_rlhf.algorithms.strategies import (
     check_strategy,
@@ -45,6 +46,8 @@ from lit_rlhf.rollout.play import (
     episode_rows,
     room_for_response,
 )
+
+NO_REFERENCE = "none"  # of a method that could have one
 
 
 class AlignmentModule(ResumableModule):
@@ -278,4 +281,11 @@ class AlignmentModule(ResumableModule):
         if self.untrained is not None and self.trainer.state.fn != TrainerFn.FITTING:
             raise UserError(self.untrained)
 
-    on_validation_start = on_test_start = on_predict_start
+    def on_validation_start(self) -> None:
+        """As `on_predict_start`; say so where the policy is compared with itself."""
+        AlignmentModule.on_predict_start(self)
+        compared = self.views().get("reference", NO_REFERENCE) != NO_REFERENCE
+        if compared and not self.has_learnt and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+            warn_of_itself(type(self).__name__, self.hparams)
+
+    on_test_start = on_validation_start

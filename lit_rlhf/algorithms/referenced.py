@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lit_rlhf.algorithms.module import NO_REFERENCE
 from lit_rlhf.algorithms.preference import PreferenceModule, response_logprobs
 from lit_rlhf.algorithms.reference_cache import ReferenceCache
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
@@ -79,7 +80,6 @@ class ReferencedModule(PreferenceModule):
         self.reference_update = reference_update
         self.cache_reference = cache_reference
         self.reference_cache = ReferenceCache()
-        self.has_learnt = False  # whether the policy has moved away from the reference
         self.generation = generation
 
     @property
@@ -89,7 +89,7 @@ class ReferencedModule(PreferenceModule):
 
     def views(self) -> dict[str, Any]:
         """Policy and reference."""
-        cached = "none" if self.reference_free else "log-probs, cached"
+        cached = NO_REFERENCE if self.reference_free else "log-probs, cached"
         held = cached if self.cache_reference or self.reference_free else self.present_reference
         return {**super().views(), "reference": held}
 
@@ -155,11 +155,6 @@ class ReferencedModule(PreferenceModule):
         """Fill the cache of reference log-probs, unless a checkpoint brought it along."""
         self.fill_cache("train", "val")
 
-    def on_train_start(self) -> None:
-        """From here on the policy is no longer the reference."""
-        super().on_train_start()
-        self.has_learnt = True
-
     def on_validation_start(self) -> None:
         """Validation alone: the policy as loaded is the reference."""
         super().on_validation_start()
@@ -202,4 +197,3 @@ class ReferencedModule(PreferenceModule):
                 "weights that no one has kept: resume with cache_reference: true"
             )
         self.reference_cache = ReferenceCache(checkpoint["reference_cache"])
-        self.has_learnt = True

@@ -1,14 +1,16 @@
 """What a checkpoint says, what is refused of one, and how a run goes on from it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.checkpoint import require_facts, require_location
-from lit_rlhf.algorithms.hyperparameters import read_arguments, restored_arguments
+from lit_rlhf.algorithms.hyperparameters import differing, plain, read_arguments, restored_arguments
 from lit_rlhf.algorithms.learning import LearningModule
 from lit_rlhf.algorithms.optimizers import LEARNT, learnt_by, require_read_state
 from lit_rlhf.algorithms.resumed_state import (
@@ -24,8 +26,21 @@ from lit_rlhf.algorithms.resumed_state import (
     require_state,
     warn_of_rounded,
 )
-from lit_rlhf.errors import UserError, named_by, require_types
+from lit_rlhf.errors import UserError, named_by, one_line, require_types
 from lit_rlhf.models.fingerprints import Fingerprints, require_same
+
+# Arguments that name what a run stands on or where it is held; the weights themselves are looked at.
+PLACES = (
+    "policy",
+    "reference",
+    "critic",
+    "teacher",
+    "lora",
+    "merge_start",
+    "hold_reference",
+    "hold_critic",
+    "generation",
+)
 
 
 class ResumableModule(LearningModule):
@@ -36,6 +51,7 @@ class ResumableModule(LearningModule):
     def __init__(self) -> None:
         super().__init__()
         self.loader_states: list[dict[str, Any]] = []  # of a checkpoint, until training goes on
+        self.has_learnt = False  # whether its weights may be others than those it was made with
         self.pieces_unread = False  # whether weights and optimiser come from a sharded checkpoint
         self.untrained: str | None = None  # what is random in the network that predicts, and what to do about it
 
@@ -130,10 +146,27 @@ class ResumableModule(LearningModule):
             require_callbacks(checkpoint.get("callbacks", {}), self.trainer.callbacks, file)  # type: ignore[attr-defined]
             warn_of_rounded(weights, held, file)
             self.note_changes(checkpoint, file)
+            self.tell_changed_settings(checkpoint.get("hyper_parameters", {}), file)
             self.resumed, self.pieces_unread = checkpoint, not weights
         require_finite({**weights, **moments_of(checkpoint)}, file)
+        self.has_learnt = True
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self.untrained = None
+
+    def tell_changed_settings(self, given: Any, file: str) -> None:
+        """Say which settings are other than in a checkpoint's run, beside those of the optimiser and what it stands on.
+
+        Args:
+            given: arguments of that run, as a checkpoint keeps them.
+            file: of the checkpoint.
+        """
+        if not isinstance(given, Mapping):
+            return
+        told_apart = {*PLACES, *self.optimizer_options()}
+        mine = {name: plain(value) for name, value in self.hparams.items() if name not in told_apart}
+        if changed := differing(given, mine):
+            told = ", ".join(f"{name} {one_line(now)} (it was {one_line(was)})" for name, (was, now) in changed.items())
+            rank_zero_info(f"ckpt_path: settings of this run are other than in the run of {file}: {told}")
 
     def on_train_start(self) -> None:
         """Put training data back to where the checkpoint was taken; learn at a rate that was found.
@@ -141,6 +174,7 @@ class ResumableModule(LearningModule):
         Lightning does the first when it sets up the loader; but `estimated_stepping_batches` sets it up for the
         schedule before the checkpoint's loops are restored, and then it does not.
         """
+        self.has_learnt = True
         for state in self.loader_states:
             with named_by(f"ckpt_path: {self.resumed_file}"):
                 self.trainer.train_dataloader.load_state_dict(state)  # type: ignore[union-attr]

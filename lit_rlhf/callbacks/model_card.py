@@ -15,12 +15,12 @@ from lightning.pytorch import Trainer
 
 from lit_rlhf.algorithms.hyperparameters import settings_of
 from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.algorithms.self_comparison import CARD, CONFIG
 from lit_rlhf.errors import require_alike
 from lit_rlhf.models.heads import OF_RESPONSES, kind_of
 from lit_rlhf.models.hub import HUB_NAME
 from lit_rlhf.models.saving import Artefact
 
-CARD = "README.md"
 LIBRARIES = ("lit-rlhf", "torch", "lightning", "transformers", "peft", "datasets")
 # What facts are, and stand in for those that a checkpoint does not have.
 NO_FACTS: dict[str, Any] = {
@@ -143,7 +143,7 @@ def text_of(made: Artefact, facts: Mapping[str, Any]) -> str:
         values = [f"| {name} | {value:.4g} |" for name, value in sorted(facts["metrics"].items())]
         parts += ["## Metrics", "\n".join(["| metric | value |", "| --- | --- |", *values])]
     settings = yaml.safe_dump(short(facts["settings"]), sort_keys=False, allow_unicode=True, width=120)
-    parts += ["## Config", f"```yaml\n{settings}```"]
+    parts += [f"{CONFIG}{settings}```"]
     if facts["versions"]:
         parts += ["## Versions", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())]
     return "\n\n".join(parts) + "\n"

@@ -27,6 +27,7 @@ from lit_rlhf import (
 )
 from lit_rlhf.algorithms import on_policy
 from lit_rlhf.algorithms.chosen import ChosenFunction
+from lit_rlhf.algorithms.hyperparameters import differing
 from lit_rlhf.losses import dpo_loss, gae, ipo_loss, ppo_policy_loss, robust_dpo_loss
 from tests.stages import STAGES, make_stage, make_trainer
 
@@ -274,3 +275,12 @@ def test_loggers_show_the_arguments_of_a_run(inputs, tmp_path, logger):
     assert shown["kl"]["class_path"].endswith("AdaptiveKL") and shown["kl"]["init_args"]["target"] == 0.5
     loaded = PPO(str(inputs / "model"))
     assert isinstance(loaded, LightningModule) and loaded.hparams.loss.endswith("ppo_policy_loss")
+
+
+def test_arguments_that_differ_are_named_as_on_the_command_line():
+    fixed = {"class_path": "lit_rlhf.FixedKL", "init_args": {"kl_coef": 0.05}}
+    given = {"beta": 0.1, "kl": fixed, "clip_range": 0.2, "gone": 1, "loss": "a"}
+    mine = given | {"kl": {**fixed, "init_args": {"kl_coef": 0.2}}, "loss": "b", "new": 2}
+    del mine["gone"]
+    assert differing(given, mine) == {"kl.kl_coef": (0.05, 0.2), "loss": ("a", "b")}
+    assert differing({"kl": None}, {"kl": fixed}) == {"kl": (None, fixed)}

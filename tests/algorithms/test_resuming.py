@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheck
 
 from lit_rlhf import KLPenalty, LoRA, RewardShaping, UserError
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
-from lit_rlhf.losses import bco_pair_loss
+from lit_rlhf.losses import bco_pair_loss, dpo_loss, ipo_loss
 from tests.stages import ON_POLICY, STAGES, make_stage, make_trainer, write_inputs
 from tests.tiny import save_tiny
 
@@ -216,6 +216,22 @@ def test_options_of_this_run_are_honoured_where_the_checkpoints_run_had_others(s
     (said,) = [record.message for record in caplog.records if "goes on with options of this run" in record.message]
     assert all(f"{name} " in said for name in changed) and "lr_scheduler" not in said
     assert "learning_rate 0.05 (it was 0.01), weight_decay 0.3 (it was 0.0)" in said
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_settings_of_the_method_that_are_others_than_the_checkpoints_are_told(inputs, tmp_path, caplog):
+    module, data = make_stage("dpo", inputs, beta=0.1)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    for beta, loss in ((0.1, dpo_loss), (0.5, ipo_loss)):
+        caplog.clear()
+        module, data = make_stage("dpo", inputs, beta=beta, loss=loss)
+        with caplog.at_level("INFO"):
+            make_trainer(tmp_path, max_steps=2).fit(module, data, ckpt_path=tmp_path / "one.ckpt")
+        said = [record.message for record in caplog.records if "settings of this run are other" in record.message]
+        assert len(said) == (beta == 0.5)
+    assert "beta 0.5 (it was 0.1), loss lit_rlhf.losses.preference.ipo_loss (it was lit_rlhf.losses." in said[0]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,7 +1,5 @@
 """The doctor reads what runs have written, and tells what is wrong with them."""
 
-import os
-
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
@@ -35,12 +33,61 @@ def test_it_tells_what_is_wrong_since_when_and_what_helps(write, tmp_path, capsy
     assert "KL beyond budget\n  saw: rollout/kl is 70, above 40\n  since: step 4\n  try: Raise model.kl.kl_coef" in said
 
 
+def table(folder, steps, tag="rollout/kl", value=1.0):
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("\n".join([f"{tag},step", *(f"{value},{step}" for step in steps)]) + "\n")
+
+
+def said_of(folder, capsys):
+    main(["doctor", str(folder)])
+    return capsys.readouterr().out
+
+
 def test_it_reads_the_newest_log_of_a_run(tmp_path, capsys):
+    write_events(tmp_path / "version_2")
+    table(tmp_path / "version_10", range(4))
+    assert f"{tmp_path / 'version_10'}: 1 curves up to step 3, 15 rules, 0 alarms" in said_of(tmp_path, capsys)
+
+
+def test_logs_without_training_hide_no_alarm(tmp_path, capsys):
     write_events(tmp_path / "version_0")
-    write_table(tmp_path / "version_1")
-    os.utime(tmp_path / "version_1" / "metrics.csv", (0, 0))
-    main(["doctor", f"--run={tmp_path}"])
-    assert "version_0: 2 curves" in capsys.readouterr().out
+    table(tmp_path / "version_1", [12], "val/kl")  # of validate
+    table(tmp_path / "version_2", [])  # of a fit that was refused
+    said = said_of(tmp_path, capsys)
+    assert "version_0: 2 curves" in said and "KL beyond budget" in said
+    assert all(f"version_{log}: passed over, it holds no curve of training" in said for log in (1, 2))
+
+
+def test_the_parts_of_a_resumed_run_are_one_curve(tmp_path, capsys):
+    write_table(tmp_path / "version_0")  # a KL of 50 at step 4, and more later
+    table(tmp_path / "version_1", [1])  # another run, in between
+    table(tmp_path / "version_2", [12, 16], value=70.0)  # from the checkpoint of step 8 or later
+    said = said_of(tmp_path, capsys)
+    assert f"{tmp_path / 'version_0'} and version_2: 2 curves up to step 16" in said
+    assert "since: step 4" in said
+
+
+@pytest.mark.parametrize(("config", "joins"), [("ckpt_path: last\n", True), ("ckpt_path: null\n", False)])
+def test_a_run_that_asked_for_no_checkpoint_goes_on_from_none(config, joins, tmp_path, capsys):
+    write_table(tmp_path / "version_0")
+    table(tmp_path / "version_1", [9, 19])  # with another log_every_n_steps it may begin as late
+    (tmp_path / "version_1" / "config.yaml").write_text(config)
+    assert ("version_0 and version_1" in said_of(tmp_path, capsys)) == joins
+
+
+def test_each_run_of_a_folder_is_judged_and_one_without_curves_passed_over(tmp_path, capsys):
+    write_table(tmp_path / "ppo" / "lightning_logs" / "version_0")
+    table(tmp_path / "dpo" / "lightning_logs" / "version_0", range(4))
+    table(tmp_path / "sft" / "lightning_logs" / "version_0", [])
+    said = said_of(tmp_path, capsys)
+    assert "sft/lightning_logs: passed over" in said
+    assert "dpo/lightning_logs/version_0: 1 curves" in said and "ppo/lightning_logs/version_0: 2 curves" in said
+
+
+def test_curves_of_validation_alone_are_no_healthy_run(tmp_path):
+    table(tmp_path / "version_0", [3], "val/loss")
+    with pytest.raises(UserError, match="hold no curve of training, only of validation"):
+        doctor(str(tmp_path))
 
 
 def test_a_run_that_is_not_there_or_has_written_nothing_is_told(tmp_path):

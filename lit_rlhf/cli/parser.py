@@ -18,7 +18,7 @@ from lightning.fabric.utilities.enums import LightningEnum
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_rlhf.cli.commands import did_you_mean
+from lit_rlhf.cli.commands import OF_CONFIGS, RUNS, did_you_mean
 from lit_rlhf.cli.imports import names_in, path_of_file
 from lit_rlhf.cli.missing import OF_LIGHTNING, missing
 from lit_rlhf.cli.mistakes import LONGEST
@@ -126,7 +126,12 @@ class Parser(LightningArgumentParser):
     def hint(self) -> str:
         """Where all options are to be seen."""
         model = f"lit-rlhf fit --model.help {self.in_use('model') or EXAMPLES['model']}"
-        return f"For all options: lit-rlhf fit --help, {model}, lit-rlhf compare --help"
+        return f"For all options: lit-rlhf {self.command} --help, {model}"
+
+    @property
+    def command(self) -> str:
+        """The command that the options are of; fit where none of a config is given."""
+        return next((word for word in self.typed if word in (*RUNS, *OF_CONFIGS)), "fit")
 
     def in_use(self, part: str) -> str | None:
         """Class path of the model or the data that the command line, or a YAML which it names, is about, if any."""

@@ -41,6 +41,16 @@ class Responses(NamedTuple):
     batches: dict[str, PromptBatch]  # by the column that its scores go into; one response of each row
 
 
+NO_TOKENIZER = (
+    "a function scores text, and this is a message list; name by --tokenizer the folder of the model whose chat "
+    "template makes text of it"
+)
+NO_TEMPLATE = (
+    "this is a message list, and the tokenizer has no chat template to make text of it; give texts, or name by "
+    "--tokenizer the folder of a model that has one"
+)
+
+
 def score(
     reward: Reward | Callable[..., Any] | str,
     data: str,
@@ -78,6 +88,8 @@ def score(
         responses, known = as_text(source, kind, name), Characters()
     else:
         set_template(known, None, chat_template_kwargs or {})
+        if known.chat_template is None:
+            text_rows(source, kind, NO_TEMPLATE)
         responses = as_tokens(source, kind, name, known, chat_template_kwargs or {})
     columns_there = {column for row in responses.rows for column in row}
     if taken := sorted(columns_there & responses.batches.keys()):
@@ -149,20 +161,32 @@ def as_tokens(source: Source, kind: Kind, name: str, tokenizer: Any, template_kw
     return pairs_of(source, [read[row] for row in pairs.rows], pairs.rows.tolist(), taken, name)
 
 
+def text_rows(source: Source, kind: Kind, otherwise: str) -> list[Row]:
+    """The rows, all of text.
+
+    Args:
+        source: of the rows.
+        kind: of them.
+        otherwise: what to say of one that holds messages.
+
+    Raises:
+        UserError: one does.
+    """
+    rows: list[Row] = []
+    for place, row in placed_rows(source, kind, ROLE):
+        if messages := [column for column in ("prompt", "completion", *SIDES) if isinstance(row.get(column), list)]:
+            raise UserError(f"{place}, column '{messages[0]}': {otherwise}")
+        rows.append(row)
+    return rows
+
+
 def as_text(source: Source, kind: Kind, name: str) -> Responses:
     """Rows of text as they stand.
 
     Raises:
         UserError: a row is of messages.
     """
-    rows: list[Row] = []
-    for place, row in placed_rows(source, kind, ROLE):
-        if messages := [column for column in ("prompt", "completion", *SIDES) if isinstance(row.get(column), list)]:
-            raise UserError(
-                f"{place}, column '{messages[0]}': a function scores text, and this is a message list; name by "
-                "--tokenizer the folder of the model whose chat template makes text of it"
-            )
-        rows.append(row)
+    rows = text_rows(source, kind, NO_TOKENIZER)
     if not rows:
         raise UserError(f"{source.name}: there are no rows")
 

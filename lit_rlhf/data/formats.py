@@ -130,9 +130,9 @@ def _how_to_map(row: Row, needed: Collection[str], kind: Kind) -> str:
     """What the user may declare of a row that has other columns."""
     for shape, column in SHAPES.items():
         if row.get(column) is not None and kind not in ("stepwise", "scored_steps"):
-            return f"rows with {column!r} are read by data.format: {shape}"
+            return f"rows with {column!r} are read by `format: {shape}` of the data"
     names = ", ".join(f"{name}: ITS_NAME" for name in needed if name not in row)
-    return f"columns of other names are declared by data.columns: {{{names}}}"
+    return f"columns of other names are declared by `columns: {{{names}}}` of the data"
 
 
 def as_prompt(row: Row) -> Row | None:

@@ -56,8 +56,8 @@ def require_some(source: Source, kind: Kind, first: object) -> None:
     if source.side is not None:
         which, remedy = ("none", "raise") if source.side.held_out else ("all", "lower")
         raise UserError(
-            f"{source.name}: data.validation ({source.side.share:g}) holds out {which} of its rows; {remedy} it, or "
-            "name held-out rows"
+            f"{source.name}: data.validation ({source.side.share:g}) holds out {which} of its rows, "
+            f"of which those of one prompt stay together; {remedy} it, or name held-out rows"
         )
     raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
 

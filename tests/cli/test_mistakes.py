@@ -106,7 +106,7 @@ MISTAKES = {  # what users get wrong -> config, options, and words that must be 
         "lit_rlhf.SFT: AlignmentModule.__init__() got an unexpected keyword argument 'x'",
     ),
     "option of another algorithm": ("dpo", ["--model.kl=3"], "--model.kl; here it is model.beta\nFor all options: lit"),
-    "mistake in an option of PPO": ("ppo", ["--model.gamma=x"], "--model.help lit_rlhf.PPO, "),
+    "mistake in an option of PPO": ("ppo", ["--model.gamma=x"], "--model.help lit_rlhf.PPO"),
     "loss without its module": ("dpo", ["--model.loss=ipo_loss"], "did you mean lit_rlhf.losses.ipo_loss?"),
     "unknown loss": ("dpo", ["--model.loss=sigmoyd"], "got sigmoyd; lit_rlhf.losses has alpha_dpo_loss, "),
     "mistyped loss": ("dpo", ["--model.loss=lit_rlhf.losses.ipo_los"], "'ipo_los'; did you mean ipo_loss?"),
@@ -273,6 +273,10 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
         (["x"], "there is no command 'x'; there are fit, validate, test, predict, chat, score, data, doctor, "),
         (["fit", "--config="], "--config: expected the name of a YAML file, got empty text"),
         (["fit", "--config={model: x"], "--config: while parsing a flow mapping in line 1"),
+        (
+            ["data", "--model=lit_rlhf.SFT", "--rowz=3"],
+            "there is no option --rowz\nFor all options: lit-rlhf data --help",
+        ),
         (["comprae"], "there is no command 'comprae'; did you mean compare?"),
         (["compare", "--polices=[sft]"], "there is no option --polices; did you mean policies?"),
         (["compare", "--policies=[]"], "policies is empty"),
@@ -283,8 +287,7 @@ def test_a_mistake_is_answered_by_one_message_and_status_2(mistake, mistaken, mo
 def test_a_mistake_outside_of_a_config_is_answered_by_one_message_too(arguments, words, capsys):
     assert run(*arguments) == 2
     said = capsys.readouterr().err
-    assert words in said
-    assert len(said.splitlines()) <= 2
+    assert words in said and len(said.splitlines()) <= 2
 
 
 BROKEN_REWARDS = {  # body of the function -> words of the answer

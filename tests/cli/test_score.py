@@ -103,12 +103,14 @@ def test_a_reward_model_scores_pairs_as_it_scores_completions(reward_model, scor
         assert [row[f"{side}_score"] for row in rows] == pytest.approx(expected, rel=1e-4)
 
 
-def test_messages_are_text_by_the_template_of_a_model(reward_model, score):
+def test_messages_are_text_by_the_template_of_a_model(reward_model, folder, score):
     rows = [{"prompt": QUESTION, "completion": "w12"}]
     pairs = [{"prompt": QUESTION, "chosen": "w12", "rejected": "w13"}]
     for given, column in ((rows, "completion"), (pairs, "chosen")):
         status, _, _, told = score(given, f"{__name__}.brief")
         assert status == 2 and "line 1, column 'prompt': a function scores text" in told and "--tokenizer" in told
+        status, _, _, told = score(given, f"{__name__}.brief", f"--tokenizer={folder}")
+        assert status == 2 and "line 1, column 'prompt': this is a message list, and the tokenizer has no chat" in told
         assert score(given, f"{__name__}.brief", f"--tokenizer={reward_model}")[0] == 0
         assert heard[0][0] == ["w7 w10 w7"] and heard[0][1][0].strip() == "w12", column
         heard.clear()

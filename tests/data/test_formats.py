@@ -132,11 +132,23 @@ def test_a_row_keeps_the_columns_of_its_format(kind, row, kept):
             {"chosen": "y", "rejected": "n", "margin": "1"},
             "column 'margin': expected a number, found text",
         ),
-        ("prompts", {"text": "x"}, r"`prompt`; found \['text'\]; .* by data.columns: \{prompt: ITS_NAME\}$"),
-        ("sft", {"q": "x", "a": "y"}, r"data.columns: \{prompt: ITS_NAME, completion: ITS_NAME\}$"),
-        ("preference", {"prompt": "x", "good": "y"}, r"data.columns: \{chosen: ITS_NAME, rejected: ITS_NAME\}$"),
-        ("sft", {"instruction": "x", "output": "y"}, "rows with 'instruction' are read by data.format: alpaca$"),
-        ("prompts", {"conversations": [], "id": 3}, "rows with 'conversations' are read by data.format: sharegpt$"),
+        ("prompts", {"text": "x"}, r"`prompt`; found \['text'\]; .* by `columns: \{prompt: ITS_NAME\}` of the data$"),
+        ("sft", {"q": "x", "a": "y"}, r"`columns: \{prompt: ITS_NAME, completion: ITS_NAME\}` of the data$"),
+        (
+            "preference",
+            {"prompt": "x", "good": "y"},
+            r"`columns: \{chosen: ITS_NAME, rejected: ITS_NAME\}` of the data$",
+        ),
+        (
+            "sft",
+            {"instruction": "x", "output": "y"},
+            "rows with 'instruction' are read by `format: alpaca` of the data$",
+        ),
+        (
+            "prompts",
+            {"conversations": [], "id": 3},
+            "rows with 'conversations' are read by `format: sharegpt` of the data$",
+        ),
         ("sft", {"text": "x", "tools": [{"name": "f"}]}, "column 'tools': .* this row is text; give messages"),
         ("sft", {"prompt": "q", "completion": "a", "tools": "[{}]"}, "here, column 'tools': it goes to the chat"),
         (

@@ -56,7 +56,7 @@ from lit_rlhf.cli.run_folder import claim_versions
 from lit_rlhf.cli.terminal import leave_to_the_run, log_above_bars, quiet_libraries
 from lit_rlhf.cli.values import option_of, wrong_values
 from lit_rlhf.cli.yaml_classes import PARTS
-from lit_rlhf.cli.yaml_files import check_configs
+from lit_rlhf.cli.yaml_files import check_configs, configs_first
 from lit_rlhf.errors import UserError, require
 from lit_rlhf.files import clear, make_folder, write_lines
 from lit_rlhf.models.holding import dtype_by, reading_in
@@ -246,7 +246,9 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: with status 2, after a message of what the user can mend; with 128 and the number of the signal that
             ended the run, after a line of how it goes on.
     """
-    argv = list(sys.argv[1:] if args is None else args)
+    argv = configs_first(sys.argv[1:] if args is None else args)
+    if args is None:
+        sys.argv[1:] = argv  # which LightningCLI reads
     quiet_libraries()
     leave_to_the_run()
     log_above_bars()

@@ -26,7 +26,7 @@ from lit_rlhf.cli.other_names import name_here
 from lit_rlhf.cli.ranks import tell
 from lit_rlhf.cli.unknown_options import class_of, hint, option_paths, settings_in
 from lit_rlhf.cli.wording import OPTION, below_a_value, no_value, wrong_value
-from lit_rlhf.cli.yaml_files import place_of_option, places, typed_places
+from lit_rlhf.cli.yaml_files import config_files, place_of_option, places, typed_places
 from lit_rlhf.data.checks import DATA_MODULES
 from lit_rlhf.errors import UserError, hints_of, one_line
 
@@ -156,6 +156,11 @@ class Parser(LightningArgumentParser):
             return f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={example}"
         if owner == "model" and model and is_base(pkgutil.resolve_name(model)):
             return f"{full}: {model} is a base that others stand on, not a method; name one, such as lit_rlhf.DPO"
+        if place is not None and self.naming_later(owner, place.file):
+            return (
+                f"{place.file}, line {place.line}: {full} stands before the config that names a class for {owner}; "
+                f"give --config={place.file} after that one"
+            )
         kinds = {"trainer": Trainer, "model": class_of(model), "data": class_of(data)}
         near = hint(full, kinds, option_names(self, model, data))
         return f"{f'{place.file}, line {place.line}: ' if place else ''}there is no option {full}{near}"
@@ -185,6 +190,13 @@ class Parser(LightningArgumentParser):
         ]
         alike = [given for given in found if value is not None and given[1] == value]
         return (alike or found)[-1][0] if found else None
+
+    def naming_later(self, part: str, file: Path) -> list[Path]:
+        """The configs that name a class for model or data, where none does up to a file."""
+        order = list(config_files(self.typed))
+        names = (part, f"{part}.class_path")
+        named = [place.file for place in places(self.typed) if place.option in names and place.value]
+        return [] if file not in order or set(named) & set(order[: order.index(file) + 1]) else named
 
     @classmethod
     def naming(cls, path: str) -> str:

@@ -5,7 +5,7 @@ import difflib
 import locale
 import re
 from collections.abc import Collection, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +116,24 @@ def places(argv: Sequence[str]) -> Iterator[Place]:
         except UserError:
             continue  # has been told, or is being told
         yield from _places(tree, file, ())
+
+
+def configs_first(argv: Sequence[str]) -> list[str]:
+    """The same command line with its configs before its other options: what is typed goes before what they say.
+
+    Configs before the command have its options below its name, and stay where they are.
+    """
+    if not argv or argv[0].startswith("-"):
+        return list(argv)
+    configs: list[str] = []
+    others: list[str] = []
+    words = iter(argv[1:])
+    for word in words:
+        if word in ("-c", "--config"):
+            configs += [word, *islice(words, 1)]
+        else:
+            (configs if word.startswith(("-c=", "--config=")) else others).append(word)
+    return [*argv[:1], *configs, *others]
 
 
 def typed_places(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:

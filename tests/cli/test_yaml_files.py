@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_rlhf import UserError
-from lit_rlhf.cli.yaml_files import check_configs, config_files, place_of_option, read_tree, typed_places
+from lit_rlhf.cli.yaml_files import check_configs, config_files, configs_first, place_of_option, read_tree, typed_places
 from tests.cli.command_line import run
 
 SFT = "model:\n  class_path: lit_rlhf.SFT\n  init_args:\n    policy: model\n"
@@ -212,3 +212,34 @@ def test_a_config_with_letters_that_the_locale_would_misread_is_told_by_line(enc
         return
     with pytest.raises(UserError, match=r"a\.yaml, line 2: has letters .*set LC_ALL=C\.UTF-8"):
         read_tree(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("fit --a=1 --config x.yaml --b 2 -c=y.yaml", "fit --config x.yaml -c=y.yaml --a=1 --b 2"),
+        ("fit --config=x.yaml --a=1", "fit --config=x.yaml --a=1"),
+        ("--config x.yaml fit --a=1", "--config x.yaml fit --a=1"),
+        ("fit --a --config", "fit --config --a"),
+    ],
+)
+def test_configs_go_before_what_is_typed_wherever_they_stand(typed, read):
+    assert configs_first(typed.split()) == read.split()
+    assert configs_first([]) == []
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args")
+def test_what_is_typed_before_a_config_holds_and_an_overlay_before_its_config_is_told_where_it_belongs(
+    tmp_path, capsys
+):
+    config, overlay = tmp_path / "config.yaml", tmp_path / "overlay.yaml"
+    config.write_text("model:\n  class_path: lit_rlhf.DPO\n  init_args: {policy: demo, beta: 0.5}\n")
+    overlay.write_text("model:\n  init_args:\n    beta: 0.3\n")
+    assert run("fit", "--model.beta=0.2", "--config", config, "--print_config") == 0
+    assert "beta: 0.2" in capsys.readouterr().out
+    assert run("fit", "--config", overlay, "--config", config) == 2
+    told = capsys.readouterr().err
+    assert "overlay.yaml, line 3: model.beta stands before the config that names a class for model" in told
+    assert f"give --config={overlay} after that one" in told
+    assert run("fit", "--config", config, "--config", overlay, "--print_config") == 0
+    assert "beta: 0.3" in capsys.readouterr().out

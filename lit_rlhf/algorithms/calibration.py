@@ -1,4 +1,8 @@
-"""Whether a reward model earns its confidence: P(chosen beats rejected) = σ(margin), against how often that is so."""
+"""Whether a reward model earns its confidence: P(chosen beats rejected) = σ(margin), against how often that is so.
+
+By hand, since torchmetrics' `BinaryCalibrationError` knows no tie that counts half, and keeps and gathers every
+confidence, where a few sums do, which are drawn as well.
+"""
 
 from typing import NamedTuple
 

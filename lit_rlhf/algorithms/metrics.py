@@ -1,4 +1,7 @@
-"""What is logged: means over the micro-batches of an optimiser step, or over an epoch, of all ranks."""
+"""What is logged: means over the micro-batches of an optimiser step, or over an epoch, of all ranks.
+
+By hand, since torchmetrics' `MeanMetric` has each metric exchanged by itself: here all of a step go in one exchange.
+"""
 
 import torch
 from lightning.pytorch import LightningModule

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torchmetrics.functional.classification import binary_calibration_error
 
 from lit_rlhf.algorithms.calibration import NUM_BINS, Calibration, calibration
 
@@ -28,6 +29,14 @@ def test_hand_worked_numbers():
     # σ(30) = 1, right: exact. (0 + 0.5 + 0) / 4 pairs = 0.125
     margins = torch.tensor([0.0, math.log(3), -math.log(3), 30.0])
     assert calibration(margins).error.item() == pytest.approx(0.125, abs=1e-6)
+
+
+def test_without_ties_the_error_is_that_of_torchmetrics():
+    margins = labelled_margins(200)  # so few that bins err to either side
+    confidence, correct = margins.abs().sigmoid(), (margins > 0).int()
+    # Its bins reach from 0 to 1, of which confidence fills the upper half.
+    expected = binary_calibration_error(confidence, correct, n_bins=2 * NUM_BINS)
+    assert calibration(margins).error.item() == pytest.approx(expected.item(), abs=1e-5) and expected > 0.01
 
 
 def test_bins_reach_from_a_half_to_one_and_hold_every_pair():

@@ -26,9 +26,11 @@ from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.saving import Artefact, write, write_settings
 from lit_rlhf.rollout.scoring import Rewards
 
-# Names, and ends of names, of what an export writes; by tokenizers of every kind.
-WRITTEN = {".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".codes", ".py"}
-WRITTEN |= {"additional_chat_templates", CARD}
+# Names of what an export writes, by tokenizers of every kind.
+WRITTEN = re.compile(
+    r".*\.(safetensors|jinja|model|tiktoken|spm|vocab|codes)|.*(config|token\w*|maps?|vocab[\w-]*|index|template)\.json"
+    r"|(normalizer|emoji|tekken|word_\w+)\.json|(vocab|merges|dict)\.txt|additional_chat_templates|" + re.escape(CARD)
+)
 SHARD_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -181,7 +183,10 @@ def require_replaceable(target: Path, option: str = "export.folder") -> None:
     """
     require_export(target, option)
     found = sorted(target.iterdir()) if target.exists() else []
-    if others := [path.name for path in found if path.suffix not in WRITTEN and path.name not in WRITTEN]:
+    configs = [path for path in found if path.name.endswith("config.json") and path.is_file()]
+    has_code = any("auto_map" in path.read_text("utf-8", "replace") for path in configs)
+    written = [bool(WRITTEN.fullmatch(path.name)) or (has_code and path.suffix == ".py") for path in found]
+    if others := [path.name for path, known in zip(found, written, strict=True) if not known]:
         raise UserError(
             f"{option}: {target} holds {one_line(', '.join(others))} beside an export, and would be replaced with all "
             "that is in it; move that elsewhere, or name another folder"

@@ -91,7 +91,7 @@ def test_what_a_run_starts_from_is_not_replaced_by_its_export(tmp_path, role):
         assert trainer.global_step == 0, "refused before training"
 
 
-@pytest.mark.parametrize("name", ["results.csv", "checkpoints/", ".git/"])
+@pytest.mark.parametrize("name", ["results.csv", "results.json", "eval.py", "checkpoints/", ".git/"])
 def test_an_older_export_goes_with_nothing_else_in_it(inputs, tmp_path, name):
     fit(inputs, tmp_path)
     other = tmp_path / "model" / name

@@ -156,10 +156,11 @@ class Parser(LightningArgumentParser):
             return f"{full}: name a class first, by --config or --{owner}=, such as --{owner}={example}"
         if owner == "model" and model and is_base(pkgutil.resolve_name(model)):
             return f"{full}: {model} is a base that others stand on, not a method; name one, such as lit_rlhf.DPO"
-        if place is not None and self.naming_later(owner, place.file):
+        same = [one for one in places(self.typed) if place is not None and one.option == full]
+        for early in [one for one in same if self.naming_later(owner, one.file)][:1]:
             return (
-                f"{place.file}, line {place.line}: {full} stands before the config that names a class for {owner}; "
-                f"give --config={place.file} after that one"
+                f"{early.file}, line {early.line}: {full} stands before the config that names a class for {owner}; "
+                f"give --config={early.file} after that one"
             )
         kinds = {"trainer": Trainer, "model": class_of(model), "data": class_of(data)}
         near = hint(full, kinds, option_names(self, model, data))

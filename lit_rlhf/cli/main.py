@@ -205,7 +205,7 @@ class AlignmentCLI(LightningCLI):
             # As the Trainer makes it, without the -1 that it would draw as hp_metric.
             root, version = given.get("default_root_dir") or Path.cwd(), SLURMEnvironment.job_id()
             kwargs["logger"] = TensorBoardLogger(root, version=version, default_hp_metric=False)
-        if given.get("num_sanity_val_steps") is None:
+        if given.get("num_sanity_val_steps") is None and not given.get("barebones"):
             kwargs["num_sanity_val_steps"] = -1  # all of it, so that every curve has its `Baseline`
         if given.get("enable_model_summary") is None:
             kwargs["enable_model_summary"] = False  # `MemoryTable` says more

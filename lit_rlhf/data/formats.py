@@ -68,6 +68,11 @@ def check_row(row: Any, kind: Kind, place: str) -> Row:
     """
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected an object with {EXPECTED[kind]}, found {describe(row)}")
+    if row and all(map(_is_column, row.values())):
+        raise UserError(
+            f"{place}: columns of many rows, where one row is expected: write a row a line (of a pandas table, "
+            'to_json(FILE, orient="records", lines=True))'
+        )
     columns = to_tokenize(row, kind, place)
     has_messages = any(isinstance(value, list) for name, value in columns.items() if name not in OF_STEPS)
     if kind in READ or has_messages:  # a picture beside a prompt of text may be for the reward
@@ -78,6 +83,13 @@ def check_row(row: Any, kind: Kind, place: str) -> Row:
     if not has_messages:
         _require_no_template_columns(row, place)
     return columns
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a value of a row is a whole column: texts in a list, or by their numbers, as pandas writes it."""
+    if isinstance(value, dict):
+        return len(value) > 1 and all(str(key).isdecimal() for key in value)
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(part, str) for part in value)
 
 
 def to_tokenize(row: Row, kind: Kind, place: str = "") -> Row:

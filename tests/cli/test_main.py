@@ -150,6 +150,15 @@ def test_a_timer_and_a_bar_of_ones_own_are_taken_from_a_config_also_without_a_te
     assert "interval: step" in written.read_text()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_bare_trainer_trains_without_what_it_leaves_out(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    options = ["--trainer.barebones=true", "--trainer.max_steps=1", "--trainer.default_root_dir=out/bare"]
+    model = ["--model=lit_rlhf.SFT", "--model.policy=demo", "--model.from_scratch=true"]
+    assert run("fit", *model, "--data=lit_rlhf.SFTDataModule", *options, "--trainer.accelerator=cpu") == 0
+    assert Path("out/bare/model/config.json").exists()
+
+
 def test_the_module_is_the_command_line():
     done = subprocess.run([sys.executable, "-m", "lit_rlhf", "--help"], capture_output=True, text=True)
     assert done.returncode == 0

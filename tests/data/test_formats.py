@@ -72,6 +72,13 @@ def test_a_row_keeps_the_columns_of_its_format(kind, row, kept):
     [
         ("sft", ["a"], "here: expected an object with `messages`"),
         (
+            "sft",
+            {"prompt": ["a", "b"], "completion": ["c", "d"]},
+            "here: columns of many rows, where one row is expected",
+        ),
+        ("preference", {"chosen": {"0": "a", "1": "b"}, "rejected": {"0": "c", "1": "d"}}, "a row a line"),
+        ("prompts", {"prompt": ["a", "b"]}, "columns of many rows"),
+        (
             "unpaired",
             {"prompt": "q", "completion": "y"},
             "expected the columns `prompt`, `completion` and `label`, or a",

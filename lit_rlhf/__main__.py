@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from importlib.metadata import version
+from types import FrameType
 
 from lit_rlhf.cli.commands import HELP, require_checkpoint_there, require_command
 from lit_rlhf.errors import UserError
@@ -38,11 +39,21 @@ def start() -> None:
                 f"error: the environment variable {name} ({value!r}) must be a whole number; unset it", file=sys.stderr
             )
             raise SystemExit(2)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries are read, Ctrl-C has no traceback to show
+    before = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ours = [number for number, handler in before.items() if signal.getsignal(number) is handler]
+    for number in ours:  # while libraries are read, Ctrl-C has no traceback to show
+        signal.signal(number, end)
     from lit_rlhf.cli.main import main
 
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
     main()
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """End before the work began, as `main` does afterwards; no `finally` of what is half imported has a say."""
+    os.write(2, f"{signal.Signals(number).name} ended the program before its work began\n".encode())
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

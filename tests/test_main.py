@@ -1,5 +1,6 @@
 """`python -m lit_rlhf` and the script of that name."""
 
+import signal
 import subprocess
 import sys
 import tomllib
@@ -39,6 +40,19 @@ def test_the_commands_are_told_before_libraries_are_read(typed, status, words, m
     said = "".join(capsys.readouterr())
     assert words in said
     assert status or all(len(line) <= 80 for line in said.splitlines())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_libraries_are_read_ends_in_a_line_and_with_its_status(number, tmp_path):
+    slow = "import os, signal, sys; sys.modules['lit_rlhf.cli.main'] = None\nfrom lit_rlhf import __main__ as m\n"
+    slow += "sys.argv = ['lit-rlhf', 'fit']\nclass Reading:\n"
+    slow += (
+        f"    def find_spec(self, name, *rest): name != 'lit_rlhf.cli.main' or os.kill(os.getpid(), {int(number)})\n"
+    )
+    slow += "del sys.modules['lit_rlhf.cli.main']; sys.meta_path.insert(0, Reading()); m.start()"
+    done = subprocess.run([sys.executable, "-c", slow], capture_output=True, text=True)
+    assert done.returncode == 128 + number
+    assert done.stderr == f"{number.name} ended the program before its work began\n"
 
 
 @pytest.mark.parametrize(

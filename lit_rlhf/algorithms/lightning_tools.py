@@ -1,6 +1,7 @@
 """Where Lightning's own tools and these modules meet: rates that are found, metrics that are watched, low precision."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,6 +85,11 @@ def require_validation(trainer: Any) -> None:
                 f"nothing will be validated: that is due each {every} epochs (trainer.check_val_every_n_epoch), and "
                 f"training ends after {epochs}"
             )
+        elif (due := validated_at(trainer)) is not None and 0 < trainer.max_steps < due:
+            rank_zero_info(
+                f"nothing will be validated after training: that is due at step {due} (trainer.val_check_interval), "
+                f"and training ends after {trainer.max_steps}"
+            )
         return
     for callback in trainer.callbacks:
         watched = getattr(callback, "monitor", None)
@@ -92,6 +98,30 @@ def require_validation(trainer: Any) -> None:
                 f"{type(callback).__name__}: its monitor {watched!r} is measured on held-out rows, and this run has "
                 "none: name some by data.validation, or watch a metric of training"
             )
+
+
+def validated_at(trainer: Any) -> int | None:
+    """The first step, counted from 0 for the whole run, after which a validation is due; None where none is known.
+
+    Args:
+        trainer: with its loaders, before the first step of this process.
+    """
+    batches, every, part = (
+        trainer.num_training_batches,
+        trainer.check_val_every_n_epoch,
+        trainer.accumulate_grad_batches,
+    )
+    interval = trainer.val_check_batch  # in batches, within an epoch, or of all where no epochs are counted
+    if math.isinf(batches) or not batches or interval is None or math.isinf(interval):
+        return None
+    if every is None:
+        return math.ceil(interval / part) if trainer.global_step == 0 else None
+    in_epoch = math.ceil(batches / part)
+    before = (every - 1) * in_epoch
+    due = before + math.ceil(min(interval, batches) / part)
+    while due <= trainer.global_step:  # of a run that goes on
+        due += every * in_epoch
+    return due
 
 
 def require_steps(trainer: Any) -> None:

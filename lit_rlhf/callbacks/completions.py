@@ -66,7 +66,10 @@ class CompletionWriter(BasePredictionWriter):
         if stage == "predict" and trainer.is_global_zero:
             sources: Mapping[Role, Any] = getattr(trainer.datamodule, "sources", {})  # type: ignore[attr-defined]
             rows = [file for role, named in sources.items() for file in files_there(named or (), role)]
-            make_room(self.target(trainer), "predictions.file", ".jsonl", rows)
+            target = self.target(trainer)
+            make_room(target, "predictions.file", ".jsonl", rows)
+            if target.exists():
+                rank_zero_info(f"predictions.file: {target} holds rows, which those of this run will replace")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get the reward ready, on the device that the policy is on by now."""

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +42,9 @@ class PlanCLI(WithoutTrainer):
         """The options of the plan, beside those of a run."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--gpus", type=int | None, default=None, help="plan for so many GPUs")
-        parser.add_argument("--memory", type=float | None, default=None, help="GB (10^9 bytes) of each; null = of this")
+        parser.add_argument(
+            "--memory", type=float | str | None, default=None, help="GB (10^9 bytes) of each; null = of this"
+        )
         parser.add_argument("--tflops", type=float | None, default=None, help="10^12 operations a second of each")
 
     def instantiate_classes(self) -> None:
@@ -92,7 +95,7 @@ def device_of(given: Any) -> Device:
     Raises:
         UserError: no number of GPUs, or no memory.
     """
-    gpus, memory, tflops = given.gpus, given.memory, given.tflops
+    gpus, memory, tflops = given.gpus, gigabytes(given.memory), given.tflops
     require(gpus is None or 1 <= gpus <= MOST_GPUS, "--gpus", gpus, f"1 to {MOST_GPUS}")
     require(memory is None or 0 < memory < 10**6, "--memory", memory, "GB, above 0")
     require(tflops is None or 0 < tflops < 10**6, "--tflops", tflops, "10^12 operations a second, above 0")
@@ -101,6 +104,16 @@ def device_of(given: Any) -> Device:
         raise UserError(f"--gpus ({gpus}): this machine has none whose memory could be asked for; add --memory, in GB")
     size = total_memory(here) if memory is None else int(memory * 1e9)
     return Device(gpus, "cuda" if gpus else here.type, size, memory is not None)
+
+
+def gigabytes(given: float | str | None) -> float | None:
+    """Memory as it is given by option: a number, or one with its unit behind it."""
+    if not isinstance(given, str):
+        return given
+    number = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB?", given, re.IGNORECASE)
+    require(number is not None, "--memory", given, "a number of GB (10^9 bytes), such as 24")
+    assert number is not None
+    return float(number[1])
 
 
 def report(cli: PlanCLI, found: Rehearsal) -> Iterator[str]:

@@ -43,6 +43,11 @@ def gold_reward(prompts: Sequence[str | Messages], responses: Sequence[str | Mes
     return np.clip(total, -LIMIT, LIMIT)
 
 
+def is_question(prompt: str | Messages) -> bool:
+    """Whether a prompt is one of the demo's customers, of whom alone the reward knows what they want."""
+    return bool(read_question(_text(prompt, "user"))[0])
+
+
 def quality(prompt: str, response: str) -> dict[str, float]:
     """The four parts of the quality of one reply, before the clip: helpful, polite, well_formed, concise."""
     topic, bound = read_question(prompt)

@@ -33,6 +33,7 @@ from lit_rlhf.data.report import Report
 from lit_rlhf.data.settings import TokenizationSettings
 from lit_rlhf.errors import UserError, require_types
 from lit_rlhf.models.fingerprints import require_same
+from lit_rlhf.rollout.demo_monitor import leave_out_gold
 from lit_rlhf.rollout.loader import RolloutLoader
 from lit_rlhf.rollout.minibatches import Minibatches
 from lit_rlhf.rollout.play import RolloutBackend, check_context
@@ -171,6 +172,7 @@ class RolloutDataModule(LightningDataModule):
         for split in needed:
             check_context(agent.policy, self.prompts[split].prompt_ids, self.settings.max_new_tokens)
         scored = [split for split in needed if split != "predict"]  # whose completions are not
+        leave_out_gold(self.rewards, {split: self.prompts[split] for split in scored})
         self.rewards.share(agent.policy)
         self.rewards.bind(self.tokenizer, trainer.strategy.root_device, [self.prompts[split] for split in scored])
         self.prompts |= {split: self.rewards.read(self.prompts[split]) for split in scored}

@@ -198,7 +198,36 @@ def test_a_validation_that_never_comes_is_told(monkeypatch, every, epochs, curre
         check_val_every_n_epoch=every,
         max_epochs=epochs,
         current_epoch=current,
+        max_steps=-1,
+        num_training_batches=4,
+        accumulate_grad_batches=1,
+        val_check_batch=4,
+        global_step=0,
         callbacks=[],
     )
     lightning_tools.require_validation(trainer)
     assert bool(said) is told and all("check_val_every_n_epoch" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "due"),
+    [
+        (3, {}, 5),  # at the end of an epoch of five batches
+        (2, {"accumulate_grad_batches": 2}, 3),
+        (3, {"val_check_interval": 5}, 5),
+        (5, {"val_check_interval": 5}, None),
+        (3, {"check_val_every_n_epoch": None, "val_check_interval": 20}, 20),
+    ],
+)
+def test_a_run_that_ends_before_its_first_validation_says_so(steps, options, due, inputs, tmp_path, caplog):
+    module, data = make_stage("dpo", inputs)
+    counted = []
+    trainer = make_trainer(
+        tmp_path, max_steps=steps, limit_val_batches=1, num_sanity_val_steps=0, limit_train_batches=5, **options
+    )
+    module.on_validation_epoch_end = lambda: counted.append(trainer.global_step)
+    with caplog.at_level("INFO"):
+        trainer.fit(module, data)
+    assert bool(counted) is (due is None)
+    assert ("nothing will be validated" in caplog.text) is (due is not None)
+    assert due is None or f"that is due at step {due} " in caplog.text

@@ -99,3 +99,16 @@ def test_several_completions_are_of_a_policy_alone_and_the_best_needs_a_reward(t
     with pytest.raises(UserError, match=r"predictions\.reward: nothing\.there is neither a folder nor"):
         CompletionWriter(reward="nothing.there").setup(trainer, SFT(str(folder)), "predict")
     CompletionWriter(reward="nothing.there").setup(trainer, SFT(str(folder)), "fit")
+
+
+def test_rows_of_an_earlier_run_are_told_to_be_replaced_before_anything_is_generated(tmp_path, caplog):
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, datamodule=None)
+    said = []
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            CompletionWriter().setup(trainer, None, "predict")
+        said.append(caplog.text)
+        (tmp_path / "predictions.jsonl").write_text("{}\n")
+    assert "holds rows" not in said[0]
+    assert f"{tmp_path / 'predictions.jsonl'} holds rows, which those of this run will replace" in said[1]

@@ -27,6 +27,8 @@ SAID = {  # class and what is typed -> the end of what is said
     ("SFT", "--model.num_train_epochs=4"): "; here it is trainer.max_epochs",
     ("SFT", "--model.max_grad_norm=1"): "; here it is trainer.gradient_clip_val",
     ("SFT", "--trainer.bf16=true"): "; here it is trainer.precision=bf16-mixed",
+    ("SFT", "--data.column=text"): "; here it is data.columns",
+    ("SFT", "--model.lora.rank=8"): "; here it is model.lora.r",
     ("SFT", "--trainer.seed=1"): "; here it is seed_everything",
     ("SFT", "--seed=1"): "; here it is seed_everything",
     ("SFT", "--num_train_epochs=1"): "; here it is trainer.max_epochs",

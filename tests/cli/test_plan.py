@@ -48,6 +48,7 @@ def test_what_does_not_fit_is_told_with_what_would_take_less(workdir, monkeypatc
     ("given", "told"),
     [
         (["--gpus=0", "--memory=80"], "--gpus (0) must be 1 to 65536"),
+        (["--memory=24TB"], "--memory (24TB) must be a number of GB (10^9 bytes), such as 24"),
         (["--memory=-1"], "--memory (-1.0) must be GB, above 0"),
         (["--tflops=0"], "--tflops (0.0) must be"),
         (["--gpus=two"], "gpus"),

@@ -29,7 +29,7 @@ main.run(["fit", "--config", "configs/sft.yaml", "--trainer.max_steps=1", "--tra
 CASES = {
     "version": ["-m", "lit_rlhf", "--version"],
     "help": ["-m", "lit_rlhf", "--help"],
-    "help of fit": ["-m", "lit_rlhf", "fit", "--help"],
+    "options of fit": ["-m", "lit_rlhf", "fit", "--trainer.help"],
     "import lit_rlhf": ["-c", "import lit_rlhf"],
     "from lit_rlhf import PPO": ["-c", "from lit_rlhf import PPO"],
     "fit to the first step": ["-c", FIRST_STEP],

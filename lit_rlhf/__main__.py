@@ -7,6 +7,7 @@ from importlib.metadata import version
 from types import FrameType
 
 from lit_rlhf.cli.commands import HELP, require_checkpoint_there, require_command
+from lit_rlhf.cli.run_help import run_help
 from lit_rlhf.errors import UserError
 
 # What a launcher tells its ranks, and Lightning reads as it is imported.
@@ -25,6 +26,9 @@ def start() -> None:
         return
     if argv in (["--help"], ["-h"]):
         print(HELP)
+        return
+    if (told := run_help(argv)) is not None:
+        print(told)
         return
     try:
         require_command(argv)

@@ -26,6 +26,7 @@ def test_the_version_is_told_without_reading_torch():
     [
         (["--help"], 0, "export    Write the model that a checkpoint holds as a Hugging Face folder.\n"),
         (["-h"], 0, "fit       Train the "),
+        (["fit", "--help"], 0, "usage: lit-rlhf fit --config X.yaml "),
         ([], 2, "error: no command is given; write lit-rlhf and one of fit, "),
         (["export", "--ckpt_path=gone.ckpt"], 2, "error: ckpt_path: there is no checkpoint "),
         (["fit", "--ckpt_path", "gone.ckpt"], 2, "error: ckpt_path: there is no checkpoint "),

@@ -50,7 +50,7 @@ from lit_rlhf.cli.mistakes import (
     refused_option,
     users_mistake,
 )
-from lit_rlhf.cli.parser import Parser, Program, with_bare_flags
+from lit_rlhf.cli.parser import Parser, Program, SectionHelp, with_bare_flags
 from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.cli.run_folder import claim_versions
 from lit_rlhf.cli.terminal import leave_to_the_run, log_above_bars, quiet_libraries
@@ -112,6 +112,9 @@ class AlignmentCLI(LightningCLI):
         for action in parser._actions:  # what `instantiate_trainer` does where Lightning's own help says 32-true
             if action.dest == "trainer.precision":
                 action.help = "As of the Trainer; null = bf16-mixed where the device has units for it, else 32-true."
+        for name in {"trainer", *OF_EVERY_RUN} & parser.groups.keys():  # type: ignore[union-attr]
+            section = parser.groups[name]  # type: ignore[index]
+            section.add_argument(f"--{name}.help", action=SectionHelp, help="Show these options alone.")
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]

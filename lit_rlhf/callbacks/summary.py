@@ -11,12 +11,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lit_rlhf.algorithms.module import AlignmentModule
+from lit_rlhf.callbacks.closing import say_closing
 from lit_rlhf.errors import damaged, require_alike
 from lit_rlhf.files import write_json
 
 
 class RunSummary(Callback):
     """Write summary.json into the run's folder when `fit` ends: time, peak memory, models held, last metrics.
+
+    And say in a panel, or in lines where no terminal draws one, what was achieved, where it is, and what comes next.
 
     A summary stays where nothing more was trained; `fast_dev_run` writes none. Time and metrics of a resumed run are
     those of all its parts, up to the checkpoints.
@@ -65,14 +68,16 @@ class RunSummary(Callback):
         assert isinstance(pl_module, AlignmentModule)
         data: Any = getattr(trainer, "datamodule", None)
         reward_networks = list(data.rewards.networks()) if hasattr(data, "rewards") else []
+        seconds, metrics = self.seconds(), self.metrics(trainer)
         summary = {
-            "seconds": self.seconds(),
+            "seconds": seconds,
             "peak_memory_mb": peak_memory_mb(pl_module.device),
             "models_in_memory": len(list(pl_module.networks())) + len(reward_networks),
             "steps": trainer.global_step,
-            "metrics": self.metrics(trainer),
+            "metrics": metrics,
         }
         write_json(summary, file)
+        say_closing(trainer, pl_module, metrics, seconds)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -6,9 +6,9 @@
 Each size is two processes: one that tokenises a file of so many rows, and one that finds the tokens in the cache, as
 every later run and every rank does. A JSON line per size: `rows`, `tokens`; seconds to `tokenise`, to `open` from the
 cache, to `begin` (what the plans of all epochs have in common), to `plan` an epoch, to `fingerprint` (for the cache of
-reference log-probs) and for a `batch`; and `memory_mb`, the most that the second process held of its own beyond what it
-held before, mapped files left out. The last line has the exponent of each over the sizes, a line's slope in logarithms:
-1 = in proportion to the rows, 0 = none.
+reference log-probs) and for a `batch`; and `tokenise_memory_mb` and `memory_mb`, the most that the two processes held
+of their own beyond what they held before, mapped files left out. The last line has the exponent of each over the sizes,
+a line's slope in logarithms: 1 = in proportion to the rows, 0 = none.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-MEASURED = ("tokenise", "open", "begin", "plan", "fingerprint", "batch", "memory_mb")
+MEASURED = ("tokenise", "tokenise_memory_mb", "open", "begin", "plan", "fingerprint", "batch", "memory_mb")
 KINDS = ("sft", "preference", "prompts")
 BATCHES = 20  # of which the median counts
 
@@ -103,7 +103,9 @@ def measure(kind: str, file: str, first: bool) -> dict[str, float]:
     """In a process of its own: what the first that reads the rows takes, or a later one."""
     data = make_data(kind, file)
     if first:
-        return {"tokenise": timed(lambda: data.setup("fit"))[0]}
+        with own_memory() as most:
+            seconds, _ = timed(lambda: data.setup("fit"))
+            return {"tokenise": seconds, "tokenise_memory_mb": most()}
     with own_memory() as most:
         seconds, _ = timed(lambda: data.setup("fit"))
         result = {"open": seconds}

@@ -42,6 +42,8 @@ KNOWN = {start: set().union(*map(arguments, classes)) for start, classes in CLAS
 def unknown(option):
     """Whether an option, as `model.lora.r`, is of no module, data module or Trainer."""
     start, name, *rest = option.replace(".init_args", "").split(".")
+    if name == "help":  # which every part has
+        return False
     if name not in KNOWN[start]:
         return True
     return name in PARTS and bool(rest) and rest[0] not in arguments(PARTS[name])

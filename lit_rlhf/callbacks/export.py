@@ -21,7 +21,7 @@ from lit_rlhf.data.locating import input_files
 from lit_rlhf.data.naming import Role, Source
 from lit_rlhf.errors import UserError, damaged, one_line, require, require_types
 from lit_rlhf.files import NEW, aside_of, heal, remove, replacing, said_of, writing_into
-from lit_rlhf.models.adapter_folders import Origin
+from lit_rlhf.models.adapter_folders import BASE_FILE, BIAS_FILE, Origin
 from lit_rlhf.models.fingerprints import Fingerprints
 from lit_rlhf.models.saving import Artefact, write, write_settings
 from lit_rlhf.rollout.scoring import Rewards
@@ -29,7 +29,8 @@ from lit_rlhf.rollout.scoring import Rewards
 # Names of what an export writes, by tokenizers of every kind.
 WRITTEN = re.compile(
     r".*\.(safetensors|jinja|model|tiktoken|spm|vocab|codes)|.*(config|token\w*|maps?|vocab[\w-]*|index|template)\.json"
-    r"|(normalizer|emoji|tekken|word_\w+)\.json|(vocab|merges|dict)\.txt|additional_chat_templates|" + re.escape(CARD)
+    r"|(normalizer|emoji|tekken|word_\w+)\.json|(vocab|merges|dict)\.txt|additional_chat_templates|"
+    + "|".join(map(re.escape, (CARD, BASE_FILE, BIAS_FILE)))
 )
 SHARD_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -12,7 +12,7 @@ usage: lit-rlhf {name} --config X.yaml [--OPTION=VALUE ...]
 
 config:
   -c, --config X.yaml       YAML of all the options below; given twice, the
-                            later one wins, and over both what stands behind
+                            later one wins, and over both what is typed
   --print_config            print every option with its value; =comments says
                             what each means, =skip_default leaves out defaults
   --seed_everything N       of weights, order and sampling (default: 0)

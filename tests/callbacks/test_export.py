@@ -11,7 +11,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lit_rlhf import RewardModel, RewardModelReward, SFTDataModule, UserError
+from lit_rlhf import LoRA, RewardModel, RewardModelReward, SFTDataModule, UserError
 from lit_rlhf.callbacks.export import HuggingFaceExport, export
 from lit_rlhf.cli.export import export as export_command
 from lit_rlhf.engine.sharding import full_state_dict
@@ -286,3 +286,13 @@ def test_a_folder_whose_name_the_locale_cannot_read_is_told_by_option_and_path(i
     trainer = make_trainer(tmp_path, callbacks=[HuggingFaceExport(folder=name)], max_steps=1)
     with pytest.raises(UserError, match=r"^export\.folder: \S+/exp\\udcc3\\udcbc has letters .* LC_ALL=C\.UTF-8"):
         trainer.fit(module, data)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward_model", "process_reward_model"])
+def test_the_export_of_an_adapter_replaces_an_older_one(name, inputs, tmp_path):
+    for _ in range(2):
+        torch.manual_seed(0)
+        module, data = make_stage(name, inputs, lora=LoRA(r=2))
+        make_trainer(tmp_path, callbacks=[HuggingFaceExport()], max_epochs=1).fit(module, data)
+    held = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert "base_fingerprint.json" in held and ("score_bias.json" in held) is (name != "sft")

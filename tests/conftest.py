@@ -22,6 +22,14 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def handler_of_torch():
+    """The one that torch sets with the first worker of a process is there before any test, whichever needs it first."""
+    from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
+
+    _set_SIGCHLD_handler()
+
+
 @pytest.fixture(autouse=True)
 def own_signals():
     """A test leaves the handlers of signals as it found them; what is forked later would inherit them."""

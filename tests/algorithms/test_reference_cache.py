@@ -31,7 +31,7 @@ def forwards(monkeypatch):
         counts.append(batch.num_sequences)
         return response_logprobs(policy, batch)
 
-    monkeypatch.setattr("lit_rlhf.algorithms.referenced.response_logprobs", counted)
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", counted)
     return counts
 
 
@@ -124,14 +124,12 @@ def test_a_killed_run_is_taken_up_where_its_parts_end(workdir, forwards, monkeyp
         forwards.append(1)
         return counted(policy, batch)
 
-    monkeypatch.setattr("lit_rlhf.algorithms.referenced.response_logprobs", dies_after_two)
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
         fill(workdir)
     assert files(workdir) == [final.with_suffix(".parts").name]
 
-    monkeypatch.setattr(
-        "lit_rlhf.algorithms.referenced.response_logprobs", lambda *args: forwards.append(1) or counted(*args)
-    )
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", lambda *args: forwards.append(1) or counted(*args))
     resumed = fill(workdir)
     assert len(forwards) == total  # two before the kill, the others after
     torch.testing.assert_close(resumed, whole)
@@ -169,7 +167,7 @@ def test_log_probs_that_come_out_not_finite_are_named_and_not_kept(workdir, monk
     def overflowing(policy, batch):
         return response_logprobs(policy, batch) / 0
 
-    monkeypatch.setattr("lit_rlhf.algorithms.referenced.response_logprobs", overflowing)
+    monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", overflowing)
     with pytest.raises(UserError, match=r"of 24 of 24 train rows are not finite \(the first is row 1\)"):
         fill(workdir)
     assert not [name for name in files(workdir) if name.endswith(".safetensors")]

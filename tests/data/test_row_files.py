@@ -171,11 +171,19 @@ def test_what_is_wrong_in_a_table_is_named_by_its_line(tmp_path, data, message):
     ("name", "data", "message"),
     [
         ("a.jsonl", gzip.compress(LINE, mtime=0), r"it is gzip: let its name end in \.gz"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(LINE)), r"unpack it, within it is gzip: let its name end in \.gz"),
-        ("a.jsonl.gz.gz", gzip.compress(gzip.compress(LINE)), r"unpack it, within it is gzip: let its"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(gzip.compress(LINE, mtime=0), mtime=0),
+            r"unpack it, within it is gzip: let its name end in \.gz",
+        ),
+        (
+            "a.jsonl.gz.gz",
+            gzip.compress(gzip.compress(LINE, mtime=0), mtime=0),
+            r"unpack it, within it is gzip: let its",
+        ),
         ("a.csv.bz2", bz2.compress(b"PK\x03\x04"), "unpack it, within it is a zip archive: unpack it first"),
         ("a.csv", LFS, r"it is a pointer of Git LFS: fetch the file itself \(git lfs pull\)"),
-        ("a.csv.gz", gzip.compress(LFS), "unpack it, within it is a pointer of Git LFS"),
+        ("a.csv.gz", gzip.compress(LFS, mtime=0), "unpack it, within it is a pointer of Git LFS"),
         ("a.parquet", LFS, r"cannot be read \(.* it is a pointer of Git LFS: fetch the file itself"),
         ("a.jsonl.gz", LINE, r"cannot be read .* it is not compressed: leave \.gz out of its name"),
         ("a.jsonl.gz", bz2.compress(LINE), r"cannot be read .* it is bzip2: let its name end in \.bz2"),

@@ -11,7 +11,7 @@ from lit_rlhf.algorithms.kl_control import FixedKL, KLPenalty
 from lit_rlhf.algorithms.module import AlignmentModule
 from lit_rlhf.algorithms.on_policy import OnPolicyModule
 from lit_rlhf.algorithms.settings import DistillationSettings, LossAverage
-from lit_rlhf.algorithms.teacher import chosen_divergence, frozen_model
+from lit_rlhf.algorithms.teacher import Beside, chosen_divergence, frozen_model
 from lit_rlhf.data.batches import NoBatch, RolloutBatch, SFTBatch
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import named_by
@@ -63,15 +63,8 @@ class Distillation(AlignmentModule):
         self.policy, self.tokenizer = load_policy_with_tokenizer(
             policy, False, trust_remote_code, lora, merge_start, self.frozen_dtype
         )
-        self.teacher = frozen_model(
-            teacher,
-            "teacher",
-            self.policy,
-            self.tokenizer,
-            self.frozen,
-            frozen_dtype=self.frozen_dtype,
-            trust_remote_code=trust_remote_code,
-        )
+        beside = Beside(self.policy, self.tokenizer, self.frozen, None, self.frozen_dtype, trust_remote_code)
+        self.teacher = frozen_model(teacher, "teacher", beside)
         self.generation = generation
 
     def views(self) -> dict[str, Any]:
@@ -145,9 +138,9 @@ class OnPolicyDistillation(OnPolicyModule):
             **kwargs,
         )
 
-    def other_reference(self, name: str, *given: Any) -> OwnModel:
+    def other_reference(self, name: str, beside: Beside) -> OwnModel:
         """The teacher, a model of its own: all of its logits are read."""
-        return frozen_model(name, "teacher", *given)
+        return frozen_model(name, "teacher", beside)
 
     def chosen_loss(self, loss: ChosenFunction) -> Any:
         """A divergence."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlhf.algorithms.preference import desensitized
+from lit_rlhf.algorithms.preference import response_logprobs
 from lit_rlhf.algorithms.preference_loss import KeepsPairLoss, LossTerm, PreferenceLoss
 from lit_rlhf.algorithms.referenced import ReferencedModule
 from lit_rlhf.data.batches import PreferenceBatch
@@ -86,7 +86,4 @@ class DPO(KeepsPairLoss, ReferencedModule):
 
     def logprobs_of(self, network: Policy | Reference, packed: PackedBatch) -> Tensor:
         """(2B,) log-probs of chosen and rejected responses; what is longer than the other one counts `ld_alpha`."""
-        if self.ld_alpha == 1:
-            return super().logprobs_of(network, packed)
-        token_logprobs, _ = network(packed)
-        return packed.sum_by_sequence(desensitized(token_logprobs, packed, self.ld_alpha))
+        return response_logprobs(network, packed, self.ld_alpha)

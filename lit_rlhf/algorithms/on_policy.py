@@ -14,7 +14,7 @@ from lit_rlhf.algorithms.kl_control import FixedKL, KLController, KLPenalty
 from lit_rlhf.algorithms.lightning_tools import takes_gradients_early
 from lit_rlhf.algorithms.samples import Sample, examples_of, read_samples, with_known_completions
 from lit_rlhf.algorithms.settings import CriticSettings, LossAverage, SamplingSettings, UpdateSettings
-from lit_rlhf.algorithms.teacher import named_reference
+from lit_rlhf.algorithms.teacher import Beside, named_reference
 from lit_rlhf.data.batches import NoBatch, PromptBatch, RolloutBatch
 from lit_rlhf.engine.early_backward import backward_early
 from lit_rlhf.engine.packing import Example, pack
@@ -125,16 +125,16 @@ class OnPolicyModule(CreditingModule):
         if reference is None:
             self.reference = reference_of(self.policy, self.frozen, *held)
         else:
-            given = (self.policy, self.tokenizer, self.frozen, *held, trust_remote_code)
-            self.reference = self.other_reference(reference, *given)
+            beside = Beside(self.policy, self.tokenizer, self.frozen, *held, trust_remote_code)
+            self.reference = self.other_reference(reference, beside)
         self.critic = None
         self.critic_settings = CriticSettings(0.0, None, 0, None)
         self.rollout_metrics, self.step_kl, self.stopped = {}, [], False
         self.returns_seen = nothing_seen()
 
-    def other_reference(self, name: str, *given: Any) -> Reference:
+    def other_reference(self, name: str, beside: Beside) -> Reference:
         """Another model than the policy was, see `named_reference`."""
-        return named_reference(name, *given)
+        return named_reference(name, beside)
 
     def chosen_loss(self, loss: ChosenFunction) -> Any:
         """The policy loss, tried."""

@@ -61,9 +61,11 @@ class PreferenceModule(AlignmentModule):
         self.log_pairs(stage, batch, losses, {f"{prefix}/{name}": values.mean() for name, values in columns.items()})
 
 
-def response_logprobs(policy: Policy | Reference | nn.Module, packed: PackedBatch) -> Tensor:
-    """(B,) log π(y|x) of each response, summed over its tokens."""
+def response_logprobs(policy: Policy | Reference | nn.Module, packed: PackedBatch, ld_alpha: float = 1.0) -> Tensor:
+    """(B,) log π(y|x) of each response, summed over its tokens; of pairs, `desensitized` where `ld_alpha` is not 1."""
     token_logprobs, _ = policy(packed)
+    if ld_alpha != 1:
+        token_logprobs = desensitized(token_logprobs, packed, ld_alpha)
     return packed.sum_by_sequence(token_logprobs)
 
 

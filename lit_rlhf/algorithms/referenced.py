@@ -12,7 +12,7 @@ from lit_rlhf.algorithms.preference import PreferenceModule, response_logprobs
 from lit_rlhf.algorithms.reference_cache import ReferenceCache
 from lit_rlhf.algorithms.reference_update import ReferenceUpdate
 from lit_rlhf.algorithms.settings import ReferenceSettings
-from lit_rlhf.algorithms.teacher import named_reference
+from lit_rlhf.algorithms.teacher import Beside, named_reference
 from lit_rlhf.engine.packing import PackedBatch
 from lit_rlhf.errors import UserError, damaged, require_alike
 from lit_rlhf.models.adapters import LoRA, refuse_dropout
@@ -70,8 +70,8 @@ class ReferencedModule(PreferenceModule):
         self.still_reference: Reference | None = None  # a reference that stays, unless its log-probs are cached
         held = (hold_reference, self.frozen_dtype)
         if reference is not None:
-            given = (self.policy, self.tokenizer, self.frozen, *held, trust_remote_code)
-            self.still_reference = named_reference(reference, *given)
+            beside = Beside(self.policy, self.tokenizer, self.frozen, *held, trust_remote_code)
+            self.still_reference = named_reference(reference, beside)
         elif self.policy.adapters or not (cache_reference or reference_free):
             self.still_reference = reference_of(self.policy, self.frozen, *held)
         if reference_update is not None:

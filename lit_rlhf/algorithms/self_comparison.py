@@ -37,8 +37,10 @@ def warn_of_itself(method: str, settings: Mapping[str, Any]) -> None:
 
 def same_weights(one: str, other: str) -> bool:
     """Whether two folders or hub names hold the same numbers."""
-    marks = [fingerprint(resolve(name)) for name in (one, other)]
-    return one == other or (marks[0] is not None and marks[0] == marks[1])
+    if one == other:
+        return True
+    mark = fingerprint(resolve(one))
+    return mark is not None and mark == fingerprint(resolve(other))
 
 
 def start_of(folder: str, method: str) -> str:

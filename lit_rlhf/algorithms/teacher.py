@@ -1,6 +1,6 @@
 """A model of other weights that never learns, beside the policy: a reference or a teacher, and divergences from it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,31 +26,29 @@ from lit_rlhf.models.roles import (
 from lit_rlhf.models.tokens import check_same_tokens, load_tokenizer
 
 
-def frozen_model(
-    name: str,
-    role: str,
-    policy: Policy,
-    tokenizer: Any,
-    frozen: dict[str, nn.Module],
-    hold: HoldReference | None = None,
-    frozen_dtype: FrozenDtype | None = None,
-    trust_remote_code: bool = False,
-) -> OwnModel:
+class Beside(NamedTuple):
+    """The policy that a model is to stand beside, and how that is read and held."""
+
+    policy: Policy  # that learns
+    tokenizer: Any  # the policy's
+    frozen: dict[str, nn.Module]  # networks outside of the module tree, to which it is added
+    hold: HoldReference | None = None  # None = on the policy's base where it can be, else a copy
+    frozen_dtype: FrozenDtype | None = None  # what its weights are held in
+    trust_remote_code: bool = False  # run model code that comes with the weights
+
+
+def frozen_model(name: str, role: str, beside: Beside) -> OwnModel:
     """Another model on the policy's device.
 
     Args:
         name: folder or hub name; of an adapter, on its own base.
         role: of it, for messages.
-        policy: that learns.
-        tokenizer: the policy's.
-        frozen: networks outside of the module tree, to which it is added.
-        hold: "copy" or "parked"; None = copy.
-        frozen_dtype: what its weights are held in.
-        trust_remote_code: run model code that comes with the weights.
+        beside: what it stands beside, and how it is held: "copy" or "parked"; None = copy.
 
     Raises:
         UserError: no such model, or one of another vocabulary.
     """
+    policy, tokenizer, frozen, hold, frozen_dtype, trust_remote_code = beside
     with named_by(f"model.{role}"):
         network, theirs = load_policy_with_tokenizer(
             name, False, trust_remote_code, frozen_dtype=frozen_dtype, learns=False
@@ -61,25 +59,18 @@ def frozen_model(
     return view
 
 
-def named_reference(
-    name: str,
-    policy: Policy,
-    tokenizer: Any,
-    frozen: dict[str, nn.Module],
-    hold: HoldReference | None = None,
-    frozen_dtype: FrozenDtype | None = None,
-    trust_remote_code: bool = False,
-) -> Reference:
+def named_reference(name: str, beside: Beside) -> Reference:
     """Another model than the policy was as π_ref: on the policy's base where it can be, else a model of its own.
 
     It can where it is that base, or an adapter on it, unless `hold` says otherwise. Arguments and errors are those of
     `frozen_model`.
     """
+    policy, tokenizer, frozen, hold, _, trust_remote_code = beside
     with named_by("model.reference"):
         saved = saved_adapter(name)
         shared = is_base(policy, name) if saved is None else shares_base(policy, saved)
     if not shared or hold in ("copy", "parked"):
-        return frozen_model(name, "reference", policy, tokenizer, frozen, hold, frozen_dtype, trust_remote_code)
+        return frozen_model(name, "reference", beside)
     with named_by("model.reference"):
         theirs = load_tokenizer(name, policy.model.config, trust_remote_code)
         check_same_tokens(tokenizer, theirs, f"reference {name}")

@@ -14,7 +14,7 @@ from rich.table import Table
 from lit_rlhf.algorithms.process_reward_model import ProcessRewardModel
 from lit_rlhf.algorithms.reward_model import RewardModel
 from lit_rlhf.callbacks.dashboard import FIRST_RESULTS
-from lit_rlhf.callbacks.export import HuggingFaceExport
+from lit_rlhf.callbacks.export import HuggingFaceExport, monitors
 from lit_rlhf.callbacks.progress import draws_bars
 
 MOST_RESULTS = 4
@@ -44,9 +44,7 @@ def closing(trainer: Trainer, module: LightningModule, metrics: Mapping[str, flo
         metrics: last values.
         seconds: that training took.
     """
-    results = [name for name in FIRST_RESULTS if name in metrics] or [
-        name for name in ("train/loss",) if name in metrics
-    ]
+    results = [name for name in FIRST_RESULTS if name in metrics] or sorted(metrics.keys() & {"train/loss"})
     told = [f"{name} {metrics[name]:.4g}" for name in results[:MOST_RESULTS]]
     steps = f"{trainer.global_step} steps in {timedelta(seconds=round(seconds))}"
     said = {"achieved": ", ".join([*told, steps])}
@@ -64,10 +62,9 @@ def closing(trainer: Trainer, module: LightningModule, metrics: Mapping[str, flo
 
 def kept(trainer: Trainer) -> str:
     """The best checkpoint by the monitor of a ModelCheckpoint, else the last; empty where none was kept."""
-    for saver in trainer.checkpoint_callbacks:
-        best, score = getattr(saver, "best_model_path", ""), getattr(saver, "best_model_score", None)
-        if best and getattr(saver, "monitor", None) and score is not None:
-            return f"{best} (best {saver.monitor} {float(score):.4g})"  # type: ignore[attr-defined]
+    for saver in monitors(trainer):
+        if saver.best_model_path and saver.best_model_score is not None:
+            return f"{saver.best_model_path} (best {saver.monitor} {float(saver.best_model_score):.4g})"
     paths = (
         getattr(saver, name, "")
         for saver in trainer.checkpoint_callbacks

@@ -50,9 +50,10 @@ from lit_rlhf.cli.mistakes import (
     refused_option,
     users_mistake,
 )
-from lit_rlhf.cli.parser import Parser, Program, SectionHelp, with_bare_flags
+from lit_rlhf.cli.parser import Parser, Program, with_bare_flags
 from lit_rlhf.cli.ranks import Ranks, rank, tell
 from lit_rlhf.cli.run_folder import claim_versions
+from lit_rlhf.cli.section_help import SectionHelp
 from lit_rlhf.cli.terminal import leave_to_the_run, log_above_bars, quiet_libraries
 from lit_rlhf.cli.values import option_of, wrong_values
 from lit_rlhf.cli.yaml_classes import PARTS

@@ -1,6 +1,5 @@
 """The parser of the command line: answers a mistake with what is wrong and the nearest that is right."""
 
-import argparse
 import difflib
 import inspect
 import pkgutil
@@ -211,24 +210,6 @@ class Parser(LightningArgumentParser):
     def as_typed(cls, name: str, value: str | None = None) -> str:
         """An option as it stands on the command line, or its place in a config; by its own name where it is in none."""
         return cls.typed_option(name, value) or str(place_of_option(cls.typed, name, value) or name)
-
-
-class SectionHelp(argparse.Action):
-    """`--trainer.help`: the options of one section."""
-
-    def __init__(self, option_strings: Sequence[str], help: str, **others: Any) -> None:
-        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *given: Any, **others: Any) -> NoReturn:
-        """Print them, and end the program."""
-        assert isinstance(parser, Parser) and parser.groups is not None
-        formatter = parser._get_formatter()
-        section = parser.groups[self.option_strings[0].strip("-").partition(".")[0]]
-        formatter.start_section(section.title)
-        formatter.add_arguments(action for action in section._group_actions if action is not self)
-        formatter.end_section()
-        print(formatter.format_help(), end="")
-        raise SystemExit(0)
 
 
 class Program(Parser):

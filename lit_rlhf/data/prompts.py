@@ -16,7 +16,7 @@ from lit_rlhf.data.plain import as_json, require_text
 from lit_rlhf.data.ragged import ragged
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.report import Report
-from lit_rlhf.data.sources import place_of, placed_rows, require_some, weighted
+from lit_rlhf.data.sources import no_rows, place_of, placed_rows, weighted
 from lit_rlhf.data.token_cache import FEATURES, cached_rows, hash_of, tokenized_rows
 from lit_rlhf.data.tokenize import EMPTY
 from lit_rlhf.errors import UserError
@@ -111,9 +111,9 @@ def load_prompts(
                 numbers.append(number)
                 texts.append(as_json(to_tokenize(prompt, kind), at))
         if not read:
-            if of is None:
-                require_some(source, kind, None)
-            continue
+            if of is not None:
+                continue
+            raise no_rows(source, kind)
         # By what was read, not by its file: ids of other prompts are never paired with these columns.
         cached = cached_rows(functools.partial(iter, texts), hash_of(texts))
         place = functools.partial(_place_of_kept, source, of or kind, role, numbers)

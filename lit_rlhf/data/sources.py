@@ -49,17 +49,15 @@ def placed_rows(source: Source, kind: Kind, role: Role) -> Iterator[tuple[str, R
             yield place, checked
 
 
-def require_some(source: Source, kind: Kind, first: object) -> None:
-    """Refuse a source without a first row."""
-    if first is not None:
-        return
+def no_rows(source: Source, kind: Kind) -> UserError:
+    """What to say of a source without a row, or without one on its side of a split."""
     if source.side is not None:
         which, remedy = ("none", "raise") if source.side.held_out else ("all", "lower")
-        raise UserError(
+        return UserError(
             f"{source.name}: data.validation ({source.side.share:g}) holds out {which} of its rows, "
             f"of which those of one prompt stay together; {remedy} it, or name held-out rows"
         )
-    raise UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
+    return UserError(f"{source.name}: there are no rows; expected {EXPECTED[kind]}")
 
 
 @contextmanager

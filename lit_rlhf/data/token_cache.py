@@ -31,7 +31,7 @@ from lit_rlhf.data.naming import Role, Source
 from lit_rlhf.data.plain import as_json
 from lit_rlhf.data.reader import Options
 from lit_rlhf.data.row_map import RowMap
-from lit_rlhf.data.sources import place_of, placed_rows, require_some
+from lit_rlhf.data.sources import no_rows, place_of, placed_rows
 from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.files import clear, writing_into
 
@@ -75,7 +75,8 @@ def tokenized(
     num_proc: int | None,
 ) -> datasets.Dataset:
     """All rows of a source as token ids and status, whether they can be used or not; args as of `load_examples`."""
-    require_some(source, kind, next(placed_rows(source, kind, role), None))
+    if next(placed_rows(source, kind, role), None) is None:
+        raise no_rows(source, kind)
     held = fingerprint(source, role)
     key = hash_of([held, kind, str(source.format), str(source.side), *map(str, sorted(source.columns.items()))])
     rows = cached_rows(lambda: _json_rows(source, kind, role, held), key)

@@ -22,14 +22,14 @@ from lit_rlhf.engine.memory import only_shapes
 from lit_rlhf.errors import UserError, one_line
 from lit_rlhf.models.adapters import MOST_RANK, without_dropout
 from lit_rlhf.models.fingerprints import SINCE, Fingerprints, fingerprint, fingerprints
-from lit_rlhf.models.heads import ScalarHeadKind, adapter_head_kind
+from lit_rlhf.models.heads import SCALAR_HEAD, ScalarHeadKind, adapter_head_kind
 from lit_rlhf.models.holding import FrozenDtype
 from lit_rlhf.models.hub import HUB_NAME, hint, hub_or_cache, require_json, resolve
 from lit_rlhf.models.weight_checks import check_score_bias
 
 PREFIX = "base_model.model."  # of each weight in PEFT's files
-HEADS = ("score", "classifier")  # what PEFT saves as a whole for a classifier, if it is there
-SCORE, SHIFT = "score.weight", "score.bias"  # of a scalar head; classifiers of tokens have the second
+HEADS = (SCALAR_HEAD, "classifier")  # what PEFT saves as a whole for a classifier, if it is there
+SCORE, SHIFT = f"{SCALAR_HEAD}.weight", f"{SCALAR_HEAD}.bias"  # classifiers of tokens have the second
 BIAS_FILE = "score_bias.json"  # what is added to scores, and such: of a whole reward model, it stands in config.json
 BASE_FILE = "base_fingerprint.json"  # of the weights that the adapter has learnt on
 # Settings of an adapter that change nothing but its own layers.
@@ -123,7 +123,7 @@ class SavedAdapter:
             )
         weights = {key.removeprefix(PREFIX): tensor for key, tensor in held.items()}
         of_head = re.compile(rf"({'|'.join(HEADS)})\.((?!lora_).*\.)?(weight|bias)")
-        heads = {key: f"score.{found[3]}" for key in weights if (found := of_head.fullmatch(key))}
+        heads = {key: f"{SCALAR_HEAD}.{found[3]}" for key in weights if (found := of_head.fullmatch(key))}
         return {heads.get(key, key): tensor for key, tensor in weights.items()}
 
     @property

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.heads import head_kind
+from lit_rlhf.models.heads import SCALAR_HEAD, head_kind
 
-SCALAR_HEAD = "score"  # what transformers calls it in a classifier
 ALL_LINEAR = "all-linear"
 
 

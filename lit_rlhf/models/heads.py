@@ -8,6 +8,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from lit_rlhf.errors import UserError
 
+SCALAR_HEAD = "score"  # its name in the classifiers of transformers
+
 
 class ScalarHeadKind(NamedTuple):
     """What a scalar head was trained to score."""

@@ -27,9 +27,9 @@ def forwards(monkeypatch):
     """Counts the batches that were computed rather than found."""
     counts = []
 
-    def counted(policy, batch):
+    def counted(policy, batch, ld_alpha):
         counts.append(batch.num_sequences)
-        return response_logprobs(policy, batch)
+        return response_logprobs(policy, batch, ld_alpha)
 
     monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", counted)
     return counts
@@ -118,11 +118,11 @@ def test_a_killed_run_is_taken_up_where_its_parts_end(workdir, forwards, monkeyp
     monkeypatch.setattr(reference_cache, "SECONDS_PER_PART", 0.0)  # a part after each batch
     counted = fill.__globals__["response_logprobs"]
 
-    def dies_after_two(policy, batch):
+    def dies_after_two(policy, batch, ld_alpha):
         if len(forwards) == 2:
             raise KeyboardInterrupt
         forwards.append(1)
-        return counted(policy, batch)
+        return counted(policy, batch, ld_alpha)
 
     monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
@@ -164,8 +164,8 @@ def test_log_probs_of_another_shape_or_not_finite_are_never_taken(workdir, forwa
 
 
 def test_log_probs_that_come_out_not_finite_are_named_and_not_kept(workdir, monkeypatch):
-    def overflowing(policy, batch):
-        return response_logprobs(policy, batch) / 0
+    def overflowing(policy, batch, ld_alpha):
+        return response_logprobs(policy, batch, ld_alpha) / 0
 
     monkeypatch.setattr("lit_rlhf.algorithms.dpo.response_logprobs", overflowing)
     with pytest.raises(UserError, match=r"of 24 of 24 train rows are not finite \(the first is row 1\)"):

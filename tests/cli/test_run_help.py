@@ -47,15 +47,6 @@ def test_it_names_every_option_but_those_of_classes_and_most_of_the_trainers(cap
     assert len(named) > 5 and set(named) <= there
 
 
-def test_a_section_shows_its_options_alone(capsys):
-    assert run("fit", "--samples.help") == 0
-    told = capsys.readouterr().out
-    assert (
-        "--samples.num_prompts NUM_PROMPTS" in told and "rows of the table; 0 = none. (type: int, default: 8)" in told
-    )
-    assert set(re.findall(r"^  --(\w+)", told, re.M)) == {"samples"}
-
-
 def test_a_config_is_printed_with_what_its_options_mean(capsys):
     assert run("fit", "--config", "configs/dpo.yaml", "--print_config=comments") == 0
     told = capsys.readouterr().out

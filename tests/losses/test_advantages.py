@@ -15,6 +15,7 @@ from lit_rlhf.losses.advantages import (
     unpad_rows,
     whiten,
 )
+from tests.losses.random_tensors import randoms
 
 # Rows of the masks below: full; ended early; two turns with a gap of another speaker's tokens; one token.
 MASK = torch.tensor(
@@ -26,10 +27,6 @@ MASK = torch.tensor(
     ],
     dtype=torch.bool,
 )
-
-
-def randoms(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def gae_by_definition(rewards, values, gamma, gae_lambda):

@@ -12,10 +12,7 @@ from lit_rlhf.losses import (
     scaled_bradley_terry_loss,
     score_difference_loss,
 )
-
-
-def randoms(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.losses.random_tensors import randoms
 
 
 def test_bradley_terry_loss_is_log_2_where_scores_are_equal():

@@ -11,10 +11,7 @@ from lit_rlhf.losses import (
     ppo_policy_loss,
     value_loss,
 )
-
-
-def randoms(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.losses.random_tensors import randoms
 
 
 class TestPPOPolicyLoss:
